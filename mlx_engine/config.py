@@ -1,0 +1,106 @@
+"""How an engine is set up: checked once, never changed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+from mlx_engine.errors import InvalidRequest
+
+DEMO_MODEL = "demo"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which model to load, and the KV cache that it gets.
+
+    Attributes:
+        model: a folder in mlx-lm's layout, a Hugging Face repository id, or ``"demo"``.
+        revision: branch, tag or commit of the repository.
+        adapter_path: folder of LoRA adapters to apply.
+        trust_remote_code: run Python code that the model brings along.
+        context_length: tokens that prompt and answer may have together; ``None`` takes it
+            from the model's configuration.
+        max_kv_size: tokens that the KV cache holds at most (the first 4 and the latest
+            ones); ``None`` is unbounded.
+        kv_bits: bits of the quantised KV cache (2, 3, 4, 5, 6 or 8); ``None`` keeps full
+            precision.
+        kv_group_size: values that share a scale in the quantised cache (32, 64 or 128).
+        quantized_kv_start: tokens in the cache from which on it is quantised.
+        prefill_step_size: tokens per prefill chunk; a cancelled request leaves MLX after
+            the chunk it is in.
+
+    Raises:
+        InvalidRequest: an option is out of its range or contradicts another one.
+    """
+
+    model: str
+    revision: str | None = None
+    adapter_path: str | None = None
+    trust_remote_code: bool = False
+    context_length: int | None = None
+    max_kv_size: int | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 0
+    prefill_step_size: int = 512
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model.strip():
+            raise InvalidRequest(
+                "model",
+                f"must be a folder, a Hugging Face id or {DEMO_MODEL!r}, not {self.model!r}",
+            )
+        _check_int("context_length", self.context_length, low=2, optional=True)
+        _check_int("max_kv_size", self.max_kv_size, low=8, optional=True)
+        _check_choice("kv_bits", self.kv_bits, (None, 2, 3, 4, 5, 6, 8))
+        _check_choice("kv_group_size", self.kv_group_size, (32, 64, 128))
+        _check_int("quantized_kv_start", self.quantized_kv_start, low=0)
+        _check_int("prefill_step_size", self.prefill_step_size, low=1)
+        if self.max_kv_size is not None and self.kv_bits is not None:
+            raise InvalidRequest(
+                "kv_bits", "a bounded KV cache cannot be quantised; drop kv_bits or max_kv_size"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueConfig:
+    """How many requests may wait, and how long.
+
+    Attributes:
+        queue_limit: requests that may wait for their turn; ``None`` is no limit.
+        max_wait: seconds that a request may wait for its turn; ``None`` is no limit.
+
+    Raises:
+        InvalidRequest: a value is out of its range.
+    """
+
+    queue_limit: int | None = None
+    max_wait: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("queue_limit", self.queue_limit, low=0, optional=True)
+        wait = self.max_wait
+        if wait is not None and (
+            isinstance(wait, bool) or not isinstance(wait, Real) or not wait >= 0
+        ):
+            raise InvalidRequest("max_wait", f"must be seconds, 0 or more, or None, not {wait!r}")
+
+
+def path_text(model: str | os.PathLike[str]) -> str:
+    """``model`` as a string; other types are left for ``ModelConfig`` to refuse."""
+    return os.fspath(model) if isinstance(model, os.PathLike) else model
+
+
+def _check_int(name: str, value: object, *, low: int, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
+        also = " or None" if optional else ""
+        raise InvalidRequest(name, f"must be an integer, {low} or more{also}, not {value!r}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices or isinstance(value, bool):
+        raise InvalidRequest(name, f"must be one of {choices}, not {value!r}")

@@ -1,0 +1,128 @@
+"""Every exception that mlx_engine raises on purpose.
+
+MLXEngineError
+├── ModelLoadError                 not found, unsupported, broken files
+├── InvalidRequest (ValueError)    a bad option, prompt or message
+│   └── ContextLengthExceeded      prompt + max_tokens does not fit
+├── EngineBusy                     the queue or wait limit is reached
+├── EngineNotRunning
+│   ├── EngineNotStarted           start() has not finished yet
+│   ├── EngineStopped              draining or stopped
+│   └── EngineDead                 its thread or process is gone
+├── GenerationError                this request failed inside MLX or in a processor
+├── StreamClosed                   the stream was closed before this was asked of it
+└── StreamConsumed                 a stream is read once
+
+Errors of MLX, mlx-lm and the file system become one of these at one border each,
+raised ``from`` the original. ``asyncio.CancelledError`` is never wrapped.
+"""
+
+from __future__ import annotations
+
+
+class MLXEngineError(Exception):
+    """Base of every error of this library."""
+
+
+class ModelLoadError(MLXEngineError):
+    """The model cannot be loaded; the message names the file and what to do."""
+
+
+class InvalidRequest(MLXEngineError, ValueError):
+    """An option, prompt or message is not acceptable.
+
+    Attributes:
+        option: the name of the option that was refused, as the caller spells it.
+    """
+
+    def __init__(self, option: str, problem: str) -> None:
+        super().__init__(f"{option}: {problem}")
+        self.option = option
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), str(self), self.__dict__.copy())
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt and the tokens asked for do not fit into the model's context.
+
+    Attributes:
+        prompt_tokens: tokens in the prompt; ``None`` when the text is so long that it was
+            refused without being tokenized.
+        max_tokens: tokens asked for; ``None`` means "as many as fit".
+        context_length: tokens that fit.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        prompt_tokens: int | None,
+        max_tokens: int | None,
+        context_length: int,
+    ) -> None:
+        super().__init__("prompt", problem)
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens
+        self.context_length = context_length
+
+
+class EngineBusy(MLXEngineError):
+    """The engine has as many waiting requests as it accepts, or one waited too long.
+
+    Attributes:
+        retry_after: seconds after which a place is likely to be free, an estimate.
+    """
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), str(self), self.__dict__.copy())
+
+
+class EngineNotRunning(MLXEngineError):
+    """The engine cannot take this request in its present state."""
+
+
+class EngineNotStarted(EngineNotRunning):
+    """``start()`` has not been called, or has not finished."""
+
+
+class EngineStopped(EngineNotRunning):
+    """The engine is draining or stopped; a request in flight was aborted by that."""
+
+
+class EngineDead(EngineNotRunning):
+    """What the engine runs on is gone.
+
+    Attributes:
+        reason: what is known of the end, in words.
+        exit_code: of the process that ended, if it was a process.
+    """
+
+    def __init__(self, reason: str, *, exit_code: int | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.exit_code = exit_code
+
+
+class GenerationError(MLXEngineError):
+    """This request failed inside MLX, in a logits processor or in the tokenizer."""
+
+
+class StreamClosed(MLXEngineError):
+    """The stream was closed or cancelled before it had what was asked of it."""
+
+
+class StreamConsumed(MLXEngineError):
+    """The stream is being read, or has been read, already: it can be read once."""
+
+
+def _rebuild(kind: type[MLXEngineError], message: str, state: dict[str, object]) -> MLXEngineError:
+    """Unpickle an error whose constructor does not take just its message."""
+    error = kind.__new__(kind, message)
+    error.args = (message,)
+    error.__dict__.update(state)
+    return error

@@ -1,0 +1,210 @@
+"""What the engines give back: chunks, results and what was measured on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "cancelled"]
+Segment = Literal["content", "reasoning", "tool_call"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a long piece of work has come.
+
+    Attributes:
+        phase: ``download``, ``convert`` and ``load`` happen while an engine starts,
+            ``prefill`` at the beginning of a request.
+        done: bytes (or tokens, in ``prefill``) done so far.
+        total: of the same unit; ``None`` while it is not known.
+    """
+
+    phase: Literal["download", "convert", "load", "prefill"]
+    done: int
+    total: int | None
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log-probability (natural logarithm) of one emitted token.
+
+    Probabilities are those after the logits processors and before the temperature and the
+    sampling filters, as in mlx-lm.
+
+    Attributes:
+        token: the token id.
+        logprob: its log-probability.
+        top: the most probable tokens at this place with their log-probabilities, best
+            first; as many as ``SamplingParams.logprobs`` asks for.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model wants made.
+
+    Attributes:
+        name: of the tool; ``None`` if the call could not be parsed.
+        arguments: for the tool; ``None`` if the call could not be parsed.
+        raw: the model's own text between the markers.
+        error: why the call could not be parsed; ``None`` if it could.
+        id: the model's own id of the call, where its format has one.
+    """
+
+    name: str | None
+    arguments: dict[str, Any] | None
+    raw: str
+    error: str | None = None
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationChunk:
+    """The part of an answer that one token, or a few, added.
+
+    A chunk may have tokens and no text (the text is held back until a character or a
+    possible stop string is complete) or text and no tokens (held-back text at the end).
+    All chunks of a stream, joined, are the result exactly.
+
+    Attributes:
+        text: new text of this segment.
+        tokens: new token ids, the end-of-sequence token included.
+        segment: which part of the answer the text belongs to.
+        logprobs: one entry a token, if asked for.
+        finish_reason: set on the last chunk only.
+    """
+
+    text: str
+    tokens: tuple[int, ...] = ()
+    segment: Segment = "content"
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens read and written.
+
+    Attributes:
+        prompt_tokens: in the prompt, chat template included.
+        completion_tokens: generated, the end-of-sequence token included.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of a request went, in seconds.
+
+    Attributes:
+        queued: from the call to the moment its work began on the MLX thread.
+        prefill: from then until the prompt was in the KV cache (tokenizing included).
+        time_to_first_token: from the call to the first token; 0 if there was none.
+        decode: from the first token to the last.
+        total: from the call to the end.
+        prompt_tokens_per_second: prompt tokens over ``prefill``; 0 if unknown.
+        tokens_per_second: tokens after the first, over ``decode``; 0 if unknown.
+    """
+
+    queued: float
+    prefill: float
+    time_to_first_token: float
+    decode: float
+    total: float
+    prompt_tokens_per_second: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """A whole answer.
+
+    Attributes:
+        text: the answer without reasoning and tool calls; stop strings are not part of it.
+        tokens: every generated token id, the end-of-sequence token included.
+        finish_reason: ``stop`` (end of sequence, a stop string or a stop token), ``length``
+            (``max_tokens`` or the context is used up) or ``cancelled``.
+        usage: token counts.
+        timings: seconds.
+        reasoning: what the model thought aloud, in chats with models that do.
+        tool_calls: calls that the model asked for; malformed ones say so in ``error``.
+        logprobs: one entry a token, if asked for.
+        notes: what was done in another way than asked, one sentence each.
+        request_id: the engine's name for the request.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    notes: tuple[str, ...] = ()
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownReport:
+    """What became of the requests that were in flight when an engine was shut down.
+
+    Attributes:
+        finished: ids of those that came to their own end.
+        aborted: ids of those that were ended; their callers got ``EngineStopped``.
+    """
+
+    finished: tuple[str, ...] = ()
+    aborted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of an engine; cheap, and from any thread.
+
+    Attributes:
+        state: the engine's state, by its value.
+        running: requests whose work is on the MLX thread now (0 or 1 in ``SimpleEngine``).
+        waiting: requests in the queue.
+        finished: requests that came to their own end.
+        cancelled: requests that were cancelled or aborted.
+        failed: requests that ended in an error.
+        rejected: requests refused with ``EngineBusy``.
+        prompt_tokens: prefilled, all requests together.
+        completion_tokens: generated, all requests together.
+        prefill_seconds: spent in prefill, all requests together.
+        decode_seconds: spent in decode, all requests together.
+    """
+
+    state: str
+    running: int
+    waiting: int
+    finished: int
+    cancelled: int
+    failed: int
+    rejected: int
+    prompt_tokens: int
+    completion_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over time spent decoding; 0 before the first."""
+        return self.completion_tokens / self.decode_seconds if self.decode_seconds else 0.0

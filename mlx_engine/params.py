@@ -1,0 +1,222 @@
+"""The options of one request: ``SamplingParams`` and the keywords that stand for it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, TypedDict, Unpack
+
+from mlx_engine.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+else:
+    LogitsProcessor = Callable[..., object]  # this room does not load MLX
+
+MAX_TOP_LOGPROBS = 100
+_SEED_LIMIT = 2**64
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of ``SamplingParams`` as keyword arguments."""
+
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    xtc_probability: float
+    xtc_threshold: float
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    logprobs: int | None
+    logits_processors: Sequence[LogitsProcessor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose the next token, and when to stop. Defaults are those of mlx-lm.
+
+    Values are checked when the object is made; sequences are copied into tuples.
+
+    Attributes:
+        max_tokens: most tokens to generate, at least 1; ``None`` for as many as the context
+            holds.
+        temperature: 0 is greedy; at least 0.
+        top_p: nucleus sampling, in (0, 1]; 1 switches it off.
+        top_k: sample from the k most probable tokens; 0 switches it off.
+        min_p: drop tokens less probable than ``min_p`` times the best one, in [0, 1].
+        xtc_probability: chance that the top choices are excluded (XTC), in [0, 1].
+        xtc_threshold: probability from which a token counts as a top choice, in [0, 0.5].
+        repetition_penalty: factor on logits of the last 20 tokens, above 0; ``None`` or 1
+            is off (https://arxiv.org/abs/1909.05858).
+        presence_penalty: subtracted once from the logit of each of the last 20 tokens.
+        frequency_penalty: subtracted for each occurrence among the last 20 tokens.
+        logit_bias: token id -> value added to its logit.
+        seed: makes sampling repeat, whatever else runs; in [0, 2**64).
+        stop: strings that end the answer; not part of it, and matched on text, so that it
+            does not matter how the model tokenizes them.
+        stop_token_ids: token ids that end the answer.
+        ignore_eos: go on after the model's end-of-sequence tokens.
+        logprobs: report the log-probability of each token and of the ``logprobs`` best
+            ones at its place, 0 to 100; ``None`` for none.
+        logits_processors: called as ``processor(tokens, logits)`` on the MLX thread with
+            tokens of shape (n,), prompt included, dtype uint32, and logits of shape
+            (1, vocabulary); returns the logits to use.
+
+    Raises:
+        InvalidRequest: a value is of the wrong type or out of range.
+    """
+
+    max_tokens: int | None = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    logits_processors: Sequence[LogitsProcessor] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            self._set("max_tokens", _integer("max_tokens", self.max_tokens, low=1))
+        self._set("temperature", _number("temperature", self.temperature, low=0.0))
+        self._set("top_p", _number("top_p", self.top_p, low=0.0, high=1.0, above=True))
+        self._set("top_k", _integer("top_k", self.top_k, low=0))
+        self._set("min_p", _number("min_p", self.min_p, low=0.0, high=1.0))
+        for name, high in (("xtc_probability", 1.0), ("xtc_threshold", 0.5)):
+            self._set(name, _number(name, getattr(self, name), low=0.0, high=high))
+        if self.repetition_penalty is not None:
+            penalty = _number("repetition_penalty", self.repetition_penalty, low=0.0, above=True)
+            self._set("repetition_penalty", penalty)
+        for name in ("presence_penalty", "frequency_penalty"):
+            if (value := getattr(self, name)) is not None:
+                self._set(name, _number(name, value))
+        self._set("logit_bias", _logit_bias(self.logit_bias))
+        if self.seed is not None:
+            self._set("seed", _integer("seed", self.seed, low=0, high=_SEED_LIMIT - 1))
+        self._set("stop", _stop_strings(self.stop))
+        self._set(
+            "stop_token_ids",
+            tuple(
+                _integer("stop_token_ids", token, low=0)
+                for token in _items("stop_token_ids", self.stop_token_ids, "token ids")
+            ),
+        )
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidRequest("ignore_eos", f"must be True or False, not {self.ignore_eos!r}")
+        if self.logprobs is not None:
+            self._set("logprobs", _integer("logprobs", self.logprobs, low=0, high=MAX_TOP_LOGPROBS))
+        processors = _items("logits_processors", self.logits_processors, "functions")
+        for processor in processors:
+            if not callable(processor):
+                raise InvalidRequest(
+                    "logits_processors",
+                    f"each must be callable as processor(tokens, logits), not {processor!r}",
+                )
+        self._set("logits_processors", processors)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(
+        cls, params: SamplingParams | None = None, /, **options: Unpack[SamplingOptions]
+    ) -> SamplingParams:
+        """``params`` (or the defaults) with ``options`` on top.
+
+        Raises:
+            InvalidRequest: ``params`` is something else, or an option is unknown; the
+                message names the closest one that exists.
+        """
+        if params is None:
+            params = cls()
+        elif not isinstance(params, SamplingParams):
+            raise InvalidRequest("params", f"must be a SamplingParams, not {type(params).__name__}")
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+                raise InvalidRequest(name, f"there is no such option; {hint}")
+        return replace(params, **options) if options else params
+
+
+def _number(
+    name: str,
+    value: object,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: bool = False,
+) -> float:
+    """``value`` as a float in [low, high], or in (low, high] with ``above``."""
+    ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if ok:
+        number = float(value)  # type: ignore[arg-type]
+        if low < number <= high or (number == low and not above):
+            return number
+    span = f"above {low:g}" if above else f"{low:g} or more"
+    if high != math.inf:
+        span = f"{'above' if above else 'from'} {low:g} {'up ' if above else ''}to {high:g}"
+    if low == -math.inf:
+        span = "any finite value"
+    raise InvalidRequest(name, f"must be a number ({span}), not {value!r}")
+
+
+def _integer(name: str, value: object, *, low: int, high: int | None = None) -> int:
+    """``value`` as an int in [low, high]."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        number = int(value)
+        if number >= low and (high is None or number <= high):
+            return number
+    span = f"{low} or more" if high is None else f"from {low} to {high}"
+    raise InvalidRequest(name, f"must be an integer ({span}), not {value!r}")
+
+
+def _items(name: str, value: object, what: str) -> tuple[object, ...]:
+    """``value`` as a tuple; strings and single values are refused."""
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
+        raise InvalidRequest(name, f"must be a list of {what}, not {value!r}")
+    return tuple(value)
+
+
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else _items("stop", stop, "strings")
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise InvalidRequest(
+                "stop",
+                f"must be a non-empty string or a list of them, not {string!r}; "
+                "leave it out to stop at the end of the answer only",
+            )
+    return strings  # type: ignore[return-value]
+
+
+def _logit_bias(bias: object) -> dict[int, float]:
+    if not isinstance(bias, Mapping):
+        raise InvalidRequest("logit_bias", f"must map token ids to numbers, not be {bias!r}")
+    return {
+        _integer("logit_bias", token, low=0): _number("logit_bias", value)
+        for token, value in bias.items()
+    }

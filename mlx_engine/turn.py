@@ -1,0 +1,206 @@
+"""One function's turn on the MLX thread, and the drain: waiting for it whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import enum
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import anyio
+
+T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """Work on the MLX thread saw that it should stop, and did."""
+
+
+async def outlast(future: asyncio.Future[Any], on_cancel: Callable[[], None] | None = None) -> None:
+    """Wait until ``future`` is done, however often the caller is cancelled meanwhile.
+
+    This is the drain. ``asyncio.wait`` leaves the future alone when its caller is
+    cancelled, and the shielded scope keeps anyio, which cancels level-triggered, from
+    waking the loop again and again. The future's own outcome is not looked at.
+
+    Args:
+        future: of the running event loop; a task is a future.
+        on_cancel: called once, at the first cancellation.
+
+    Raises:
+        asyncio.CancelledError: the first one received, after ``future`` is done.
+    """
+    try:
+        await asyncio.wait({future})
+    except asyncio.CancelledError:
+        if on_cancel is not None:
+            on_cancel()
+        with anyio.CancelScope(shield=True):
+            while not future.done():
+                try:
+                    await asyncio.wait({future})
+                except asyncio.CancelledError:
+                    continue  # the first one is on its way already
+        raise
+
+
+@contextmanager
+def first_cancellation(error: BaseException | None) -> Iterator[None]:
+    """Around cleaning up after ``error``: if that was a cancellation, it is the one to tell.
+
+    A ``CancelledError`` raised inside is dropped when ``error`` is one already, since the
+    caller is about to raise that; otherwise it goes on.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not isinstance(error, asyncio.CancelledError):
+            raise
+
+
+class Stage(enum.Enum):
+    """Where a turn is."""
+
+    QUEUED = enum.auto()  # it may be withdrawn
+    RUNNING = enum.auto()  # its function is on the MLX thread: it holds the generation lock
+    DONE = enum.auto()  # its function has returned, or never will be called
+
+
+class Turn(Generic[T]):
+    """One function's turn on the MLX thread. Made and awaited in a coroutine, used once.
+
+    Args:
+        func: called without arguments, with the context variables of the caller.
+        on_cancel: called at most once, from any thread, when the function should return
+            early; it must not block (setting an event is what it is for).
+        on_done: called once, from any thread, when the turn is over, whether or not its
+            event loop still lives; it must not block either.
+
+    Attributes:
+        out: done when the turn is over; carries no outcome, so that none goes unretrieved.
+        stage: written by the MLX thread's owner alone, under its lock.
+        cancelled: whether it was cancelled or aborted before its function had returned.
+        value: what the function returned.
+        error: what the function raised.
+        aborted_with: the error that the caller gets instead of either.
+        started, ended: when the function began and returned, by ``time.perf_counter``;
+            0 if it has not.
+    """
+
+    def __init__(
+        self,
+        func: Callable[[], T],
+        on_cancel: Callable[[], None] | None = None,
+        on_done: Callable[[Turn[T]], None] | None = None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()
+        self._func: Callable[[], T] | None = func
+        self._on_cancel = on_cancel
+        self._on_done = on_done
+        self.out: asyncio.Future[None] = self._loop.create_future()
+        self.stage = Stage.QUEUED
+        self.cancelled = False
+        self.value: T | None = None
+        self.error: BaseException | None = None
+        self.aborted_with: BaseException | None = None
+        self.started = self.ended = 0.0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the thread has not taken it up yet."""
+        return self.stage is Stage.QUEUED
+
+    @property
+    def running(self) -> bool:
+        """Whether its function is on the MLX thread now."""
+        return self.stage is Stage.RUNNING
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether its event loop is closed, so that nobody waits for it any more."""
+        return self._loop.is_closed()
+
+    def execute(self) -> None:
+        """On the MLX thread: call the function and keep its outcome."""
+        func, self._func = self._func, None
+        if func is None:
+            raise RuntimeError("a turn is used once")
+        self.started = time.perf_counter()
+        try:
+            self.value = self._context.run(self._call, func)
+        except BaseException as error:  # noqa: BLE001 - the border: the caller raises it
+            self.error = error
+        self.ended = time.perf_counter()
+
+    def _call(self, func: Callable[[], T]) -> T:
+        _current.set(self)
+        return func()
+
+    def take_on_cancel(self) -> Callable[[], None] | None:
+        """The callback, the first time."""
+        on_cancel, self._on_cancel = self._on_cancel, None
+        return on_cancel
+
+    def call_back(self, func: Callable[[], None], name: str) -> None:
+        """Call a callback; its failure is reported, and costs neither drain nor lock."""
+        try:
+            func()
+        except Exception as error:  # noqa: BLE001 - foreign code, called by the one thread
+            self._loop.call_exception_handler(
+                {"message": f"{name} raised, the engine goes on", "exception": error}
+            )
+
+    def announce(self) -> None:
+        """Tell everyone that the turn is over. From any thread, once."""
+        self._func = None  # what it holds should not outlive a withdrawn turn
+        on_done, self._on_done = self._on_done, None
+        if on_done is not None:
+            self.call_back(functools.partial(on_done, self), "on_done")
+        if self.cancelled:
+            self.value = None  # nobody gets it, and it is dropped here rather than elsewhere
+        try:
+            if _running_loop() is self._loop:
+                _set_done(self.out)
+            else:
+                self._loop.call_soon_threadsafe(_set_done, self.out)
+        except RuntimeError:
+            pass  # its loop is closed: nobody is left to be told
+
+    def outcome(self) -> T:
+        """Return or raise what the caller gets."""
+        error = self.aborted_with or self.error
+        value, self.value = self.value, None
+        if error is None:
+            return value  # type: ignore[return-value]
+        self.error = self.aborted_with = None
+        try:
+            raise error
+        finally:
+            del error  # no cycle from the traceback to this frame
+
+
+def current_turn() -> Turn[Any] | None:
+    """The turn in whose function, or in whose context variables, the caller runs."""
+    return _current.get()
+
+
+_current: contextvars.ContextVar[Turn[Any] | None] = contextvars.ContextVar(
+    "_current", default=None
+)
+
+
+def _set_done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

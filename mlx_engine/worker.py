@@ -1,0 +1,230 @@
+"""The MLX thread: the one thread of this process that is ever inside MLX.
+
+Work takes turns on it, first come, first served, whichever engine, event loop or thread it
+comes from. The generation lock *is* the thread being busy: a turn holds it from the moment
+the thread takes it up until its function has returned, so there is no code path, neither a
+cancellation nor an event loop that dies, on which it could be released while the function
+is still inside MLX.
+
+           enter          thread takes it         function returned
+    caller ──────► QUEUED ───────────────► RUNNING ───────────────► DONE ──► caller
+                     │ withdrawn when cancelled          ▲
+                     └───────────────────────────────────┘ the lock is held in RUNNING only
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from mlx_engine.errors import EngineDead
+from mlx_engine.turn import Stage, Turn, current_turn, outlast
+
+T = TypeVar("T")
+
+
+class MLXThread:
+    """A thread that runs turns one at a time, in the order in which they were entered.
+
+    Every process has one, ``mlx_thread``; it starts with the first turn and ends, after its
+    exit jobs, when the interpreter does.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._queue: deque[Turn[Any]] = deque()
+        self._running: Turn[Any] | None = None
+        self._thread: threading.Thread | None = None
+        self._pid = 0
+        self._closing = False
+        self._chores: list[Callable[[], None]] = []
+        self._exit_jobs: list[Callable[[], None]] = []
+
+    @property
+    def locked(self) -> bool:
+        """Whether a function is on the thread now, in other words inside MLX."""
+        return self._running is not None
+
+    @property
+    def waiting(self) -> int:
+        """How many turns are queued, of all engines together."""
+        return len(self._queue)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a turn that enters now would have to wait."""
+        with self._changed:
+            return self._running is not None or bool(self._queue)
+
+    def is_current(self) -> bool:
+        """Whether the caller is on this thread."""
+        return self._thread is not None and threading.get_ident() == self._thread.ident
+
+    def at_exit(self, job: Callable[[], None]) -> None:
+        """Run ``job`` on the thread when it ends; the job added last runs first."""
+        with self._changed:
+            self._exit_jobs.append(job)
+
+    def remove_exit_job(self, job: Callable[[], None]) -> None:
+        """Take back an exit job; nothing happens if there is none."""
+        with self._changed:
+            if job in self._exit_jobs:
+                self._exit_jobs.remove(job)
+
+    def post(self, chore: Callable[[], None]) -> None:
+        """Run a short ``chore`` on the thread, soon; nobody waits for it. From any thread.
+
+        For dropping things that must not be dropped elsewhere. Nothing happens when the
+        thread has never run, or has ended.
+        """
+        with self._changed:
+            if self._thread is not None and not self._closing:
+                self._chores.append(chore)
+                self._changed.notify()
+
+    async def run(self, turn: Turn[T]) -> T:
+        """Wait for the turn, let its function run, and return what it returns.
+
+        Cancellation: a turn that waits is withdrawn at once. For one that runs,
+        ``on_cancel`` is called, and the caller stays until the function has returned,
+        however often it is cancelled; the outcome is then discarded and the first
+        ``CancelledError`` raised.
+
+        Raises:
+            RuntimeError: called from inside a turn that is still running, which would wait
+                for itself for ever; or in a process forked from one that runs MLX.
+            EngineDead: the interpreter is shutting down.
+            BaseException: whatever the function raised, or ``abort`` was given.
+        """
+        try:
+            self._enter(turn)
+        except BaseException:
+            turn.stage = Stage.DONE
+            turn.announce()
+            raise
+        try:
+            await outlast(turn.out, lambda: self._cancel(turn))
+        finally:
+            if not turn.out.done():  # the coroutine is being destroyed, its loop is gone
+                self._cancel(turn)
+        return turn.outcome()
+
+    def abort(self, turn: Turn[Any], error: BaseException) -> None:
+        """End a turn so that its caller gets ``error``. From any thread.
+
+        If its function runs it is asked to stop, and the caller told once it has returned.
+        """
+        with self._changed:
+            if turn.stage is Stage.DONE:
+                return
+            turn.aborted_with = error
+        self._cancel(turn)
+
+    def expire(self, turn: Turn[Any], error: BaseException) -> bool:
+        """Like ``abort``, but only if the turn still waits; whether it did."""
+        with self._changed:
+            if turn.stage is not Stage.QUEUED:
+                return False
+            turn.aborted_with = error
+        self._cancel(turn)
+        return True
+
+    def _enter(self, turn: Turn[Any]) -> None:
+        inside = current_turn()
+        if self.is_current() or (inside is not None and inside.running):
+            raise RuntimeError(
+                "this code already runs inside a turn on the MLX thread, and would wait for "
+                "itself for ever: call the MLX functions directly here"
+            )
+        if self._thread is not None and self._pid != os.getpid():
+            raise RuntimeError(
+                "MLX was used before this process was forked, and does not survive a fork: "
+                "start the process with the 'spawn' method instead"
+            )
+        with self._changed:
+            if self._closing:
+                raise EngineDead("the MLX thread has ended: the interpreter is shutting down")
+            if self._thread is None:
+                self._start()
+            self._queue.append(turn)
+            self._changed.notify()
+
+    def _cancel(self, turn: Turn[Any]) -> None:
+        """Withdraw a turn that waits; ask one that runs to stop."""
+        with self._changed:
+            if turn.stage is Stage.DONE:
+                return
+            turn.cancelled = True
+            on_cancel = turn.take_on_cancel()
+            withdrawn = turn.stage is Stage.QUEUED
+            if withdrawn:
+                self._queue.remove(turn)
+                turn.stage = Stage.DONE
+        if withdrawn:
+            turn.announce()
+        elif on_cancel is not None:
+            turn.call_back(on_cancel, "on_cancel")
+
+    def _start(self) -> None:
+        self._pid = os.getpid()
+        # A daemon, so that the interpreter does not wait for it before it runs atexit
+        # functions; ours then ends and joins it.
+        self._thread = threading.Thread(target=self._main, name="mlx", daemon=True)
+        self._thread.start()
+        atexit.register(self._close)
+
+    def _main(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._chores or self._closing)
+                chores, self._chores = self._chores, []
+                turn = None
+                if self._queue:
+                    turn = self._running = self._queue.popleft()
+                    turn.stage = Stage.RUNNING
+                ending = self._closing
+            _call_all(chores)
+            if turn is None:
+                if ending:
+                    break
+                continue
+            if turn.orphaned:
+                turn.cancelled = True
+            else:
+                turn.execute()
+            with self._changed:
+                turn.stage = Stage.DONE
+                self._running = None
+            turn.announce()
+            del turn  # or its result would live until the next one
+        _call_all(list(reversed(self._exit_jobs)))
+
+    def _close(self) -> None:
+        """At exit: abort all turns, run the exit jobs, join the thread."""
+        if self._thread is None or self._pid != os.getpid():
+            return
+        with self._changed:
+            self._closing = True
+            turns = [*self._queue, *([self._running] if self._running else [])]
+            self._changed.notify()
+        for turn in turns:
+            self.abort(turn, EngineDead("the interpreter is shutting down"))
+        self._thread.join()
+
+
+def _call_all(jobs: list[Callable[[], None]]) -> None:
+    """Call each, whatever the others do; a failure is reported as an uncaught exception."""
+    for job in jobs:
+        try:
+            job()
+        except Exception:  # noqa: BLE001 - foreign code, called by the one thread
+            sys.excepthook(*sys.exc_info())
+    jobs.clear()
+
+
+mlx_thread = MLXThread()

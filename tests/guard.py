@@ -1,0 +1,107 @@
+"""Checks invariant I1 while real MLX runs: one thread inside, and always the same one.
+
+Every entry into MLX that matters is wrapped once for the whole test run: model call,
+``mx.eval``, ``mx.async_eval`` and ``mx.synchronize``. Each checks that it is on the MLX
+thread and that no other thread is inside. Violations raise where they happen, and are kept
+for the fixture that looks at the end of each test, in case somebody swallowed the error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import llama
+
+from mlx_engine.worker import mlx_thread
+
+
+class TwoInsideMLX(AssertionError):
+    """Invariant I1 is broken."""
+
+
+class Guard:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._depth = 0
+        self.entries = 0
+        self.violations: list[str] = []
+        self.hook: Callable[[str], None] | None = None
+
+    def install(self) -> None:
+        for name in ("eval", "async_eval", "synchronize"):
+            setattr(mx, name, self._guarded(name, getattr(mx, name)))
+        model: Any = llama.Model
+        model.__call__ = self._guarded("model", model.__call__)
+
+    def _guarded(self, name: str, func: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(func)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            with self._inside(name):
+                if self.hook is not None:
+                    self.hook(name)
+                return func(*args, **kwargs)
+
+        return guarded
+
+    @contextmanager
+    def _inside(self, name: str) -> Iterator[None]:
+        me = threading.get_ident()
+        with self._lock:
+            self.entries += 1
+            if not mlx_thread.is_current():
+                self._fail(f"{name} on thread {threading.current_thread().name!r}")
+            if self._depth and self._owner != me:
+                self._fail(f"{name} while another thread is inside")
+            self._owner = me
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._depth -= 1
+
+    def _fail(self, what: str) -> None:
+        self.violations.append(what)
+        raise TwoInsideMLX(what)
+
+
+class Gate:
+    """Stops the MLX thread at its nth entry of one kind, until the test lets it go.
+
+    So a test chooses the moment of a cancellation, instead of hoping to hit it.
+    """
+
+    def __init__(self, name: str, at: int) -> None:
+        self._name = name
+        self._at = at
+        self._reached = threading.Event()
+        self._go = threading.Event()
+        self.calls = 0
+
+    def __call__(self, name: str) -> None:
+        if name != self._name:
+            return
+        self.calls += 1
+        if self.calls == self._at:
+            self._reached.set()
+            self._go.wait(30)
+
+    async def reached(self) -> None:
+        end = time.monotonic() + 20
+        while not self._reached.is_set():
+            assert time.monotonic() < end, f"{self._name} was entered {self.calls} times only"
+            await asyncio.sleep(0.0005)
+
+    def go(self) -> None:
+        self._go.set()
+
+
+GUARD = Guard()
