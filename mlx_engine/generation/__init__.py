@@ -1,0 +1,1 @@
+"""One request on the MLX thread: prompt, prefill, decode, text. Synchronous throughout."""

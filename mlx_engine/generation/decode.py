@@ -1,0 +1,49 @@
+"""Decode: one token after another, by mlx_lm's own step."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import generate_step
+
+from mlx_engine.config import ModelConfig
+from mlx_engine.generation.kv_cache import Cache
+from mlx_engine.generation.sampling import Sampling
+from mlx_engine.params import LogitsProcessor
+
+
+def decode(
+    model: nn.Module,
+    cache: Cache,
+    prompt: list[int],
+    sampling: Sampling,
+    config: ModelConfig,
+    max_tokens: int | None,
+) -> Generator[tuple[int, mx.array], None, None]:
+    """Yield (token, log-probabilities of shape (vocabulary,)) until closed or ``max_tokens``.
+
+    Args:
+        cache: holds all of ``prompt`` but its last token.
+    """
+    history = mx.array(prompt[:-1], dtype=mx.uint32)
+    return generate_step(  # type: ignore[no-any-return]
+        mx.array(prompt[-1:], dtype=mx.uint32),
+        model,
+        max_tokens=-1 if max_tokens is None else max_tokens,
+        sampler=sampling.sampler,
+        logits_processors=[partial(_with_history, p, history) for p in sampling.processors],
+        prompt_cache=cache,
+        kv_bits=config.kv_bits,
+        kv_group_size=config.kv_group_size,
+        quantized_kv_start=config.quantized_kv_start,
+    )
+
+
+def _with_history(
+    processor: LogitsProcessor, history: mx.array, tokens: mx.array, logits: mx.array
+) -> mx.array:
+    """Show a processor the whole prompt: ``generate_step`` knows only what it was given."""
+    return processor(mx.concatenate([history, tokens]), logits)

@@ -1,0 +1,153 @@
+"""Sampling parameters -> an mlx_lm sampler and logits processors. Nothing else makes either."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx_lm.sample_utils import (
+    apply_min_p,
+    apply_top_k,
+    apply_top_p,
+    apply_xtc,
+    make_logits_processors,
+    make_sampler,
+)
+
+from mlx_engine.errors import InvalidRequest
+from mlx_engine.outputs import TokenLogprob
+from mlx_engine.params import LogitsProcessor, SamplingParams
+
+Sampler = Callable[[mx.array], mx.array]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What turns logits into the next token: processors first, then the sampler."""
+
+    sampler: Sampler
+    processors: tuple[LogitsProcessor, ...]
+
+
+def make_sampling(
+    params: SamplingParams, *, vocab_size: int, xtc_special_tokens: Sequence[int] = ()
+) -> Sampling:
+    """The sampler and processors of one request.
+
+    Args:
+        params: of the request.
+        vocab_size: tokens that the model's logits cover.
+        xtc_special_tokens: ids that XTC never excludes (newline and end of sequence, as in
+            mlx-lm).
+
+    Raises:
+        InvalidRequest: a token id is outside of the vocabulary.
+    """
+    for option, tokens in (
+        ("logit_bias", params.logit_bias),
+        ("stop_token_ids", params.stop_token_ids),
+    ):
+        for token in tokens:
+            if token >= vocab_size:
+                raise InvalidRequest(
+                    option, f"token id {token} is not in the vocabulary of {vocab_size} tokens"
+                )
+    processors: list[LogitsProcessor] = make_logits_processors(
+        logit_bias=dict(params.logit_bias),
+        # A factor of 1 changes nothing; mlx_lm would still compute it.
+        repetition_penalty=None if params.repetition_penalty == 1 else params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+    )
+    options: dict[str, Any] = {
+        "temp": params.temperature,
+        "top_p": params.top_p,
+        "min_p": params.min_p,
+        "xtc_probability": params.xtc_probability,
+        "xtc_threshold": params.xtc_threshold,
+        "top_k": params.top_k if params.top_k < vocab_size else 0,
+        "xtc_special_tokens": tuple(xtc_special_tokens),
+    }
+    if params.seed is None or params.temperature == 0:
+        sampler = _shared_sampler(**options)
+    else:
+        sampler = _SeededSampler(params.seed, **options)
+    return Sampling(sampler, (*processors, *params.logits_processors))
+
+
+@functools.lru_cache(maxsize=64)
+def _shared_sampler(*, xtc_special_tokens: tuple[int, ...], **options: Any) -> Sampler:
+    """mlx_lm's sampler, the same object for the same options."""
+    sampler: Sampler = make_sampler(xtc_special_tokens=list(xtc_special_tokens), **options)
+    return sampler
+
+
+class _SeededSampler:
+    """mlx_lm's sampler with random numbers that depend on (seed, position) alone.
+
+    mlx_lm draws from one global state, so that what else runs decides what a request gets.
+    Here position n of a request always gets the same noise, whoever shares the process.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        temp: float,
+        top_p: float,
+        min_p: float,
+        xtc_probability: float,
+        xtc_threshold: float,
+        top_k: int,
+        xtc_special_tokens: tuple[int, ...],
+    ) -> None:
+        self._seed = seed
+        self._position = 0
+        self._scale = 1.0 / temp
+        self._top_p = top_p
+        self._min_p = min_p
+        self._xtc = (xtc_probability, xtc_threshold, list(xtc_special_tokens))
+        self._top_k = top_k
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """Token ids of shape (1,) from log-probabilities of shape (1, vocabulary)."""
+        key = _key(self._seed, self._position)
+        self._position += 1
+        # The order of the filters is mlx_lm's.
+        if self._top_p < 1:
+            logprobs = apply_top_p(logprobs, self._top_p)
+        if self._min_p > 0:
+            logprobs = apply_min_p(logprobs, self._min_p)
+        probability, threshold, special = self._xtc
+        if probability > 0:
+            key, coin = mx.random.split(key)
+            # Always applied by mlx_lm at 1.0; whether it counts is our own throw.
+            without_top = apply_xtc(logprobs, 1.0, threshold, special)
+            thrown = mx.random.uniform(key=coin) < probability
+            logprobs = mx.where(thrown, without_top, logprobs)
+        if self._top_k > 0:
+            logprobs = apply_top_k(logprobs, self._top_k)
+        return mx.random.categorical(logprobs * self._scale, key=key)
+
+
+def _key(seed: int, position: int) -> mx.array:
+    """A PRNG key for this seed and position; hashed, so that seeds 1 and 2 share none."""
+    data = seed.to_bytes(8, "little") + position.to_bytes(8, "little")
+    return mx.random.key(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
+
+
+def token_logprob(token: int, logprobs: mx.array, top: int) -> TokenLogprob:
+    """The log-probability of ``token``, and the ``top`` best, from a (vocabulary,) vector."""
+    best: list[tuple[int, float]] = []
+    if top > 0:
+        top = min(top, logprobs.shape[-1])
+        ids = mx.argpartition(-logprobs, kth=top - 1)[:top]
+        values = logprobs[ids]
+        mx.eval(ids, values)
+        found: list[tuple[int, float]] = list(zip(ids.tolist(), values.tolist(), strict=True))  # type: ignore[arg-type]
+        best = sorted(found, key=lambda pair: -pair[1])
+    return TokenLogprob(token, float(cast("float", logprobs[token].item())), tuple(best))

@@ -1,0 +1,169 @@
+"""Tokens -> text. Nothing else turns one into the other.
+
+    token ─► detokenizer ─► stop strings ─► segments ─► pieces of (segment, text)
+
+Each stage holds back what may still become something else: half a character, the beginning
+of a stop string, the beginning of a marker such as ``<think>``. All matching is done on
+text, since the same text can be tokenized in many ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_lm.generate import TextStateMachine, make_text_state_machine
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_engine.outputs import Segment, ToolCall
+
+Piece = tuple[Segment, str]
+
+_SEGMENTS: dict[str | None, Segment] = {
+    "normal": "content",
+    "reasoning": "reasoning",
+    "tool": "tool_call",
+}
+_RAW = "raw"
+
+
+class TextAssembler:
+    """Builds the text of one answer from its tokens.
+
+    Args:
+        tokenizer: of the model.
+        stop: strings that end the answer.
+        initial_state: state of mlx_lm's text state machine in which a chat answer begins;
+            ``None`` gives all text as content, markers included.
+        tools: what the tool-call parser is told of the tools.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TokenizerWrapper,
+        *,
+        stop: Sequence[str] = (),
+        initial_state: str | None = None,
+        tools: Sequence[Any] | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._detokenizer = tokenizer.detokenizer
+        self._tools = tools
+        self._held: list[int] = []
+        self._stops: Any = None
+        if stop:
+            # A state of None ends the matching: the stop string and all after it is dropped.
+            machine = TextStateMachine({_RAW: [(string, None) for string in stop]})
+            self._stops = machine.make_state(_RAW)
+        self._segments: Any = None
+        if initial_state is not None:
+            self._segments = make_text_state_machine(tokenizer).make_state(initial_state)
+        self._parts: dict[Segment, list[str]] = {"content": [], "reasoning": [], "tool_call": []}
+        self._calls: list[ToolCall] = []
+        self._call: list[str] | None = None
+        self.stopped = False
+
+    @property
+    def content(self) -> str:
+        """All content so far."""
+        return "".join(self._parts["content"])
+
+    @property
+    def reasoning(self) -> str:
+        """All reasoning so far."""
+        return "".join(self._parts["reasoning"])
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The tool calls, parsed; complete after ``finish``."""
+        return tuple(self._calls)
+
+    def add(self, token: int) -> list[Piece]:
+        """The text that this token completes. ``stopped`` tells if a stop string did."""
+        self._detokenizer.add_token(token)
+        text: str = self._detokenizer.last_segment
+        if not text:
+            self._held.append(token)
+            return []
+        self._held.clear()
+        return self._match(text)
+
+    def finish(self) -> list[Piece]:
+        """Everything that is still held back, since no more tokens will come."""
+        pieces: list[Piece] = []
+        if not self.stopped:
+            pieces += self._match(self._last_text())
+        if self._stops is not None and not self.stopped:
+            self._stops, held, _ = TextStateMachine.flush(self._stops)
+            pieces += self._split(held)
+        if self._segments is not None:
+            self._segments, held, state = TextStateMachine.flush(self._segments)
+            pieces += self._keep([(state, held)])
+        self._end_call()
+        return pieces
+
+    def _last_text(self) -> str:
+        try:
+            self._detokenizer.finalize()
+        except KeyError:
+            # mlx_lm 0.32.2: the byte-level detokenizer fails at its end when it holds half
+            # a character followed by an added token whose own text is not ASCII.
+            return str(self._tokenizer.decode(self._held))
+        return str(self._detokenizer.last_segment)
+
+    def _match(self, text: str) -> list[Piece]:
+        if self._stops is None:
+            return self._split(text)
+        self._stops, segments = TextStateMachine.split(self._stops, text)
+        if segments[-1][0] is None:
+            self.stopped = True
+        return self._split("".join(part for state, part in segments if state is not None))
+
+    def _split(self, text: str) -> list[Piece]:
+        if not text:
+            return []
+        if self._segments is None:
+            self._parts["content"].append(text)
+            return [("content", text)]
+        self._segments, segments = TextStateMachine.split(self._segments, text)
+        return self._keep(segments)
+
+    def _keep(self, segments: list[tuple[str | None, str]]) -> list[Piece]:
+        pieces: list[Piece] = []
+        for state, text in segments:
+            segment = _SEGMENTS.get(state)  # other states hold headers, which are no text
+            if segment == "tool_call":
+                self._call = self._call if self._call is not None else []
+                self._call.append(text)
+            else:
+                self._end_call()
+            if segment is not None and text:
+                self._parts[segment].append(text)
+                pieces.append((segment, text))
+        return pieces
+
+    def _end_call(self) -> None:
+        call, self._call = self._call, None
+        raw = "".join(call or ())
+        if raw.strip():
+            self._calls += parse_tool_calls(self._tokenizer, raw, self._tools)
+
+
+def parse_tool_calls(
+    tokenizer: TokenizerWrapper, raw: str, tools: Sequence[Any] | None
+) -> list[ToolCall]:
+    """The calls in the text between two markers; a malformed one is reported, not lost."""
+    try:
+        parsed = tokenizer.tool_parser(raw, tools)
+    except Exception as error:  # noqa: BLE001 - the border: parsers raise anything
+        return [ToolCall(None, None, raw, error=f"{type(error).__name__}: {error}")]
+    calls = parsed if isinstance(parsed, list) else [parsed]
+    return [_tool_call(call, raw) for call in calls] or [_tool_call(None, raw)]
+
+
+def _tool_call(call: object, raw: str) -> ToolCall:
+    if isinstance(call, dict):
+        name, arguments, given = call.get("name"), call.get("arguments", {}), call.get("id")
+        if isinstance(name, str) and isinstance(arguments, dict):
+            return ToolCall(name, arguments, raw, id=given if isinstance(given, str) else None)
+    return ToolCall(None, None, raw, error="the text is not a call with a name and arguments")
