@@ -1,0 +1,94 @@
+"""MLX language models behind ``await``: never two pieces of work inside MLX at once.
+
+    async with SimpleEngine("demo") as engine:
+        result = await engine.generate("The capital of France is")
+
+Importing this package starts nothing and does not load MLX; the first use of an engine does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mlx_engine.errors import (
+    ContextLengthExceeded,
+    EngineBusy,
+    EngineDead,
+    EngineNotRunning,
+    EngineNotStarted,
+    EngineStopped,
+    GenerationError,
+    InvalidRequest,
+    MLXEngineError,
+    ModelLoadError,
+    StreamClosed,
+    StreamConsumed,
+)
+from mlx_engine.lifecycle import EngineState
+from mlx_engine.outputs import (
+    EngineStats,
+    GenerationChunk,
+    GenerationResult,
+    Progress,
+    ShutdownReport,
+    Timings,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
+from mlx_engine.params import SamplingParams
+from mlx_engine.stream import GenerationStream
+
+if TYPE_CHECKING:
+    from mlx_engine.engine.base import BaseEngine
+    from mlx_engine.engine.simple import SimpleEngine
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BaseEngine",
+    "ContextLengthExceeded",
+    "EngineBusy",
+    "EngineDead",
+    "EngineNotRunning",
+    "EngineNotStarted",
+    "EngineState",
+    "EngineStats",
+    "EngineStopped",
+    "GenerationChunk",
+    "GenerationError",
+    "GenerationResult",
+    "GenerationStream",
+    "InvalidRequest",
+    "MLXEngineError",
+    "ModelLoadError",
+    "Progress",
+    "SamplingParams",
+    "ShutdownReport",
+    "SimpleEngine",
+    "StreamClosed",
+    "StreamConsumed",
+    "Timings",
+    "TokenLogprob",
+    "ToolCall",
+    "Usage",
+]
+
+# What needs MLX is imported when it is first asked for.
+_ENGINES = {
+    "BaseEngine": "mlx_engine.engine.base",
+    "SimpleEngine": "mlx_engine.engine.simple",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ENGINES:
+        value = getattr(import_module(_ENGINES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

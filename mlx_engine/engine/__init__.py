@@ -1,0 +1,1 @@
+"""Where the event loop and the MLX thread meet."""

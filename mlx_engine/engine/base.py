@@ -1,0 +1,369 @@
+"""What all engines share: life, queue, and the one way into MLX."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import functools
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+from mlx_engine.config import ModelConfig, QueueConfig, path_text
+from mlx_engine.engine.admission import Admission, RequestTicket
+from mlx_engine.engine.crossing import in_this_loop, off_loop
+from mlx_engine.engine.slot import ModelSlot, empty_abandoned
+from mlx_engine.errors import EngineStopped, InvalidRequest
+from mlx_engine.generation.prompt import ChatInput, Input, TextInput
+from mlx_engine.generation.request import Request
+from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket
+from mlx_engine.models.loading import find_model
+from mlx_engine.outputs import (
+    EngineStats,
+    GenerationResult,
+    ProgressCallback,
+    ShutdownReport,
+)
+from mlx_engine.params import SamplingOptions, SamplingParams
+from mlx_engine.stream import Emit, GenerationStream
+from mlx_engine.turn import Interrupted, Turn, first_cancellation, outlast
+from mlx_engine.worker import mlx_thread
+
+T = TypeVar("T")
+
+
+class BaseEngine(abc.ABC):
+    """A model behind ``await``; the MLX thread does its work, one piece at a time.
+
+    Use it as ``async with Engine(model) as engine:``, or call ``start()`` and ``stop()``.
+    It may be used from several event loops at once.
+
+    Args:
+        model: a folder in mlx-lm's layout, a Hugging Face repository id, or ``"demo"``.
+        queue_limit: requests that may wait for their turn before ``EngineBusy`` is raised;
+            ``None`` is no limit.
+        max_wait: seconds that a request may wait for its turn before ``EngineBusy`` is
+            raised; ``None`` is no limit.
+        on_progress: told of download and loading, in the event loop that starts the engine.
+
+    The other arguments are those of ``mlx_engine.config.ModelConfig``.
+
+    Raises:
+        InvalidRequest: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        adapter_path: str | os.PathLike[str] | None = None,
+        trust_remote_code: bool = False,
+        context_length: int | None = None,
+        max_kv_size: int | None = None,
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        quantized_kv_start: int = 0,
+        prefill_step_size: int = 512,
+        queue_limit: int | None = None,
+        max_wait: float | None = None,
+        on_progress: ProgressCallback | None = None,
+    ) -> None:
+        self.config = ModelConfig(
+            model=path_text(model),
+            revision=revision,
+            adapter_path=None if adapter_path is None else path_text(adapter_path),
+            trust_remote_code=trust_remote_code,
+            context_length=context_length,
+            max_kv_size=max_kv_size,
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
+            prefill_step_size=prefill_step_size,
+        )
+        self._on_progress = on_progress
+        self._lifecycle = Lifecycle()
+        self._admission = Admission(
+            self._lifecycle, QueueConfig(queue_limit=queue_limit, max_wait=max_wait)
+        )
+        self._slot = ModelSlot()
+        # An engine that is forgotten must not drop its model on a foreign thread.
+        self._finalizer = weakref.finalize(self, empty_abandoned, self._slot)
+        self._finalizer.atexit = False  # the MLX thread's exit job does it then
+
+    @property
+    def state(self) -> EngineState:
+        """Where the engine is in its life. From any thread."""
+        return self._lifecycle.state
+
+    def stats(self) -> EngineStats:
+        """A snapshot of counters. Cheap; from any thread."""
+        return self._admission.stats()
+
+    # ── life ────────────────────────────────────────────────────────────────────────────
+
+    async def start(self) -> None:
+        """Find, if need be download, and load the model. No-op when the engine runs.
+
+        Cancellation: the load ends at its next piece of weights or of the download; nothing
+        stays behind, and the engine can be started again.
+
+        Raises:
+            ModelLoadError: the model cannot be found or loaded; start may be tried again.
+            InvalidRequest: an option does not suit the model.
+            EngineStopped: the engine is being shut down.
+        """
+        if not await self._lifecycle.begin_start():
+            return
+        stop = threading.Event()
+        ticket = Ticket(self._lifecycle.new_id("start"))
+        self._lifecycle.add(ticket, lambda _: stop.set())
+        try:
+            progress = in_this_loop(self._on_progress)
+            source = await off_loop(
+                functools.partial(find_model, self.config, progress, stop.is_set), stop
+            )
+            if not ticket.aborted:
+                await self._run_blocking_serialized(
+                    self._slot.fill, self.config, source, progress, stop, on_cancel=stop.set
+                )
+            if not self._lifecycle.start_succeeded():
+                raise Interrupted
+        except BaseException as error:
+            with first_cancellation(error):
+                await self._release()
+            if isinstance(error, Interrupted):  # not by a cancellation, that is another error
+                raise EngineStopped("the engine was stopped while it was loading") from None
+            raise
+        finally:
+            self._lifecycle.start_failed()
+            self._lifecycle.done(ticket)
+
+    async def stop(self) -> ShutdownReport:
+        """End everything in flight now and release the model: ``shutdown(0)``."""
+        return await self.shutdown(0)
+
+    async def shutdown(self, timeout: float | None = None) -> ShutdownReport:
+        """Refuse new requests from now on, let those in flight finish, release the model.
+
+        Args:
+            timeout: seconds that requests in flight may take; then they are aborted and
+                their callers get ``EngineStopped``. ``None`` waits for all of them, 0 for
+                none. An engine that is still loading stops loading at once.
+
+        Returns:
+            Which requests finished, and which were aborted.
+
+        May be called any number of times, from several tasks: the earliest deadline counts.
+        Cancellation: requests still in flight are aborted, the model is released, then
+        ``CancelledError`` is raised.
+        """
+        return await self._lifecycle.shutdown(timeout, self._release)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with first_cancellation(exc):
+            await self.stop()
+
+    # ── requests ────────────────────────────────────────────────────────────────────────
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        on_progress: ProgressCallback | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> GenerationResult:
+        """Continue ``prompt``, and give the whole answer.
+
+        Args:
+            prompt: text, or token ids.
+            params: sampling parameters.
+            on_progress: told of the prefill, in this event loop.
+            options: fields of ``SamplingParams``; they go before ``params``.
+
+        Cancellation: a request that waits leaves the queue at once. One that runs stops at
+        its next token or prefill chunk; ``CancelledError`` is raised when it is out of MLX.
+
+        Raises:
+            InvalidRequest, ContextLengthExceeded: the prompt or an option is not acceptable.
+            EngineBusy: the queue or wait limit is reached.
+            EngineNotStarted, EngineStopped, EngineDead: by the engine's state.
+            GenerationError: this request failed; others go on.
+        """
+        request = self._request(TextInput(prompt), params, options, on_progress)
+        return await self._complete(request)
+
+    def stream_generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        on_progress: ProgressCallback | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> GenerationStream:
+        """Continue ``prompt`` as a stream; arguments and errors are those of ``generate``.
+
+        The request starts, and its state and queue errors are raised, when the stream is
+        entered or first read.
+        """
+        return self._stream(self._request(TextInput(prompt), params, options, on_progress))
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        on_progress: ProgressCallback | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> GenerationResult:
+        """Answer a conversation in the model's chat template.
+
+        Args:
+            messages: mappings with ``role`` and ``content``, as in OpenAI's API.
+            params: sampling parameters.
+            tools: descriptions of the tools that the model may call, as in OpenAI's API.
+            chat_template_kwargs: passed to the template, e.g. ``{"enable_thinking": False}``.
+            on_progress: told of the prefill, in this event loop.
+            options: fields of ``SamplingParams``; they go before ``params``.
+
+        Cancellation and errors are those of ``generate``; a model without a chat template,
+        or a template without tools, is an ``InvalidRequest``.
+        """
+        source = ChatInput(messages, tools, chat_template_kwargs)
+        return await self._complete(self._request(source, params, options, on_progress))
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        on_progress: ProgressCallback | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> GenerationStream:
+        """Answer a conversation as a stream; arguments and errors are those of ``chat``."""
+        source = ChatInput(messages, tools, chat_template_kwargs)
+        return self._stream(self._request(source, params, options, on_progress))
+
+    async def run_blocking(
+        self,
+        func: Callable[..., T],
+        /,
+        *args: Any,
+        on_cancel: Callable[[], None] | None = None,
+        **kwargs: Any,
+    ) -> T:
+        """Run a function of your own on the MLX thread, when its turn comes.
+
+        It must be synchronous, and is free to use MLX. It sees the caller's context
+        variables.
+
+        Args:
+            on_cancel: called once, from any thread, if the call is cancelled while the
+                function runs; it should make the function return soon.
+
+        Cancellation: waiting, the call leaves the queue at once. Once the function runs, the
+        call stays until it has returned, however often it is cancelled; the outcome is
+        discarded and ``CancelledError`` raised.
+
+        Raises:
+            RuntimeError: called from inside another turn on the MLX thread.
+            InvalidRequest: ``func`` is not a plain function.
+            EngineBusy, EngineNotStarted, EngineStopped, EngineDead: as in ``generate``.
+            BaseException: whatever the function raises.
+        """
+        if not callable(func) or asyncio.iscoroutinefunction(func):
+            raise InvalidRequest("func", f"must be a synchronous function, not {func!r}")
+        ticket = RequestTicket(self._lifecycle.new_id("call"))
+        return await self._run_blocking_serialized(
+            func, *args, on_cancel=on_cancel, _ticket=ticket, **kwargs
+        )
+
+    # ── the way into MLX ────────────────────────────────────────────────────────────────
+
+    async def _run_blocking_serialized(
+        self,
+        func: Callable[..., T],
+        /,
+        *args: Any,
+        on_cancel: Callable[[], None] | None = None,
+        _ticket: Ticket | None = None,
+        **kwargs: Any,
+    ) -> T:
+        """Run ``func`` on the MLX thread. All of an engine's blocking work goes through here.
+
+        Takes the generation lock in the order of arrival, and holds it until ``func`` has
+        returned, whatever happens to the caller meanwhile; see ``MLXThread.run``.
+        """
+        ticket = _ticket or Ticket(self._lifecycle.new_id("work"))
+        turn = Turn(
+            functools.partial(func, *args, **kwargs),
+            on_cancel,
+            functools.partial(self._admission.over, ticket),
+        )
+        with self._admission.enter(ticket, turn):
+            return await mlx_thread.run(turn)
+
+    async def _release(self) -> None:
+        """Drop the model, on the MLX thread; not to be cut short."""
+        if not self._slot.filled:
+            return
+        release = asyncio.ensure_future(self._run_blocking_serialized(self._slot.empty))
+        await outlast(release)
+
+    async def _complete(self, request: Request, emit: Emit | None = None) -> GenerationResult:
+        request.submitted(in_this_loop)
+        return await self._serve(request, RequestTicket(request.request_id), emit)
+
+    @abc.abstractmethod
+    async def _serve(
+        self, request: Request, ticket: RequestTicket, emit: Emit | None
+    ) -> GenerationResult:
+        """Do a request, pushing its chunks to ``emit`` if there is one."""
+
+    def _stream(self, request: Request) -> GenerationStream:
+        return GenerationStream(_Producer(self, request))
+
+    def _request(
+        self,
+        source: Input,
+        params: SamplingParams | None,
+        options: SamplingOptions,
+        on_progress: ProgressCallback | None,
+    ) -> Request:
+        checked = SamplingParams.of(params, **options)
+        return Request(source, checked, self._lifecycle.new_id(), on_progress)
+
+
+class _Producer:
+    """A request as a stream sees it."""
+
+    def __init__(self, engine: BaseEngine, request: Request) -> None:
+        self.request_id = request.request_id
+        self._engine = engine
+        self._request = request
+
+    async def run(self, emit: Emit) -> GenerationResult:
+        return await self._engine._complete(self._request, emit)
+
+    def cancel(self) -> None:
+        self._request.cancel()
+
+    def partial_result(self) -> GenerationResult:
+        return self._request.result()

@@ -1,0 +1,73 @@
+"""Where an engine keeps its model."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_engine.config import ModelConfig
+from mlx_engine.errors import EngineDead
+from mlx_engine.generation.kv_cache import check_kv_options
+from mlx_engine.models.loading import LoadedModel, load_model
+from mlx_engine.outputs import ProgressCallback
+from mlx_engine.worker import mlx_thread
+
+
+def _leave_mlx() -> None:
+    """The MLX thread's last job. Without it mlx 0.32.4 aborts the process at its exit."""
+    mx.synchronize()
+    mx.clear_streams()
+
+
+mlx_thread.at_exit(_leave_mlx)
+
+
+class ModelSlot:
+    """Holds the model of one engine. Filled, used and emptied on the MLX thread."""
+
+    def __init__(self) -> None:
+        self._loaded: LoadedModel | None = None
+
+    @property
+    def filled(self) -> bool:
+        """Whether there is a model in it. From any thread."""
+        return self._loaded is not None
+
+    def fill(
+        self,
+        config: ModelConfig,
+        source: Path,
+        on_progress: ProgressCallback | None,
+        stop: threading.Event,
+    ) -> None:
+        """Load the model. On the MLX thread; raises what ``load_model`` does."""
+        self._loaded = load_model(config, source, on_progress, stop.is_set)
+        mlx_thread.at_exit(self.empty)
+        check_kv_options(self._loaded.model, config)
+
+    def get(self) -> LoadedModel:
+        """The model. On the MLX thread, in a request that was admitted."""
+        if self._loaded is None:
+            raise EngineDead("the engine has no model any more")
+        return self._loaded
+
+    def empty(self) -> None:
+        """Drop the model. On the MLX thread."""
+        self._loaded = None
+        mlx_thread.remove_exit_job(self.empty)
+        mx.clear_cache()
+
+
+def empty_abandoned(slot: ModelSlot) -> None:
+    """Its engine became garbage: drop the model where it lives."""
+    if not slot.filled:
+        return
+    mlx_thread.post(slot.empty)
+    warnings.warn(
+        "an engine was dropped without being stopped; use 'async with', or await stop()",
+        ResourceWarning,
+        stacklevel=2,
+    )

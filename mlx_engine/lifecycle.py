@@ -1,0 +1,290 @@
+"""The states of an engine, what is in flight in it, and how it is shut down."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import itertools
+import math
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator
+from numbers import Real
+
+from mlx_engine.errors import (
+    EngineDead,
+    EngineNotStarted,
+    EngineStopped,
+    InvalidRequest,
+    MLXEngineError,
+)
+from mlx_engine.outputs import ShutdownReport
+from mlx_engine.turn import outlast
+
+
+class EngineState(enum.Enum):
+    """Where an engine is in its life."""
+
+    CREATED = "created"  # made, or its start failed: nothing is loaded
+    STARTING = "starting"  # the model is being loaded
+    RUNNING = "running"  # requests are taken
+    DRAINING = "draining"  # what is in flight may finish, new requests are refused
+    STOPPED = "stopped"  # nothing is in flight and the model is gone; may be started again
+    FAILED = "failed"  # it cannot serve any more; shut it down
+
+
+_S = EngineState
+_TRANSITIONS: dict[EngineState, frozenset[EngineState]] = {
+    _S.CREATED: frozenset({_S.STARTING, _S.DRAINING}),
+    _S.STARTING: frozenset({_S.RUNNING, _S.CREATED, _S.DRAINING, _S.FAILED}),
+    _S.RUNNING: frozenset({_S.DRAINING, _S.FAILED}),
+    _S.DRAINING: frozenset({_S.STOPPED, _S.FAILED}),
+    _S.STOPPED: frozenset({_S.STARTING}),
+    _S.FAILED: frozenset({_S.DRAINING}),
+}
+
+Abort = Callable[[MLXEngineError], None]
+
+
+class Ticket:
+    """Something in flight: a request, a user's function, or the loading of the model."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.abort: Abort | None = None
+        self.aborted = False
+
+
+class Lifecycle:
+    """State and in-flight work of one engine. Every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._state = EngineState.CREATED
+        self._in_flight: dict[str, Ticket] = {}
+        self._watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._ids: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
+        self._draining: list[Ticket] = []
+        self._releasing = False
+        self._report = ShutdownReport()
+
+    @property
+    def state(self) -> EngineState:
+        """The present state."""
+        return self._state
+
+    def new_id(self, prefix: str = "req") -> str:
+        """A name that no other request of this engine has."""
+        with self._lock:
+            return f"{prefix}-{next(self._ids[prefix])}"
+
+    def move(self, to: EngineState) -> None:
+        """Change the state.
+
+        Raises:
+            RuntimeError: there is no such transition; a bug of the engine's.
+        """
+        with self._lock:
+            if to not in _TRANSITIONS[self._state]:
+                raise RuntimeError(f"an engine cannot go from {self._state.value} to {to.value}")
+            self._state = to
+            self._notify()
+
+    def check_running(self) -> None:
+        """Raise the error that tells why requests are refused, unless they are taken.
+
+        Raises:
+            EngineNotStarted, EngineStopped, EngineDead: by the state.
+        """
+        match self._state:
+            case EngineState.CREATED:
+                raise EngineNotStarted("the engine has not been started: await start() first")
+            case EngineState.STARTING:
+                raise EngineNotStarted("the engine is still loading its model: await start()")
+            case EngineState.DRAINING | EngineState.STOPPED:
+                raise EngineStopped(f"the engine is {self._state.value}: no new requests")
+            case EngineState.FAILED:
+                raise EngineDead("the engine has failed: shut it down and start it again")
+            case EngineState.RUNNING:
+                return
+
+    def add(self, ticket: Ticket, abort: Abort) -> None:
+        """Put a ticket in flight; ``abort(error)`` must end it promptly."""
+        with self._lock:
+            ticket.abort = abort
+            self._in_flight[ticket.request_id] = ticket
+
+    def admit(self, ticket: Ticket, abort: Abort) -> None:
+        """``check_running`` and ``add`` in one step."""
+        with self._lock:
+            self.check_running()
+            self.add(ticket, abort)
+
+    def done(self, ticket: Ticket) -> None:
+        """The ticket's work is out of MLX."""
+        with self._lock:
+            self._in_flight.pop(ticket.request_id, None)
+            self._notify()
+
+    @property
+    def in_flight(self) -> int:
+        """How many tickets are in flight."""
+        return len(self._in_flight)
+
+    async def begin_start(self) -> bool:
+        """Enter STARTING. ``False`` if the engine runs already, or another task started it.
+
+        Raises:
+            EngineStopped: it is being shut down.
+            EngineDead: it has failed.
+            EngineNotStarted: another task was starting it, and did not succeed.
+        """
+        waited = False
+        while True:
+            with self._lock:
+                if self._state is EngineState.RUNNING:
+                    return False
+                if self._state is EngineState.STARTING:
+                    changed = self._watch()
+                elif waited:
+                    raise EngineNotStarted("the start that another task had begun did not succeed")
+                elif self._state in (EngineState.CREATED, EngineState.STOPPED):
+                    self.move(EngineState.STARTING)
+                    return True
+                else:
+                    self.check_running()
+            await self._wait(changed, None)
+            waited = True
+
+    def start_succeeded(self) -> bool:
+        """Be RUNNING; ``False`` if a shutdown has begun meanwhile."""
+        with self._lock:
+            if self._state is EngineState.STARTING:
+                self.move(EngineState.RUNNING)
+                return True
+            return False
+
+    def start_failed(self) -> None:
+        """Leave STARTING without success; a shutdown that has begun meanwhile goes on."""
+        with self._lock:
+            if self._state is EngineState.STARTING:
+                self.move(EngineState.CREATED)
+
+    async def shutdown(
+        self, timeout: float | None, release: Callable[[], Awaitable[None]]
+    ) -> ShutdownReport:
+        """Drain, abort the rest, ``release``, and be STOPPED.
+
+        Args:
+            timeout: seconds that work in flight may go on; ``None`` is for ever.
+            release: frees what the engine holds; called once, when nothing is in flight.
+        """
+        if timeout is not None and (
+            isinstance(timeout, bool)
+            or not isinstance(timeout, Real)
+            or math.isnan(timeout)
+            or timeout < 0
+        ):
+            raise InvalidRequest("timeout", f"must be seconds, 0 or more, or None, not {timeout!r}")
+        with self._lock:
+            if self._state is EngineState.STOPPED:
+                return self._report
+            if self._state is not EngineState.DRAINING:
+                loading = self._state is EngineState.STARTING
+                self.move(EngineState.DRAINING)
+                self._draining = list(self._in_flight.values())
+                if loading:  # nobody wants the model any more
+                    self._abort_all()
+        cancelled: asyncio.CancelledError | None = None
+        try:
+            await self._idle(timeout)
+        except asyncio.CancelledError as error:
+            cancelled = error
+        self._abort_all()
+        finish = asyncio.ensure_future(self._finish(release))
+        try:
+            await outlast(finish)
+        except asyncio.CancelledError as error:
+            cancelled = cancelled or error
+        if cancelled is not None:
+            try:
+                raise cancelled
+            finally:
+                del cancelled
+        return finish.result()
+
+    async def _finish(self, release: Callable[[], Awaitable[None]]) -> ShutdownReport:
+        await self._idle(None)
+        with self._lock:
+            mine = not self._releasing and self._state is EngineState.DRAINING
+            if mine:
+                self._releasing = True
+        if mine:
+            try:
+                await release()
+            finally:
+                with self._lock:
+                    self._releasing = False
+                    self._report = ShutdownReport(
+                        finished=tuple(t.request_id for t in self._draining if not t.aborted),
+                        aborted=tuple(t.request_id for t in self._draining if t.aborted),
+                    )
+                    self._draining = []
+                    self.move(EngineState.STOPPED)
+        while True:
+            with self._lock:
+                if self._state is not EngineState.DRAINING:
+                    return self._report
+                changed = self._watch()
+            await self._wait(changed, None)
+
+    def _abort_all(self) -> None:
+        """Abort what was in flight when the draining began; the release is not."""
+        with self._lock:
+            tickets = [t for t in self._draining if t.request_id in self._in_flight]
+        for ticket in tickets:
+            if not ticket.aborted and ticket.abort is not None:
+                ticket.aborted = True
+                ticket.abort(EngineStopped("the engine was stopped while this was in flight"))
+
+    async def _idle(self, timeout: float | None) -> None:
+        """Wait until none of the work to drain is in flight, for ``timeout`` seconds at most."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._lock:
+                if not any(t.request_id in self._in_flight for t in self._draining):
+                    return
+                changed = self._watch()
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return
+            await self._wait(changed, left)
+
+    def _watch(self) -> asyncio.Future[None]:
+        """A future of the running loop that is done at the next change. Under the lock."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self._watchers.append((loop, future))
+        return future
+
+    async def _wait(self, future: asyncio.Future[None], timeout: float | None) -> None:
+        try:
+            await asyncio.wait({future}, timeout=timeout)
+        finally:
+            with self._lock:
+                self._watchers = [w for w in self._watchers if w[1] is not future]
+
+    def _notify(self) -> None:
+        """Wake whoever waits for a change. Under the lock."""
+        watchers, self._watchers = self._watchers, []
+        for loop, future in watchers:
+            try:
+                loop.call_soon_threadsafe(_set_done, future)
+            except RuntimeError:
+                pass  # that loop is closed
+
+
+def _set_done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,275 @@
+"""A stream of chunks: the MLX thread pushes, the event loop reads."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import warnings
+from collections import deque
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Protocol
+
+from mlx_engine.errors import StreamClosed, StreamConsumed
+from mlx_engine.outputs import GenerationChunk, GenerationResult
+from mlx_engine.turn import first_cancellation, outlast
+
+Emit = Callable[[GenerationChunk], None]
+
+
+class Producer(Protocol):
+    """What makes the chunks of one stream."""
+
+    request_id: str
+
+    def run(self, emit: Emit) -> Awaitable[GenerationResult]:
+        """Do the work, calling ``emit`` from any thread, and give the result."""
+
+    def cancel(self) -> None:
+        """Ask the work to stop. From any thread; returns at once."""
+
+    def partial_result(self) -> GenerationResult:
+        """What there is once the work has been cancelled and is over."""
+
+
+class _Channel:
+    """Chunks on their way from the MLX thread to the event loop.
+
+    The buffer has no bound of its own: a request makes at most ``max_tokens`` chunks, and a
+    slow reader must not keep the MLX thread from other requests. The loop is woken only
+    when the reader sleeps.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._chunks: deque[GenerationChunk] = deque()
+        self._sleeper: asyncio.Future[None] | None = None
+        self._ended = False
+        self.pushed = False
+
+    def push(self, chunk: GenerationChunk) -> None:
+        """From any thread."""
+        with self._lock:
+            self._chunks.append(chunk)
+            self.pushed = True
+            sleeper, self._sleeper = self._sleeper, None
+        self._wake(sleeper)
+
+    def end(self) -> None:
+        """No more chunks will come."""
+        with self._lock:
+            self._ended = True
+            sleeper, self._sleeper = self._sleeper, None
+        self._wake(sleeper)
+
+    async def get(self) -> GenerationChunk | None:
+        """The next chunk; ``None`` after the last one. Cancelling it loses no chunk."""
+        while True:
+            with self._lock:
+                if self._chunks:
+                    return self._chunks.popleft()
+                if self._ended:
+                    return None
+                if self._sleeper is not None:
+                    raise StreamConsumed("another task is reading this stream")
+                sleeper = self._sleeper = self._loop.create_future()
+            try:
+                await sleeper
+            finally:
+                with self._lock:
+                    if self._sleeper is sleeper:
+                        self._sleeper = None
+
+    def clear(self) -> None:
+        """Drop the chunks that nobody will read."""
+        with self._lock:
+            self._chunks.clear()
+
+    def _wake(self, sleeper: asyncio.Future[None] | None) -> None:
+        if sleeper is None:
+            return
+        try:
+            self._loop.call_soon_threadsafe(_wake_up, sleeper)
+        except RuntimeError:
+            pass  # the loop is closed, and its reader gone
+
+
+def _wake_up(sleeper: asyncio.Future[None]) -> None:
+    if not sleeper.done():
+        sleeper.set_result(None)
+
+
+class _Outcome:
+    """How the work behind a stream ended."""
+
+    result: GenerationResult | None = None
+    error: BaseException | None = None
+
+
+# Event loops hold tasks weakly; a stream that was dropped still has one to finish.
+_tasks: set[asyncio.Task[None]] = set()
+
+
+class GenerationStream:
+    """An answer as it is made: an async iterator of ``GenerationChunk``, to be read once.
+
+        async with engine.stream_generate("Once upon a time") as stream:
+            async for chunk in stream:
+                print(chunk.text, end="")
+        print(stream.result.usage)
+
+    The request starts when the stream is entered or first read, never before. Leave it with
+    ``async with`` or ``aclose()``: a stream that is dropped unclosed frees the engine too,
+    but only once it is garbage, and with a ``ResourceWarning``. A reader that is slow, or
+    reads nothing, does not hold the engine up: chunks wait for it.
+
+    Cancellation: when a task is cancelled while it waits for a chunk, the request is
+    cancelled with it; ``CancelledError`` is raised once the work has left MLX, within one
+    token or one prefill chunk. To wait for a chunk with a time limit and go on reading
+    afterwards, put ``asyncio.shield`` around a task that reads.
+    """
+
+    def __init__(self, producer: Producer) -> None:
+        self._producer = producer
+        self._outcome = _Outcome()
+        self._task: asyncio.Task[None] | None = None
+        self._channel: _Channel | None = None
+        self._iterated = False
+        self._closed = False
+
+    @property
+    def request_id(self) -> str:
+        """The engine's name for the request."""
+        return self._producer.request_id
+
+    @property
+    def result(self) -> GenerationResult:
+        """The whole answer, once the stream has been read to its end, or closed.
+
+        Raises:
+            asyncio.InvalidStateError: the answer is still being made.
+            StreamClosed: the stream was closed before the request began.
+            MLXEngineError: the error with which the request failed.
+        """
+        if self._outcome.error is not None:
+            raise self._outcome.error
+        if self._outcome.result is not None:
+            return self._outcome.result
+        if self._closed and self._task is None:
+            raise StreamClosed("the stream was closed before it was started: there is no result")
+        raise asyncio.InvalidStateError(
+            "the answer is still being made: read the stream to its end, or close it, first"
+        )
+
+    def cancel(self) -> None:
+        """Ask the request to stop, from any thread; returns at once.
+
+        The reader gets the chunks that were made, the last of them with the finish reason
+        ``cancelled``. ``aclose()`` waits until the work has left MLX.
+        """
+        self._producer.cancel()
+        task = self._task
+        if task is not None and not task.done():
+            try:
+                task.get_loop().call_soon_threadsafe(task.cancel)
+            except RuntimeError:
+                pass  # the loop is closed
+
+    async def aclose(self) -> None:
+        """End the request, and wait until its work has left MLX. Any number of times.
+
+        Cancellation does not cut the wait short; ``CancelledError`` is raised after it.
+        """
+        self._closed = True
+        if self._task is None:
+            return
+        assert self._channel is not None
+        if not self._task.done():
+            self.cancel()
+            await outlast(self._task)
+        self._channel.clear()
+
+    async def __aenter__(self) -> GenerationStream:
+        self._start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with first_cancellation(exc):
+            await self.aclose()
+
+    def __aiter__(self) -> GenerationStream:
+        if self._iterated:
+            raise StreamConsumed("a stream can be read once; ask the engine for a new one")
+        self._iterated = True
+        return self
+
+    async def __anext__(self) -> GenerationChunk:
+        """The next chunk.
+
+        Raises:
+            StopAsyncIteration: the answer is complete.
+            StreamClosed: the stream has been closed.
+            MLXEngineError: the request failed, or the engine was stopped.
+        """
+        if self._closed:
+            raise StreamClosed("the stream has been closed and cannot be read any further")
+        channel = self._start()
+        try:
+            chunk = await channel.get()
+        except asyncio.CancelledError as cancelled:
+            with first_cancellation(cancelled):
+                await self.aclose()
+            raise
+        if chunk is not None:
+            return chunk
+        if self._outcome.error is not None:
+            raise self._outcome.error
+        raise StopAsyncIteration
+
+    def _start(self) -> _Channel:
+        if self._channel is not None:
+            return self._channel
+        if self._closed:
+            raise StreamClosed("the stream has been closed and cannot be started any more")
+        loop = asyncio.get_running_loop()
+        channel = self._channel = _Channel(loop)
+        # The task knows the channel, not the stream: a dropped stream must become garbage.
+        self._task = loop.create_task(
+            _produce(self._producer, channel, self._outcome), name=f"{self.request_id} stream"
+        )
+        _tasks.add(self._task)
+        self._task.add_done_callback(_tasks.discard)
+        return channel
+
+    def __del__(self) -> None:
+        task = getattr(self, "_task", None)
+        if task is None or task.done() or self._closed:
+            return
+        self.cancel()
+        warnings.warn(
+            f"{self.request_id}: a stream was dropped before it was read to its end or closed; "
+            "use 'async with' around it",
+            ResourceWarning,
+            source=self,
+            stacklevel=2,
+        )
+
+
+async def _produce(producer: Producer, channel: _Channel, outcome: _Outcome) -> None:
+    """The task behind a stream. It keeps errors for the reader and never raises."""
+    try:
+        outcome.result = await producer.run(channel.push)
+    except asyncio.CancelledError:
+        outcome.result = producer.partial_result()
+        if not channel.pushed:
+            channel.push(GenerationChunk(text="", finish_reason="cancelled"))
+    except BaseException as error:  # noqa: BLE001 - the border: the reader raises it
+        outcome.error = error
+    finally:
+        channel.end()

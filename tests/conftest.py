@@ -1,0 +1,91 @@
+"""Fixtures: a two-layer random model in a real folder, loaded by the real loader."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mlx_engine import SimpleEngine
+from mlx_engine.worker import mlx_thread
+from tests.guard import GUARD, Gate
+
+ROOT = Path(__file__).parent.parent
+
+GUARD.install()
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """The library is asyncio only."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random model with a chat template."""
+    return make_tiny(tmp_path_factory.mktemp("tiny"), "0")
+
+
+def make_tiny(folder: Path, *options: str) -> Path:
+    """Write a tiny model in a process of its own: here, MLX belongs to the MLX thread."""
+    subprocess.run(
+        [sys.executable, "-m", "tests.tiny", str(folder), *options], check=True, cwd=ROOT
+    )
+    return folder
+
+
+@pytest.fixture
+async def engine(tiny_path: Path) -> AsyncIterator[SimpleEngine]:
+    """A running engine on the tiny model."""
+    async with SimpleEngine(tiny_path) as engine:
+        yield engine
+
+
+@pytest.fixture
+def gate() -> Iterator[Callable[[str, int], Gate]]:
+    """Makes gates: ``gate("model", 3)`` stops the MLX thread inside its third model call."""
+    gates: list[Gate] = []
+
+    def make(name: str, at: int) -> Gate:
+        gates.append(Gate(name, at))
+        GUARD.hook = gates[-1]
+        return gates[-1]
+
+    yield make
+    GUARD.hook = None
+    for each in gates:
+        each.go()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """I1 and I6: after every test MLX is free, and no thread or turn has been left."""
+    GUARD.violations.clear()
+    before = {thread for thread in threading.enumerate() if thread.name != "mlx"}
+    yield
+    gc.collect()
+    assert not GUARD.violations
+    assert not mlx_thread.locked
+    assert mlx_thread.waiting == 0
+    left = {
+        thread
+        for thread in threading.enumerate()
+        if thread not in before and not thread.name.startswith(("mlx", "asyncio_"))
+    }
+    assert not left, f"threads left behind: {left}"
+
+
+def other_tasks() -> set[asyncio.Task[object]]:
+    """Every task of the running loop but the caller's and the test runner's."""
+    return {
+        task
+        for task in asyncio.all_tasks()
+        if task is not asyncio.current_task() and "TestRunner" not in repr(task.get_coro())
+    }

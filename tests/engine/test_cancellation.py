@@ -1,0 +1,299 @@
+"""Cancelling real requests in every phase, in every way (I1 to I4, I6)."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import anyio
+import pytest
+
+from mlx_engine import EngineState, GenerationResult, SimpleEngine
+from mlx_engine.worker import mlx_thread
+from tests.conftest import other_tasks
+from tests.guard import Gate
+
+pytestmark = pytest.mark.anyio
+
+STEP = 16
+CHUNKS = 5
+PROMPT = list(range(1, 1 + STEP * CHUNKS + 1))  # five chunks of prefill, one token to decode
+MAX_TOKENS = 12
+
+Operation = Callable[[], Awaitable[object]]
+MakeGate = Callable[[str, int], Gate]
+
+
+async def plain(engine: SimpleEngine) -> GenerationResult:
+    return await engine.generate(PROMPT, max_tokens=MAX_TOKENS, ignore_eos=True)
+
+
+async def streamed(engine: SimpleEngine) -> GenerationResult:
+    async with engine.stream_generate(PROMPT, max_tokens=MAX_TOKENS, ignore_eos=True) as stream:
+        async for _ in stream:
+            pass
+    return stream.result
+
+
+async def bare_iteration(engine: SimpleEngine) -> GenerationResult:
+    stream = engine.stream_generate(PROMPT, max_tokens=MAX_TOKENS, ignore_eos=True)
+    async for _ in stream:
+        pass
+    return stream.result
+
+
+async def in_a_chat(engine: SimpleEngine) -> GenerationResult:
+    messages = [{"role": "user", "content": "x" * STEP * CHUNKS}]
+    return await engine.chat(messages, max_tokens=MAX_TOKENS, ignore_eos=True)
+
+
+OPERATIONS = {f.__name__: f for f in (plain, streamed, bare_iteration, in_a_chat)}
+PHASES = {
+    "first chunk": ("model", 1),
+    "prefill": ("model", 3),
+    "first token": ("model", CHUNKS + 1),
+    "decode": ("model", CHUNKS + 6),
+    "last step": ("model", CHUNKS + MAX_TOKENS + 1),
+}
+
+
+async def cancel_times(operation: Operation, gate: Gate, times: int) -> None:
+    task = asyncio.ensure_future(operation())
+    await gate.reached()
+    for _ in range(times):
+        task.cancel()
+        await asyncio.sleep(0.001)
+        assert mlx_thread.locked, "the lock is free while the worker is inside"
+        assert not task.done()
+    gate.go()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def once(operation: Operation, gate: Gate) -> None:
+    await cancel_times(operation, gate, 1)
+
+
+async def twice(operation: Operation, gate: Gate) -> None:
+    await cancel_times(operation, gate, 2)
+
+
+async def five_times(operation: Operation, gate: Gate) -> None:
+    await cancel_times(operation, gate, 5)
+
+
+async def let_go_later(gate: Gate) -> None:
+    for _ in range(5):
+        await asyncio.sleep(0.001)
+        assert mlx_thread.locked, "the lock is free while the worker is inside"
+    gate.go()
+
+
+async def by_timeout(operation: Operation, gate: Gate) -> None:
+    async def expire(timeout: asyncio.Timeout) -> None:
+        await gate.reached()
+        timeout.reschedule(asyncio.get_running_loop().time())
+        await let_go_later(gate)
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(None) as timeout:
+            helper = asyncio.create_task(expire(timeout))
+            await operation()
+    await helper
+
+
+async def by_task_group(operation: Operation, gate: Gate) -> None:
+    async def fail() -> None:
+        await gate.reached()
+        helpers.append(asyncio.create_task(let_go_later(gate)))
+        raise LookupError("sibling")
+
+    helpers: list[asyncio.Task[None]] = []
+    with pytest.raises(ExceptionGroup) as caught:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fail())
+            await operation()
+    assert caught.group_contains(LookupError)
+    await helpers[0]
+
+
+async def by_anyio_scope(operation: Operation, gate: Gate) -> None:
+    async def expire(scope: anyio.CancelScope) -> None:
+        await gate.reached()
+        scope.cancel()
+        await let_go_later(gate)
+
+    with anyio.move_on_after(None) as scope:
+        helper = asyncio.create_task(expire(scope))
+        await operation()
+    assert scope.cancelled_caught
+    await helper
+
+
+async def by_anyio_task_group(operation: Operation, gate: Gate) -> None:
+    async with anyio.create_task_group() as group:
+        group.start_soon(operation)
+        await gate.reached()
+        group.cancel_scope.cancel()
+        with anyio.CancelScope(shield=True):
+            await let_go_later(gate)
+
+
+WAYS = {
+    f.__name__: f
+    for f in (
+        once,
+        twice,
+        five_times,
+        by_timeout,
+        by_task_group,
+        by_anyio_scope,
+        by_anyio_task_group,
+    )
+}
+
+
+@pytest.fixture
+async def engine(tiny_path: Path) -> AsyncIterator[SimpleEngine]:
+    async with SimpleEngine(tiny_path, prefill_step_size=STEP) as engine:
+        yield engine
+        assert not other_tasks(), "a task was left behind"
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+async def test_a_cancelled_request_leaves_mlx_and_the_next_one_is_served(
+    engine: SimpleEngine, gate: MakeGate, operation: str, way: str, phase: str
+) -> None:
+    name, at = PHASES[phase]
+    stop = gate(name, at)
+    expected = engine.stats()
+    await WAYS[way](lambda: OPERATIONS[operation](engine), stop)
+    assert stop.calls <= at + 1, "it went on for more than a step or chunk"
+    assert not mlx_thread.locked
+    assert not mlx_thread.waiting
+    assert engine.stats().cancelled == expected.cancelled + 1
+    result = await plain(engine)
+    assert len(result.tokens) == MAX_TOKENS
+    assert result.finish_reason == "length"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+async def test_cancelled_while_queued_it_never_enters(
+    engine: SimpleEngine, gate: MakeGate, operation: str, way: str
+) -> None:
+    stop = gate("model", CHUNKS + 2)
+    holder = asyncio.create_task(plain(engine))
+    await stop.reached()
+    queued = asyncio.Event()
+
+    class Queued(Gate):
+        """Reached when the operation is in the queue; there is no worker to let go."""
+
+        async def reached(self) -> None:
+            while not mlx_thread.waiting:
+                await asyncio.sleep(0.0005)
+            queued.set()
+
+        def go(self) -> None:
+            pass
+
+    if way in ("once", "twice", "five_times"):
+        # The cancelled caller is free at once, so that there is nobody to cancel again.
+        task = asyncio.ensure_future(OPERATIONS[operation](engine))
+        await Queued("", 0).reached()
+        for _ in range(("once", "twice").index(way) + 1 if way != "five_times" else 5):
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    else:
+        await WAYS[way](lambda: OPERATIONS[operation](engine), Queued("", 0))
+    assert mlx_thread.locked
+    assert mlx_thread.waiting == 0
+    stop.go()
+    assert len((await holder).tokens) == MAX_TOKENS
+    assert engine.stats().finished == 1
+    assert engine.stats().cancelled == 1
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_loop_shutdown_waits_for_the_worker(
+    tiny_path: Path, gate: MakeGate, operation: str, phase: str
+) -> None:
+    stop = gate(*PHASES[phase])
+    engine = SimpleEngine(tiny_path, prefill_step_size=STEP)
+
+    async def main() -> None:
+        await engine.start()
+        asyncio.create_task(OPERATIONS[operation](engine))  # type: ignore[arg-type]  # noqa: RUF006
+        await stop.reached()
+
+    threading.Timer(0.05, stop.go).start()
+    asyncio.run(main())
+    assert not mlx_thread.locked
+    assert stop.calls <= PHASES[phase][1] + 1
+
+    async def again() -> None:
+        assert engine.state is EngineState.RUNNING
+        assert len((await plain(engine)).tokens) == MAX_TOKENS
+        await engine.stop()
+
+    asyncio.run(again())
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_cancelled_start_leaves_nothing_and_can_be_tried_again(
+    tiny_path: Path, gate: MakeGate, way: str
+) -> None:
+    stop = gate("eval", 1)
+    engine = SimpleEngine(tiny_path)
+    await WAYS[way](engine.start, stop)
+    assert engine.state is EngineState.CREATED
+    assert not engine._slot.filled
+    assert not other_tasks()
+    await engine.start()
+    assert engine.state is EngineState.RUNNING
+    await engine.stop()
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_run_blocking_is_held_until_the_function_returns(
+    engine: SimpleEngine, way: str
+) -> None:
+    stop = Gate("call", 1)
+    asked = threading.Event()
+    returned = threading.Event()
+
+    def function() -> int:
+        stop("call")
+        returned.set()
+        return 1
+
+    await WAYS[way](lambda: engine.run_blocking(function, on_cancel=asked.set), stop)
+    assert asked.is_set()
+    assert returned.is_set()
+    assert await engine.run_blocking(lambda: 2) == 2
+
+
+async def test_a_cancelled_stop_still_stops(engine: SimpleEngine, gate: MakeGate) -> None:
+    stop = gate("model", CHUNKS + 3)
+    request = asyncio.create_task(plain(engine))
+    await stop.reached()
+    task = asyncio.create_task(engine.stop())
+    await asyncio.sleep(0.001)
+    task.cancel()
+    await asyncio.sleep(0.001)
+    task.cancel()
+    assert not task.done()
+    stop.go()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    with pytest.raises(Exception, match="stopped while this was in flight"):
+        await request
+    assert engine.state is EngineState.STOPPED
+    assert not engine._slot.filled
