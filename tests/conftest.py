@@ -42,10 +42,16 @@ def make_tiny(folder: Path, *options: str) -> Path:
 
 
 @pytest.fixture
-async def engine(tiny_path: Path) -> AsyncIterator[SimpleEngine]:
+def tiny_engine(tiny_path: Path) -> SimpleEngine:
+    """An engine on the tiny model that has not been started."""
+    return SimpleEngine(tiny_path)
+
+
+@pytest.fixture
+async def engine(tiny_engine: SimpleEngine) -> AsyncIterator[SimpleEngine]:
     """A running engine on the tiny model."""
-    async with SimpleEngine(tiny_path) as engine:
-        yield engine
+    async with tiny_engine:
+        yield tiny_engine
 
 
 @pytest.fixture

@@ -114,20 +114,20 @@ class Admission:
         )
 
     def _count(self, turn: Turn[Any]) -> None:
-        value = turn.value
+        result = turn.value if isinstance(turn.value, GenerationResult) else None
         if isinstance(turn.aborted_with, EngineBusy):
             self._rejected += 1
-        elif turn.cancelled:
+        elif turn.cancelled or (result and result.finish_reason == "cancelled"):
             self._cancelled += 1
         elif turn.error is not None:
             self._failed += 1
         else:
             self._finished += 1
-        if isinstance(value, GenerationResult):
-            self._prompt_tokens += value.usage.prompt_tokens
-            self._completion_tokens += value.usage.completion_tokens
-            self._prefill_seconds += value.timings.prefill
-            self._decode_seconds += value.timings.decode
+        if result is not None:
+            self._prompt_tokens += result.usage.prompt_tokens
+            self._completion_tokens += result.usage.completion_tokens
+            self._prefill_seconds += result.timings.prefill
+            self._decode_seconds += result.timings.decode
         if turn.ended:
             seconds = turn.ended - turn.started
             self._seconds_per_request += _SMOOTHING * (seconds - self._seconds_per_request)

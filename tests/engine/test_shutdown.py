@@ -1,0 +1,353 @@
+"""States, shutdown and the queue: every waiter is completed, always."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlx_engine import (
+    EngineBusy,
+    EngineNotStarted,
+    EngineState,
+    EngineStopped,
+    GenerationResult,
+    InvalidRequest,
+    ModelLoadError,
+    Progress,
+    ShutdownReport,
+    SimpleEngine,
+)
+from mlx_engine.worker import mlx_thread
+from tests.conftest import other_tasks
+from tests.guard import Gate
+
+pytestmark = pytest.mark.anyio
+
+MakeGate = Callable[[str, int], Gate]
+PROMPT = [1, 2, 3]
+
+
+def request(engine: SimpleEngine, max_tokens: int = 10) -> asyncio.Task[GenerationResult]:
+    return asyncio.create_task(engine.generate(PROMPT, max_tokens=max_tokens, ignore_eos=True))
+
+
+async def queued(count: int) -> None:
+    while mlx_thread.waiting < count:
+        await asyncio.sleep(0.0005)
+
+
+async def test_the_life_of_an_engine(tiny_engine: SimpleEngine) -> None:
+    engine = tiny_engine
+    assert engine.state is EngineState.CREATED
+    with pytest.raises(EngineNotStarted, match="await start"):
+        await engine.generate(PROMPT)
+    starting = asyncio.create_task(engine.start())
+    await asyncio.sleep(0)
+    assert engine.state is EngineState.STARTING
+    with pytest.raises(EngineNotStarted, match="still loading"):
+        await engine.run_blocking(lambda: None)
+    await starting
+    assert engine.state is EngineState.RUNNING
+    await engine.start()
+    assert await engine.stop() == ShutdownReport()
+    assert engine.state is EngineState.STOPPED
+    with pytest.raises(EngineStopped):
+        await engine.generate(PROMPT)
+    assert await engine.stop() == ShutdownReport()
+    await engine.start()
+    assert (await engine.generate(PROMPT, max_tokens=2, ignore_eos=True)).finish_reason == "length"
+    await engine.stop()
+
+
+async def test_two_tasks_may_start_it_at_once(tiny_engine: SimpleEngine) -> None:
+    await asyncio.gather(*(tiny_engine.start() for _ in range(3)))
+    assert tiny_engine.state is EngineState.RUNNING
+    await tiny_engine.stop()
+
+
+async def test_a_start_that_waits_for_another_hears_of_its_failure(tmp_path: Path) -> None:
+    engine = SimpleEngine(tmp_path)
+    first, second = await asyncio.gather(engine.start(), engine.start(), return_exceptions=True)
+    assert isinstance(first, ModelLoadError)
+    assert isinstance(second, EngineNotStarted)
+    assert engine.state is EngineState.CREATED
+
+
+async def test_stop_before_start(tiny_engine: SimpleEngine) -> None:
+    assert await tiny_engine.stop() == ShutdownReport()
+    assert tiny_engine.state is EngineState.STOPPED
+
+
+async def test_stop_while_loading_ends_the_load_at_once(
+    tiny_engine: SimpleEngine, gate: MakeGate
+) -> None:
+    stop = gate("eval", 1)
+    starting = asyncio.create_task(tiny_engine.start())
+    await stop.reached()
+    stopping = asyncio.create_task(tiny_engine.shutdown(None))
+    await asyncio.sleep(0.01)
+    assert not stopping.done()
+    stop.go()
+    assert (await stopping).aborted == ("start-1", "work-1")
+    with pytest.raises(EngineStopped):
+        await starting
+    assert tiny_engine.state is EngineState.STOPPED
+    assert not tiny_engine._slot.filled
+
+
+async def test_loading_reports_progress_in_the_event_loop(tiny_path: Path) -> None:
+    seen: list[tuple[Progress, bool]] = []
+    main = threading.get_ident()
+    engine = SimpleEngine(
+        tiny_path, on_progress=lambda p: seen.append((p, threading.get_ident() == main))
+    )
+    async with engine:
+        await asyncio.sleep(0)
+        await engine.generate(
+            [1] * 1200, max_tokens=2, on_progress=lambda p: seen.append((p, True))
+        )
+        await asyncio.sleep(0)
+    loads = [p for p, _ in seen if p.phase == "load"]
+    assert loads[-1].done == loads[-1].total
+    assert loads[-1].done > 100_000
+    prefill = [p for p, _ in seen if p.phase == "prefill"]
+    assert [p.done for p in prefill] == [512, 1024, 1199, 1200]
+    assert {p.total for p in prefill} == {1200}
+    assert all(on_loop for _, on_loop in seen)
+
+
+async def test_stop_aborts_and_tells_everyone(engine: SimpleEngine, gate: MakeGate) -> None:
+    stop = gate("model", 5)
+    tasks = [request(engine, 1000) for _ in range(4)]
+    stream = engine.stream_generate(PROMPT, max_tokens=1000)
+    reader = asyncio.ensure_future(anext(stream))
+    await stop.reached()
+    await queued(4)
+    threading.Timer(0.02, stop.go).start()
+    report = await engine.stop()
+    assert report.finished == ()
+    assert sorted(report.aborted) == [f"req-{n}" for n in range(1, 6)]
+    for task in [*tasks, reader]:
+        with pytest.raises(EngineStopped):
+            await task
+    assert stop.calls <= 6
+    assert not mlx_thread.busy
+    assert engine.stats().cancelled == 5
+    assert not other_tasks()
+
+
+async def test_shutdown_with_time_lets_requests_finish(
+    engine: SimpleEngine, gate: MakeGate
+) -> None:
+    stop = gate("model", 5)
+    tasks = [request(engine) for _ in range(3)]
+    await stop.reached()
+    stopping = asyncio.create_task(engine.shutdown(30))
+    await asyncio.sleep(0.005)
+    assert engine.state is EngineState.DRAINING
+    with pytest.raises(EngineStopped, match="draining"):
+        await engine.generate(PROMPT)
+    with pytest.raises(EngineStopped, match="draining"):
+        async for _ in engine.stream_generate(PROMPT):
+            pass
+    stop.go()
+    report = await stopping
+    assert report == ShutdownReport(finished=("req-1", "req-2", "req-3"))
+    assert all(len(task.result().tokens) == 10 for task in tasks)
+
+
+async def test_shutdown_aborts_what_is_left_when_time_is_over(
+    engine: SimpleEngine, gate: MakeGate
+) -> None:
+    stop = gate("model", 5)
+    task = request(engine, 5000)
+    await stop.reached()
+    threading.Timer(0.05, stop.go).start()
+    begin = time.monotonic()
+    report = await engine.shutdown(0.02)
+    assert time.monotonic() - begin < 5
+    assert report == ShutdownReport(aborted=("req-1",))
+    with pytest.raises(EngineStopped):
+        await task
+
+
+async def test_two_shutdowns_at_once_the_earlier_deadline_counts(
+    engine: SimpleEngine, gate: MakeGate
+) -> None:
+    stop = gate("model", 5)
+    task = request(engine, 5000)
+    await stop.reached()
+    patient = asyncio.create_task(engine.shutdown(None))
+    await asyncio.sleep(0.005)
+    threading.Timer(0.05, stop.go).start()
+    assert await engine.shutdown(0.01) == await patient == ShutdownReport(aborted=("req-1",))
+    with pytest.raises(EngineStopped):
+        await task
+
+
+async def test_shutdown_from_another_loop_and_thread(engine: SimpleEngine, gate: MakeGate) -> None:
+    stop = gate("model", 5)
+    task = request(engine, 5000)
+    await stop.reached()
+    threading.Timer(0.05, stop.go).start()
+    report = await asyncio.to_thread(lambda: asyncio.run(engine.shutdown(0)))
+    assert report.aborted == ("req-1",)
+    with pytest.raises(EngineStopped):
+        await task
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), "5", True])
+async def test_a_bad_timeout_is_refused_and_nothing_stops(
+    engine: SimpleEngine, timeout: float
+) -> None:
+    with pytest.raises(InvalidRequest, match="timeout"):
+        await engine.shutdown(timeout)
+    assert engine.state is EngineState.RUNNING
+
+
+async def test_a_request_cancelled_by_its_own_caller_is_not_reported_as_aborted(
+    engine: SimpleEngine, gate: MakeGate
+) -> None:
+    stop = gate("model", 5)
+    task = request(engine, 5000)
+    await stop.reached()
+    stopping = asyncio.create_task(engine.shutdown(None))
+    await asyncio.sleep(0.005)
+    task.cancel()
+    stop.go()
+    assert await stopping == ShutdownReport(finished=("req-1",))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_queue_limit_refuses_and_says_when_to_come_back(
+    tiny_path: Path, gate: MakeGate
+) -> None:
+    async with SimpleEngine(tiny_path, queue_limit=2) as engine:
+        stop = gate("model", 3)
+        tasks = [request(engine)]
+        await stop.reached()
+        tasks += [request(engine), request(engine)]
+        await queued(2)
+        with pytest.raises(EngineBusy, match="queue_limit=2") as caught:
+            await engine.generate(PROMPT)
+        assert caught.value.retry_after > 0
+        with pytest.raises(EngineBusy):
+            await engine.run_blocking(lambda: None)
+        with pytest.raises(EngineBusy):
+            async for _ in engine.stream_generate(PROMPT):
+                pass
+        tasks[1].cancel()
+        await asyncio.wait(tasks[1:2])
+        tasks[1] = request(engine)
+        await queued(2)
+        assert engine.stats().waiting == 2
+        assert engine.stats().running == 1
+        stop.go()
+        await asyncio.gather(*tasks)
+        assert engine.stats().rejected == 3
+        assert engine.stats().finished == 3
+
+
+async def test_queue_limit_zero_serves_an_idle_engine(tiny_path: Path, gate: MakeGate) -> None:
+    async with SimpleEngine(tiny_path, queue_limit=0) as engine:
+        stop = gate("model", 3)
+        task = request(engine)
+        await stop.reached()
+        with pytest.raises(EngineBusy):
+            await engine.generate(PROMPT)
+        stop.go()
+        await task
+        await engine.generate(PROMPT, max_tokens=1)
+
+
+async def test_max_wait_ends_waiting_not_running(tiny_path: Path, gate: MakeGate) -> None:
+    async with SimpleEngine(tiny_path, max_wait=0.03) as engine:
+        stop = gate("model", 3)
+        running = request(engine)
+        await stop.reached()
+        with pytest.raises(EngineBusy, match="max_wait"):
+            await engine.generate(PROMPT)
+        assert mlx_thread.waiting == 0
+        await asyncio.sleep(0.05)
+        stop.go()
+        assert len((await running).tokens) == 10
+        assert engine.stats().rejected == 1
+
+
+async def test_max_wait_zero_means_now_or_never(tiny_path: Path, gate: MakeGate) -> None:
+    async with SimpleEngine(tiny_path, max_wait=0) as engine:
+        await engine.generate(PROMPT, max_tokens=1)
+        stop = gate("model", 3)
+        running = request(engine)
+        await stop.reached()
+        with pytest.raises(EngineBusy, match="max_wait=0"):
+            await engine.generate(PROMPT)
+        stop.go()
+        await running
+
+
+async def test_two_engines_share_the_thread_one_at_a_time(tiny_path: Path) -> None:
+    async with SimpleEngine(tiny_path) as one, SimpleEngine(tiny_path) as two:
+        results = await asyncio.gather(*(request(e, 20) for e in (one, two) * 4))
+        assert len({result.tokens for result in results}) == 1
+        await one.stop()
+        assert (await request(two)).finish_reason == "length"
+
+
+async def test_the_model_is_dropped_by_stop_on_the_mlx_thread(tiny_engine: SimpleEngine) -> None:
+    dropped_on: list[bool] = []
+    async with tiny_engine as engine:
+        model = engine._slot.get().model
+        weakref.finalize(model, lambda: dropped_on.append(mlx_thread.is_current()))
+        await engine.generate(PROMPT, max_tokens=3)
+        del model
+    gc.collect()
+    assert dropped_on == [True]
+
+
+async def test_a_forgotten_engine_warns_and_drops_its_model_on_the_mlx_thread(
+    tiny_path: Path,
+) -> None:
+    dropped_on: list[bool] = []
+    engine = SimpleEngine(tiny_path)
+    await engine.start()
+    weakref.finalize(engine._slot.get().model, lambda: dropped_on.append(mlx_thread.is_current()))
+    with pytest.warns(ResourceWarning, match="without being stopped"):
+        del engine
+        gc.collect()
+    while not dropped_on:
+        await asyncio.sleep(0.001)
+    assert dropped_on == [True]
+
+
+async def test_an_exception_in_the_body_still_stops_the_engine(tiny_engine: SimpleEngine) -> None:
+    with pytest.raises(LookupError):
+        async with tiny_engine:
+            raise LookupError
+    assert tiny_engine.state is EngineState.STOPPED
+
+
+async def test_run_blocking_passes_arguments_and_refuses_coroutines(engine: SimpleEngine) -> None:
+    def function(a: int, /, b: int, *, c: int) -> tuple[int, int, int]:
+        assert mlx_thread.is_current()
+        return a, b, c
+
+    assert await engine.run_blocking(function, 1, 2, c=3) == (1, 2, 3)
+
+    async def coroutine() -> None: ...
+
+    for wrong in (coroutine, None, 5):
+        with pytest.raises(InvalidRequest, match="func"):
+            await engine.run_blocking(wrong)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="wait for itself"):
+        await engine.run_blocking(lambda: asyncio.run(engine.generate(PROMPT)))
+    assert engine.stats().waiting == engine.stats().running == 0
+    assert (await request(engine)).finish_reason == "length"

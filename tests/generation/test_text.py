@@ -1,0 +1,237 @@
+"""Text from tokens: characters, stop strings, segments and tool calls, across all borders."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.tool_parsers import json_tools, mistral
+from transformers import PreTrainedTokenizerFast
+
+from mlx_engine.generation.text import Piece, TextAssembler
+from tests.tiny import make_tokenizer
+
+
+def wrap(tokenizer: PreTrainedTokenizerFast, tools: object = json_tools) -> TokenizerWrapper:
+    return TokenizerWrapper(
+        tokenizer,
+        BPEStreamingDetokenizer,
+        tool_parser=tools.parse_tool_call,  # type: ignore[attr-defined]
+        tool_call_start=tools.tool_call_start,  # type: ignore[attr-defined]
+        tool_call_end=tools.tool_call_end,  # type: ignore[attr-defined]
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> TokenizerWrapper:
+    return wrap(make_tokenizer())
+
+
+def assemble(
+    tokenizer: TokenizerWrapper,
+    text: str | Sequence[int],
+    stop: Sequence[str] = (),
+    state: str | None = None,
+) -> tuple[TextAssembler, list[Piece], int]:
+    """Feed text byte by byte; give the assembler, all pieces, and the tokens that it took."""
+    assembler = TextAssembler(tokenizer, stop=stop, initial_state=state)
+    tokens = tokenizer.encode(text, add_special_tokens=False) if isinstance(text, str) else text
+    pieces: list[Piece] = []
+    used = 0
+    for token in tokens:
+        used += 1
+        pieces += assembler.add(token)
+        if assembler.stopped:
+            break
+    return assembler, pieces + assembler.finish(), used
+
+
+def joined(pieces: list[Piece], segment: str) -> str:
+    return "".join(text for kind, text in pieces if kind == segment)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["plain", "naïve café", "日本語のテキスト", "🙂👍🏽👨‍👩‍👧", "a\u00a0b \n\n c", "e\u0301"],
+)
+def test_characters_split_over_tokens_come_out_whole(
+    tokenizer: TokenizerWrapper, text: str
+) -> None:
+    assembler, pieces, _ = assemble(tokenizer, text)
+    assert assembler.content == text
+    assert joined(pieces, "content") == text
+    assert not any("\ufffd" in piece for _, piece in pieces)
+
+
+def test_bytes_that_are_no_text_are_replaced_not_lost(tokenizer: TokenizerWrapper) -> None:
+    stray = tokenizer.encode("é", add_special_tokens=False)[:1]
+    after = tokenizer.encode("xyz", add_special_tokens=False)
+    assembler, _, _ = assemble(tokenizer, [*stray, *after])
+    assert assembler.content == "\ufffdxyz"
+
+
+def test_an_answer_that_ends_inside_a_character(tokenizer: TokenizerWrapper) -> None:
+    cut = tokenizer.encode("ok 🙂", add_special_tokens=False)[:-1]
+    assembler, pieces, _ = assemble(tokenizer, cut)
+    assert assembler.content.startswith("ok ")
+    assert assembler.content == joined(pieces, "content")
+
+
+def test_half_a_character_before_a_token_that_is_not_ascii() -> None:
+    """mlx_lm's byte-level detokenizer raises KeyError at the end here."""
+    plain = make_tokenizer()
+    plain.add_special_tokens({"additional_special_tokens": ["<｜end▁of▁turn｜>"]})
+    tokenizer = wrap(plain)
+    stray = tokenizer.encode("é", add_special_tokens=False)[:1]
+    special = tokenizer.encode("<｜end▁of▁turn｜>", add_special_tokens=False)
+    partial = tokenizer.encode("é", add_special_tokens=False)[:1]
+    assembler, _, _ = assemble(tokenizer, [*stray, *special, *partial])
+    assert "<｜end▁of▁turn｜>" in assembler.content
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected", "stopped"),
+    [
+        ("one two three", ["two"], "one ", True),
+        ("one two three", ["four"], "one two three", False),
+        ("one two", ["o"], "", True),
+        ("aaab", ["aab"], "a", True),
+        ("abababac", ["abac"], "abab", True),
+        ("x\n\ny", ["\n\n"], "x", True),
+        ("ends with part of the st", ["stop"], "ends with part of the st", False),
+        ("first of several", ["several", "of"], "first ", True),
+        ("the longer one", ["longer one", "longer"], "the ", True),
+        ("größe 🙂 ende", ["🙂"], "größe ", True),
+        ("日本語", ["本"], "日", True),
+        ("A</s>B", ["</s>"], "A", True),
+        ("nested stop", ["stop", "nested stop"], "nested ", True),
+    ],
+)
+def test_stop_strings_end_the_text_and_are_no_part_of_it(
+    tokenizer: TokenizerWrapper, text: str, stop: list[str], expected: str, stopped: bool
+) -> None:
+    if text == "nested stop":
+        expected = ""  # both end at the same character: the longer one has begun earlier
+    assembler, pieces, used = assemble(tokenizer, text, stop)
+    assert assembler.content == expected
+    assert joined(pieces, "content") == expected
+    assert assembler.stopped is stopped
+    if stopped:
+        consumed = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)[:used])
+        assert consumed.endswith(tuple(stop)), "it stopped later than at the string's last byte"
+
+
+def test_no_part_of_a_stop_string_is_ever_shown(tokenizer: TokenizerWrapper) -> None:
+    assembler = TextAssembler(tokenizer, stop=["###END"])
+    shown = ""
+    for token in tokenizer.encode("text ##not ###END", add_special_tokens=False):
+        shown += "".join(text for _, text in assembler.add(token))
+        assert "text ##not ".startswith(shown)
+    assert shown == "text ##not "
+
+
+THINKING = '<think>let me\nsee</think>The answer<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>done'
+
+
+def test_segments(tokenizer: TokenizerWrapper) -> None:
+    assembler, pieces, _ = assemble(tokenizer, THINKING, state="normal")
+    assert assembler.reasoning == "let me\nsee" == joined(pieces, "reasoning")
+    assert assembler.content == "The answerdone" == joined(pieces, "content")
+    assert joined(pieces, "tool_call") == '{"name": "f", "arguments": {"x": 1}}'
+    (call,) = assembler.tool_calls
+    assert (call.name, call.arguments, call.error) == ("f", {"x": 1}, None)
+    assert [segment for segment, _ in pieces if segment != "content"][0] == "reasoning"
+
+
+def test_markers_are_plain_text_in_a_completion(tokenizer: TokenizerWrapper) -> None:
+    assembler, pieces, _ = assemble(tokenizer, THINKING)
+    assert assembler.content == THINKING
+    assert assembler.tool_calls == ()
+    assert {segment for segment, _ in pieces} == {"content"}
+
+
+def test_an_answer_may_begin_as_reasoning(tokenizer: TokenizerWrapper) -> None:
+    assembler, _, _ = assemble(tokenizer, "hmm</think>yes", state="reasoning")
+    assert (assembler.reasoning, assembler.content) == ("hmm", "yes")
+
+
+def test_reasoning_that_never_ends_is_still_reasoning(tokenizer: TokenizerWrapper) -> None:
+    assembler, _, _ = assemble(tokenizer, "<think>on and on </thi", state="normal")
+    assert (assembler.reasoning, assembler.content) == ("on and on </thi", "")
+
+
+def test_a_stop_string_inside_reasoning_ends_the_answer(tokenizer: TokenizerWrapper) -> None:
+    assembler, _, _ = assemble(tokenizer, "<think>a b STOP c", ["STOP"], "normal")
+    assert (assembler.reasoning, assembler.content, assembler.stopped) == ("a b ", "", True)
+
+
+@pytest.mark.parametrize(
+    ("raw", "error"),
+    [
+        ("not json", "JSONDecodeError"),
+        ('{"name": "f"', "JSONDecodeError"),
+        ("[1, 2]", "not a call"),
+        ('{"arguments": {}}', "not a call"),
+        ('{"name": "f", "arguments": "text"}', "not a call"),
+    ],
+)
+def test_a_malformed_call_is_reported_and_not_lost(
+    tokenizer: TokenizerWrapper, raw: str, error: str
+) -> None:
+    text = f"<tool_call>{raw}</tool_call>"
+    assembler, _, _ = assemble(tokenizer, text, state="normal")
+    call = assembler.tool_calls[0]
+    assert call.name is None
+    assert call.raw == raw
+    assert error in str(call.error)
+
+
+def test_a_call_cut_off_by_the_end_is_reported(tokenizer: TokenizerWrapper) -> None:
+    assembler, _, _ = assemble(tokenizer, 'ok<tool_call>{"name": "f", "ar', state="normal")
+    (call,) = assembler.tool_calls
+    assert call.raw == '{"name": "f", "ar'
+    assert call.error is not None
+    assert assembler.content == "ok"
+
+
+def test_several_calls_in_a_row(tokenizer: TokenizerWrapper) -> None:
+    one = '<tool_call>{"name": "a", "arguments": {}}</tool_call>'
+    two = '<tool_call>{"name": "b", "arguments": {"k": [1]}}</tool_call>'
+    assembler, _, _ = assemble(tokenizer, one + two + "\n" + one, state="normal")
+    assert [call.name for call in assembler.tool_calls] == ["a", "b", "a"]
+
+
+def test_a_format_without_an_end_marker_may_hold_several_calls() -> None:
+    tokenizer = wrap(make_tokenizer(), mistral)
+    text = 'sure[TOOL_CALLS][{"name": "a", "arguments": {}, "id": "x1"}, {"name": "b"}]'
+    assembler, _, _ = assemble(tokenizer, text, state="normal")
+    assert [(call.name, call.id) for call in assembler.tool_calls] == [("a", "x1"), ("b", None)]
+    assert assembler.content == "sure"
+
+
+def cut_at_first_stop(text: str, stop: Sequence[str]) -> str:
+    """The slow and obvious way: the stop string that is complete first, the longest of those."""
+    for end in range(len(text) + 1):
+        ending = [s for s in stop if text[:end].endswith(s)]
+        if ending:
+            return text[: end - max(map(len, ending))]
+    return text
+
+
+def test_random_texts_are_cut_and_joined_as_the_obvious_way_does() -> None:
+    dice = random.Random(5)
+    tokenizer = wrap(make_tokenizer())
+    parts = ["a", "b", "ab", " ", "\n", "é", "🙂", "<think>", "</think>", "<", "th", "ST", "OP"]
+    for _ in range(300):
+        text = "x" + "".join(dice.choice(parts) for _ in range(dice.randrange(30)))
+        stop = dice.choice([(), ("STOP",), ("ab", "a b", "bab"), ("\n\n", "\n"), ("🙂é", "é")])
+        assembler, pieces, _ = assemble(tokenizer, text, stop)
+        expected = cut_at_first_stop(text, stop)
+        assert assembler.content == joined(pieces, "content") == expected
+        assert assembler.stopped is (expected != text)
+        chat, pieces, _ = assemble(tokenizer, text, stop, dice.choice(["normal", "reasoning"]))
+        assert joined(pieces, "content") == chat.content
+        assert joined(pieces, "reasoning") == chat.reasoning
+        assert chat.stopped is assembler.stopped

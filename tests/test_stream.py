@@ -1,0 +1,365 @@
+"""Streams: single use, coalesced, never in anyone's way."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+
+import pytest
+
+from mlx_engine import (
+    EngineNotStarted,
+    GenerationChunk,
+    GenerationStream,
+    SimpleEngine,
+    StreamClosed,
+    StreamConsumed,
+)
+from mlx_engine.worker import mlx_thread
+from tests.conftest import other_tasks
+from tests.guard import Gate
+
+pytestmark = pytest.mark.anyio
+
+MakeGate = Callable[[str, int], Gate]
+PROMPT = [1, 2, 3]  # one chunk of prefill, so that the nth token is made in model call n + 1
+
+
+def stream_of(engine: SimpleEngine, max_tokens: int = 20) -> GenerationStream:
+    return engine.stream_generate(PROMPT, max_tokens=max_tokens, ignore_eos=True)
+
+
+async def free(limit: float = 5.0) -> None:
+    """Wait until nobody is inside MLX and the stream's task is gone."""
+    end = time.monotonic() + limit
+    while mlx_thread.busy or other_tasks():
+        assert time.monotonic() < end, "the engine is still busy, or a task is left"
+        await asyncio.sleep(0.001)
+
+
+async def test_chunks_joined_are_the_result(engine: SimpleEngine) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    for seed in range(8):
+        options = {"max_tokens": 60, "seed": seed, "temperature": 1.0}
+        async with engine.stream_chat(messages, logprobs=1, **options) as stream:  # type: ignore[arg-type]
+            chunks = [chunk async for chunk in stream]
+        result = stream.result
+        for segment, text in (("content", result.text), ("reasoning", result.reasoning)):
+            assert "".join(c.text for c in chunks if c.segment == segment) == text
+        assert tuple(token for c in chunks for token in c.tokens) == result.tokens
+        assert tuple(entry for c in chunks for entry in c.logprobs) == result.logprobs
+        assert [c.finish_reason for c in chunks if c.finish_reason] == [result.finish_reason]
+        assert chunks[-1].finish_reason is not None
+        assert result.usage.completion_tokens == len(result.tokens)
+
+
+async def test_stream_and_generate_give_the_same(engine: SimpleEngine) -> None:
+    result = await engine.generate(PROMPT, max_tokens=30)
+    async with engine.stream_generate(PROMPT, max_tokens=30) as stream:
+        async for _ in stream:
+            pass
+    assert stream.result.text == result.text
+    assert stream.result.tokens == result.tokens
+
+
+async def test_timings_and_usage(engine: SimpleEngine) -> None:
+    async with stream_of(engine) as stream:
+        async for _ in stream:
+            pass
+    timings = stream.result.timings
+    assert stream.result.usage.prompt_tokens == 3
+    assert stream.result.usage.completion_tokens == 20
+    assert 0 < timings.queued < timings.time_to_first_token < timings.total
+    assert 0 < timings.prefill < timings.time_to_first_token
+    assert timings.decode > 0
+    assert timings.tokens_per_second == pytest.approx(19 / timings.decode)
+    assert timings.prompt_tokens_per_second == pytest.approx(3 / timings.prefill)
+
+
+async def test_it_starts_when_first_read_and_never_before(tiny_engine: SimpleEngine) -> None:
+    stream = tiny_engine.stream_generate(PROMPT)
+    assert not other_tasks()
+    with pytest.raises(EngineNotStarted):
+        async for _ in stream:
+            pass
+    with pytest.raises(EngineNotStarted):
+        _ = stream.result
+    async with tiny_engine:
+        later = stream_of(tiny_engine)
+        await asyncio.sleep(0.01)
+        assert not mlx_thread.busy
+        async for chunk in later:
+            assert isinstance(chunk, GenerationChunk)
+
+
+async def test_entering_starts_it(engine: SimpleEngine) -> None:
+    async with stream_of(engine) as stream:
+        while engine.stats().finished == 0:
+            await asyncio.sleep(0.001)
+        assert len([chunk async for chunk in stream]) == 20, "chunks wait for a late reader"
+
+
+async def test_second_iteration_raises(engine: SimpleEngine) -> None:
+    async with stream_of(engine) as stream:
+        async for _ in stream:
+            pass
+        with pytest.raises(StreamConsumed):
+            async for _ in stream:
+                pass
+
+
+async def test_two_readers_at_once_are_refused(engine: SimpleEngine, gate: MakeGate) -> None:
+    stop = gate("model", 1)
+    async with stream_of(engine) as stream:
+        await stop.reached()
+        reader = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        with pytest.raises(StreamConsumed, match="another task"):
+            await anext(stream)
+        stop.go()
+        assert (await reader).tokens
+
+
+async def test_result_before_the_end_and_without_a_start(
+    engine: SimpleEngine, gate: MakeGate
+) -> None:
+    stop = gate("model", 5)
+    async with stream_of(engine) as stream:
+        with pytest.raises(asyncio.InvalidStateError):
+            _ = stream.result
+        stop.go()
+    unstarted = stream_of(engine)
+    await unstarted.aclose()
+    await unstarted.aclose()
+    with pytest.raises(StreamClosed):
+        _ = unstarted.result
+    with pytest.raises(StreamClosed):
+        await anext(unstarted)
+
+
+async def test_break_in_a_context_frees_the_engine_within_one_token(
+    engine: SimpleEngine, gate: MakeGate
+) -> None:
+    stop = gate("model", 6)
+    async with stream_of(engine, 500) as stream:
+        async for _ in stream:
+            await stop.reached()
+            threading.Timer(0.02, stop.go).start()
+            break
+    assert not mlx_thread.busy
+    assert stop.calls <= 7
+    assert stream.result.finish_reason == "cancelled"
+    assert 0 < len(stream.result.tokens) <= 6
+    with pytest.raises(StreamClosed):
+        await anext(stream)
+
+
+async def test_an_exception_in_the_consumer_frees_the_engine(engine: SimpleEngine) -> None:
+    with pytest.raises(LookupError):
+        async with stream_of(engine, 5000) as stream:
+            async for _ in stream:
+                raise LookupError
+    assert not mlx_thread.busy
+    assert len(stream.result.tokens) < 5000
+    assert len((await engine.generate(PROMPT, max_tokens=2, ignore_eos=True)).tokens) == 2
+
+
+async def test_break_without_a_context_frees_the_engine_and_warns(engine: SimpleEngine) -> None:
+    async def careless() -> None:
+        async for _ in stream_of(engine, 5000):
+            break
+
+    with pytest.warns(ResourceWarning, match="dropped before it was read to its end"):
+        await careless()
+        gc.collect()
+    await free()
+    assert engine.stats().cancelled == 1
+
+
+async def test_dropping_a_stream_that_nobody_reads_frees_the_engine_and_warns(
+    engine: SimpleEngine, gate: MakeGate
+) -> None:
+    stop = gate("model", 4)
+    stream = stream_of(engine, 5000)
+    await stream.__aenter__()
+    await stop.reached()
+    with pytest.warns(ResourceWarning, match="dropped"):
+        del stream
+        gc.collect()
+    stop.go()
+    await free()
+    assert stop.calls <= 5
+
+
+async def test_dropped_in_a_thread_without_a_loop(engine: SimpleEngine) -> None:
+    stream = stream_of(engine, 5000)
+    await anext(stream)
+    held = [stream]
+    del stream
+    with pytest.warns(ResourceWarning, match="dropped"):
+        await asyncio.to_thread(held.clear)
+    await free()
+
+
+@pytest.mark.parametrize("how", ["never started", "read to the end", "closed"])
+async def test_no_warning_for_a_stream_that_is_done(engine: SimpleEngine, how: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stream = stream_of(engine, 5)
+        alive = weakref.ref(stream)
+        if how == "read to the end":
+            async for _ in stream:
+                pass
+        elif how == "closed":
+            await anext(stream)
+            await stream.aclose()
+        del stream
+        gc.collect()
+    assert alive() is None
+
+
+async def test_a_slow_reader_does_not_hold_the_engine(engine: SimpleEngine) -> None:
+    async with stream_of(engine, 30) as stream:
+        assert (await anext(stream)).tokens
+        other = await engine.generate(PROMPT, max_tokens=5, ignore_eos=True)
+        assert len(other.tokens) == 5
+        assert len([chunk async for chunk in stream]) == 29
+
+
+async def test_cancel_ends_the_answer_and_keeps_what_there_is(
+    engine: SimpleEngine, gate: MakeGate
+) -> None:
+    stop = gate("model", 6)
+    chunks = []
+    async with stream_of(engine, 500) as stream:
+        async for chunk in stream:
+            chunks.append(chunk)
+            if len(chunks) == 1:
+                await stop.reached()
+                await asyncio.to_thread(stream.cancel)
+                stream.cancel()
+                stop.go()
+    assert chunks[-1].finish_reason == "cancelled"
+    assert tuple(token for chunk in chunks for token in chunk.tokens) == stream.result.tokens
+    assert "".join(chunk.text for chunk in chunks) == stream.result.text
+    assert stream.result.finish_reason == "cancelled"
+
+
+async def test_cancel_in_the_queue(engine: SimpleEngine, gate: MakeGate) -> None:
+    stop = gate("model", 3)
+    holder = asyncio.create_task(engine.generate(PROMPT, max_tokens=5))
+    await stop.reached()
+    async with stream_of(engine) as stream:
+        while not mlx_thread.waiting:
+            await asyncio.sleep(0)
+        stream.cancel()
+        chunks = [chunk async for chunk in stream]
+    assert [chunk.finish_reason for chunk in chunks] == ["cancelled"]
+    assert stream.result.tokens == ()
+    assert mlx_thread.locked
+    stop.go()
+    await holder
+
+
+async def test_aclose_waits_until_the_work_is_out_however_often_cancelled(
+    engine: SimpleEngine, gate: MakeGate
+) -> None:
+    stop = gate("model", 4)
+    stream = stream_of(engine, 500)
+    await anext(stream)
+    await stop.reached()
+    closing = asyncio.create_task(stream.aclose())
+    await asyncio.sleep(0.001)
+    for _ in range(3):
+        closing.cancel()
+        await asyncio.sleep(0.001)
+        assert not closing.done()
+        assert mlx_thread.locked
+    stop.go()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert not mlx_thread.locked
+    await stream.aclose()
+
+
+async def test_the_first_cancellation_is_told_through_an_async_with(
+    engine: SimpleEngine, gate: MakeGate
+) -> None:
+    stop = gate("model", 4)
+
+    async def consume() -> None:
+        async with stream_of(engine, 500) as stream:
+            async for _ in stream:
+                pass
+
+    task = asyncio.create_task(consume())
+    await stop.reached()
+    for message in ("first", "second", "third"):
+        task.cancel(message)
+        await asyncio.sleep(0.001)
+    stop.go()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    assert caught.value.args == ("first",)
+
+
+async def test_timeout_around_one_read_raises_timeout_error(
+    engine: SimpleEngine, gate: MakeGate
+) -> None:
+    stop = gate("model", 1)
+    stream = stream_of(engine)
+    threading.Timer(0.05, stop.go).start()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(anext(stream), 0.01)
+    assert not mlx_thread.busy
+    assert stream.result.finish_reason == "cancelled"
+
+
+async def test_a_shielded_read_survives_a_timeout(engine: SimpleEngine, gate: MakeGate) -> None:
+    stop = gate("model", 1)
+    async with stream_of(engine) as stream:
+        read = asyncio.ensure_future(anext(stream))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(read), 0.01)
+        stop.go()
+        assert len((await read).tokens) == 1
+        assert len([chunk async for chunk in stream]) == 19
+
+
+async def test_a_failing_request_raises_at_the_reader_and_in_result(engine: SimpleEngine) -> None:
+    def broken(tokens: object, logits: object) -> object:
+        raise LookupError("boom")
+
+    async with engine.stream_generate(PROMPT, logits_processors=[broken]) as stream:  # type: ignore[list-item]
+        with pytest.raises(Exception, match="boom"):
+            async for _ in stream:
+                pass
+    with pytest.raises(Exception, match="boom"):
+        _ = stream.result
+
+
+async def test_wake_ups_are_coalesced(
+    engine: SimpleEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    wakes = 0
+    original = loop.call_soon_threadsafe
+
+    def counting(*args: object, **kwargs: object) -> object:
+        nonlocal wakes
+        wakes += 1
+        return original(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", counting)
+    async with stream_of(engine, 60) as stream:
+        await anext(stream)
+        while engine.stats().finished == 0:
+            time.sleep(0.001)  # noqa: ASYNC251 - a reader that is busy with other things
+            await asyncio.sleep(0)
+        assert len([chunk async for chunk in stream]) == 59
+    assert wakes < 10
