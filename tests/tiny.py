@@ -6,8 +6,8 @@ a process of its own, since making a model is MLX work and theirs belongs to the
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
     "'arguments': call.function.arguments} | tojson }}</tool_call>{# tool_call.name #}"
     "{%- endfor %}<|im_end|>\n{% endfor %}"
     "{%- if add_generation_prompt %}<|im_start|>assistant\n"
-    "{%- if enable_thinking is defined and enable_thinking == 'open' %}<think>\n{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking == 'open' %}<think>\n{% endif %}"
     "{%- endif %}"
 )
 
@@ -75,8 +75,9 @@ def make_model(folder: Path, seed: int = 0, *, chat: bool = True) -> None:
 
 
 if __name__ == "__main__":
-    make_model(
-        Path(sys.argv[1]),
-        int(sys.argv[2]) if len(sys.argv) > 2 else 0,
-        chat="--no-chat" not in sys.argv,
-    )
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    parser.add_argument("--no-chat", action="store_true")
+    options = parser.parse_args()
+    make_model(options.folder, options.seed, chat=not options.no_chat)

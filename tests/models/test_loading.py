@@ -1,0 +1,156 @@
+"""Loading: whatever is wrong with a model is said by name, and the next start can succeed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_engine import EngineState, InvalidRequest, ModelLoadError, SimpleEngine
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def broken(tiny_path: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model, for the test to break."""
+    return Path(shutil.copytree(tiny_path, tmp_path / "model"))
+
+
+async def refused(model: str | Path, words: str, **options: Any) -> None:
+    engine = SimpleEngine(model, **options)
+    with pytest.raises(ModelLoadError, match=words):
+        await engine.start()
+    assert engine.state is EngineState.CREATED
+    assert not engine._slot.filled
+
+
+async def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    await refused(tmp_path / "nowhere", "there is no such folder")
+    await refused("nonsense", "no such folder, and it is no Hugging Face id")
+    await refused("./here/nor/there", "there is no such folder")
+
+
+async def test_a_file_instead_of_a_folder(tiny_path: Path) -> None:
+    await refused(tiny_path / "config.json", "is a file; give the folder")
+
+
+async def test_an_empty_folder(tmp_path: Path) -> None:
+    await refused(tmp_path, "config.json is missing")
+
+
+async def test_missing_weights(broken: Path) -> None:
+    (broken / "model.safetensors").unlink()
+    await refused(broken, r"no model\*\.safetensors")
+
+
+async def test_a_missing_shard_is_named(broken: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    await refused(broken, "model-00002-of-00002.safetensors missing")
+    (broken / "model.safetensors.index.json").write_text("{")
+    await refused(broken, r"index\.json: broken")
+
+
+async def test_missing_tokenizer(broken: Path) -> None:
+    for path in broken.glob("tokenizer*"):
+        path.unlink()
+    await refused(broken, "no tokenizer files")
+
+
+async def test_truncated_weights(broken: Path) -> None:
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    await refused(broken, "may be damaged")
+
+
+async def test_weights_of_another_model(broken: Path) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    await refused(broken, "do not load")
+
+
+async def test_a_model_type_that_mlx_lm_does_not_know(broken: Path) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": "novel"}))
+    await refused(broken, "Model type novel not supported")
+
+
+async def test_broken_config_and_tokenizer(broken: Path) -> None:
+    tokenizer = (broken / "tokenizer.json").read_text()
+    (broken / "tokenizer.json").write_text(tokenizer[:100])
+    await refused(broken, "do not load")
+    (broken / "config.json").write_text("{")
+    await refused(broken, "do not load")
+
+
+async def test_missing_adapters(tiny_path: Path, tmp_path: Path) -> None:
+    await refused(tiny_path, "check adapter_path", adapter_path=tmp_path / "none")
+
+
+async def test_after_a_failed_start_it_can_be_tried_again(broken: Path) -> None:
+    config = (broken / "config.json").read_text()
+    (broken / "config.json").unlink()
+    engine = SimpleEngine(broken)
+    with pytest.raises(ModelLoadError):
+        await engine.start()
+    (broken / "config.json").write_text(config)
+    async with engine:
+        assert (await engine.generate("x", max_tokens=1)).usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("model", ""),
+        ("model", 5),
+        ("model", None),
+        ("context_length", 1),
+        ("context_length", "long"),
+        ("max_kv_size", 0),
+        ("kv_bits", 7),
+        ("kv_bits", "4"),
+        ("kv_group_size", 48),
+        ("quantized_kv_start", -1),
+        ("prefill_step_size", 0),
+        ("prefill_step_size", 2.5),
+        ("queue_limit", -1),
+        ("max_wait", -0.5),
+        ("max_wait", "soon"),
+        ("max_wait", float("nan")),
+    ],
+)
+def test_a_bad_engine_option_is_refused_by_name(
+    tiny_path: Path, option: str, value: object
+) -> None:
+    arguments: dict[str, Any] = {"model": tiny_path, option: value}
+    with pytest.raises(InvalidRequest, match=f"^{option}: "):
+        SimpleEngine(**arguments)
+
+
+def test_options_that_contradict_each_other_are_refused(tiny_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="drop kv_bits or max_kv_size"):
+        SimpleEngine(tiny_path, max_kv_size=64, kv_bits=4)
+
+
+async def test_kv_options_that_the_model_cannot_have_are_refused_at_load(tiny_path: Path) -> None:
+    engine = SimpleEngine(tiny_path, kv_bits=4, kv_group_size=128)
+    with pytest.raises(InvalidRequest, match="must divide the head dimension"):
+        await engine.start()
+    assert engine.state is EngineState.CREATED
+    assert not engine._slot.filled
+
+
+async def test_what_is_known_of_a_model(tiny_path: Path) -> None:
+    from tests.tiny import CONTEXT
+
+    async with SimpleEngine(tiny_path) as engine:
+        loaded = engine._slot.get()
+        assert loaded.vocab_size == 262
+        assert loaded.context_length == CONTEXT
+        assert loaded.longest_token == len("</tool_call>")
+    async with SimpleEngine(tiny_path, context_length=100) as engine:
+        assert engine._slot.get().context_length == 100

@@ -1,0 +1,63 @@
+"""The front door and the tree of errors."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+
+import mlx_engine
+from mlx_engine import errors
+
+
+def test_all_is_sorted_and_every_name_is_there() -> None:
+    assert mlx_engine.__all__ == sorted(mlx_engine.__all__)
+    for name in mlx_engine.__all__:
+        assert getattr(mlx_engine, name) is not None
+        assert name in dir(mlx_engine)
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        _ = mlx_engine.Nonsense
+
+
+def test_every_public_thing_has_a_docstring() -> None:
+    for name in mlx_engine.__all__:
+        thing = getattr(mlx_engine, name)
+        assert inspect.getdoc(thing), name
+        if not inspect.isclass(thing):
+            continue
+        for method, value in vars(thing).items():
+            if not method.startswith("_") and (inspect.isfunction(value)):
+                assert inspect.getdoc(value), f"{name}.{method}"
+
+
+def test_the_tree_of_errors_is_the_one_in_the_docstring() -> None:
+    assert errors.__doc__ is not None
+    drawn = errors.__doc__
+    for name, error in vars(errors).items():
+        if not (inspect.isclass(error) and issubclass(error, Exception)):
+            continue
+        assert name in drawn
+        assert name in mlx_engine.__all__
+        assert issubclass(error, errors.MLXEngineError)
+    assert issubclass(errors.InvalidRequest, ValueError)
+    assert issubclass(errors.ContextLengthExceeded, errors.InvalidRequest)
+    assert issubclass(errors.EngineDead, errors.EngineNotRunning)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.ModelLoadError("x"),
+        errors.InvalidRequest("stop", "must not be empty"),
+        errors.ContextLengthExceeded("p", prompt_tokens=5, max_tokens=None, context_length=4),
+        errors.EngineBusy("b", retry_after=2.5),
+        errors.EngineDead("r", exit_code=-9),
+    ],
+)
+def test_errors_travel_between_processes(error: errors.MLXEngineError) -> None:
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(twin) is type(error)
+        assert str(twin) == str(error)
+        assert vars(twin) == vars(error)
