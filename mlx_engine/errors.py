@@ -60,8 +60,9 @@ class ContextLengthExceeded(InvalidRequest):
         prompt_tokens: int | None,
         max_tokens: int | None,
         context_length: int,
+        option: str = "prompt",
     ) -> None:
-        super().__init__("prompt", problem)
+        super().__init__(option, problem)
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
         self.context_length = context_length

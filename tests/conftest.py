@@ -7,6 +7,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -74,18 +75,20 @@ def gate() -> Iterator[Callable[[str, int], Gate]]:
 def nothing_is_left_behind() -> Iterator[None]:
     """I1 and I6: after every test MLX is free, and no thread or turn has been left."""
     GUARD.violations.clear()
-    before = {thread for thread in threading.enumerate() if thread.name != "mlx"}
+    before = set(threading.enumerate())
     yield
     gc.collect()
     assert not GUARD.violations
     assert not mlx_thread.locked
     assert mlx_thread.waiting == 0
-    left = {
+    end = time.monotonic() + 2
+    while left := [
         thread
         for thread in threading.enumerate()
         if thread not in before and not thread.name.startswith(("mlx", "asyncio_"))
-    }
-    assert not left, f"threads left behind: {left}"
+    ]:
+        assert time.monotonic() < end, f"threads left behind: {left}"
+        time.sleep(0.01)
 
 
 def other_tasks() -> set[asyncio.Task[object]]:

@@ -99,6 +99,18 @@ class BaseEngine(abc.ABC):
         """Where the engine is in its life. From any thread."""
         return self._lifecycle.state
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``chat`` can be used. ``False`` while no model is loaded. From any thread."""
+        return self._slot.has_chat_template
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that prompt and answer may have together; ``None`` if there is no limit, or
+        no model is loaded. From any thread.
+        """
+        return self._slot.context_length
+
     def stats(self) -> EngineStats:
         """A snapshot of counters. Cheap; from any thread."""
         return self._admission.stats()

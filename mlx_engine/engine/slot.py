@@ -36,6 +36,16 @@ class ModelSlot:
         """Whether there is a model in it. From any thread."""
         return self._loaded is not None
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model in it has a chat template. From any thread."""
+        return self._loaded is not None and bool(self._loaded.tokenizer.has_chat_template)
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of prompt and answer together, if limited. From any thread."""
+        return None if self._loaded is None else self._loaded.context_length
+
     def fill(
         self,
         config: ModelConfig,

@@ -40,6 +40,10 @@ class Input(Protocol):
     """What a request asks the model to go on from."""
 
     @property
+    def option(self) -> str:
+        """What its user calls it."""
+
+    @property
     def tools(self) -> Sequence[Any] | None:
         """Tools that the model was told of."""
 
@@ -54,6 +58,7 @@ class TextInput:
         InvalidRequest: it is empty or of another type.
     """
 
+    option = "prompt"
     tools: Sequence[Any] | None = None
 
     def __init__(self, prompt: str | Sequence[int]) -> None:
@@ -85,7 +90,7 @@ class TextInput:
         """
         prompt = self._prompt
         if isinstance(prompt, str):
-            check_text_length(prompt, loaded)
+            check_text(prompt, loaded, self.option)
             bos = loaded.tokenizer.bos_token
             special = bos is None or not prompt.startswith(bos)
             tokens: list[int] = loaded.tokenizer.encode(prompt, add_special_tokens=special)
@@ -107,6 +112,8 @@ class ChatInput:
     Raises:
         InvalidRequest: an argument is of the wrong shape.
     """
+
+    option = "messages"
 
     def __init__(
         self,
@@ -153,7 +160,7 @@ class ChatInput:
                 "in the form that the model was trained on",
             )
         text = self._render(tokenizer)
-        check_text_length(text, loaded, option="messages")
+        check_text(text, loaded, self.option)
         notes: list[str] = []
         if self.tools and text == self._render(tokenizer, tools=None):
             raise InvalidRequest("tools", "this model's chat template does not show tools to it")
@@ -209,11 +216,12 @@ class ChatInput:
 _OURS = {"tools", "tokenize", "add_generation_prompt", "return_dict", "messages", "conversation"}
 
 
-def check_text_length(text: str, loaded: LoadedModel, option: str = "prompt") -> None:
-    """Refuse text that cannot fit, without tokenizing megabytes of it first.
+def check_text(text: str, loaded: LoadedModel, option: str) -> None:
+    """Refuse text that cannot fit, without tokenizing megabytes of it first, or is no text.
 
     Raises:
         ContextLengthExceeded: even in the longest tokens it would not fit.
+        InvalidRequest: it has surrogates, as bytes that are no UTF-8 become in arguments.
     """
     limit = loaded.context_length
     if limit is not None and len(text) > _SHRINK * limit * loaded.longest_token:
@@ -223,7 +231,12 @@ def check_text_length(text: str, loaded: LoadedModel, option: str = "prompt") ->
             prompt_tokens=None,
             max_tokens=None,
             context_length=limit,
+            option=option,
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(option, f"is not valid Unicode text ({error})") from error
 
 
 def _message(index: int, message: object) -> dict[str, Any]:

@@ -147,6 +147,7 @@ class Request:
         text = self._text = self._assembler(loaded, encoded)
         try:
             cache = make_kv_cache(loaded.model, config)
+            self._report(0, len(prompt))
             prefill(
                 loaded.model,
                 cache,
@@ -220,6 +221,7 @@ class Request:
                 prompt_tokens=prompt_tokens,
                 max_tokens=wanted,
                 context_length=context,
+                option=self._source.option,
             )
         return room if wanted is None else wanted
 

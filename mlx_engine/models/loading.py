@@ -111,7 +111,7 @@ def load_model(
     stop = should_stop or _never
     if config.model == DEMO_MODEL:  # nothing is done when it has been converted already
         source = demo.convert_demo_model(source, on_progress, should_stop)
-    _check_files(source)
+    check_files(source)
     try:
         model, tokenizer, model_config = mlx_lm.load(
             str(source),
@@ -133,8 +133,8 @@ def load_model(
         tokenizer=tokenizer,
         config=model_config,
         path=source,
-        vocab_size=_from_config(model_config, ("vocab_size",)) or len(tokenizer),
-        context_length=config.context_length or _from_config(model_config, _CONTEXT_KEYS),
+        vocab_size=vocab_size(model_config, tokenizer),
+        context_length=config.context_length or context_length(model_config),
         longest_token=max(map(len, tokenizer.get_vocab()), default=1),
         newline_tokens=tuple(tokenizer.encode("\n", add_special_tokens=False)),
     )
@@ -144,7 +144,7 @@ def _never() -> bool:
     return False
 
 
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     """Name the file that is missing, where mlx_lm would only fail somehow."""
     if not (folder / "config.json").is_file():
         raise ModelLoadError(f"{folder}: config.json is missing; is it a model in MLX layout?")
@@ -173,6 +173,8 @@ def _read_weights(
     total = sum(value.nbytes for value in weights)
     done = pending = 0
     batch: list[mx.array] = []
+    if on_progress is not None:
+        on_progress(Progress("load", 0, total))
     for value in weights:
         batch.append(value)
         pending += value.nbytes
@@ -187,6 +189,16 @@ def _read_weights(
             on_progress(Progress("load", done, total))
     if should_stop():
         raise Interrupted
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """Tokens of prompt and answer together, by config.json; ``None`` if it names no limit."""
+    return _from_config(config, _CONTEXT_KEYS)
+
+
+def vocab_size(config: dict[str, Any], tokenizer: TokenizerWrapper) -> int:
+    """Tokens that the logits cover: more than the tokenizer has, if the matrix is padded."""
+    return _from_config(config, ("vocab_size",)) or len(tokenizer)
 
 
 def _from_config(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:

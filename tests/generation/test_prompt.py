@@ -82,8 +82,11 @@ async def test_prompt_and_max_tokens_must_fit_the_context(engine: SimpleEngine) 
     assert caught.value.max_tokens == 101
     assert caught.value.context_length == CONTEXT
     assert "lower max_tokens to 100" in str(caught.value)
-    with pytest.raises(ContextLengthExceeded, match="shorten the prompt$"):
+    with pytest.raises(ContextLengthExceeded, match=r"shorten the prompt$"):
         await engine.generate([1] * CONTEXT, max_tokens=None)
+    with pytest.raises(ContextLengthExceeded) as caught:
+        await engine.chat([{"role": "user", "content": "x" * CONTEXT}])
+    assert caught.value.option == "messages"
 
 
 async def test_ten_megabytes_of_prompt_are_refused_at_once(engine: SimpleEngine) -> None:
@@ -99,6 +102,13 @@ async def test_ten_megabytes_of_prompt_are_refused_at_once(engine: SimpleEngine)
 async def test_text_that_is_a_little_too_long_is_counted_in_tokens(engine: SimpleEngine) -> None:
     with pytest.raises(ContextLengthExceeded, match=f"{CONTEXT + 5} prompt tokens"):
         await engine.generate("x" * (CONTEXT + 5))
+
+
+async def test_what_is_no_unicode_is_refused(engine: SimpleEngine) -> None:
+    with pytest.raises(InvalidRequest, match="prompt: is not valid Unicode"):
+        await engine.generate("a\udcff")
+    with pytest.raises(InvalidRequest, match="messages: is not valid Unicode"):
+        await engine.chat([{"role": "user", "content": "a\udcff"}])
 
 
 @pytest.mark.parametrize(

@@ -132,17 +132,18 @@ def test_no_part_of_a_stop_string_is_ever_shown(tokenizer: TokenizerWrapper) -> 
     assert shown == "text ##not "
 
 
-THINKING = '<think>let me\nsee</think>The answer<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>done'
+CALL = '{"name": "f", "arguments": {"x": 1}}'
+THINKING = f"<think>let me\nsee</think>The answer<tool_call>{CALL}</tool_call>done"
 
 
 def test_segments(tokenizer: TokenizerWrapper) -> None:
     assembler, pieces, _ = assemble(tokenizer, THINKING, state="normal")
     assert assembler.reasoning == "let me\nsee" == joined(pieces, "reasoning")
     assert assembler.content == "The answerdone" == joined(pieces, "content")
-    assert joined(pieces, "tool_call") == '{"name": "f", "arguments": {"x": 1}}'
+    assert joined(pieces, "tool_call") == CALL
     (call,) = assembler.tool_calls
     assert (call.name, call.arguments, call.error) == ("f", {"x": 1}, None)
-    assert [segment for segment, _ in pieces if segment != "content"][0] == "reasoning"
+    assert pieces[0][0] == "reasoning"
 
 
 def test_markers_are_plain_text_in_a_completion(tokenizer: TokenizerWrapper) -> None:

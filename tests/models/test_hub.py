@@ -101,7 +101,7 @@ def _digest(data: bytes) -> str:
 @pytest.fixture
 def hub(tiny_path: Path) -> Iterator[Hub]:
     server = Hub(tiny_path)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), name="mlx-test-hub")
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
     server.shutdown()

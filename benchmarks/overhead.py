@@ -1,0 +1,296 @@
+"""What does this library cost over raw mlx_lm, and does generating hold the event loop up?
+
+One model, one prompt, greedy, the same number of tokens, and the token ids compared: a run in
+which they differ fails. Every way goes over the same MLX thread and the same loaded weights.
+
+    raw       ``mlx_lm.stream_generate`` in a plain loop, as one function on the MLX thread
+    raw again the same once more: how far its ratio is from 1 is the noise of this machine
+    raw, loop awake
+              the same while a coroutine in the event loop sleeps 1 ms at a time and does
+              nothing: what any activity of the loop costs MLX, whoever causes it
+    stream    ``async for chunk in engine.stream_generate(...)``
+    generate  ``await engine.generate(...)``
+
+A round runs each way once, and the order rotates from round to round. Ratios and differences
+are taken within a round. The difference grows far less than what a token takes, so the ratio
+comes closer to 1 the bigger the model is. Times are end to end, from the call to its completion
+in the event loop: tokenizing, prefill and the way to the MLX thread and back count. "Decode
+only" is from the first token to the last, by a clock on the MLX thread.
+
+Lateness is how much later than asked ``asyncio.sleep(0.001)`` returns in the same event loop,
+in runs of their own, since the probe itself takes time. The idle control contains what the
+operating system's timers add: Linux's epoll rounds a wait up to a whole millisecond, so a
+wait that another event interrupted may come up to 1 ms late by that alone. "Raw" is generation
+with nothing for the event loop to do: what competing for the GIL and the processor costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx_lm
+
+from benchmarks.report import (
+    Spread,
+    describe,
+    draw_dots,
+    machine,
+    markdown_table,
+    new_figure,
+    write_json,
+)
+from benchmarks.setting import Setting, model_folder, parse_setting
+from mlx_engine import BaseEngine, SimpleEngine
+
+PROMPT = "The quick brown fox jumps over the lazy dog, and then it"
+TICK = 0.001  # seconds that the lateness probe sleeps
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one way gave: token ids, and seconds from the first of them to the last."""
+
+    tokens: list[int]
+    decode: float
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One measured run: tokens a second end to end and decode only, CPU seconds a token."""
+
+    rate: float
+    decode_rate: float
+    cpu: float
+
+
+Way = Callable[[BaseEngine, int], Awaitable[Answer]]
+
+
+async def raw(engine: BaseEngine, count: int) -> Answer:
+    return await engine.run_blocking(_raw, engine, count)
+
+
+def _raw(engine: BaseEngine, count: int) -> Answer:
+    """On the MLX thread, and with the very model that the engine uses."""
+    loaded = engine._slot.get()
+    tokenizer = copy.copy(loaded.tokenizer)
+    tokenizer.eos_token_ids = []  # what ignore_eos is to the engine
+    tokens: list[int] = []
+    text = ""
+    first = 0.0
+    for response in mlx_lm.stream_generate(loaded.model, tokenizer, PROMPT, max_tokens=count):
+        if not tokens:
+            first = time.perf_counter()
+        text += response.text
+        tokens.append(response.token)
+    return Answer(tokens, time.perf_counter() - first)
+
+
+async def stream(engine: BaseEngine, count: int) -> Answer:
+    tokens: list[int] = []
+    text = ""
+    async with engine.stream_generate(PROMPT, max_tokens=count, ignore_eos=True) as chunks:
+        async for chunk in chunks:
+            text += chunk.text
+            tokens.extend(chunk.tokens)
+    return Answer(tokens, chunks.result.timings.decode)
+
+
+async def generate(engine: BaseEngine, count: int) -> Answer:
+    result = await engine.generate(PROMPT, max_tokens=count, ignore_eos=True)
+    return Answer(list(result.tokens), result.timings.decode)
+
+
+async def idle(engine: BaseEngine, count: int) -> Answer:
+    """The control of the lateness probe: as long as a generation, roughly, and no work."""
+    await asyncio.sleep(count * TICK)
+    return Answer([], 0.0)
+
+
+async def raw_loop_awake(engine: BaseEngine, count: int) -> Answer:
+    ticking = asyncio.create_task(probe([]))
+    try:
+        return await raw(engine, count)
+    finally:
+        ticking.cancel()
+
+
+WAYS: dict[str, Way] = {
+    "raw": raw,
+    "raw again": raw,
+    "raw, loop awake": raw_loop_awake,
+    "stream": stream,
+    "generate": generate,
+}
+PROBED: dict[str, Way] = {"idle": idle, "raw": raw, "stream": stream, "generate": generate}
+
+
+async def timed(way: Way, engine: BaseEngine, count: int, expected: list[int]) -> Run:
+    cpu, start = time.process_time(), time.perf_counter()
+    answer = await way(engine, count)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    if answer.tokens != expected:
+        raise SystemExit(f"{way.__name__} gave other tokens than raw mlx_lm: nothing to compare")
+    return Run(count / seconds, (count - 1) / answer.decode, cpu / count)
+
+
+async def measure_rates(engine: BaseEngine, setting: Setting, count: int) -> dict[str, list[Run]]:
+    runs: dict[str, list[Run]] = {name: [] for name in WAYS}
+    expected = (await raw(engine, count)).tokens
+    for way in WAYS.values():  # warm-up
+        await timed(way, engine, count, expected)
+    for turn in range(setting.repeats):
+        for name in rotated(list(WAYS), turn):
+            runs[name].append(await timed(WAYS[name], engine, count, expected))
+    return runs
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+    start = turn % len(names)
+    return names[start:] + names[:start]
+
+
+async def probe(late: list[float]) -> None:
+    while True:
+        start = time.perf_counter()
+        await asyncio.sleep(TICK)
+        late.append(time.perf_counter() - start - TICK)
+
+
+async def measure_lateness(
+    engine: BaseEngine, setting: Setting, count: int
+) -> dict[str, list[list[float]]]:
+    """For each probed way, seconds of lateness: a list a round."""
+    late: dict[str, list[list[float]]] = {name: [] for name in PROBED}
+    for turn in range(setting.repeats):
+        for name in rotated(list(PROBED), turn):
+            samples: list[float] = []
+            prober = asyncio.create_task(probe(samples))
+            await PROBED[name](engine, count)
+            prober.cancel()
+            late[name].append(samples)
+    return late
+
+
+def ratios(runs: dict[str, list[Run]], name: str) -> Spread:
+    """Of end-to-end rates, within each round."""
+    return Spread.of(a.rate / b.rate for a, b in zip(runs[name], runs["raw"], strict=True))
+
+
+def added(runs: dict[str, list[Run]], name: str) -> Spread:
+    """Seconds a token more than raw, within each round."""
+    pairs = zip(runs[name], runs["raw"], strict=True)
+    return Spread.of(1 / a.rate - 1 / b.rate for a, b in pairs)
+
+
+def rate_table(runs: dict[str, list[Run]]) -> str:
+    rows = []
+    for name, of_way in runs.items():
+        rows.append(
+            [
+                name,
+                Spread.of(run.rate for run in of_way).text(0),
+                ratios(runs, name).text(3),
+                added(runs, name).text(0, 1e6),
+                Spread.of(run.decode_rate for run in of_way).text(0),
+                Spread.of(run.cpu for run in of_way).text(0, 1e6),
+            ]
+        )
+    head = [
+        "way",
+        "tokens/s",
+        "of raw",
+        "added us a token",
+        "decode only, tokens/s",
+        "CPU us a token",
+    ]
+    return markdown_table(head, rows)
+
+
+def lateness_table(late: dict[str, list[list[float]]]) -> str:
+    rows = []
+    for name, rounds in late.items():
+        row = [name]
+        for percent in (50, 99, 100):
+            spread = Spread.of(Spread.of(samples).percentile(percent) for samples in rounds)
+            row.append(spread.text(2, 1e3))
+        rows.append([*row, str(sum(map(len, rounds)))])
+    return markdown_table(["while", "p50 ms", "p99 ms", "max ms", "samples"], rows)
+
+
+def lateness_record(rounds: list[list[float]]) -> dict[str, Any]:
+    every = Spread.of(value for samples in rounds for value in samples)
+    return {
+        "p50": every.percentile(50),
+        "p99": every.percentile(99),
+        "max": max(every.values),
+        "samples": len(every.values),
+        "p99_by_round": [Spread.of(samples).percentile(99) for samples in rounds],
+    }
+
+
+def plot(setting: Setting, runs: dict[str, list[Run]], late: dict[str, list[list[float]]]) -> None:
+    made = new_figure(2)
+    if made is None:
+        return
+    figure, (left, right) = made
+    shown = {name: ratios(runs, name) for name in runs if name != "raw"}
+    draw_dots(left, shown, "tokens/s, end to end, of raw mlx_lm in the same round")
+    left.axvline(1.0, color="grey", linewidth=1)
+    for name, rounds in late.items():
+        values = sorted(value * 1e3 for samples in rounds for value in samples)
+        right.plot(values, [(i + 1) / len(values) for i in range(len(values))], label=name)
+    right.set_xlabel("lateness of a 1 ms sleep in the event loop, ms")
+    right.set_ylabel("share of samples not later")
+    right.set_xscale("log")
+    right.grid(alpha=0.3)
+    right.legend()
+    figure.savefig(setting.out / "overhead.png", dpi=150)
+
+
+async def measure(setting: Setting, model: str) -> None:
+    count = 100 if setting.quick else 400
+    what = machine()
+    async with SimpleEngine(model) as engine:
+        runs = await measure_rates(engine, setting, count)
+        late = await measure_lateness(engine, setting, count)
+    per_token = statistics.median(1e3 / run.decode_rate for run in runs["raw"])
+    print(f"{describe(what)}\n{count} tokens a run, {setting.repeats} rounds; ", end="")
+    print(f"raw mlx_lm takes {per_token:.2f} ms a token. Numbers are median [min, max].\n")
+    print(rate_table(runs), lateness_table(late), sep="\n\n")
+    record = {
+        "machine": what,
+        "quick": setting.quick,
+        "tokens": count,
+        "rounds": setting.repeats,
+        "raw_ms_per_token": per_token,
+        "ways": {
+            name: {
+                "tokens_per_second": Spread.of(run.rate for run in of_way).record(),
+                "ratio_to_raw": ratios(runs, name).record(),
+                "added_seconds_per_token": added(runs, name).record(),
+                "decode_tokens_per_second": Spread.of(run.decode_rate for run in of_way).record(),
+                "cpu_seconds_per_token": Spread.of(run.cpu for run in of_way).record(),
+            }
+            for name, of_way in runs.items()
+        },
+        "loop_lateness_seconds": {name: lateness_record(rounds) for name, rounds in late.items()},
+    }
+    write_json(setting.out, "overhead", record)
+    plot(setting, runs, late)
+
+
+def main() -> None:
+    setting = parse_setting(__doc__ or "", repeats=15, layers=3)
+    with model_folder(setting) as model:
+        asyncio.run(measure(setting, model))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""``mlx-engine generate``: one answer."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from dataclasses import asdict
+
+from mlx_engine.cli import interrupts
+from mlx_engine.cli.options import engine_options, sampling_params
+from mlx_engine.cli.output import AnswerPrinter, ProgressBar, print_answer, say, say_statistics
+from mlx_engine.engine.simple import SimpleEngine
+from mlx_engine.outputs import GenerationResult
+from mlx_engine.params import SamplingParams
+from mlx_engine.stream import GenerationStream
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer one prompt; the exit code."""
+    params = sampling_params(args)
+    if args.prompt == "-":
+        args.prompt = sys.stdin.read()
+    bar = ProgressBar()
+    with asyncio.Runner() as runner:
+        result = interrupts.run(runner, _generate(args, params, bar))
+    if args.json:
+        json.dump(asdict(result), sys.stdout, ensure_ascii=False, default=str)
+        sys.stdout.write("\n")
+    elif not result.text and (result.reasoning or result.tool_calls):
+        say("note: the answer has reasoning or tool calls only; --json shows them")
+    for note in result.notes:
+        say(f"note: {note}")
+    if args.verbose:
+        say_statistics(result)
+    return 0
+
+
+async def _generate(
+    args: argparse.Namespace, params: SamplingParams, bar: ProgressBar
+) -> GenerationResult:
+    try:
+        async with SimpleEngine(**engine_options(args), on_progress=bar) as engine:
+            bar.clear()
+            if not (args.raw or engine.has_chat_template or args.system is not None):
+                say("note: the model has no chat template: the prompt is continued, as with --raw")
+                args.raw = True
+            if args.raw:
+                stream = engine.stream_generate(args.prompt, params, on_progress=bar)
+            else:
+                stream = _chat(engine, args, params, bar)
+            return await _answer(args, stream, bar)
+    finally:
+        bar.clear()
+
+
+def _chat(
+    engine: SimpleEngine, args: argparse.Namespace, params: SamplingParams, bar: ProgressBar
+) -> GenerationStream:
+    messages = [{"role": "user", "content": args.prompt.rstrip("\n")}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": args.system})
+    return engine.stream_chat(messages, params, on_progress=bar)
+
+
+async def _answer(
+    args: argparse.Namespace, stream: GenerationStream, bar: ProgressBar
+) -> GenerationResult:
+    printer = AnswerPrinter(bar, silent=args.json)
+    try:
+        return await print_answer(stream, printer)
+    finally:
+        printer.end()

@@ -1,0 +1,70 @@
+"""``mlx-engine info``: what a model is, from its files, without loading its weights."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import json
+import sys
+import threading
+from dataclasses import asdict
+from pathlib import Path
+
+from mlx_engine.cli import interrupts
+from mlx_engine.cli.options import engine_options
+from mlx_engine.cli.output import ProgressBar
+from mlx_engine.config import ModelConfig
+from mlx_engine.engine.crossing import in_this_loop, off_loop
+from mlx_engine.engine.simple import SimpleEngine
+from mlx_engine.models.info import ModelInfo, describe
+from mlx_engine.models.loading import find_model
+
+
+def run(args: argparse.Namespace) -> int:
+    """Describe a model; the exit code."""
+    bar = ProgressBar()
+    config = ModelConfig(**engine_options(args))
+    try:
+        with asyncio.Runner() as runner:
+            folder = interrupts.run(runner, _find(config, bar))
+    finally:
+        bar.clear()
+    info = describe(config, folder)
+    if args.json:
+        json.dump(asdict(info), sys.stdout, ensure_ascii=False, default=str)
+        sys.stdout.write("\n")
+    else:
+        for name, value in _table(info):
+            sys.stdout.write(f"{name:<15} {value}\n")
+    return 0
+
+
+async def _find(config: ModelConfig, bar: ProgressBar) -> Path:
+    """The model's folder, downloaded if need be."""
+    stop = threading.Event()
+    find = functools.partial(find_model, config, in_this_loop(bar), stop.is_set)
+    source = await off_loop(find, stop)
+    if source.is_file():  # the demo before its conversion, which is an engine's work
+        async with SimpleEngine(config.model, on_progress=bar):
+            pass
+        source = await off_loop(find, stop)
+    return source
+
+
+def _table(info: ModelInfo) -> list[tuple[str, str]]:
+    quantization = info.quantization or {}
+    plain = ", ".join(f"{k} {v}" for k, v in quantization.items() if not isinstance(v, dict))
+    return [
+        ("model", info.model),
+        ("type", info.model_type),
+        ("parameters", f"{info.parameters:,}"),
+        ("quantization", plain.replace("_", " ") or "none"),
+        ("context", "no limit" if info.context_length is None else f"{info.context_length} tokens"),
+        ("vocabulary", f"{info.vocabulary} tokens"),
+        ("chat template", "yes" if info.chat_template else "no"),
+        ("tool calls", info.tool_parser or "no parser"),
+        ("thinking", "yes" if info.thinking else "no"),
+        ("path", info.path),
+        ("size on disk", f"{info.bytes_on_disk / 1e6:,.1f} MB"),
+    ]
