@@ -164,7 +164,15 @@ class Request:
                 else eos.union(params.stop_token_ids)
             )
             silent = eos | ends  # these are signals, not text
-            steps = decode(loaded.model, cache, prompt, sampling, config, limit)
+            steps = decode(
+                loaded.model,
+                cache,
+                prompt,
+                sampling,
+                config,
+                limit,
+                should_stop=self._stop.is_set,
+            )
             with closing(steps):
                 for token, logprobs in steps:
                     self._token(token, logprobs)
