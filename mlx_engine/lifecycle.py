@@ -127,11 +127,6 @@ class Lifecycle:
             self._in_flight.pop(ticket.request_id, None)
             self._notify()
 
-    @property
-    def in_flight(self) -> int:
-        """How many tickets are in flight."""
-        return len(self._in_flight)
-
     async def begin_start(self) -> bool:
         """Enter STARTING. ``False`` if the engine runs already, or another task started it.
 

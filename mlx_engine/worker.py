@@ -148,7 +148,7 @@ class MLXThread:
             )
         with self._changed:
             if self._closing:
-                raise EngineDead("the MLX thread has ended: the interpreter is shutting down")
+                raise EngineDead("the MLX thread has ended, or the interpreter is shutting down")
             if self._thread is None:
                 self._start()
             self._queue.append(turn)
@@ -179,6 +179,17 @@ class MLXThread:
         atexit.register(self._close)
 
     def _main(self) -> None:
+        try:
+            self._serve()
+        finally:
+            with self._changed:
+                self._closing = True
+                left = list(self._queue)
+            for turn in left:  # none, unless the thread ends by a fault of its own
+                self.abort(turn, EngineDead("the MLX thread has ended"))
+            _call_all(list(reversed(self._exit_jobs)))
+
+    def _serve(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._chores or self._closing)
@@ -202,7 +213,6 @@ class MLXThread:
                 self._running = None
             turn.announce()
             del turn  # or its result would live until the next one
-        _call_all(list(reversed(self._exit_jobs)))
 
     def _close(self) -> None:
         """At exit: abort all turns, run the exit jobs, join the thread."""

@@ -14,7 +14,8 @@ from typing import Any
 import anyio
 import pytest
 
-from mlx_engine.turn import Turn
+from mlx_engine.errors import EngineDead
+from mlx_engine.turn import Stage, Turn
 from mlx_engine.worker import MLXThread, mlx_thread
 from tests.conftest import other_tasks
 
@@ -467,6 +468,27 @@ async def test_what_a_turn_held_is_dropped_when_it_is_over() -> None:
     del big, task
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_if_the_thread_dies_nobody_waits_for_ever() -> None:
+    class Fatal(Turn[None]):
+        def execute(self) -> None:
+            self.stage = Stage.DONE
+            self.announce()
+            release.wait(10)
+            raise SystemExit  # which ends a thread without a word
+
+    release = threading.Event()
+    thread = MLXThread()
+    await thread.run(Fatal(lambda: None))
+    waiting = asyncio.create_task(thread.run(Turn(lambda: None)))
+    await until(lambda: thread.waiting == 1)
+    release.set()
+    with pytest.raises(EngineDead, match="has ended"):
+        await waiting
+    with pytest.raises(EngineDead, match="has ended"):
+        await thread.run(Turn(lambda: None))
 
 
 async def test_a_fresh_thread_object_ends_cleanly() -> None:

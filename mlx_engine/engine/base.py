@@ -336,8 +336,11 @@ class BaseEngine(abc.ABC):
         """Drop the model, on the MLX thread; not to be cut short."""
         if not self._slot.filled:
             return
-        release = asyncio.ensure_future(self._run_blocking_serialized(self._slot.empty))
-        await outlast(release)
+        try:
+            await outlast(asyncio.ensure_future(self._run_blocking_serialized(self._slot.empty)))
+        finally:
+            if self._slot.filled:  # the end of the event loop has cancelled that task as well
+                mlx_thread.post(self._slot.empty)
 
     async def _complete(self, request: Request, emit: Emit | None = None) -> GenerationResult:
         request.submitted(in_this_loop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 
 import mlx.core as mx
@@ -16,7 +16,7 @@ from mlx_engine.errors import ContextLengthExceeded, GenerationError, MLXEngineE
 from mlx_engine.generation.decode import decode
 from mlx_engine.generation.kv_cache import make_kv_cache
 from mlx_engine.generation.prefill import prefill
-from mlx_engine.generation.prompt import Encoded, Input
+from mlx_engine.generation.prompt import Input
 from mlx_engine.generation.sampling import make_sampling, token_logprob
 from mlx_engine.generation.text import Piece, TextAssembler
 from mlx_engine.models.loading import LoadedModel
@@ -100,7 +100,11 @@ class Request:
     ) -> MLXEngineError | None:
         self._clock.started = time.perf_counter()
         try:
-            self._run(loaded, config, emit)
+            try:
+                self._run(loaded, config, emit)
+            finally:
+                # A step may be under way that nobody waits for any more.
+                mx.synchronize(generation_stream)
         except MLXEngineError as error:
             _drop_frames(error)
             return error
@@ -111,8 +115,6 @@ class Request:
             failed.__cause__ = error
             return failed
         finally:
-            # A step may be under way that nobody waits for any more.
-            mx.synchronize(generation_stream)
             self._clock.ended = time.perf_counter()
         return None
 
@@ -136,78 +138,91 @@ class Request:
         encoded = self._source.encode(loaded)
         prompt = encoded.tokens
         self._notes = encoded.notes
+        self._prompt_tokens = len(prompt)
         limit = self._fit(loaded, len(prompt))
-        params = self._params
-        eos: set[int] = loaded.tokenizer.eos_token_ids
         sampling = make_sampling(
-            params,
+            self._params,
             vocab_size=loaded.vocab_size,
-            xtc_special_tokens=(*loaded.newline_tokens, *sorted(eos)),
+            xtc_special_tokens=(*loaded.newline_tokens, *sorted(loaded.eos)),
         )
-        text = self._text = self._assembler(loaded, encoded)
+        self._text = TextAssembler(
+            loaded.tokenizer,
+            stop=tuple(self._params.stop),
+            initial_state=encoded.initial_state,
+            tools=self._source.tools,
+        )
+        should_stop = self._stop.is_set
         try:
             cache = make_kv_cache(loaded.model, config)
-            self._report(0, len(prompt))
+            self._report(0)
             prefill(
                 loaded.model,
                 cache,
                 prompt,
                 config,
-                should_stop=self._stop.is_set,
-                on_progress=lambda done: self._report(done, len(prompt)),
+                should_stop=should_stop,
+                on_progress=self._report,
             )
-            self._prompt_tokens = len(prompt)
             self._clock.prefilled = time.perf_counter()
-            ends = (
-                set(params.stop_token_ids)
-                if params.ignore_eos
-                else eos.union(params.stop_token_ids)
-            )
-            silent = eos | ends  # these are signals, not text
-            steps = decode(
-                loaded.model,
-                cache,
-                prompt,
-                sampling,
-                config,
-                limit,
-                should_stop=self._stop.is_set,
-            )
-            with closing(steps):
-                for token, logprobs in steps:
-                    self._token(token, logprobs)
-                    pieces = [] if token in silent else text.add(token)
-                    reason: FinishReason | None = None
-                    if token in ends or text.stopped:
-                        reason = "stop"
-                    elif len(self._tokens) == limit:
-                        reason = "length"
-                    elif self._stop.is_set():
-                        reason = "cancelled"
-                    if reason is not None:
-                        self._finish(reason, token, pieces, emit)
-                        return
-                    if emit is not None:
-                        emit_pieces(emit, pieces, (token,), tuple(self._logprobs[-1:]))
+            with closing(
+                decode(
+                    loaded.model, cache, prompt, sampling, config, limit, should_stop=should_stop
+                )
+            ) as steps:
+                self._collect(steps, self._text, loaded.eos, limit, emit)
         except Interrupted:
-            self._finish("cancelled", None, [], emit)
+            self._finish("cancelled", self._text, emit)
+
+    def _collect(
+        self,
+        steps: Iterable[tuple[int, mx.array]],
+        text: TextAssembler,
+        eos: frozenset[int],
+        limit: int | None,
+        emit: Emit | None,
+    ) -> None:
+        """Take tokens until one of them, or the text they make, is the last."""
+        ends = eos.union(self._params.stop_token_ids)
+        silent = ends  # these are signals, not text
+        if self._params.ignore_eos:
+            ends = frozenset(self._params.stop_token_ids)
+        for token, logprobs in steps:
+            self._token(token, logprobs)
+            pieces = [] if token in silent else text.add(token)
+            reason: FinishReason | None = None
+            if token in ends or text.stopped:
+                reason = "stop"
+            elif len(self._tokens) == limit:
+                reason = "length"
+            elif self._stop.is_set():
+                reason = "cancelled"
+            if reason is not None:
+                self._finish(reason, text, emit, token, pieces)
+                return
+            if emit is not None:
+                emit_pieces(emit, pieces, (token,), tuple(self._logprobs[-1:]))
 
     def _token(self, token: int, logprobs: mx.array) -> None:
         now = time.perf_counter()
         if not self._tokens:
             self._clock.first_token = now
-            self._report(self._prompt_tokens, self._prompt_tokens)
+            self._report(self._prompt_tokens)
         self._clock.last_token = now
         self._tokens.append(token)
         if self._params.logprobs is not None:
             self._logprobs.append(token_logprob(token, logprobs, self._params.logprobs))
 
     def _finish(
-        self, reason: FinishReason, token: int | None, pieces: list[Piece], emit: Emit | None
+        self,
+        reason: FinishReason,
+        text: TextAssembler,
+        emit: Emit | None,
+        token: int | None = None,
+        pieces: list[Piece] | None = None,
     ) -> None:
-        assert self._text is not None
+        """Let out what was held back, with the last token and its pieces if there is one."""
         self._finish_reason = reason
-        pieces = pieces + self._text.finish()
+        pieces = (pieces or []) + text.finish()
         if emit is not None:
             tokens = () if token is None else (token,)
             logprobs = () if token is None else tuple(self._logprobs[-1:])
@@ -233,18 +248,9 @@ class Request:
             )
         return room if wanted is None else wanted
 
-    def _assembler(self, loaded: LoadedModel, encoded: Encoded) -> TextAssembler:
-        stop = self._params.stop
-        return TextAssembler(
-            loaded.tokenizer,
-            stop=(stop,) if isinstance(stop, str) else stop,
-            initial_state=encoded.initial_state,
-            tools=self._source.tools,
-        )
-
-    def _report(self, done: int, total: int) -> None:
+    def _report(self, done: int) -> None:
         if self._on_progress is not None:
-            self._on_progress(Progress("prefill", done, total))
+            self._on_progress(Progress("prefill", done, self._prompt_tokens))
 
 
 def emit_pieces(

@@ -44,6 +44,7 @@ class LoadedModel:
         tokenizer: mlx_lm's wrapper with its streaming detokenizer.
         config: config.json.
         path: the folder that it came from.
+        eos: token ids that end an answer, by the model's configuration and tokenizer.
         vocab_size: tokens that the logits cover.
         context_length: tokens of prompt and answer together; ``None`` if the model names
             no limit.
@@ -55,6 +56,7 @@ class LoadedModel:
     tokenizer: TokenizerWrapper
     config: dict[str, Any]
     path: Path
+    eos: frozenset[int]
     vocab_size: int
     context_length: int | None
     longest_token: int
@@ -133,6 +135,7 @@ def load_model(
         tokenizer=tokenizer,
         config=model_config,
         path=source,
+        eos=frozenset(tokenizer.eos_token_ids),
         vocab_size=vocab_size(model_config, tokenizer),
         context_length=config.context_length or context_length(model_config),
         longest_token=max(map(len, tokenizer.get_vocab()), default=1),

@@ -328,6 +328,29 @@ async def test_a_forgotten_engine_warns_and_drops_its_model_on_the_mlx_thread(
     assert dropped_on == [True]
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_loop_that_ends_during_a_shutdown_leaves_no_model(
+    tiny_path: Path, gate: MakeGate, inside: bool
+) -> None:
+    engine = SimpleEngine(tiny_path)
+    stop = gate("model", 3 if inside else 10_000)
+
+    async def main() -> None:
+        await engine.start()
+        if inside:
+            asyncio.create_task(engine.generate(PROMPT))  # noqa: RUF006
+            await stop.reached()
+        asyncio.create_task(engine.shutdown(None))  # noqa: RUF006
+        await asyncio.sleep(0)
+        threading.Timer(0.02, stop.go).start()
+
+    asyncio.run(main())
+    assert asyncio.run(engine.stop()) is not None
+    assert engine.state is EngineState.STOPPED
+    while engine._slot.filled:
+        time.sleep(0.001)
+
+
 async def test_an_exception_in_the_body_still_stops_the_engine(tiny_engine: SimpleEngine) -> None:
     with pytest.raises(LookupError):
         async with tiny_engine:
