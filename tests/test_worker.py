@@ -470,14 +470,15 @@ async def test_what_a_turn_held_is_dropped_when_it_is_over() -> None:
     assert alive() is None
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-async def test_if_the_thread_dies_nobody_waits_for_ever() -> None:
+async def test_if_the_thread_dies_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+
     class Fatal(Turn[None]):
         def execute(self) -> None:
             self.stage = Stage.DONE
             self.announce()
             release.wait(10)
-            raise SystemExit  # which ends a thread without a word
+            raise SystemExit
 
     release = threading.Event()
     thread = MLXThread()
@@ -489,6 +490,8 @@ async def test_if_the_thread_dies_nobody_waits_for_ever() -> None:
         await waiting
     with pytest.raises(EngineDead, match="has ended"):
         await thread.run(Turn(lambda: None))
+    assert thread._thread is not None
+    thread._thread.join(5)
 
 
 async def test_a_fresh_thread_object_ends_cleanly() -> None:

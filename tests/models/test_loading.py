@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlx_engine import EngineState, InvalidRequest, ModelLoadError, SimpleEngine
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.anyio
 
@@ -154,3 +157,33 @@ async def test_what_is_known_of_a_model(tiny_path: Path) -> None:
         assert loaded.longest_token == len("</tool_call>")
     async with SimpleEngine(tiny_path, context_length=100) as engine:
         assert engine._slot.get().context_length == 100
+
+
+LIMITS = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, {before})
+import mlx_engine
+mlx_engine.SimpleEngine
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((5000, 6000), (5000, 6000)),
+        ((256, 6000), (2048, 6000)),
+        ((256, 1000), (1000, 1000)),
+    ],
+)
+def test_importing_mlx_lm_does_not_lower_the_limit_of_open_files(
+    before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITS.format(before=before)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+    )
+    assert done.stdout == f"{after}\n", done.stderr
