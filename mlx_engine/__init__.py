@@ -28,16 +28,19 @@ from mlx_engine.errors import (
 from mlx_engine.lifecycle import EngineState
 from mlx_engine.outputs import (
     EngineStats,
+    FinishReason,
     GenerationChunk,
     GenerationResult,
     Progress,
+    ProgressCallback,
+    Segment,
     ShutdownReport,
     Timings,
     TokenLogprob,
     ToolCall,
     Usage,
 )
-from mlx_engine.params import SamplingParams
+from mlx_engine.params import SamplingOptions, SamplingParams
 from mlx_engine.stream import GenerationStream
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ __all__ = [
     "EngineState",
     "EngineStats",
     "EngineStopped",
+    "FinishReason",
     "GenerationChunk",
     "GenerationError",
     "GenerationResult",
@@ -64,7 +68,10 @@ __all__ = [
     "MLXEngineError",
     "ModelLoadError",
     "Progress",
+    "ProgressCallback",
+    "SamplingOptions",
     "SamplingParams",
+    "Segment",
     "ShutdownReport",
     "SimpleEngine",
     "StreamClosed",

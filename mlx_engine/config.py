@@ -22,12 +22,15 @@ class ModelConfig:
         trust_remote_code: run Python code that the model brings along.
         context_length: tokens that prompt and answer may have together; ``None`` takes it
             from the model's configuration.
-        max_kv_size: tokens that the KV cache holds at most (the first 4 and the latest
-            ones); ``None`` is unbounded.
+        max_kv_size: tokens that the KV cache keeps at most (the first 4 and the latest
+            ones), and one prefill chunk more while a prompt goes in; ``None`` is unbounded.
+            What a longer prompt gives then depends on ``prefill_step_size``.
         kv_bits: bits of the quantised KV cache (2, 3, 4, 5, 6 or 8); ``None`` keeps full
             precision.
-        kv_group_size: values that share a scale in the quantised cache (32, 64 or 128).
-        quantized_kv_start: tokens in the cache from which on it is quantised.
+        kv_group_size: values that share a scale in the quantised cache (32, 64 or 128);
+            only with ``kv_bits``.
+        quantized_kv_start: tokens in the cache from which on it is quantised; only with
+            ``kv_bits``.
         prefill_step_size: tokens per prefill chunk; a cancelled request leaves MLX after
             the chunk it is in.
 
@@ -52,12 +55,20 @@ class ModelConfig:
                 "model",
                 f"must be a folder, a Hugging Face id or {DEMO_MODEL!r}, not {self.model!r}",
             )
+        for name in ("revision", "adapter_path"):
+            if (text := getattr(self, name)) is not None and not isinstance(text, str):
+                raise InvalidRequest(name, f"must be a string or None, not {text!r}")
+        _check_choice("trust_remote_code", self.trust_remote_code, (True, False), flag=True)
         _check_int("context_length", self.context_length, low=2, optional=True)
         _check_int("max_kv_size", self.max_kv_size, low=8, optional=True)
         _check_choice("kv_bits", self.kv_bits, (None, 2, 3, 4, 5, 6, 8))
         _check_choice("kv_group_size", self.kv_group_size, (32, 64, 128))
         _check_int("quantized_kv_start", self.quantized_kv_start, low=0)
         _check_int("prefill_step_size", self.prefill_step_size, low=1)
+        if self.kv_bits is None:
+            for name, default in (("kv_group_size", 64), ("quantized_kv_start", 0)):
+                if getattr(self, name) != default:
+                    raise InvalidRequest(name, "has no effect without kv_bits; give that as well")
         if self.max_kv_size is not None and self.kv_bits is not None:
             raise InvalidRequest(
                 "kv_bits", "a bounded KV cache cannot be quantised; drop kv_bits or max_kv_size"
@@ -101,6 +112,8 @@ def _check_int(name: str, value: object, *, low: int, optional: bool = False) ->
         raise InvalidRequest(name, f"must be an integer, {low} or more{also}, not {value!r}")
 
 
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices or isinstance(value, bool):
+def _check_choice(
+    name: str, value: object, choices: tuple[object, ...], *, flag: bool = False
+) -> None:
+    if value not in choices or isinstance(value, bool) is not flag:
         raise InvalidRequest(name, f"must be one of {choices}, not {value!r}")

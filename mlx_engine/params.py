@@ -20,6 +20,8 @@ else:
 
 MAX_TOP_LOGPROBS = 100
 _SEED_LIMIT = 2**64
+_COLDEST = 1e-6  # below it logits overflow when they are divided by the temperature
+_BIAS_LIMIT = 1e30  # logits are float32, or less
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -53,7 +55,7 @@ class SamplingParams:
     Attributes:
         max_tokens: most tokens to generate, at least 1; ``None`` for as many as the context
             holds.
-        temperature: 0 is greedy; at least 0.
+        temperature: 0 is greedy; else at least 1e-6.
         top_p: nucleus sampling, in (0, 1]; 1 switches it off.
         top_k: sample from the k most probable tokens; 0 switches it off.
         min_p: drop tokens less probable than ``min_p`` times the best one, in [0, 1].
@@ -101,6 +103,11 @@ class SamplingParams:
         if self.max_tokens is not None:
             self._set("max_tokens", _integer("max_tokens", self.max_tokens, low=1))
         self._set("temperature", _number("temperature", self.temperature, low=0.0))
+        if 0 < self.temperature < _COLDEST:
+            raise InvalidRequest(
+                "temperature",
+                f"must be 0 (greedy), or {_COLDEST:g} or more: not {self.temperature}",
+            )
         self._set("top_p", _number("top_p", self.top_p, low=0.0, high=1.0, above=True))
         self._set("top_k", _integer("top_k", self.top_k, low=0))
         self._set("min_p", _number("min_p", self.min_p, low=0.0, high=1.0))
@@ -217,6 +224,8 @@ def _logit_bias(bias: object) -> dict[int, float]:
     if not isinstance(bias, Mapping):
         raise InvalidRequest("logit_bias", f"must map token ids to numbers, not be {bias!r}")
     return {
-        _integer("logit_bias", token, low=0): _number("logit_bias", value)
+        _integer("logit_bias", token, low=0): _number(
+            "logit_bias", value, low=-_BIAS_LIMIT, high=_BIAS_LIMIT
+        )
         for token, value in bias.items()
     }

@@ -66,6 +66,8 @@ BAD: list[tuple[str, Any]] = [
     ("temperature", -0.1),
     ("temperature", "hot"),
     ("temperature", float("nan")),
+    ("temperature", 1e-320),
+    ("logit_bias", {1: 1e300}),
     ("temperature", float("inf")),
     ("temperature", None),
     ("top_p", 0),

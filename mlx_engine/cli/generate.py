@@ -12,6 +12,7 @@ from mlx_engine.cli import interrupts
 from mlx_engine.cli.options import engine_options, sampling_params
 from mlx_engine.cli.output import AnswerPrinter, ProgressBar, print_answer, say, say_statistics
 from mlx_engine.engine.simple import SimpleEngine
+from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import GenerationResult
 from mlx_engine.params import SamplingParams
 from mlx_engine.stream import GenerationStream
@@ -22,6 +23,8 @@ def run(args: argparse.Namespace) -> int:
     params = sampling_params(args)
     if args.prompt == "-":
         args.prompt = sys.stdin.read()
+    if not args.prompt.strip():
+        raise InvalidRequest("PROMPT", "must not be empty")
     bar = ProgressBar()
     with asyncio.Runner() as runner:
         result = interrupts.run(runner, _generate(args, params, bar))

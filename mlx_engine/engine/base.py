@@ -40,19 +40,6 @@ class BaseEngine(abc.ABC):
 
     Use it as ``async with Engine(model) as engine:``, or call ``start()`` and ``stop()``.
     It may be used from several event loops at once.
-
-    Args:
-        model: a folder in mlx-lm's layout, a Hugging Face repository id, or ``"demo"``.
-        queue_limit: requests that may wait for their turn before ``EngineBusy`` is raised;
-            ``None`` is no limit.
-        max_wait: seconds that a request may wait for its turn before ``EngineBusy`` is
-            raised; ``None`` is no limit.
-        on_progress: told of download and loading, in the event loop that starts the engine.
-
-    The other arguments are those of ``mlx_engine.config.ModelConfig``.
-
-    Raises:
-        InvalidRequest: an argument is out of its range.
     """
 
     def __init__(
@@ -72,6 +59,33 @@ class BaseEngine(abc.ABC):
         max_wait: float | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> None:
+        """Make an engine; nothing is loaded before it is started.
+
+        Args:
+            model: a folder in mlx-lm's layout, a Hugging Face repository id, or ``"demo"``.
+            revision: branch, tag or commit of the repository.
+            adapter_path: folder of LoRA adapters to apply.
+            trust_remote_code: run Python code that the model brings along.
+            context_length: tokens that prompt and answer may have together; ``None`` takes
+                it from the model's configuration.
+            max_kv_size: tokens that the KV cache keeps at most: the first 4 and the latest.
+            kv_bits: bits of the quantised KV cache (2, 3, 4, 5, 6 or 8); ``None`` keeps full
+                precision.
+            kv_group_size: values that share a scale in it (32, 64 or 128).
+            quantized_kv_start: tokens in the cache from which on it is quantised.
+            prefill_step_size: tokens per prefill chunk; a cancelled request leaves MLX after
+                the chunk that it is in.
+            queue_limit: requests that may wait for their turn before ``EngineBusy`` is
+                raised; ``None`` is no limit.
+            max_wait: seconds that a request may wait for its turn before ``EngineBusy`` is
+                raised; ``None`` is no limit.
+            on_progress: told of download and loading, in the event loop that starts the
+                engine.
+
+        Raises:
+            InvalidRequest: an argument is of the wrong type, out of its range, or
+                contradicts another one.
+        """
         self.config = ModelConfig(
             model=path_text(model),
             revision=revision,
@@ -84,7 +98,7 @@ class BaseEngine(abc.ABC):
             quantized_kv_start=quantized_kv_start,
             prefill_step_size=prefill_step_size,
         )
-        self._on_progress = on_progress
+        self._on_progress = _checked_callback(on_progress)
         self._lifecycle = Lifecycle()
         self._admission = Admission(
             self._lifecycle, QueueConfig(queue_limit=queue_limit, max_wait=max_wait)
@@ -363,7 +377,14 @@ class BaseEngine(abc.ABC):
         on_progress: ProgressCallback | None,
     ) -> Request:
         checked = SamplingParams.of(params, **options)
-        return Request(source, checked, self._lifecycle.new_id(), on_progress)
+        told = _checked_callback(on_progress)
+        return Request(source, checked, self._lifecycle.new_id(), told)
+
+
+def _checked_callback(on_progress: ProgressCallback | None) -> ProgressCallback | None:
+    if on_progress is not None and not callable(on_progress):
+        raise InvalidRequest("on_progress", f"must be callable or None, not {on_progress!r}")
+    return on_progress
 
 
 class _Producer:

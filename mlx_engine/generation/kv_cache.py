@@ -40,9 +40,13 @@ def _bounded(entry: Any, limit: int) -> Any:
         return entry  # recurrent state has one size
     if isinstance(entry, RotatingKVCache) and entry.max_size <= limit:
         return entry
+    if isinstance(entry, RotatingKVCache):
+        raise InvalidRequest(
+            "max_kv_size",
+            f"must be at least {entry.max_size}, the sliding window of this model, not {limit}",
+        )
     raise InvalidRequest(
-        "max_kv_size",
-        f"this model's {type(entry).__name__} cannot be bounded to {limit} tokens; leave it out",
+        "max_kv_size", f"this model's {type(entry).__name__} cannot be bounded; leave it out"
     )
 
 
@@ -67,12 +71,14 @@ def check_kv_options(model: nn.Module, config: ModelConfig) -> None:
         for _ in range(2):
             mx.eval(model(mx.array([[0]]), cache=cache))
             maybe_quantize_kv_cache(cache, 0, config.kv_group_size, config.kv_bits)
-    except (ValueError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:
+        advice = "leave kv_bits out"
+        if "group size" in str(error):
+            advice = "kv_group_size must divide the model's head dimension"
         raise InvalidRequest(
             "kv_bits",
             f"this model's KV cache cannot be quantised with kv_bits={config.kv_bits} and "
-            f"kv_group_size={config.kv_group_size} ({error}); the group size must divide the "
-            "head dimension",
+            f"kv_group_size={config.kv_group_size} ({type(error).__name__}: {error}); {advice}",
         ) from error
     if not any(hasattr(entry, "bits") for entry in cache):
         kinds = ", ".join(sorted({type(entry).__name__ for entry in cache}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from numbers import Integral
 from typing import Any, Protocol
 
 import jinja2
+import jinja2.meta
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_engine.errors import ContextLengthExceeded, InvalidRequest
@@ -163,12 +165,16 @@ class ChatInput:
         check_text(text, loaded, self.option)
         notes: list[str] = []
         if self.tools and text == self._render(tokenizer, tools=None):
-            raise InvalidRequest("tools", "this model's chat template does not show tools to it")
+            raise InvalidRequest(
+                "tools",
+                "this model's chat template does not show tools to it (some do only if there is "
+                "a system message)",
+            )
         if self.tools and not tokenizer.has_tool_calling:
             notes.append("tools: mlx-lm has no parser for this model's tool calls; see the text")
-        if self._kwargs and text == self._render(tokenizer, kwargs={}):
-            names = ", ".join(self._kwargs)
-            notes.append(f"chat_template_kwargs: {names} had no effect on this chat template")
+        if unknown := [name for name in self._kwargs if not self._matters(tokenizer, name, text)]:
+            names = ", ".join(unknown)
+            notes.append(f"chat_template_kwargs: this chat template does not look at {names}")
         tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
         if not tokens:
             raise InvalidRequest("messages", "the chat template made an empty prompt of them")
@@ -192,10 +198,18 @@ class ChatInput:
                     **(self._kwargs if kwargs is None else kwargs),
                 )
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:
             raise InvalidRequest(
                 "messages", f"the model's chat template refuses them: {error}"
             ) from error
+
+    def _matters(self, tokenizer: TokenizerWrapper, name: str, text: str) -> bool:
+        """Whether the template looks at an option, as far as that can be known."""
+        template = tokenizer.chat_template
+        if isinstance(template, str) and (names := _names_in(template)) is not None:
+            return name in names
+        others = {key: value for key, value in self._kwargs.items() if key != name}
+        return text != self._render(tokenizer, kwargs=others)
 
     def _initial_state(self, tokenizer: TokenizerWrapper, text: str, tokens: list[int]) -> str:
         """Whether the answer begins as reasoning: the template may have opened it."""
@@ -214,6 +228,16 @@ class ChatInput:
 
 
 _OURS = {"tools", "tokenize", "add_generation_prompt", "return_dict", "messages", "conversation"}
+
+
+@functools.lru_cache(maxsize=16)
+def _names_in(template: str) -> frozenset[str] | None:
+    """The variables that a template takes from outside; ``None`` if Jinja cannot tell."""
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(template)))
+    except jinja2.TemplateError:  # it has tags of its own
+        return None
 
 
 def check_text(text: str, loaded: LoadedModel, option: str) -> None:
@@ -259,6 +283,8 @@ def _message(index: int, message: object) -> dict[str, Any]:
     elif content is None and not copy.get("tool_calls"):
         raise InvalidRequest("messages", f"number {index} has no 'content'")
     if copy.get("tool_calls"):
+        if not isinstance(copy["tool_calls"], Sequence) or isinstance(copy["tool_calls"], str):
+            raise InvalidRequest("messages", f"number {index}: 'tool_calls' must be a list")
         copy["tool_calls"] = [_past_call(index, call) for call in copy["tool_calls"]]
     return copy
 

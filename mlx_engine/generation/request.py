@@ -221,8 +221,10 @@ class Request:
         pieces: list[Piece] | None = None,
     ) -> None:
         """Let out what was held back, with the last token and its pieces if there is one."""
-        self._finish_reason = reason
         pieces = (pieces or []) + text.finish()
+        if text.stopped and reason == "length":
+            reason = "stop"  # by a stop string that was held back until now
+        self._finish_reason = reason
         if emit is not None:
             tokens = () if token is None else (token,)
             logprobs = () if token is None else tuple(self._logprobs[-1:])
@@ -240,7 +242,7 @@ class Request:
                 advice += f", or lower max_tokens to {room} or None (as many as fit)"
             raise ContextLengthExceeded(
                 f"{prompt_tokens} prompt tokens and max_tokens={wanted} do not fit into the "
-                f"model's context of {context} tokens; {advice}",
+                f"model's context of {context} tokens (the engine's context_length); {advice}",
                 prompt_tokens=prompt_tokens,
                 max_tokens=wanted,
                 context_length=context,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
-from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 
 from mlx_engine.outputs import Segment, ToolCall
 
@@ -47,7 +47,10 @@ class TextAssembler:
         tools: Sequence[Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._detokenizer = tokenizer.detokenizer
+        self._size = len(tokenizer)
+        self._detokenizer: Any = tokenizer.detokenizer
+        if type(self._detokenizer) is NaiveStreamingDetokenizer:
+            self._detokenizer = WindowDetokenizer(tokenizer)
         self._tools = tools
         self._held: list[int] = []
         self._stops: Any = None
@@ -80,6 +83,8 @@ class TextAssembler:
 
     def add(self, token: int) -> list[Piece]:
         """The text that this token completes. ``stopped`` tells if a stop string did."""
+        if token >= self._size:
+            return []  # the model's matrix is padded: the tokenizer has no such token
         self._detokenizer.add_token(token)
         text: str = self._detokenizer.last_segment
         if not text:
@@ -144,9 +149,49 @@ class TextAssembler:
 
     def _end_call(self) -> None:
         call, self._call = self._call, None
-        raw = "".join(call or ())
-        if raw.strip():
-            self._calls += parse_tool_calls(self._tokenizer, raw, self._tools)
+        if call is not None:
+            self._calls += parse_tool_calls(self._tokenizer, "".join(call), self._tools)
+
+
+class WindowDetokenizer:
+    """For tokenizers of which mlx_lm knows only ``decode``; stands in for its own.
+
+    A token's text is what decoding the last few tokens with it gives beyond decoding them
+    without it, so that spaces and merges come out as in the whole text. mlx_lm 0.32.2 decodes
+    line by line instead: it shows characters twice that come in several tokens, and loses a
+    space at the beginning of each line.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper) -> None:
+        self._decode = tokenizer.decode
+        self._tokens: list[int] = []
+        self._begin = 0  # of the window
+        self._shown = 0  # tokens whose text has been given out
+        self._text = ""
+
+    @property
+    def last_segment(self) -> str:
+        """The text since the last time it was asked for."""
+        text, self._text = self._text, ""
+        return text
+
+    def add_token(self, token: int) -> None:
+        """Take one more token; its text is held back while a character is incomplete."""
+        self._tokens.append(token)
+        before, after = self._window()
+        if len(after) > len(before) and not after.endswith("\ufffd"):
+            self._text += after[len(before) :]
+            self._begin, self._shown = self._shown, len(self._tokens)
+
+    def finalize(self) -> None:
+        """Let out what is held back."""
+        before, after = self._window()
+        self._text += after[len(before) :]
+        self._begin = self._shown = len(self._tokens)
+
+    def _window(self) -> tuple[str, str]:
+        window = self._tokens[self._begin :]
+        return self._decode(window[: self._shown - self._begin]), self._decode(window)
 
 
 def parse_tool_calls(

@@ -59,9 +59,9 @@ def run_child(
 
 
 def last_lines(log: Path, count: int = 5) -> str:
-    """The end of what a program wrote."""
+    """The end of what a program wrote, without its warnings."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return "\n".join(lines[-count:])
+    return "\n".join([line for line in lines if not line.startswith("WARNING:")][-count:])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

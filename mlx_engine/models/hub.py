@@ -37,7 +37,9 @@ def download(
     """
     with tempfile.TemporaryDirectory() as scratch:
         reports, log = Path(scratch, "reports"), Path(scratch, "log")
-        command = [sys.executable, "-m", "mlx_engine.models.hub_child"]
+        # As a file, not as a module of the package: that would import mlx_lm for nothing. -P
+        # keeps this folder, whose names are common ones, off the child's path.
+        command = [sys.executable, "-P", str(Path(__file__).with_name("hub_child.py"))]
         seen: list[dict[str, Any]] = []
 
         def on_tick() -> None:

@@ -17,7 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from mlx_engine.config import DEMO_MODEL, ModelConfig
-from mlx_engine.errors import MLXEngineError, ModelLoadError
+from mlx_engine.errors import InvalidRequest, MLXEngineError, ModelLoadError
 from mlx_engine.models import demo, hub
 from mlx_engine.outputs import Progress, ProgressCallback
 from mlx_engine.turn import Interrupted
@@ -78,6 +78,8 @@ def find_model(
         Interrupted: ``should_stop`` said so.
     """
     name = config.model
+    if config.revision is not None and (name == DEMO_MODEL or Path(name).expanduser().exists()):
+        raise InvalidRequest("revision", "is for Hugging Face repositories; leave it out here")
     if name == DEMO_MODEL:
         if demo.demo_is_ready():
             return demo.demo_model_dir()

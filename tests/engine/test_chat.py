@@ -77,6 +77,11 @@ async def test_max_tokens_inside_a_held_back_string_lets_it_out(engine: SimpleEn
     assert result.finish_reason == "length"
 
 
+async def test_a_stop_string_that_only_the_end_completes(engine: SimpleEngine) -> None:
+    result = await chat(engine, "x y", stop=[" "], max_tokens=2)
+    assert (result.text, result.finish_reason) == ("x", "stop")
+
+
 async def test_a_template_that_opens_reasoning(engine: SimpleEngine) -> None:
     result = await chat(engine, "hm</think>yes", chat_template_kwargs={"enable_thinking": "open"})
     assert (result.reasoning, result.text) == ("hm", "yes")

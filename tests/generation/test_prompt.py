@@ -125,6 +125,7 @@ async def test_what_is_no_unicode_is_refused(engine: SimpleEngine) -> None:
             [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
             "only text parts",
         ),
+        ([{"role": "assistant", "tool_calls": 5}], "'tool_calls' must be a list"),
         (
             [
                 {
@@ -192,8 +193,9 @@ async def test_template_options_have_an_effect_or_are_noted(engine: SimpleEngine
     plain = await encoded(engine, USER)
     thinking = await encoded(engine, USER, None, {"enable_thinking": "open"})
     assert (plain.initial_state, thinking.initial_state) == ("normal", "reasoning")
-    result = await engine.chat(USER, max_tokens=2, chat_template_kwargs={"colour": "red"})
-    assert result.notes == ("chat_template_kwargs: colour had no effect on this chat template",)
+    options = {"colour": "red", "enable_thinking": True}
+    result = await engine.chat(USER, max_tokens=2, chat_template_kwargs=options)
+    assert result.notes == ("chat_template_kwargs: this chat template does not look at colour",)
     for bad in ({"tools": []}, {"tokenize": False}, [1], {1: 2}):
         with pytest.raises(InvalidRequest, match="chat_template_kwargs"):
             await engine.chat(USER, chat_template_kwargs=bad)  # type: ignore[arg-type]

@@ -6,8 +6,13 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.tokenizer_utils import (
+    BPEStreamingDetokenizer,
+    NaiveStreamingDetokenizer,
+    TokenizerWrapper,
+)
 from mlx_lm.tool_parsers import json_tools, mistral
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from mlx_engine.generation.text import Piece, TextAssembler
@@ -195,6 +200,48 @@ def test_a_call_cut_off_by_the_end_is_reported(tokenizer: TokenizerWrapper) -> N
     assert call.raw == '{"name": "f", "ar'
     assert call.error is not None
     assert assembler.content == "ok"
+
+
+def test_an_empty_call_is_reported(tokenizer: TokenizerWrapper) -> None:
+    assembler, _, _ = assemble(tokenizer, "a<tool_call></tool_call>b", state="normal")
+    (call,) = assembler.tool_calls
+    assert (call.raw, call.name) == ("", None)
+    assert call.error is not None
+    assert assembler.content == "ab"
+
+
+def test_ids_beyond_the_tokenizer_have_no_text(tokenizer: TokenizerWrapper) -> None:
+    """The matrix of a model may be padded to more rows than there are tokens."""
+    tokens = tokenizer.encode("ab", add_special_tokens=False)
+    assembler, _, _ = assemble(tokenizer, [tokens[0], len(tokenizer) + 3, tokens[1]])
+    assert assembler.content == "ab"
+
+
+def byte_fallback_tokenizer() -> TokenizerWrapper:
+    """A tokenizer that mlx_lm can only ``decode``: words with a mark, and bytes for the rest."""
+    words = ["▁a", "▁b", "a", "b", "c", "▁", "\n", "▁▁"]
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    vocabulary |= {word: 256 + i for i, word in enumerate(words)}
+    plain = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, fuse_unk=True))
+    plain.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="b"))
+
+
+def test_a_tokenizer_that_can_only_decode_gives_the_text_of_the_whole() -> None:
+    tokenizer = byte_fallback_tokenizer()
+    assert type(tokenizer.detokenizer) is NaiveStreamingDetokenizer
+    dice = random.Random(3)
+    characters = ["é", "🎉", "Ω", "日"]
+    for _ in range(300):
+        tokens: list[int] = []
+        for _ in range(dice.randrange(1, 20)):
+            if dice.random() < 0.4:
+                tokens += dice.choice(characters).encode()
+            else:
+                tokens.append(256 + dice.randrange(8))
+        assembler, pieces, _ = assemble(tokenizer, tokens)
+        assert assembler.content == joined(pieces, "content") == tokenizer.decode(tokens)
+        assert not any("\ufffd" in text for _, text in pieces)
 
 
 def test_several_calls_in_a_row(tokenizer: TokenizerWrapper) -> None:

@@ -117,6 +117,11 @@ async def test_after_a_failed_start_it_can_be_tried_again(broken: Path) -> None:
         ("kv_bits", 7),
         ("kv_bits", "4"),
         ("kv_group_size", 48),
+        ("kv_group_size", 32),
+        ("quantized_kv_start", 100),
+        ("revision", 5),
+        ("trust_remote_code", 1),
+        ("on_progress", 3),
         ("quantized_kv_start", -1),
         ("prefill_step_size", 0),
         ("prefill_step_size", 2.5),
@@ -141,10 +146,16 @@ def test_options_that_contradict_each_other_are_refused(tiny_path: Path) -> None
 
 async def test_kv_options_that_the_model_cannot_have_are_refused_at_load(tiny_path: Path) -> None:
     engine = SimpleEngine(tiny_path, kv_bits=4, kv_group_size=128)
-    with pytest.raises(InvalidRequest, match="must divide the head dimension"):
+    with pytest.raises(InvalidRequest, match="must divide the model's head dimension"):
         await engine.start()
     assert engine.state is EngineState.CREATED
     assert not engine._slot.filled
+
+
+async def test_a_revision_of_what_has_none_is_refused(tiny_path: Path) -> None:
+    for model in (tiny_path, "demo"):
+        with pytest.raises(InvalidRequest, match="revision: is for Hugging Face repositories"):
+            await SimpleEngine(model, revision="main").start()
 
 
 async def test_what_is_known_of_a_model(tiny_path: Path) -> None:
