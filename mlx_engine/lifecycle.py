@@ -44,16 +44,38 @@ _TRANSITIONS: dict[EngineState, frozenset[EngineState]] = {
     _S.FAILED: frozenset({_S.DRAINING}),
 }
 
-Abort = Callable[[MLXEngineError], None]
+Abort = Callable[[MLXEngineError], bool]
+
+_RECHECK = 1.0  # seconds after which to look whether an event loop was closed meanwhile
 
 
 class Ticket:
-    """Something in flight: a request, a user's function, or the loading of the model."""
+    """Something in flight: a request, a user's function, or the engine's own work.
 
-    def __init__(self, request_id: str) -> None:
+    Args:
+        request_id: its name.
+        loop: the event loop without which it would never end; ``None`` if the MLX thread
+            ends it.
+        abortable: whether a shutdown may abort it, and reports on it.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        *,
+        loop: asyncio.AbstractEventLoop | None = None,
+        abortable: bool = True,
+    ) -> None:
         self.request_id = request_id
+        self.abortable = abortable
         self.abort: Abort | None = None
         self.aborted = False
+        self._loop = loop
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether nobody will ever end it."""
+        return self._loop is not None and self._loop.is_closed()
 
 
 class Lifecycle:
@@ -66,6 +88,7 @@ class Lifecycle:
         self._watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self._ids: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
         self._draining: list[Ticket] = []
+        self._starter: Ticket | None = None
         self._releasing = False
         self._report = ShutdownReport()
 
@@ -110,7 +133,7 @@ class Lifecycle:
                 return
 
     def add(self, ticket: Ticket, abort: Abort) -> None:
-        """Put a ticket in flight; ``abort(error)`` must end it promptly."""
+        """Put a ticket in flight; ``abort(error)`` must end it promptly, and tell if it did."""
         with self._lock:
             ticket.abort = abort
             self._in_flight[ticket.request_id] = ticket
@@ -127,8 +150,8 @@ class Lifecycle:
             self._in_flight.pop(ticket.request_id, None)
             self._notify()
 
-    async def begin_start(self) -> bool:
-        """Enter STARTING. ``False`` if the engine runs already, or another task started it.
+    async def begin_start(self, ticket: Ticket, abort: Abort) -> bool:
+        """Enter STARTING, with ``ticket`` in flight; ``False`` if the engine runs by now.
 
         Raises:
             EngineStopped: it is being shut down.
@@ -141,15 +164,22 @@ class Lifecycle:
                 if self._state is EngineState.RUNNING:
                     return False
                 if self._state is EngineState.STARTING:
+                    if self._starter is not None and self._starter.orphaned:
+                        self._in_flight.pop(self._starter.request_id, None)
+                        self.move(EngineState.CREATED)
+                        waited = False
+                        continue
                     changed = self._watch()
                 elif waited:
                     raise EngineNotStarted("the start that another task had begun did not succeed")
                 elif self._state in (EngineState.CREATED, EngineState.STOPPED):
                     self.move(EngineState.STARTING)
+                    self._starter = ticket
+                    self.add(ticket, abort)
                     return True
                 else:
                     self.check_running()
-            await self._wait(changed, None)
+            await self._wait(changed, _RECHECK)
             waited = True
 
     def start_succeeded(self) -> bool:
@@ -188,7 +218,7 @@ class Lifecycle:
             if self._state is not EngineState.DRAINING:
                 loading = self._state is EngineState.STARTING
                 self.move(EngineState.DRAINING)
-                self._draining = list(self._in_flight.values())
+                self._draining = [t for t in self._in_flight.values() if t.abortable]
                 if loading:  # nobody wants the model any more
                     self._abort_all()
         cancelled: asyncio.CancelledError | None = None
@@ -197,11 +227,14 @@ class Lifecycle:
         except asyncio.CancelledError as error:
             cancelled = error
         self._abort_all()
-        finish = asyncio.ensure_future(self._finish(release))
-        try:
-            await outlast(finish)
-        except asyncio.CancelledError as error:
-            cancelled = cancelled or error
+        while True:
+            finish = asyncio.ensure_future(self._finish(release))
+            try:
+                await outlast(finish)
+            except asyncio.CancelledError as error:
+                cancelled = cancelled or error
+            if cancelled is not None or not finish.cancelled():
+                break  # else somebody who cancels all tasks has cancelled that one too
         if cancelled is not None:
             try:
                 raise cancelled
@@ -232,7 +265,7 @@ class Lifecycle:
                 if self._state is not EngineState.DRAINING:
                     return self._report
                 changed = self._watch()
-            await self._wait(changed, None)
+            await self._wait(changed, _RECHECK)
 
     def _abort_all(self) -> None:
         """Abort what was in flight when the draining began; the release is not."""
@@ -240,19 +273,22 @@ class Lifecycle:
             tickets = [t for t in self._draining if t.request_id in self._in_flight]
         for ticket in tickets:
             if not ticket.aborted and ticket.abort is not None:
-                ticket.aborted = True
-                ticket.abort(EngineStopped("the engine was stopped while this was in flight"))
+                ticket.aborted = ticket.abort(
+                    EngineStopped("the engine was stopped while this was in flight")
+                )
 
     async def _idle(self, timeout: float | None) -> None:
         """Wait until none of the work to drain is in flight, for ``timeout`` seconds at most."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._lock:
-                if not any(t.request_id in self._in_flight for t in self._draining):
+                if not any(
+                    t.request_id in self._in_flight and not t.orphaned for t in self._draining
+                ):
                     return
                 changed = self._watch()
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
+            left = _RECHECK if deadline is None else min(_RECHECK, deadline - time.monotonic())
+            if left <= 0:
                 return
             await self._wait(changed, left)
 
@@ -263,7 +299,7 @@ class Lifecycle:
         self._watchers.append((loop, future))
         return future
 
-    async def _wait(self, future: asyncio.Future[None], timeout: float | None) -> None:
+    async def _wait(self, future: asyncio.Future[None], timeout: float) -> None:
         try:
             await asyncio.wait({future}, timeout=timeout)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import warnings
 from collections import deque
@@ -107,7 +108,6 @@ class _Outcome:
     error: BaseException | None = None
 
 
-# Event loops hold tasks weakly; a stream that was dropped still has one to finish.
 _tasks: set[asyncio.Task[None]] = set()
 
 
@@ -187,7 +187,13 @@ class GenerationStream:
         assert self._channel is not None
         if not self._task.done():
             self.cancel()
-            await outlast(self._task)
+            if self._task.get_loop() is asyncio.get_running_loop():
+                await outlast(self._task)
+            elif not self._task.get_loop().is_closed():
+                raise RuntimeError(
+                    "a stream is closed in the event loop in which it was started; it has been "
+                    "cancelled, which works from everywhere"
+                )
         self._channel.clear()
 
     async def __aenter__(self) -> GenerationStream:
@@ -243,8 +249,9 @@ class GenerationStream:
         self._task = loop.create_task(
             _produce(self._producer, channel, self._outcome), name=f"{self.request_id} stream"
         )
-        _tasks.add(self._task)
-        self._task.add_done_callback(_tasks.discard)
+        ended = functools.partial(_ended, self._producer, channel, self._outcome)
+        self._task.add_done_callback(ended)
+        _keep(self._task)
         return channel
 
     def __del__(self) -> None:
@@ -271,5 +278,21 @@ async def _produce(producer: Producer, channel: _Channel, outcome: _Outcome) -> 
             channel.push(GenerationChunk(text="", finish_reason="cancelled"))
     except BaseException as error:  # noqa: BLE001 - the border: the reader raises it
         outcome.error = error
-    finally:
-        channel.end()
+
+
+def _ended(
+    producer: Producer, channel: _Channel, outcome: _Outcome, task: asyncio.Task[None]
+) -> None:
+    """The task is over, perhaps without ever having begun."""
+    if outcome.result is None and outcome.error is None:
+        outcome.result = producer.partial_result()
+    channel.end()
+
+
+def _keep(task: asyncio.Task[None]) -> None:
+    """Event loops hold tasks weakly; a stream that was dropped still has one to finish."""
+    for old in list(_tasks):
+        if old.get_loop().is_closed():
+            _tasks.discard(old)
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)

@@ -37,14 +37,16 @@ async def outlast(future: asyncio.Future[Any], on_cancel: Callable[[], None] | N
     try:
         await asyncio.wait({future})
     except asyncio.CancelledError:
-        if on_cancel is not None:
-            on_cancel()
-        with anyio.CancelScope(shield=True):
-            while not future.done():
-                try:
-                    await asyncio.wait({future})
-                except asyncio.CancelledError:
-                    continue  # the first one is on its way already
+        try:
+            if on_cancel is not None:
+                on_cancel()
+        finally:
+            with anyio.CancelScope(shield=True):
+                while not future.done():
+                    try:
+                        await asyncio.wait({future})
+                    except asyncio.CancelledError:
+                        continue  # the first one is on its way already
         raise
 
 
@@ -98,7 +100,7 @@ class Turn(Generic[T]):
         on_done: Callable[[Turn[T]], None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._context = contextvars.copy_context()
+        self._context: contextvars.Context | None = contextvars.copy_context()
         self._func: Callable[[], T] | None = func
         self._on_cancel = on_cancel
         self._on_done = on_done
@@ -128,11 +130,13 @@ class Turn(Generic[T]):
     def execute(self) -> None:
         """On the MLX thread: call the function and keep its outcome."""
         func, self._func = self._func, None
-        if func is None:
-            raise RuntimeError("a turn is used once")
+        # Not kept: it will hold this turn, and only the garbage collector would end that.
+        context, self._context = self._context, None
         self.started = time.perf_counter()
         try:
-            self.value = self._context.run(self._call, func)
+            if func is None or context is None:
+                raise RuntimeError("a turn is used once")
+            self.value = context.run(self._call, func)
         except BaseException as error:  # noqa: BLE001 - the border: the caller raises it
             self.error = error
         self.ended = time.perf_counter()
@@ -150,19 +154,19 @@ class Turn(Generic[T]):
         """Call a callback; its failure is reported, and costs neither drain nor lock."""
         try:
             func()
-        except Exception as error:  # noqa: BLE001 - foreign code, called by the one thread
+        except BaseException as error:  # noqa: BLE001 - foreign code, called by the one thread
             self._loop.call_exception_handler(
                 {"message": f"{name} raised, the engine goes on", "exception": error}
             )
 
     def announce(self) -> None:
         """Tell everyone that the turn is over. From any thread, once."""
-        self._func = None  # what it holds should not outlive a withdrawn turn
+        self._func = self._on_cancel = None  # what they hold should not outlive the turn
         on_done, self._on_done = self._on_done, None
         if on_done is not None:
             self.call_back(functools.partial(on_done, self), "on_done")
-        if self.cancelled:
-            self.value = None  # nobody gets it, and it is dropped here rather than elsewhere
+        if self.cancelled:  # nobody gets them; they are dropped here rather than elsewhere
+            self.value = self.error = None
         try:
             if _running_loop() is self._loop:
                 _set_done(self.out)

@@ -82,6 +82,8 @@ class MLXThread:
         For dropping things that must not be dropped elsewhere. Nothing happens when the
         thread has never run, or has ended.
         """
+        if self._pid != os.getpid():
+            return
         with self._changed:
             if self._thread is not None and not self._closing:
                 self._chores.append(chore)
@@ -103,9 +105,9 @@ class MLXThread:
         """
         try:
             self._enter(turn)
-        except BaseException:
-            turn.stage = Stage.DONE
-            turn.announce()
+        except BaseException as error:
+            turn.error = error
+            self._cancel(turn)
             raise
         try:
             await outlast(turn.out, lambda: self._cancel(turn))
@@ -114,16 +116,18 @@ class MLXThread:
                 self._cancel(turn)
         return turn.outcome()
 
-    def abort(self, turn: Turn[Any], error: BaseException) -> None:
-        """End a turn so that its caller gets ``error``. From any thread.
+    def abort(self, turn: Turn[Any], error: BaseException) -> bool:
+        """End a turn so that its caller gets ``error``; ``False`` if it was over already.
 
         If its function runs it is asked to stop, and the caller told once it has returned.
+        From any thread.
         """
         with self._changed:
             if turn.stage is Stage.DONE:
-                return
+                return False
             turn.aborted_with = error
         self._cancel(turn)
+        return True
 
     def expire(self, turn: Turn[Any], error: BaseException) -> bool:
         """Like ``abort``, but only if the turn still waits; whether it did."""
@@ -151,8 +155,9 @@ class MLXThread:
                 raise EngineDead("the MLX thread has ended, or the interpreter is shutting down")
             if self._thread is None:
                 self._start()
-            self._queue.append(turn)
-            self._changed.notify()
+            if turn.stage is Stage.QUEUED:  # else it was aborted on its way here
+                self._queue.append(turn)
+                self._changed.notify()
 
     def _cancel(self, turn: Turn[Any]) -> None:
         """Withdraw a turn that waits; ask one that runs to stop."""
@@ -163,7 +168,8 @@ class MLXThread:
             on_cancel = turn.take_on_cancel()
             withdrawn = turn.stage is Stage.QUEUED
             if withdrawn:
-                self._queue.remove(turn)
+                if turn in self._queue:
+                    self._queue.remove(turn)
                 turn.stage = Stage.DONE
         if withdrawn:
             turn.announce()
@@ -174,36 +180,45 @@ class MLXThread:
         self._pid = os.getpid()
         # A daemon, so that the interpreter does not wait for it before it runs atexit
         # functions; ours then ends and joins it.
-        self._thread = threading.Thread(target=self._main, name="mlx", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._main, name="mlx", daemon=True)
+        thread.start()
+        self._thread = thread
         atexit.register(self._close)
 
     def _main(self) -> None:
         try:
             self._serve()
         finally:
-            with self._changed:
-                self._closing = True
-                left = list(self._queue)
-            for turn in left:  # none, unless the thread ends by a fault of its own
-                self.abort(turn, EngineDead("the MLX thread has ended"))
+            self._tell_those_who_are_left()
             _call_all(list(reversed(self._exit_jobs)))
+
+    def _tell_those_who_are_left(self) -> None:
+        """There is nobody, unless the thread ends by a fault of its own."""
+        with self._changed:
+            self._closing = True
+            waiting, running = list(self._queue), self._running
+            self._running = None
+            if running is not None:
+                running.stage = Stage.DONE
+                running.aborted_with = EngineDead("the MLX thread has ended")
+        if running is not None:
+            running.announce()
+        for turn in waiting:
+            self.abort(turn, EngineDead("the MLX thread has ended"))
 
     def _serve(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._chores or self._closing)
                 chores, self._chores = self._chores, []
-                turn = None
-                if self._queue:
-                    turn = self._running = self._queue.popleft()
-                    turn.stage = Stage.RUNNING
-                ending = self._closing
             _call_all(chores)
-            if turn is None:
-                if ending:
-                    break
-                continue
+            with self._changed:
+                if not self._queue:
+                    if self._closing:
+                        return
+                    continue
+                turn = self._running = self._queue.popleft()
+                turn.stage = Stage.RUNNING
             if turn.orphaned:
                 turn.cancelled = True
             else:

@@ -343,6 +343,53 @@ async def test_a_failing_request_raises_at_the_reader_and_in_result(engine: Simp
         _ = stream.result
 
 
+async def test_cancelled_before_its_task_has_begun(engine: SimpleEngine) -> None:
+    async with stream_of(engine) as stream:
+        for task in other_tasks():
+            task.cancel()
+        assert [chunk async for chunk in stream] == []
+    assert stream.result.finish_reason == "cancelled"
+
+
+def test_closed_from_another_loop(tiny_engine: SimpleEngine) -> None:
+    first = asyncio.new_event_loop()
+
+    async def begin() -> GenerationStream:
+        await tiny_engine.start()
+        stream = stream_of(tiny_engine, 5000)
+        await anext(stream)
+        return stream
+
+    async def close_from_elsewhere() -> None:
+        with pytest.raises(RuntimeError, match="in which it was started"):
+            await stream.aclose()
+
+    stream = first.run_until_complete(begin())
+    asyncio.run(close_from_elsewhere())
+    first.run_until_complete(stream.aclose())
+    assert stream.result.finish_reason == "cancelled"
+    first.run_until_complete(tiny_engine.stop())
+    first.close()
+
+
+def test_its_loop_was_closed(tiny_engine: SimpleEngine) -> None:
+    loop = asyncio.new_event_loop()
+
+    async def begin() -> GenerationStream:
+        await tiny_engine.start()
+        stream = stream_of(tiny_engine, 10000)
+        await anext(stream)
+        return stream
+
+    stream = loop.run_until_complete(begin())
+    assert stream._task is not None
+    stream._task._log_destroy_pending = False  # type: ignore[attr-defined]
+    loop.close()
+    asyncio.run(stream.aclose())
+    asyncio.run(tiny_engine.stop())
+    assert not mlx_thread.busy
+
+
 async def test_wake_ups_are_coalesced(
     engine: SimpleEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -285,23 +285,27 @@ async def test_outcome_after_a_cancel_is_discarded_without_a_complaint(result: A
     assert not other_tasks()
 
 
-async def test_on_cancel_that_raises_costs_neither_drain_nor_lock() -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError, asyncio.CancelledError])
+async def test_on_cancel_that_raises_costs_neither_drain_nor_lock(
+    error: type[BaseException],
+) -> None:
     complaints: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
 
     def broken() -> None:
-        raise ZeroDivisionError
+        raise error("from on_cancel")
 
     work = Work()
     task = asyncio.create_task(run(work, broken))
     await inside(work)
-    task.cancel()
+    task.cancel("first")
     await asyncio.sleep(0.01)
     assert mlx_thread.locked
     work.release.set()
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(asyncio.CancelledError) as caught:
         await task
-    assert isinstance(complaints[0]["exception"], ZeroDivisionError)
+    assert caught.value.args == ("first",)
+    assert isinstance(complaints[0]["exception"], error)
 
 
 async def test_entering_from_the_thread_raises_instead_of_deadlocking() -> None:
@@ -492,6 +496,65 @@ async def test_if_the_thread_dies_nobody_waits_for_ever(monkeypatch: pytest.Monk
         await thread.run(Turn(lambda: None))
     assert thread._thread is not None
     thread._thread.join(5)
+
+
+async def test_if_the_thread_dies_inside_a_turn_its_caller_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Fatal(Turn[None]):
+        def execute(self) -> None:
+            raise SystemExit
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    thread = MLXThread()
+    with pytest.raises(EngineDead, match="has ended"):
+        await thread.run(Fatal(lambda: None))
+    assert not thread.locked
+    assert thread._thread is not None
+    thread._thread.join(5)
+
+
+async def test_a_thread_that_could_not_be_started_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def cannot(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    thread = MLXThread()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", cannot)
+        with pytest.raises(RuntimeError, match="can't start"):
+            await thread.run(Turn(lambda: None))
+    assert await thread.run(Turn(lambda: "works")) == "works"
+    await asyncio.to_thread(thread._close)
+
+
+async def test_a_turn_aborted_on_its_way_into_the_queue_never_runs() -> None:
+    turn = Turn(lambda: "ran")
+    mlx_thread.abort(turn, LookupError("aborted"))
+    with pytest.raises(LookupError, match="aborted"):
+        await mlx_thread.run(turn)
+    assert mlx_thread.waiting == 0
+
+
+async def test_nothing_of_a_turn_stays_without_the_garbage_collector() -> None:
+    class Big:
+        pass
+
+    import weakref
+
+    gc.collect()
+    gc.disable()
+    try:
+        big = Big()
+        alive = weakref.ref(big)
+        await run(lambda: None, lambda held=big: None)
+        del big
+        # The thread lets go of it a moment after it has told of the end.
+        await until(lambda: alive() is None)
+        await until(lambda: not [o for o in gc.get_objects() if isinstance(o, Turn)])
+    finally:
+        gc.enable()
 
 
 async def test_a_fresh_thread_object_ends_cleanly() -> None:

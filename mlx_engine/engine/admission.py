@@ -29,7 +29,7 @@ class Admission:
     def __init__(self, lifecycle: Lifecycle, limits: QueueConfig) -> None:
         self._lifecycle = lifecycle
         self._limits = limits
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # stats() may be called by a signal handler
         self._turns: dict[str, Turn[Any]] = {}  # of requests, by their ids
         self._finished = self._cancelled = self._failed = self._rejected = 0
         self._prompt_tokens = self._completion_tokens = 0
@@ -45,8 +45,8 @@ class Admission:
             EngineBusy: too many requests wait already.
         """
 
-        def abort(error: MLXEngineError) -> None:
-            mlx_thread.abort(turn, error)
+        def abort(error: MLXEngineError) -> bool:
+            return mlx_thread.abort(turn, error)
 
         if not isinstance(ticket, RequestTicket):
             self._lifecycle.add(ticket, abort)
@@ -95,6 +95,8 @@ class Admission:
 
     def _check_room(self) -> None:
         waiting, limit = self._waiting(), self._limits.queue_limit
+        if waiting and not mlx_thread.locked:
+            waiting -= 1  # the first one is about to be taken up
         full = limit is not None and waiting >= limit
         if (full or self._limits.max_wait == 0) and mlx_thread.busy:
             self._rejected += 1
@@ -102,8 +104,10 @@ class Admission:
             raise self._busy(f"{waiting} requests are waiting ({why})", waiting)
 
     def _expire(self, turn: Turn[Any]) -> None:
+        with self._lock:
+            waiting = self._waiting()
         error = self._busy(
-            f"the request has waited for {self._limits.max_wait} s (max_wait)", self._waiting()
+            f"the request has waited for {self._limits.max_wait} s (max_wait)", waiting
         )
         mlx_thread.expire(turn, error)
 
@@ -117,6 +121,8 @@ class Admission:
         result = turn.value if isinstance(turn.value, GenerationResult) else None
         if isinstance(turn.aborted_with, EngineBusy):
             self._rejected += 1
+        elif turn.error is not None and not turn.started:
+            self._failed += 1  # refused: it never entered the queue
         elif turn.cancelled or (result and result.finish_reason == "cancelled"):
             self._cancelled += 1
         elif turn.error is not None:

@@ -16,7 +16,7 @@ from mlx_engine.config import ModelConfig, QueueConfig, path_text
 from mlx_engine.engine.admission import Admission, RequestTicket
 from mlx_engine.engine.crossing import in_this_loop, off_loop
 from mlx_engine.engine.slot import ModelSlot, empty_abandoned
-from mlx_engine.errors import EngineStopped, InvalidRequest
+from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
 from mlx_engine.generation.prompt import ChatInput, Input, TextInput
 from mlx_engine.generation.request import Request
 from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket
@@ -142,19 +142,28 @@ class BaseEngine(abc.ABC):
             InvalidRequest: an option does not suit the model.
             EngineStopped: the engine is being shut down.
         """
-        if not await self._lifecycle.begin_start():
-            return
         stop = threading.Event()
-        ticket = Ticket(self._lifecycle.new_id("start"))
-        self._lifecycle.add(ticket, lambda _: stop.set())
+
+        def abort(_: MLXEngineError) -> bool:
+            stop.set()
+            return True
+
+        loop = asyncio.get_running_loop()
+
+        def should_stop() -> bool:
+            return stop.is_set() or loop.is_closed()
+
+        ticket = Ticket(self._lifecycle.new_id("start"), loop=loop)
+        if not await self._lifecycle.begin_start(ticket, abort):
+            return
         try:
             progress = in_this_loop(self._on_progress)
             source = await off_loop(
-                functools.partial(find_model, self.config, progress, stop.is_set), stop
+                functools.partial(find_model, self.config, progress, should_stop), stop
             )
             if not ticket.aborted:
                 await self._run_blocking_serialized(
-                    self._slot.fill, self.config, source, progress, stop, on_cancel=stop.set
+                    self._slot.fill, self.config, source, progress, should_stop, on_cancel=stop.set
                 )
             if not self._lifecycle.start_succeeded():
                 raise Interrupted
@@ -184,9 +193,21 @@ class BaseEngine(abc.ABC):
             Which requests finished, and which were aborted.
 
         May be called any number of times, from several tasks: the earliest deadline counts.
+        The model is dropped on the MLX thread, when its turn comes: work of other engines
+        that is there already is waited for.
+
         Cancellation: requests still in flight are aborted, the model is released, then
         ``CancelledError`` is raised.
+
+        Raises:
+            InvalidRequest: ``timeout`` is not such a number.
+            RuntimeError: called from inside a turn on the MLX thread.
         """
+        if mlx_thread.is_current():
+            raise RuntimeError(
+                "this code runs inside a turn on the MLX thread, and a shutdown would wait for "
+                "it for ever: shut the engine down from outside"
+            )
         return await self._lifecycle.shutdown(timeout, self._release)
 
     async def __aenter__(self) -> Self:
@@ -350,8 +371,10 @@ class BaseEngine(abc.ABC):
         """Drop the model, on the MLX thread; not to be cut short."""
         if not self._slot.filled:
             return
+        ticket = Ticket(self._lifecycle.new_id("work"), abortable=False)
+        release = self._run_blocking_serialized(self._slot.empty, _ticket=ticket)
         try:
-            await outlast(asyncio.ensure_future(self._run_blocking_serialized(self._slot.empty)))
+            await outlast(asyncio.ensure_future(release))
         finally:
             if self._slot.filled:  # the end of the event loop has cancelled that task as well
                 mlx_thread.post(self._slot.empty)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -51,10 +51,10 @@ class ModelSlot:
         config: ModelConfig,
         source: Path,
         on_progress: ProgressCallback | None,
-        stop: threading.Event,
+        should_stop: Callable[[], bool],
     ) -> None:
         """Load the model. On the MLX thread; raises what ``load_model`` does."""
-        self._loaded = load_model(config, source, on_progress, stop.is_set)
+        self._loaded = load_model(config, source, on_progress, should_stop)
         mlx_thread.at_exit(self.empty)
         check_kv_options(self._loaded.model, config)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -57,7 +57,8 @@ class Request:
         self._source = source
         self._params = params
         self._on_progress = on_progress
-        self._stop = threading.Event()
+        self._stopped = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._clock = _Clock()
         self._text: TextAssembler | None = None
         self._tokens: list[int] = []
@@ -71,11 +72,12 @@ class Request:
     ) -> None:
         """The caller waits from now on, in this event loop, where progress is to be told."""
         self._clock.submitted = time.perf_counter()
+        self._loop = asyncio.get_running_loop()
         self._on_progress = in_this_loop(self._on_progress)
 
     def cancel(self) -> None:
         """Ask it to stop at its next token or prefill chunk. From any thread."""
-        self._stop.set()
+        self._stopped = True
 
     def run(
         self, loaded: LoadedModel, config: ModelConfig, emit: Emit | None = None
@@ -108,10 +110,12 @@ class Request:
         except MLXEngineError as error:
             _drop_frames(error)
             return error
-        except Exception as error:  # noqa: BLE001 - the border: user code and MLX raise anything
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001
+            # The border: MLX and user code raise anything, a CancelledError that is nobody's too.
+            said = "".join(traceback.format_exception_only(error)).strip()
             error.add_note("".join(["On the MLX thread:\n", *traceback.format_exception(error)]))
             _drop_frames(error)
-            failed = GenerationError(f"{self.request_id} failed: {type(error).__name__}: {error}")
+            failed = GenerationError(f"{self.request_id} failed: {said}")
             failed.__cause__ = error
             return failed
         finally:
@@ -151,7 +155,6 @@ class Request:
             initial_state=encoded.initial_state,
             tools=self._source.tools,
         )
-        should_stop = self._stop.is_set
         try:
             cache = make_kv_cache(loaded.model, config)
             self._report(0)
@@ -160,13 +163,19 @@ class Request:
                 cache,
                 prompt,
                 config,
-                should_stop=should_stop,
+                should_stop=self._should_stop,
                 on_progress=self._report,
             )
             self._clock.prefilled = time.perf_counter()
             with closing(
                 decode(
-                    loaded.model, cache, prompt, sampling, config, limit, should_stop=should_stop
+                    loaded.model,
+                    cache,
+                    prompt,
+                    sampling,
+                    config,
+                    limit,
+                    should_stop=self._should_stop,
                 )
             ) as steps:
                 self._collect(steps, self._text, loaded.eos, limit, emit)
@@ -194,13 +203,17 @@ class Request:
                 reason = "stop"
             elif len(self._tokens) == limit:
                 reason = "length"
-            elif self._stop.is_set():
+            elif self._should_stop():
                 reason = "cancelled"
             if reason is not None:
                 self._finish(reason, text, emit, token, pieces)
                 return
             if emit is not None:
                 emit_pieces(emit, pieces, (token,), tuple(self._logprobs[-1:]))
+
+    def _should_stop(self) -> bool:
+        """Whether it was cancelled, or its event loop closed, so that nobody waits for it."""
+        return self._stopped or (self._loop is not None and self._loop.is_closed())
 
     def _token(self, token: int, logprobs: mx.array) -> None:
         now = time.perf_counter()
@@ -281,10 +294,17 @@ def _drop_frames(error: BaseException) -> None:
 
     Clearing the frames is not enough, for their functions' closures hold it as well.
     """
-    link: BaseException | None = error
-    while link is not None:
+    seen: set[int] = set()
+    links: list[BaseException | None] = [error]
+    while links:
+        link = links.pop()
+        if link is None or id(link) in seen:  # a chain may be a ring
+            continue
+        seen.add(id(link))
         link.__traceback__ = None
-        link = link.__cause__ or link.__context__
+        links += [link.__cause__, link.__context__]
+        if isinstance(link, BaseExceptionGroup):
+            links += link.exceptions
 
 
 class _Clock:

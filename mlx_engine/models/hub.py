@@ -45,7 +45,7 @@ def download(
         def on_tick() -> None:
             written = reports.read_text("utf-8").split("\n")[:-1]  # the last is not complete
             for line in written[len(seen) :]:
-                seen.append(json.loads(line))
+                seen.append(_parsed(line))
                 if on_progress is not None and "done" in seen[-1]:
                     on_progress(Progress("download", seen[-1]["done"], seen[-1]["total"]))
 
@@ -60,9 +60,20 @@ def download(
             )
         except OSError as error:
             raise ModelLoadError(f"{repo}: the download cannot be started: {error}") from error
-        outcome = seen[-1] if seen else {}
+        outcome: dict[str, Any] = next(
+            (r for r in reversed(seen) if "path" in r or "error" in r), {}
+        )
         if "path" in outcome:
             return Path(outcome["path"])
         raise ModelLoadError(
             outcome.get("error") or f"{repo}: the download failed:\n{last_lines(log)}"
         )
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """A report; nothing of it if somebody else wrote into the child's output."""
+    try:
+        report = json.loads(line)
+    except json.JSONDecodeError:
+        return {}
+    return report if isinstance(report, dict) else {}

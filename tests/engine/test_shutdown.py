@@ -268,6 +268,14 @@ async def test_queue_limit_zero_serves_an_idle_engine(tiny_path: Path, gate: Mak
         await engine.generate(PROMPT, max_tokens=1)
 
 
+async def test_queue_limit_counts_those_who_wait_not_the_one_about_to_run(
+    tiny_path: Path,
+) -> None:
+    async with SimpleEngine(tiny_path, queue_limit=1) as engine:
+        for _ in range(20):
+            await asyncio.gather(request(engine, 1), request(engine, 1))
+
+
 async def test_max_wait_ends_waiting_not_running(tiny_path: Path, gate: MakeGate) -> None:
     async with SimpleEngine(tiny_path, max_wait=0.03) as engine:
         stop = gate("model", 3)
@@ -349,6 +357,93 @@ def test_a_loop_that_ends_during_a_shutdown_leaves_no_model(
     assert engine.state is EngineState.STOPPED
     while engine._slot.filled:
         time.sleep(0.001)
+
+
+def test_a_start_whose_loop_was_closed_does_not_block_the_next(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_engine.engine import base
+
+    stopped = threading.Event()
+    original = base.find_model
+
+    def slow(config: object, progress: object, should_stop: Callable[[], bool]) -> Path:
+        while not should_stop():
+            time.sleep(0.005)
+        stopped.set()
+        raise base.Interrupted
+
+    engine = SimpleEngine(tiny_path)
+    monkeypatch.setattr(base, "find_model", slow)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(engine.start())
+    loop.run_until_complete(asyncio.sleep(0.01))
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    loop.close()
+    assert engine.state is EngineState.STARTING
+    monkeypatch.setattr(base, "find_model", original)
+    assert stopped.wait(5)
+
+    async def again() -> None:
+        async with engine:
+            assert (await request(engine, 2)).finish_reason == "length"
+
+    asyncio.run(again())
+
+
+async def test_stop_from_inside_a_turn_raises_instead_of_deadlocking(
+    engine: SimpleEngine,
+) -> None:
+    with pytest.raises(RuntimeError, match="from outside"):
+        await engine.run_blocking(lambda: asyncio.run(engine.stop()))
+    assert engine.state is EngineState.RUNNING
+
+
+async def test_a_callback_may_begin_a_request(engine: SimpleEngine) -> None:
+    begun: list[asyncio.Task[GenerationResult]] = []
+    await engine.generate(
+        PROMPT, max_tokens=30, on_progress=lambda _: begun.append(request(engine))
+    )
+    assert begun
+    for task in begun:
+        assert (await task).finish_reason == "length"
+
+
+async def test_stop_while_a_failed_start_cleans_up(tiny_path: Path, gate: MakeGate) -> None:
+    complaints: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    stop = gate("model", 1)
+    engine = SimpleEngine(tiny_path, kv_bits=4, kv_group_size=128)
+    starting = asyncio.create_task(engine.start())
+    await stop.reached()
+    holder = asyncio.create_task(SimpleEngine(tiny_path).run_blocking(lambda: None))
+    stopping = asyncio.create_task(engine.stop())
+    stop.go()
+    assert (await stopping).aborted[0] == "start-1"
+    outcomes = await asyncio.gather(starting, holder, return_exceptions=True)
+    assert all(isinstance(error, Exception) for error in outcomes)
+    assert engine.state is EngineState.STOPPED
+    assert not engine._slot.filled
+    gc.collect()
+    assert not complaints
+
+
+async def test_a_stop_whose_helper_task_is_cancelled_still_stops(
+    engine: SimpleEngine, gate: MakeGate
+) -> None:
+    stop = gate("model", 5)
+    task = request(engine, 1000)
+    await stop.reached()
+    stopping = asyncio.create_task(engine.stop())
+    await asyncio.sleep(0.005)
+    for other in other_tasks() - {task, stopping}:
+        other.cancel()
+    await asyncio.sleep(0.005)
+    stop.go()
+    assert (await stopping).aborted == ("req-1",)
+    assert engine.state is EngineState.STOPPED
+    with pytest.raises(EngineStopped):
+        await task
 
 
 async def test_an_exception_in_the_body_still_stops_the_engine(tiny_engine: SimpleEngine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import weakref
 from pathlib import Path
@@ -276,6 +277,39 @@ async def test_a_failing_processor_fails_its_own_request(engine: SimpleEngine, w
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert engine.stats().failed == 1
     assert (await engine.generate(prompt, max_tokens=3)).finish_reason == "length"
+
+
+async def test_odd_errors_of_a_processor_fail_the_request_too(engine: SimpleEngine) -> None:
+    class Unspeakable(Exception):
+        def __str__(self) -> str:
+            raise KeyError("no words")
+
+    ring = ValueError("ring")
+
+    def in_a_ring() -> None:
+        other = LookupError()
+        ring.__cause__, other.__context__ = other, ring
+        raise ring
+
+    def unspeakable() -> None:
+        raise Unspeakable
+
+    def cancelled() -> None:
+        raise asyncio.CancelledError("nobody's")
+
+    for fail in (in_a_ring, unspeakable, cancelled):
+
+        def processor(tokens: mx.array, logits: mx.array, fail: Any = fail) -> mx.array:
+            fail()
+            return logits
+
+        with pytest.raises(GenerationError):
+            await engine.generate([1, 2], logits_processors=[processor])
+        with pytest.raises(GenerationError):
+            async for _ in engine.stream_generate([1, 2], logits_processors=[processor]):
+                pass
+    assert engine.stats().failed == 6
+    assert len((await engine.generate([1], max_tokens=2, ignore_eos=True)).tokens) == 2
 
 
 async def test_an_error_keeps_neither_kv_cache_nor_model_alive(engine: SimpleEngine) -> None:
