@@ -548,11 +548,12 @@ async def test_nothing_of_a_turn_stays_without_the_garbage_collector() -> None:
     try:
         big = Big()
         alive = weakref.ref(big)
-        await run(lambda: None, lambda held=big: None)
-        del big
+        turn = Turn(lambda: None, lambda held=big: None)
+        kept = weakref.ref(turn)
+        await mlx_thread.run(turn)
+        del big, turn
         # The thread lets go of it a moment after it has told of the end.
-        await until(lambda: alive() is None)
-        await until(lambda: not [o for o in gc.get_objects() if isinstance(o, Turn)])
+        await until(lambda: alive() is None and kept() is None)
     finally:
         gc.enable()
 
