@@ -362,26 +362,26 @@ def test_a_loop_that_ends_during_a_shutdown_leaves_no_model(
 def test_a_start_whose_loop_was_closed_does_not_block_the_next(
     tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_engine.engine import base
+    from mlx_engine.engine import life
 
     stopped = threading.Event()
-    original = base.find_model
+    original = life.find_model
 
     def slow(config: object, progress: object, should_stop: Callable[[], bool]) -> Path:
         while not should_stop():
             time.sleep(0.005)
         stopped.set()
-        raise base.Interrupted
+        raise life.Interrupted
 
     engine = SimpleEngine(tiny_path)
-    monkeypatch.setattr(base, "find_model", slow)
+    monkeypatch.setattr(life, "find_model", slow)
     loop = asyncio.new_event_loop()
     task = loop.create_task(engine.start())
     loop.run_until_complete(asyncio.sleep(0.01))
     task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()
     assert engine.state is EngineState.STARTING
-    monkeypatch.setattr(base, "find_model", original)
+    monkeypatch.setattr(life, "find_model", original)
     assert stopped.wait(5)
 
     async def again() -> None:
