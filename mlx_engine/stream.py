@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import threading
 import warnings
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -39,57 +38,52 @@ class _Channel:
     The buffer has no bound of its own: a request makes at most ``max_tokens`` chunks, and a
     slow reader must not keep the MLX thread from other requests. The loop is woken only
     when the reader sleeps.
+
+    No lock, since all Python that runs in the loop keeps the MLX thread from its own: the
+    reader first announces that it sleeps and then looks once more, the writer first appends
+    and then looks for a sleeper. So one of the two always sees the other.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._lock = threading.Lock()
-        self._chunks: deque[GenerationChunk] = deque()
         self._sleeper: asyncio.Future[None] | None = None
         self._ended = False
+        self.chunks: deque[GenerationChunk] = deque()
         self.pushed = False
 
     def push(self, chunk: GenerationChunk) -> None:
         """From any thread."""
-        with self._lock:
-            self._chunks.append(chunk)
-            self.pushed = True
-            sleeper, self._sleeper = self._sleeper, None
-        self._wake(sleeper)
+        self.chunks.append(chunk)
+        self.pushed = True
+        self._rouse()
 
     def end(self) -> None:
         """No more chunks will come."""
-        with self._lock:
-            self._ended = True
-            sleeper, self._sleeper = self._sleeper, None
-        self._wake(sleeper)
+        self._ended = True
+        self._rouse()
 
     async def get(self) -> GenerationChunk | None:
         """The next chunk; ``None`` after the last one. Cancelling it loses no chunk."""
         while True:
-            with self._lock:
-                if self._chunks:
-                    return self._chunks.popleft()
-                if self._ended:
-                    return None
-                if self._sleeper is not None:
-                    raise StreamConsumed("another task is reading this stream")
-                sleeper = self._sleeper = self._loop.create_future()
+            if self._sleeper is not None:
+                raise StreamConsumed("another task is reading this stream")
+            sleeper = self._sleeper = self._loop.create_future()
             try:
-                await sleeper
+                if not self.chunks and not self._ended:
+                    await sleeper
             finally:
-                with self._lock:
-                    if self._sleeper is sleeper:
-                        self._sleeper = None
+                if self._sleeper is sleeper:
+                    self._sleeper = None
+            if self.chunks:
+                return self.chunks.popleft()
+            if self._ended:
+                return None
 
-    def clear(self) -> None:
-        """Drop the chunks that nobody will read."""
-        with self._lock:
-            self._chunks.clear()
-
-    def _wake(self, sleeper: asyncio.Future[None] | None) -> None:
+    def _rouse(self) -> None:
+        sleeper = self._sleeper
         if sleeper is None:
             return
+        self._sleeper = None
         try:
             self._loop.call_soon_threadsafe(_wake_up, sleeper)
         except RuntimeError:
@@ -194,7 +188,7 @@ class GenerationStream:
                     "a stream is closed in the event loop in which it was started; it has been "
                     "cancelled, which works from everywhere"
                 )
-        self._channel.clear()
+        self._channel.chunks.clear()
 
     async def __aenter__(self) -> GenerationStream:
         self._start()
@@ -225,7 +219,9 @@ class GenerationStream:
         """
         if self._closed:
             raise StreamClosed("the stream has been closed and cannot be read any further")
-        channel = self._start()
+        channel = self._channel or self._start()
+        if channel.chunks:
+            return channel.chunks.popleft()
         try:
             chunk = await channel.get()
         except asyncio.CancelledError as cancelled:
