@@ -17,11 +17,11 @@ comes closer to 1 the bigger the model is. Times are end to end, from the call t
 in the event loop: tokenizing, prefill and the way to the MLX thread and back count. "Decode
 only" is from the first token to the last, by a clock on the MLX thread.
 
-Lateness is how much later than asked ``asyncio.sleep(0.001)`` returns in the same event loop,
-in runs of their own, since the probe itself takes time. The idle control contains what the
-operating system's timers add: Linux's epoll rounds a wait up to a whole millisecond, so a
-wait that another event interrupted may come up to 1 ms late by that alone. "Raw" is generation
-with nothing for the event loop to do: what competing for the GIL and the processor costs.
+Lateness is how long a callback waits that another thread hands to the event loop, once a
+millisecond, in runs of their own, since the probe itself takes time. (A sleeping coroutine
+would measure the timers instead: Linux's epoll rounds a wait up to a whole millisecond.) "Raw"
+is generation with nothing for the event loop to do: what competing for the GIL and the
+processor costs.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import statistics
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ from benchmarks.setting import Setting, model_folder, parse_setting
 from mlx_engine import BaseEngine, SimpleEngine
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it"
-TICK = 0.001  # seconds that the lateness probe sleeps
+TICK = 0.001  # seconds between two probes of the event loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ async def idle(engine: BaseEngine, count: int) -> Answer:
 
 
 async def raw_loop_awake(engine: BaseEngine, count: int) -> Answer:
-    ticking = asyncio.create_task(probe([]))
+    ticking = asyncio.create_task(tick())
     try:
         return await raw(engine, count)
     finally:
@@ -156,11 +157,38 @@ def rotated(names: list[str], turn: int) -> list[str]:
     return names[start:] + names[:start]
 
 
-async def probe(late: list[float]) -> None:
+async def tick() -> None:
     while True:
-        start = time.perf_counter()
         await asyncio.sleep(TICK)
-        late.append(time.perf_counter() - start - TICK)
+
+
+class Probe:
+    """A thread that hands the running event loop a callback each tick, while entered.
+
+    Attributes:
+        late: seconds that each waited.
+    """
+
+    def __init__(self) -> None:
+        self.late: list[float] = []
+        self._loop = asyncio.get_running_loop()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._hand_over)
+
+    def _hand_over(self) -> None:
+        while not self._stop.wait(TICK):
+            self._loop.call_soon_threadsafe(self._land, time.perf_counter())
+
+    def _land(self, handed_over: float) -> None:
+        self.late.append(time.perf_counter() - handed_over)
+
+    def __enter__(self) -> Probe:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
 
 
 async def measure_lateness(
@@ -170,11 +198,9 @@ async def measure_lateness(
     late: dict[str, list[list[float]]] = {name: [] for name in PROBED}
     for turn in range(setting.repeats):
         for name in rotated(list(PROBED), turn):
-            samples: list[float] = []
-            prober = asyncio.create_task(probe(samples))
-            await PROBED[name](engine, count)
-            prober.cancel()
-            late[name].append(samples)
+            with Probe() as probe:
+                await PROBED[name](engine, count)
+            late[name].append(probe.late)
     return late
 
 
@@ -246,7 +272,7 @@ def plot(setting: Setting, runs: dict[str, list[Run]], late: dict[str, list[list
     for name, rounds in late.items():
         values = sorted(value * 1e3 for samples in rounds for value in samples)
         right.plot(values, [(i + 1) / len(values) for i in range(len(values))], label=name)
-    right.set_xlabel("lateness of a 1 ms sleep in the event loop, ms")
+    right.set_xlabel("wait of a callback handed to the event loop, ms")
     right.set_ylabel("share of samples not later")
     right.set_xscale("log")
     right.grid(alpha=0.3)
