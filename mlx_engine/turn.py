@@ -64,6 +64,25 @@ def first_cancellation(error: BaseException | None) -> Iterator[None]:
             raise
 
 
+def drop_frames(error: BaseException) -> None:
+    """Take the tracebacks off an error that leaves the MLX thread.
+
+    Their frames hold KV caches and models, and so would whoever keeps the error. Clearing the
+    frames is not enough, for their functions' closures hold them as well.
+    """
+    seen: set[int] = set()
+    links: list[BaseException | None] = [error]
+    while links:
+        link = links.pop()
+        if link is None or id(link) in seen:  # a chain may be a ring
+            continue
+        seen.add(id(link))
+        link.__traceback__ = None
+        links += [link.__cause__, link.__context__]
+        if isinstance(link, BaseExceptionGroup):
+            links += link.exceptions
+
+
 class Stage(enum.Enum):
     """Where a turn is."""
 

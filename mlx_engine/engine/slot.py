@@ -13,6 +13,7 @@ from mlx_engine.errors import EngineDead
 from mlx_engine.generation.kv_cache import check_kv_options
 from mlx_engine.models.loading import LoadedModel, load_model
 from mlx_engine.outputs import ProgressCallback
+from mlx_engine.turn import drop_frames
 from mlx_engine.worker import mlx_thread
 
 
@@ -54,9 +55,13 @@ class ModelSlot:
         should_stop: Callable[[], bool],
     ) -> None:
         """Load the model. On the MLX thread; raises what ``load_model`` does."""
-        self._loaded = load_model(config, source, on_progress, should_stop)
-        mlx_thread.at_exit(self.empty)
-        check_kv_options(self._loaded.model, config)
+        try:
+            self._loaded = load_model(config, source, on_progress, should_stop)
+            mlx_thread.at_exit(self.empty)
+            check_kv_options(self._loaded.model, config)
+        except Exception as error:
+            drop_frames(error)
+            raise error from error.__cause__
 
     def get(self) -> LoadedModel:
         """The model. On the MLX thread, in a request that was admitted."""

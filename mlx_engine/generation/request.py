@@ -31,7 +31,7 @@ from mlx_engine.outputs import (
     Usage,
 )
 from mlx_engine.params import SamplingParams
-from mlx_engine.turn import Interrupted
+from mlx_engine.turn import Interrupted, drop_frames
 
 Emit = Callable[[GenerationChunk], None]
 
@@ -108,13 +108,13 @@ class Request:
                 # A step may be under way that nobody waits for any more.
                 mx.synchronize(generation_stream)
         except MLXEngineError as error:
-            _drop_frames(error)
+            drop_frames(error)
             return error
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001
             # The border: MLX and user code raise anything, a CancelledError that is nobody's too.
             said = "".join(traceback.format_exception_only(error)).strip()
             error.add_note("".join(["On the MLX thread:\n", *traceback.format_exception(error)]))
-            _drop_frames(error)
+            drop_frames(error)
             failed = GenerationError(f"{self.request_id} failed: {said}")
             failed.__cause__ = error
             return failed
@@ -287,24 +287,6 @@ def emit_pieces(
             emit(GenerationChunk(text, tokens, segment, logprobs, reason))
         else:
             emit(GenerationChunk(text, (), segment, (), reason))
-
-
-def _drop_frames(error: BaseException) -> None:
-    """Take the tracebacks off: their frames hold the KV cache, and so would the error.
-
-    Clearing the frames is not enough, for their functions' closures hold it as well.
-    """
-    seen: set[int] = set()
-    links: list[BaseException | None] = [error]
-    while links:
-        link = links.pop()
-        if link is None or id(link) in seen:  # a chain may be a ring
-            continue
-        seen.add(id(link))
-        link.__traceback__ = None
-        links += [link.__cause__, link.__context__]
-        if isinstance(link, BaseExceptionGroup):
-            links += link.exceptions
 
 
 class _Clock:

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from mlx_engine import EngineState, InvalidRequest, ModelLoadError, SimpleEngine
+from mlx_engine.turn import Turn
+from mlx_engine.worker import mlx_thread
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.anyio
@@ -150,6 +153,21 @@ async def test_kv_options_that_the_model_cannot_have_are_refused_at_load(tiny_pa
         await engine.start()
     assert engine.state is EngineState.CREATED
     assert not engine._slot.filled
+
+
+async def test_an_error_of_the_load_does_not_keep_the_model_alive(tiny_path: Path) -> None:
+    def active() -> int:
+        mx.clear_cache()
+        return mx.get_active_memory()
+
+    async def on_mlx_thread() -> int:
+        return await mlx_thread.run(Turn(active))
+
+    before = await on_mlx_thread()
+    with pytest.raises(InvalidRequest) as kept:
+        await SimpleEngine(tiny_path, kv_bits=4, kv_group_size=128).start()
+    assert await on_mlx_thread() - before < 100_000
+    assert kept.value.__cause__ is not None
 
 
 async def test_a_revision_of_what_has_none_is_refused(tiny_path: Path) -> None:
