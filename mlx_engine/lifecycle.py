@@ -20,7 +20,7 @@ from mlx_engine.errors import (
     MLXEngineError,
 )
 from mlx_engine.outputs import ShutdownReport
-from mlx_engine.turn import outlast
+from mlx_engine.turn import outlast, wake
 
 
 class EngineState(enum.Enum):
@@ -85,7 +85,7 @@ class Lifecycle:
         self._lock = threading.RLock()
         self._state = EngineState.CREATED
         self._in_flight: dict[str, Ticket] = {}
-        self._watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._watchers: list[asyncio.Future[None]] = []
         self._ids: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
         self._draining: list[Ticket] = []
         self._starter: Ticket | None = None
@@ -294,9 +294,8 @@ class Lifecycle:
 
     def _watch(self) -> asyncio.Future[None]:
         """A future of the running loop that is done at the next change. Under the lock."""
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        self._watchers.append((loop, future))
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._watchers.append(future)
         return future
 
     async def _wait(self, future: asyncio.Future[None], timeout: float) -> None:
@@ -304,18 +303,10 @@ class Lifecycle:
             await asyncio.wait({future}, timeout=timeout)
         finally:
             with self._lock:
-                self._watchers = [w for w in self._watchers if w[1] is not future]
+                self._watchers = [watcher for watcher in self._watchers if watcher is not future]
 
     def _notify(self) -> None:
         """Wake whoever waits for a change. Under the lock."""
         watchers, self._watchers = self._watchers, []
-        for loop, future in watchers:
-            try:
-                loop.call_soon_threadsafe(_set_done, future)
-            except RuntimeError:
-                pass  # that loop is closed
-
-
-def _set_done(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+        for future in watchers:
+            wake(future)

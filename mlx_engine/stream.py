@@ -12,7 +12,7 @@ from typing import Protocol
 
 from mlx_engine.errors import StreamClosed, StreamConsumed
 from mlx_engine.outputs import GenerationChunk, GenerationResult
-from mlx_engine.turn import first_cancellation, outlast
+from mlx_engine.turn import first_cancellation, outlast, wake
 
 Emit = Callable[[GenerationChunk], None]
 
@@ -84,15 +84,7 @@ class _Channel:
         if sleeper is None:
             return
         self._sleeper = None
-        try:
-            self._loop.call_soon_threadsafe(_wake_up, sleeper)
-        except RuntimeError:
-            pass  # the loop is closed, and its reader gone
-
-
-def _wake_up(sleeper: asyncio.Future[None]) -> None:
-    if not sleeper.done():
-        sleeper.set_result(None)
+        wake(sleeper)
 
 
 class _Outcome:

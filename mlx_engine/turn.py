@@ -50,6 +50,19 @@ async def outlast(future: asyncio.Future[Any], on_cancel: Callable[[], None] | N
         raise
 
 
+def wake(future: asyncio.Future[None]) -> None:
+    """Let those who wait for ``future`` go on. From any thread; any number of times."""
+    try:
+        future.get_loop().call_soon_threadsafe(_set_done, future)
+    except RuntimeError:
+        pass  # its loop is closed: nobody is left to be told
+
+
+def _set_done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
 @contextmanager
 def first_cancellation(error: BaseException | None) -> Iterator[None]:
     """Around cleaning up after ``error``: if that was a cancellation, it is the one to tell.
@@ -92,7 +105,9 @@ class Stage(enum.Enum):
 
 
 class Turn(Generic[T]):
-    """One function's turn on the MLX thread. Made and awaited in a coroutine, used once.
+    """One function's turn on another thread, which is the MLX thread as a rule.
+
+    Made and awaited in a coroutine, used once.
 
     Args:
         func: called without arguments, with the context variables of the caller.
@@ -147,7 +162,7 @@ class Turn(Generic[T]):
         return self._loop.is_closed()
 
     def execute(self) -> None:
-        """On the MLX thread: call the function and keep its outcome."""
+        """On the other thread: call the function and keep its outcome."""
         func, self._func = self._func, None
         # Not kept: it will hold this turn, and only the garbage collector would end that.
         context, self._context = self._context, None
@@ -186,13 +201,10 @@ class Turn(Generic[T]):
             self.call_back(functools.partial(on_done, self), "on_done")
         if self.cancelled:  # nobody gets them; they are dropped here rather than elsewhere
             self.value = self.error = None
-        try:
-            if _running_loop() is self._loop:
-                _set_done(self.out)
-            else:
-                self._loop.call_soon_threadsafe(_set_done, self.out)
-        except RuntimeError:
-            pass  # its loop is closed: nobody is left to be told
+        if _running_loop() is self._loop:
+            _set_done(self.out)
+        else:
+            wake(self.out)
 
     def outcome(self) -> T:
         """Return or raise what the caller gets."""
@@ -215,11 +227,6 @@ def current_turn() -> Turn[Any] | None:
 _current: contextvars.ContextVar[Turn[Any] | None] = contextvars.ContextVar(
     "_current", default=None
 )
-
-
-def _set_done(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

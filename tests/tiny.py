@@ -43,14 +43,14 @@ def make_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(folder: Path, seed: int = 0, *, chat: bool = True) -> None:
+def make_model(folder: Path, seed: int = 0, *, chat: bool = True, layers: int = 2) -> None:
     """Write config, weights (float32) and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(chat=chat)
     config = {
         "model_type": "llama",
         "hidden_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "intermediate_size": 128,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
@@ -79,5 +79,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("seed", type=int, nargs="?", default=0)
     parser.add_argument("--no-chat", action="store_true")
+    parser.add_argument("--layers", type=int, default=2)
     options = parser.parse_args()
-    make_model(options.folder, options.seed, chat=not options.no_chat)
+    make_model(options.folder, options.seed, chat=not options.no_chat, layers=options.layers)

@@ -31,9 +31,8 @@ from mlx_engine.outputs import (
     Usage,
 )
 from mlx_engine.params import SamplingParams
+from mlx_engine.stream import Emit
 from mlx_engine.turn import Interrupted, drop_frames
-
-Emit = Callable[[GenerationChunk], None]
 
 
 class Request:
