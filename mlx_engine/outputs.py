@@ -16,12 +16,12 @@ class Progress:
 
     Attributes:
         phase: ``download``, ``convert`` and ``load`` happen while an engine starts,
-            ``prefill`` at the beginning of a request.
-        done: bytes (or tokens, in ``prefill``) done so far.
+            ``prefill`` at the beginning of a request, ``batch`` in ``generate_batch``.
+        done: bytes (tokens in ``prefill``, requests in ``batch``) done so far.
         total: of the same unit; ``None`` while it is not known.
     """
 
-    phase: Literal["download", "convert", "load", "prefill"]
+    phase: Literal["download", "convert", "load", "prefill", "batch"]
     done: int
     total: int | None
 
@@ -97,10 +97,13 @@ class Usage:
     Attributes:
         prompt_tokens: in the prompt, chat template included.
         completion_tokens: generated, the end-of-sequence token included.
+        cached_tokens: tokens of the prompt that the prompt cache had, so that they were not
+            prefilled again.
     """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -114,11 +117,13 @@ class Timings:
 
     Attributes:
         queued: from the call to the moment its work began on the MLX thread.
-        prefill: from then until the prompt was in the KV cache (tokenizing included).
+        prefill: from then until the prompt was in the KV cache; in a batch, pauses for others
+            included.
         time_to_first_token: from the call to the first token; 0 if there was none.
         decode: from the first token to the last.
         total: from the call to the end.
-        prompt_tokens_per_second: prompt tokens over ``prefill``; 0 if unknown.
+        prompt_tokens_per_second: tokens of the prompt that were not in the prompt cache, over
+            ``prefill``; 0 if unknown.
         tokens_per_second: tokens after the first, over ``decode``; 0 if unknown.
     """
 
@@ -175,21 +180,78 @@ class ShutdownReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptCacheLookup:
+    """What the prompt cache had for one request, and why it had no more.
+
+    Attributes:
+        request_id: the engine's name for the request.
+        prompt_tokens: tokens in its prompt.
+        cached_tokens: of which the prompt cache had these; 0 is a miss.
+        diverged_at: index of the first token in which the closest stored prompt differs;
+            ``None`` if there was nothing to compare, or no difference.
+        prompt_token: the prompt's token id there.
+        stored_token: the stored one; ``None`` if it ends there.
+        reason: the same in a sentence.
+    """
+
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int
+    diverged_at: int | None
+    prompt_token: int | None
+    stored_token: int | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCacheStats:
+    """A snapshot of an engine's prompt cache.
+
+    Attributes:
+        entries: prompts stored.
+        nbytes: bytes that they take.
+        limit: bytes that they may take.
+        hits: requests that found a prefix of their prompt.
+        misses: requests that did not.
+        hit_tokens: prompt tokens that were found, all requests together.
+        stored: prompts stored since the start.
+        evicted: of which were evicted, least recently used first.
+        refused: prompts that could not be stored: too big, or their cache cannot be reused.
+        last_lookup: what the latest request found.
+    """
+
+    entries: int = 0
+    nbytes: int = 0
+    limit: int = 0
+    hits: int = 0
+    misses: int = 0
+    hit_tokens: int = 0
+    stored: int = 0
+    evicted: int = 0
+    refused: int = 0
+    last_lookup: PromptCacheLookup | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot of an engine; cheap, and from any thread.
 
     Attributes:
         state: the engine's state, by its value.
-        running: requests whose work is on the MLX thread now (0 or 1 in ``SimpleEngine``).
+        running: requests in work now (0 or 1 in ``SimpleEngine``).
         waiting: requests in the queue.
         finished: requests that came to their own end.
         cancelled: requests that were cancelled or aborted.
         failed: requests that ended in an error.
         rejected: requests refused with ``EngineBusy``.
-        prompt_tokens: prefilled, all requests together.
-        completion_tokens: generated, all requests together.
-        prefill_seconds: spent in prefill, all requests together.
-        decode_seconds: spent in decode, all requests together.
+        prompt_tokens: of all prompts taken up so far.
+        cached_tokens: of which these came from the prompt cache.
+        completion_tokens: generated so far.
+        prefill_seconds: spent in prefill on the MLX thread.
+        decode_seconds: spent in decode on the MLX thread.
+        batch_size: requests that decode together now.
+        kv_bytes: in the KV caches of the requests in work.
+        prompt_cache: of the prompt cache.
     """
 
     state: str
@@ -200,11 +262,15 @@ class EngineStats:
     failed: int
     rejected: int
     prompt_tokens: int
+    cached_tokens: int
     completion_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    batch_size: int
+    kv_bytes: int
+    prompt_cache: PromptCacheStats
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens over time spent decoding; 0 before the first."""
+        """Generated tokens over time spent decoding, all requests together; 0 before the first."""
         return self.completion_tokens / self.decode_seconds if self.decode_seconds else 0.0

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
 
 from mlx_engine.config import ModelConfig
 from mlx_engine.errors import InvalidRequest
@@ -50,6 +58,22 @@ def _bounded(entry: Any, limit: int) -> Any:
     )
 
 
+def sample_kv_cache(model: nn.Module, config: ModelConfig) -> Cache:
+    """A KV cache with one token in it, quantised if the engine quantises."""
+    cache = make_kv_cache(model, config)
+    with mx.stream(generation_stream):
+        mx.eval(model(mx.array([[0]]), cache=cache))
+        if config.kv_bits is not None:
+            maybe_quantize_kv_cache(cache, 0, config.kv_group_size, config.kv_bits)
+        mx.eval([entry.state for entry in cache])
+    return cache
+
+
+def is_bounded_or_quantized(config: ModelConfig) -> bool:
+    """Whether what a prompt gives depends on where its prefill chunks begin."""
+    return config.max_kv_size is not None or config.kv_bits is not None
+
+
 def quantize(cache: Cache, config: ModelConfig) -> None:
     """Quantise in place the entries that have come to the length from which it is asked for."""
     if config.kv_bits is not None:
@@ -83,3 +107,75 @@ def check_kv_options(model: nn.Module, config: ModelConfig) -> None:
     if not any(hasattr(entry, "bits") for entry in cache):
         kinds = ", ".join(sorted({type(entry).__name__ for entry in cache}))
         raise InvalidRequest("kv_bits", f"this model's cache ({kinds}) cannot be quantised")
+
+
+def kv_nbytes(cache: Cache) -> int:
+    """Bytes that a cache has allocated."""
+    total: int = sum(entry.nbytes for entry in cache)
+    return total
+
+
+def _parts(cache: Cache) -> Iterator[Any]:
+    """The caches in it that are not made of others."""
+    for entry in cache:
+        if isinstance(entry, CacheList):
+            yield from _parts(list(entry.caches))
+        else:
+            yield entry
+
+
+def check_batchable(model: nn.Module, config: ModelConfig) -> None:
+    """Whether requests of this model can share a batch, with the tokens each has alone.
+
+    Raises:
+        InvalidRequest: names the cache that cannot.
+    """
+    for part in _parts(make_kv_cache(model, config)):
+        if not hasattr(part, "merge") or getattr(part, "keep", None):
+            raise InvalidRequest(
+                "model", f"mlx-lm cannot batch its {type(part).__name__}; use SimpleEngine"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class KVFootprint:
+    """What one request's KV cache takes.
+
+    Attributes:
+        fixed: bytes whatever its length.
+        layers: (bytes a token, most tokens kept or ``None``) of each layer that grows.
+    """
+
+    fixed: int
+    layers: tuple[tuple[int, int | None], ...]
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes for so many tokens; caches grow in steps."""
+        held: int = -(-tokens // KVCache.step) * KVCache.step
+        return self.fixed + sum(
+            size * (held if most is None else min(held, most)) for size, most in self.layers
+        )
+
+    def tokens(self, nbytes: int) -> int | None:
+        """The most tokens that fit into so many bytes; ``None`` if any number does."""
+        if self.nbytes(2**40) <= nbytes:
+            return None
+        low, high = 0, 2**40
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.nbytes(middle) <= nbytes else (low, middle)
+        return low
+
+
+def measure_kv(model: nn.Module, config: ModelConfig) -> KVFootprint:
+    """Find out by putting one token into a cache."""
+    cache = sample_kv_cache(model, config)
+    fixed = 0
+    layers: list[tuple[int, int | None]] = []
+    for part in _parts(cache):
+        if isinstance(part, KVCache | RotatingKVCache):
+            most = part.max_size if isinstance(part, RotatingKVCache) else None
+            layers.append((part.nbytes // part.keys.shape[2], most))
+        else:
+            fixed += part.nbytes
+    return KVFootprint(fixed, tuple(layers))
