@@ -33,6 +33,8 @@ from mlx_engine.outputs import (
     GenerationResult,
     Progress,
     ProgressCallback,
+    PromptCacheLookup,
+    PromptCacheStats,
     Segment,
     ShutdownReport,
     Timings,
@@ -45,12 +47,14 @@ from mlx_engine.stream import GenerationStream
 
 if TYPE_CHECKING:
     from mlx_engine.engine.base import BaseEngine
+    from mlx_engine.engine.batched import BatchedEngine
     from mlx_engine.engine.simple import SimpleEngine
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BaseEngine",
+    "BatchedEngine",
     "ContextLengthExceeded",
     "EngineBusy",
     "EngineDead",
@@ -69,6 +73,8 @@ __all__ = [
     "ModelLoadError",
     "Progress",
     "ProgressCallback",
+    "PromptCacheLookup",
+    "PromptCacheStats",
     "SamplingOptions",
     "SamplingParams",
     "Segment",
@@ -85,6 +91,7 @@ __all__ = [
 # What needs MLX is imported when it is first asked for.
 _ENGINES = {
     "BaseEngine": "mlx_engine.engine.base",
+    "BatchedEngine": "mlx_engine.engine.batched",
     "SimpleEngine": "mlx_engine.engine.simple",
 }
 

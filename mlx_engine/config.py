@@ -5,10 +5,30 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import TypedDict
 
 from mlx_engine.errors import InvalidRequest
+from mlx_engine.outputs import ProgressCallback
 
 DEMO_MODEL = "demo"
+
+
+class EngineOptions(TypedDict, total=False):
+    """What every in-process engine takes beside the model; see ``SimpleEngine``."""
+
+    revision: str | None
+    adapter_path: str | os.PathLike[str] | None
+    trust_remote_code: bool
+    context_length: int | None
+    max_kv_size: int | None
+    kv_bits: int | None
+    kv_group_size: int
+    quantized_kv_start: int
+    prefill_step_size: int
+    prompt_cache_bytes: int | None
+    queue_limit: int | None
+    max_wait: float | None
+    on_progress: ProgressCallback | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +53,9 @@ class ModelConfig:
             ``kv_bits``.
         prefill_step_size: tokens per prefill chunk; a cancelled request leaves MLX after
             the chunk it is in.
+        prompt_cache_bytes: bytes that prompts and answers of earlier requests may take, so
+            that they need no second prefill; 0 switches that off, ``None`` is a quarter of
+            the device's memory that the model leaves, or 1 GiB where that is not known.
 
     Raises:
         InvalidRequest: an option is out of its range or contradicts another one.
@@ -48,6 +71,7 @@ class ModelConfig:
     kv_group_size: int = 64
     quantized_kv_start: int = 0
     prefill_step_size: int = 512
+    prompt_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model.strip():
@@ -65,6 +89,7 @@ class ModelConfig:
         _check_choice("kv_group_size", self.kv_group_size, (32, 64, 128))
         _check_int("quantized_kv_start", self.quantized_kv_start, low=0)
         _check_int("prefill_step_size", self.prefill_step_size, low=1)
+        _check_int("prompt_cache_bytes", self.prompt_cache_bytes, low=0, optional=True)
         if self.kv_bits is None:
             for name, default in (("kv_group_size", 64), ("quantized_kv_start", 0)):
                 if getattr(self, name) != default:
@@ -92,11 +117,34 @@ class QueueConfig:
 
     def __post_init__(self) -> None:
         _check_int("queue_limit", self.queue_limit, low=0, optional=True)
-        wait = self.max_wait
-        if wait is not None and (
-            isinstance(wait, bool) or not isinstance(wait, Real) or not wait >= 0
-        ):
-            raise InvalidRequest("max_wait", f"must be seconds, 0 or more, or None, not {wait!r}")
+        _check_time("max_wait", self.max_wait, "seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchConfig:
+    """How a ``BatchedEngine`` shares the MLX thread and memory among its requests.
+
+    Attributes:
+        max_batch_size: requests in work at once; others wait.
+        max_decode_pause_ms: milliseconds of prefill between two decode steps, roughly: the
+            chunk is made as small as that takes, by the speed measured so far. ``None``
+            lets each chunk have ``prefill_step_size`` tokens.
+        kv_cache_memory_bytes: bytes that the KV caches of the requests in work and the
+            prompt cache may take together; ``None`` is 90 % of the device's memory that the
+            model leaves, or no limit where that is not known.
+
+    Raises:
+        InvalidRequest: a value is out of its range.
+    """
+
+    max_batch_size: int = 32
+    max_decode_pause_ms: float | None = 200.0
+    kv_cache_memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("max_batch_size", self.max_batch_size, low=1)
+        _check_time("max_decode_pause_ms", self.max_decode_pause_ms, "milliseconds")
+        _check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, low=1, optional=True)
 
 
 def path_text(model: str | os.PathLike[str]) -> str:
@@ -110,6 +158,13 @@ def _check_int(name: str, value: object, *, low: int, optional: bool = False) ->
     if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
         also = " or None" if optional else ""
         raise InvalidRequest(name, f"must be an integer, {low} or more{also}, not {value!r}")
+
+
+def _check_time(name: str, value: object, unit: str) -> None:
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= 0
+    ):
+        raise InvalidRequest(name, f"must be {unit}, 0 or more, or None, not {value!r}")
 
 
 def _check_choice(

@@ -57,6 +57,7 @@ class Ticket:
         loop: the event loop without which it would never end; ``None`` if the MLX thread
             ends it.
         abortable: whether a shutdown may abort it, and reports on it.
+        on_done: called once its work is out of MLX, from any thread; it must not block.
     """
 
     def __init__(
@@ -65,9 +66,11 @@ class Ticket:
         *,
         loop: asyncio.AbstractEventLoop | None = None,
         abortable: bool = True,
+        on_done: Callable[[], None] | None = None,
     ) -> None:
         self.request_id = request_id
         self.abortable = abortable
+        self.on_done = on_done
         self.abort: Abort | None = None
         self.aborted = False
         self._loop = loop
@@ -91,6 +94,7 @@ class Lifecycle:
         self._starter: Ticket | None = None
         self._releasing = False
         self._report = ShutdownReport()
+        self._reason = ""  # why it has failed
 
     @property
     def state(self) -> EngineState:
@@ -114,6 +118,17 @@ class Lifecycle:
             self._state = to
             self._notify()
 
+    def fail(self, reason: str) -> None:
+        """Be FAILED, unless the engine is being shut down, which then goes on.
+
+        Args:
+            reason: what new requests are told.
+        """
+        with self._lock:
+            self._reason = reason
+            if self._state is EngineState.RUNNING:
+                self.move(EngineState.FAILED)
+
     def check_running(self) -> None:
         """Raise the error that tells why requests are refused, unless they are taken.
 
@@ -128,7 +143,7 @@ class Lifecycle:
             case EngineState.DRAINING | EngineState.STOPPED:
                 raise EngineStopped(f"the engine is {self._state.value}: no new requests")
             case EngineState.FAILED:
-                raise EngineDead("the engine has failed: shut it down and start it again")
+                raise EngineDead(self._reason)
             case EngineState.RUNNING:
                 return
 
@@ -149,6 +164,8 @@ class Lifecycle:
         with self._lock:
             self._in_flight.pop(ticket.request_id, None)
             self._notify()
+        if ticket.on_done is not None:
+            ticket.on_done()
 
     async def begin_start(self, ticket: Ticket, abort: Abort) -> bool:
         """Enter STARTING, with ``ticket`` in flight; ``False`` if the engine runs by now.

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import enum
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,15 +53,58 @@ async def outlast(future: asyncio.Future[Any], on_cancel: Callable[[], None] | N
 
 def wake(future: asyncio.Future[None]) -> None:
     """Let those who wait for ``future`` go on. From any thread; any number of times."""
+    saved: list[asyncio.Future[None]] | None = getattr(_saved, "futures", None)
+    if saved is not None:
+        saved.append(future)
+        return
+    _wake_in(future.get_loop(), [future])
+
+
+@contextmanager
+def waking_together() -> Iterator[None]:
+    """Within, on this thread, wakes wait for the end of the block: one for each event loop.
+
+    Waking a loop costs a system call and the GIL; a decode step may have many to wake.
+    """
+    futures: list[asyncio.Future[None]] = []
+    _saved.futures = futures
     try:
-        future.get_loop().call_soon_threadsafe(_set_done, future)
+        yield
+    finally:
+        _saved.futures = None
+        by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+        for future in futures:
+            by_loop.setdefault(future.get_loop(), []).append(future)
+        for loop, its in by_loop.items():
+            _wake_in(loop, its)
+
+
+_saved = threading.local()
+
+
+def _wake_in(loop: asyncio.AbstractEventLoop, futures: list[asyncio.Future[None]]) -> None:
+    try:
+        loop.call_soon_threadsafe(_set_done, *futures)
     except RuntimeError:
         pass  # its loop is closed: nobody is left to be told
 
 
-def _set_done(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+def _set_done(*futures: asyncio.Future[None]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
+
+
+def keep(task: asyncio.Task[None]) -> None:
+    """Hold a task until it is done: event loops hold them weakly."""
+    for old in list(_kept):
+        if old.get_loop().is_closed():
+            _kept.discard(old)
+    _kept.add(task)
+    task.add_done_callback(_kept.discard)
+
+
+_kept: set[asyncio.Task[None]] = set()
 
 
 @contextmanager
@@ -97,45 +141,41 @@ def drop_frames(error: BaseException) -> None:
 
 
 class Stage(enum.Enum):
-    """Where a turn is."""
+    """How far a pending piece of work has come."""
 
     QUEUED = enum.auto()  # it may be withdrawn
-    RUNNING = enum.auto()  # its function is on the MLX thread: it holds the generation lock
-    DONE = enum.auto()  # its function has returned, or never will be called
+    RUNNING = enum.auto()  # its work is being done: a turn's function is on the MLX thread
+    DONE = enum.auto()  # its work is over, or never will be done
 
 
-class Turn(Generic[T]):
-    """One function's turn on another thread, which is the MLX thread as a rule.
+class Pending(Generic[T]):
+    """Something that a coroutine waits for, and that another thread brings to its end.
 
     Made and awaited in a coroutine, used once.
 
     Args:
-        func: called without arguments, with the context variables of the caller.
-        on_cancel: called at most once, from any thread, when the function should return
-            early; it must not block (setting an event is what it is for).
-        on_done: called once, from any thread, when the turn is over, whether or not its
-            event loop still lives; it must not block either.
+        on_cancel: called at most once, from any thread, when the work should end early; it
+            must not block (setting an event is what it is for).
+        on_done: called once, from any thread, when it is over, whether or not its event loop
+            still lives; it must not block either.
 
     Attributes:
-        out: done when the turn is over; carries no outcome, so that none goes unretrieved.
-        stage: written by the MLX thread's owner alone, under its lock.
-        cancelled: whether it was cancelled or aborted before its function had returned.
-        value: what the function returned.
-        error: what the function raised.
+        out: done when it is over; carries no outcome, so that none goes unretrieved.
+        stage: written by its line alone, under the line's lock.
+        cancelled: whether it was cancelled or aborted before its work was over.
+        value: what the work gave.
+        error: what the work raised.
         aborted_with: the error that the caller gets instead of either.
-        started, ended: when the function began and returned, by ``time.perf_counter``;
-            0 if it has not.
+        started, ended: when the work began and ended, by ``time.perf_counter``; 0 if it has
+            not.
     """
 
     def __init__(
         self,
-        func: Callable[[], T],
         on_cancel: Callable[[], None] | None = None,
-        on_done: Callable[[Turn[T]], None] | None = None,
+        on_done: Callable[[Pending[Any]], None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._context: contextvars.Context | None = contextvars.copy_context()
-        self._func: Callable[[], T] | None = func
         self._on_cancel = on_cancel
         self._on_done = on_done
         self.out: asyncio.Future[None] = self._loop.create_future()
@@ -148,36 +188,23 @@ class Turn(Generic[T]):
 
     @property
     def waiting(self) -> bool:
-        """Whether the thread has not taken it up yet."""
+        """Whether its work has not been taken up yet."""
         return self.stage is Stage.QUEUED
 
     @property
     def running(self) -> bool:
-        """Whether its function is on the MLX thread now."""
+        """Whether its work is being done now."""
         return self.stage is Stage.RUNNING
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop in which somebody waits for it."""
+        return self._loop
 
     @property
     def orphaned(self) -> bool:
         """Whether its event loop is closed, so that nobody waits for it any more."""
         return self._loop.is_closed()
-
-    def execute(self) -> None:
-        """On the other thread: call the function and keep its outcome."""
-        func, self._func = self._func, None
-        # Not kept: it will hold this turn, and only the garbage collector would end that.
-        context, self._context = self._context, None
-        self.started = time.perf_counter()
-        try:
-            if func is None or context is None:
-                raise RuntimeError("a turn is used once")
-            self.value = context.run(self._call, func)
-        except BaseException as error:  # noqa: BLE001 - the border: the caller raises it
-            self.error = error
-        self.ended = time.perf_counter()
-
-    def _call(self, func: Callable[[], T]) -> T:
-        _current.set(self)
-        return func()
 
     def take_on_cancel(self) -> Callable[[], None] | None:
         """The callback, the first time."""
@@ -194,8 +221,8 @@ class Turn(Generic[T]):
             )
 
     def announce(self) -> None:
-        """Tell everyone that the turn is over. From any thread, once."""
-        self._func = self._on_cancel = None  # what they hold should not outlive the turn
+        """Tell everyone that it is over. From any thread, once."""
+        self._on_cancel = None  # what it holds should not outlive the work
         on_done, self._on_done = self._on_done, None
         if on_done is not None:
             self.call_back(functools.partial(on_done, self), "on_done")
@@ -217,6 +244,56 @@ class Turn(Generic[T]):
             raise error
         finally:
             del error  # no cycle from the traceback to this frame
+
+
+class Turn(Pending[T]):
+    """One function's turn on another thread, which is the MLX thread as a rule.
+
+    Args:
+        func: called without arguments, with the context variables of the caller.
+        on_cancel: called at most once, from any thread, when the function should return
+            early.
+        on_done: called once, from any thread, when the turn is over.
+    """
+
+    def __init__(
+        self,
+        func: Callable[[], T],
+        on_cancel: Callable[[], None] | None = None,
+        on_done: Callable[[Pending[Any]], None] | None = None,
+    ) -> None:
+        super().__init__(on_cancel, on_done)
+        self._context: contextvars.Context | None = contextvars.copy_context()
+        self._func: Callable[[], T] | None = func
+
+    def execute(self) -> None:
+        """On the other thread: call the function and keep its outcome."""
+        func, self._func = self._func, None
+        # Not kept: it will hold this turn, and only the garbage collector would end that.
+        context, self._context = self._context, None
+        self.started = time.perf_counter()
+        try:
+            if func is None or context is None:
+                raise RuntimeError("a turn is used once")
+            self.value = context.run(_call_in_turn, self, func)
+        except BaseException as error:  # noqa: BLE001 - the border: the caller raises it
+            self.error = error
+        self.ended = time.perf_counter()
+
+    def announce(self) -> None:
+        """Tell everyone that it is over. From any thread, once."""
+        self._func = None  # what it holds should not outlive the turn
+        super().announce()
+
+
+def call_in(context: contextvars.Context, func: Callable[..., T], /, *args: Any) -> T:
+    """Call ``func`` with other context variables, as part of the turn that runs."""
+    return context.run(_call_in_turn, _current.get(), func, *args)
+
+
+def _call_in_turn(turn: Turn[Any] | None, func: Callable[..., T], *args: Any) -> T:
+    _current.set(turn)
+    return func(*args)
 
 
 def current_turn() -> Turn[Any] | None:

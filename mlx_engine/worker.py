@@ -2,14 +2,9 @@
 
 Work takes turns on it, first come, first served, whichever engine, event loop or thread it
 comes from. The generation lock *is* the thread being busy: a turn holds it from the moment
-the thread takes it up until its function has returned, so there is no code path, neither a
-cancellation nor an event loop that dies, on which it could be released while the function
-is still inside MLX.
-
-           enter          thread takes it         function returned
-    caller ──────► QUEUED ───────────────► RUNNING ───────────────► DONE ──► caller
-                     │ withdrawn when cancelled          ▲
-                     └───────────────────────────────────┘ the lock is held in RUNNING only
+the thread takes it up (RUNNING) until its function has returned (DONE), so there is no code
+path, neither a cancellation nor an event loop that dies, on which it could be released while
+the function is still inside MLX.
 """
 
 from __future__ import annotations
@@ -18,17 +13,15 @@ import atexit
 import os
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from mlx_engine.errors import EngineDead
-from mlx_engine.turn import Stage, Turn, current_turn, outlast
+from mlx_engine.line import Line
+from mlx_engine.turn import Stage, Turn, current_turn
 
-T = TypeVar("T")
 
-
-class MLXThread:
+class MLXThread(Line[Turn[Any]]):
     """A thread that runs turns one at a time, in the order in which they were entered.
 
     Every process has one, ``mlx_thread``; it starts with the first turn and ends, after its
@@ -36,8 +29,7 @@ class MLXThread:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._queue: deque[Turn[Any]] = deque()
+        super().__init__()
         self._running: Turn[Any] | None = None
         self._thread: threading.Thread | None = None
         self._pid = 0
@@ -51,15 +43,15 @@ class MLXThread:
         return self._running is not None
 
     @property
-    def waiting(self) -> int:
-        """How many turns are queued, of all engines together."""
-        return len(self._queue)
-
-    @property
     def busy(self) -> bool:
         """Whether a turn that enters now would have to wait."""
         with self._changed:
             return self._running is not None or bool(self._queue)
+
+    @property
+    def free(self) -> int:
+        """How many of the queued turns are about to be taken up."""
+        return 0 if self.locked else 1
 
     def is_current(self) -> bool:
         """Whether the caller is on this thread."""
@@ -89,62 +81,26 @@ class MLXThread:
                 self._chores.append(chore)
                 self._changed.notify()
 
-    async def run(self, turn: Turn[T]) -> T:
-        """Wait for the turn, let its function run, and return what it returns.
+    def check_outside(self) -> None:
+        """Raise ``RuntimeError`` inside a turn that is still running, by task or by thread.
 
-        Cancellation: a turn that waits is withdrawn at once. For one that runs,
-        ``on_cancel`` is called, and the caller stays until the function has returned,
-        however often it is cancelled; the outcome is then discarded and the first
-        ``CancelledError`` raised.
-
-        Raises:
-            RuntimeError: called from inside a turn that is still running, which would wait
-                for itself for ever; or in a process forked from one that runs MLX.
-            EngineDead: the interpreter is shutting down.
-            BaseException: whatever the function raised, or ``abort`` was given.
+        Waiting for another turn there would be waiting for itself, for ever.
         """
-        try:
-            self._enter(turn)
-        except BaseException as error:
-            turn.error = error
-            self._cancel(turn)
-            raise
-        try:
-            await outlast(turn.out, lambda: self._cancel(turn))
-        finally:
-            if not turn.out.done():  # the coroutine is being destroyed, its loop is gone
-                self._cancel(turn)
-        return turn.outcome()
-
-    def abort(self, turn: Turn[Any], error: BaseException) -> bool:
-        """End a turn so that its caller gets ``error``; ``False`` if it was over already.
-
-        If its function runs it is asked to stop, and the caller told once it has returned.
-        From any thread.
-        """
-        with self._changed:
-            if turn.stage is Stage.DONE:
-                return False
-            turn.aborted_with = error
-        self._cancel(turn)
-        return True
-
-    def expire(self, turn: Turn[Any], error: BaseException) -> bool:
-        """Like ``abort``, but only if the turn still waits; whether it did."""
-        with self._changed:
-            if turn.stage is not Stage.QUEUED:
-                return False
-            turn.aborted_with = error
-        self._cancel(turn)
-        return True
-
-    def _enter(self, turn: Turn[Any]) -> None:
         inside = current_turn()
         if self.is_current() or (inside is not None and inside.running):
             raise RuntimeError(
                 "this code already runs inside a turn on the MLX thread, and would wait for "
                 "itself for ever: call the MLX functions directly here"
             )
+
+    def _enter(self, turn: Turn[Any]) -> None:
+        """Queue a turn.
+
+        Raises:
+            RuntimeError: inside a turn; or in a process forked from one that runs MLX.
+            EngineDead: the interpreter is shutting down.
+        """
+        self.check_outside()
         if self._thread is not None and self._pid != os.getpid():
             raise RuntimeError(
                 "MLX was used before this process was forked, and does not survive a fork: "
@@ -158,23 +114,6 @@ class MLXThread:
             if turn.stage is Stage.QUEUED:  # else it was aborted on its way here
                 self._queue.append(turn)
                 self._changed.notify()
-
-    def _cancel(self, turn: Turn[Any]) -> None:
-        """Withdraw a turn that waits; ask one that runs to stop."""
-        with self._changed:
-            if turn.stage is Stage.DONE:
-                return
-            turn.cancelled = True
-            on_cancel = turn.take_on_cancel()
-            withdrawn = turn.stage is Stage.QUEUED
-            if withdrawn:
-                if turn in self._queue:
-                    self._queue.remove(turn)
-                turn.stage = Stage.DONE
-        if withdrawn:
-            turn.announce()
-        elif on_cancel is not None:
-            turn.call_back(on_cancel, "on_cancel")
 
     def _start(self) -> None:
         self._pid = os.getpid()

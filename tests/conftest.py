@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_engine import SimpleEngine
+from mlx_engine import BaseEngine, BatchedEngine, SimpleEngine
 from mlx_engine.worker import mlx_thread
 from tests.guard import GUARD, Gate
 
@@ -42,14 +42,21 @@ def make_tiny(folder: Path, *options: str) -> Path:
     return folder
 
 
+@pytest.fixture(params=[SimpleEngine, BatchedEngine], ids=["simple", "batched"])
+def engine_type(request: pytest.FixtureRequest) -> type[SimpleEngine] | type[BatchedEngine]:
+    """Every kind of engine: what is asked for here holds for all of them."""
+    kind: type[SimpleEngine] | type[BatchedEngine] = request.param
+    return kind
+
+
 @pytest.fixture
-def tiny_engine(tiny_path: Path) -> SimpleEngine:
+def tiny_engine(tiny_path: Path, engine_type: type[SimpleEngine]) -> BaseEngine:
     """An engine on the tiny model that has not been started."""
-    return SimpleEngine(tiny_path)
+    return engine_type(tiny_path)
 
 
 @pytest.fixture
-async def engine(tiny_engine: SimpleEngine) -> AsyncIterator[SimpleEngine]:
+async def engine(tiny_engine: BaseEngine) -> AsyncIterator[BaseEngine]:
     """A running engine on the tiny model."""
     async with tiny_engine:
         yield tiny_engine
@@ -98,3 +105,11 @@ def other_tasks() -> set[asyncio.Task[object]]:
         for task in asyncio.all_tasks()
         if task is not asyncio.current_task() and "TestRunner" not in repr(task.get_coro())
     }
+
+
+async def settled() -> None:
+    """MLX is free. The turn of a batch ends a moment after its last request is over."""
+    end = time.monotonic() + 2
+    while mlx_thread.busy or any(task.get_name() == "batch driver" for task in other_tasks()):
+        assert time.monotonic() < end, "the MLX thread is still at work"
+        await asyncio.sleep(0.0005)

@@ -21,7 +21,7 @@ from mlx_engine import (
     StreamConsumed,
 )
 from mlx_engine.worker import mlx_thread
-from tests.conftest import other_tasks
+from tests.conftest import other_tasks, settled
 from tests.guard import Gate
 
 pytestmark = pytest.mark.anyio
@@ -92,7 +92,7 @@ async def test_it_starts_when_first_read_and_never_before(tiny_engine: SimpleEng
     async with tiny_engine:
         later = stream_of(tiny_engine)
         await asyncio.sleep(0.01)
-        assert not mlx_thread.busy
+        await settled()
         async for chunk in later:
             assert isinstance(chunk, GenerationChunk)
 
@@ -151,7 +151,7 @@ async def test_break_in_a_context_frees_the_engine_within_one_token(
             await stop.reached()
             threading.Timer(0.02, stop.go).start()
             break
-    assert not mlx_thread.busy
+    await settled()
     assert stop.calls <= 7
     assert stream.result.finish_reason == "cancelled"
     assert 0 < len(stream.result.tokens) <= 6
@@ -164,7 +164,7 @@ async def test_an_exception_in_the_consumer_frees_the_engine(engine: SimpleEngin
         async with stream_of(engine, 5000) as stream:
             async for _ in stream:
                 raise LookupError
-    assert not mlx_thread.busy
+    await settled()
     assert len(stream.result.tokens) < 5000
     assert len((await engine.generate(PROMPT, max_tokens=2, ignore_eos=True)).tokens) == 2
 
@@ -255,7 +255,7 @@ async def test_cancel_in_the_queue(engine: SimpleEngine, gate: MakeGate) -> None
     holder = asyncio.create_task(engine.generate(PROMPT, max_tokens=5))
     await stop.reached()
     async with stream_of(engine) as stream:
-        while not mlx_thread.waiting:
+        while not engine.stats().waiting:
             await asyncio.sleep(0)
         stream.cancel()
         chunks = [chunk async for chunk in stream]
@@ -283,7 +283,7 @@ async def test_aclose_waits_until_the_work_is_out_however_often_cancelled(
     stop.go()
     with pytest.raises(asyncio.CancelledError):
         await closing
-    assert not mlx_thread.locked
+    await settled()
     await stream.aclose()
 
 
@@ -316,7 +316,7 @@ async def test_timeout_around_one_read_raises_timeout_error(
     threading.Timer(0.05, stop.go).start()
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(anext(stream), 0.01)
-    assert not mlx_thread.busy
+    await settled()
     assert stream.result.finish_reason == "cancelled"
 
 

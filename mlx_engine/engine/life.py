@@ -45,6 +45,7 @@ class EngineLife:
         kv_group_size: int = 64,
         quantized_kv_start: int = 0,
         prefill_step_size: int = 512,
+        prompt_cache_bytes: int | None = None,
         queue_limit: int | None = None,
         max_wait: float | None = None,
         on_progress: ProgressCallback | None = None,
@@ -65,6 +66,9 @@ class EngineLife:
             quantized_kv_start: tokens in the cache from which on it is quantised.
             prefill_step_size: tokens per prefill chunk; a cancelled request leaves MLX after
                 the chunk that it is in.
+            prompt_cache_bytes: bytes that earlier prompts and answers may take, so that they
+                need no second prefill; 0 switches that off, ``None`` is a quarter of the
+                device's memory that the model leaves, or 1 GiB where that is not known.
             queue_limit: requests that may wait for their turn before ``EngineBusy`` is
                 raised; ``None`` is no limit.
             max_wait: seconds that a request may wait for its turn before ``EngineBusy`` is
@@ -87,16 +91,20 @@ class EngineLife:
             kv_group_size=kv_group_size,
             quantized_kv_start=quantized_kv_start,
             prefill_step_size=prefill_step_size,
+            prompt_cache_bytes=prompt_cache_bytes,
         )
         self._on_progress = checked_callback(on_progress)
         self._lifecycle = Lifecycle()
         self._admission = Admission(
             self._lifecycle, QueueConfig(queue_limit=queue_limit, max_wait=max_wait)
         )
-        self._slot = ModelSlot()
+        self._slot = self._new_slot()
         # An engine that is forgotten must not drop its model on a foreign thread.
         self._finalizer = weakref.finalize(self, empty_abandoned, self._slot)
         self._finalizer.atexit = False  # the MLX thread's exit job does it then
+
+    def _new_slot(self) -> ModelSlot:
+        return ModelSlot()
 
     @property
     def state(self) -> EngineState:
@@ -117,7 +125,19 @@ class EngineLife:
 
     def stats(self) -> EngineStats:
         """A snapshot of counters. Cheap; from any thread."""
-        return self._admission.stats()
+        meter = self._slot.meter
+        return EngineStats(
+            state=self.state.value,
+            **self._admission.counts(),
+            prompt_tokens=meter.prompt_tokens,
+            cached_tokens=meter.cached_tokens,
+            completion_tokens=meter.completion_tokens,
+            prefill_seconds=meter.prefill_seconds,
+            decode_seconds=meter.decode_seconds,
+            batch_size=meter.batch_size,
+            kv_bytes=meter.kv_bytes,
+            prompt_cache=self._slot.prompt_cache_stats(),
+        )
 
     async def start(self) -> None:
         """Find, if need be download, and load the model. No-op when the engine runs.
@@ -265,8 +285,8 @@ class EngineLife:
             on_cancel,
             functools.partial(self._admission.over, ticket),
         )
-        with self._admission.enter(ticket, turn):
-            return await mlx_thread.run(turn)
+        with self._admission.enter(ticket, turn, mlx_thread):
+            return await mlx_thread.run(turn)  # type: ignore[no-any-return]
 
     async def _release(self) -> None:
         """Drop the model, on the MLX thread; not to be cut short."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from mlx_engine.engine.admission import RequestTicket
 from mlx_engine.engine.base import BaseEngine
+from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.request import Request
+from mlx_engine.generation.single import generate_single
 from mlx_engine.outputs import GenerationResult
-from mlx_engine.stream import Emit
 
 
 class SimpleEngine(BaseEngine):
@@ -15,13 +16,16 @@ class SimpleEngine(BaseEngine):
     A request is one call on the MLX thread, from its prompt to its last token.
     """
 
-    async def _serve(
-        self, request: Request, ticket: RequestTicket, emit: Emit | None
-    ) -> GenerationResult:
+    async def _serve(self, request: Request, ticket: RequestTicket) -> GenerationResult:
+        if request.priority:
+            raise InvalidRequest(
+                "priority",
+                "SimpleEngine serves in the order of arrival; leave it out, or use BatchedEngine",
+            )
         return await self._run_blocking_serialized(
-            self._generate, request, emit, on_cancel=request.cancel, _ticket=ticket
+            self._generate, request, on_cancel=request.cancel, _ticket=ticket
         )
 
-    def _generate(self, request: Request, emit: Emit | None) -> GenerationResult:
+    def _generate(self, request: Request) -> GenerationResult:
         """On the MLX thread."""
-        return request.run(self._slot.get(), self.config, emit)
+        return generate_single(request, self._slot.space())

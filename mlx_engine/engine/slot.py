@@ -11,8 +11,9 @@ import mlx.core as mx
 from mlx_engine.config import ModelConfig
 from mlx_engine.errors import EngineDead
 from mlx_engine.generation.kv_cache import check_kv_options
+from mlx_engine.generation.workspace import Meter, Workspace, make_workspace
 from mlx_engine.models.loading import LoadedModel, load_model
-from mlx_engine.outputs import ProgressCallback
+from mlx_engine.outputs import ProgressCallback, PromptCacheStats
 from mlx_engine.turn import drop_frames
 from mlx_engine.worker import mlx_thread
 
@@ -27,25 +28,39 @@ mlx_thread.at_exit(_leave_mlx)
 
 
 class ModelSlot:
-    """Holds the model of one engine. Filled, used and emptied on the MLX thread."""
+    """Holds the model of one engine, and what belongs to it.
+
+    Filled, used and emptied on the MLX thread.
+
+    Attributes:
+        meter: counters of the work done with it. From any thread.
+    """
 
     def __init__(self) -> None:
-        self._loaded: LoadedModel | None = None
+        self._space: Workspace | None = None
+        self.meter = Meter()
 
     @property
     def filled(self) -> bool:
         """Whether there is a model in it. From any thread."""
-        return self._loaded is not None
+        return self._space is not None
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the model in it has a chat template. From any thread."""
-        return self._loaded is not None and bool(self._loaded.tokenizer.has_chat_template)
+        space = self._space
+        return space is not None and bool(space.loaded.tokenizer.has_chat_template)
 
     @property
     def context_length(self) -> int | None:
         """Tokens of prompt and answer together, if limited. From any thread."""
-        return None if self._loaded is None else self._loaded.context_length
+        space = self._space
+        return None if space is None else space.loaded.context_length
+
+    def prompt_cache_stats(self) -> PromptCacheStats:
+        """Of its prompt cache. From any thread."""
+        space = self._space
+        return PromptCacheStats() if space is None else space.prompt_cache.stats()
 
     def fill(
         self,
@@ -56,22 +71,32 @@ class ModelSlot:
     ) -> None:
         """Load the model. On the MLX thread; raises what ``load_model`` does."""
         try:
-            self._loaded = load_model(config, source, on_progress, should_stop)
+            loaded = load_model(config, source, on_progress, should_stop)
+            self._space = make_workspace(loaded, config, self.meter)
             mlx_thread.at_exit(self.empty)
-            check_kv_options(self._loaded.model, config)
+            self._equip(self._space)
         except Exception as error:
             drop_frames(error)
             raise error from error.__cause__
 
+    def _equip(self, space: Workspace) -> None:
+        """Make what else the engine needs; raises what the start then raises."""
+        check_kv_options(space.loaded.model, space.config)
+
     def get(self) -> LoadedModel:
         """The model. On the MLX thread, in a request that was admitted."""
-        if self._loaded is None:
+        return self.space().loaded
+
+    def space(self) -> Workspace:
+        """The model and what belongs to it. On the MLX thread, in a request that was admitted."""
+        if self._space is None:
             raise EngineDead("the engine has no model any more")
-        return self._loaded
+        return self._space
 
     def empty(self) -> None:
         """Drop the model. On the MLX thread."""
-        self._loaded = None
+        self._space = None
+        self.meter.kv_bytes = self.meter.batch_size = 0
         mlx_thread.remove_exit_job(self.empty)
         mx.clear_cache()
 

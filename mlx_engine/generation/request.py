@@ -1,23 +1,18 @@
-"""One request, from its prompt to its result, in one call on the MLX thread."""
+"""One request: its prompt, what it has generated so far, and how it ends. It runs nothing."""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Callable
 
 import mlx.core as mx
-from mlx_lm.generate import generation_stream
 
-from mlx_engine.config import ModelConfig
 from mlx_engine.errors import ContextLengthExceeded, GenerationError, MLXEngineError
-from mlx_engine.generation.decode import decode
-from mlx_engine.generation.kv_cache import make_kv_cache
-from mlx_engine.generation.prefill import prefill
 from mlx_engine.generation.prompt import Input
-from mlx_engine.generation.sampling import make_sampling, token_logprob
+from mlx_engine.generation.sampling import Sampling, make_sampling, token_logprob
 from mlx_engine.generation.text import Piece, TextAssembler
 from mlx_engine.models.loading import LoadedModel
 from mlx_engine.outputs import (
@@ -32,17 +27,24 @@ from mlx_engine.outputs import (
 )
 from mlx_engine.params import SamplingParams
 from mlx_engine.stream import Emit
-from mlx_engine.turn import Interrupted, drop_frames
+from mlx_engine.turn import drop_frames
 
 
 class Request:
-    """A generation that can be run once, cancelled from any thread, and asked for its result.
+    """A generation that is prepared once, given token after token, and asked for its result.
 
     Args:
         source: the prompt or chat.
         params: how to sample and when to stop.
         request_id: the engine's name for it.
         on_progress: told of the prefill, in the event loop of the caller.
+        priority: of the caller's choice; lower goes first.
+
+    Attributes:
+        prompt: token ids, once prepared.
+        limit: how many tokens may be generated, once prepared; ``None`` is without limit.
+        sampling: what chooses its tokens, once prepared.
+        context: the context variables of the caller, for code of the caller's.
     """
 
     def __init__(
@@ -51,99 +53,88 @@ class Request:
         params: SamplingParams,
         request_id: str,
         on_progress: ProgressCallback | None = None,
+        priority: int = 0,
     ) -> None:
         self.request_id = request_id
+        self.priority = priority
+        self.prompt: list[int] = []
+        self.limit: int | None = None
+        self.sampling: Sampling | None = None
+        self.context: contextvars.Context | None = None
         self._source = source
         self._params = params
         self._on_progress = on_progress
+        self._emit: Emit | None = None
         self._stopped = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._clock = _Clock()
         self._text: TextAssembler | None = None
+        self._ends: frozenset[int] = frozenset()  # token ids that end the answer
+        self._silent: frozenset[int] = frozenset()  # token ids that are signals, not text
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._notes: tuple[str, ...] = ()
-        self._prompt_tokens = 0
+        self._cached_tokens = 0
         self._finish_reason: FinishReason = "cancelled"
 
+    @property
+    def tokens(self) -> list[int]:
+        """What has been generated so far."""
+        return self._tokens
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether it asks for as many tokens as fit."""
+        return self._params.max_tokens is None
+
+    @property
+    def over(self) -> bool:
+        """Whether it has come to its end."""
+        return self._clock.ended > 0
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether log-probabilities are to be given to ``take``."""
+        return self._params.logprobs is not None
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether it was cancelled, or its event loop closed, so that nobody waits for it."""
+        return self._stopped or (self._loop is not None and self._loop.is_closed())
+
     def submitted(
-        self, in_this_loop: Callable[[ProgressCallback | None], ProgressCallback | None]
+        self,
+        in_this_loop: Callable[[ProgressCallback | None], ProgressCallback | None],
+        emit: Emit | None,
     ) -> None:
-        """The caller waits from now on, in this event loop, where progress is to be told."""
+        """The caller waits from now on, in this event loop, where progress is to be told.
+
+        Args:
+            emit: gets each chunk at once; ``None`` makes no chunks.
+        """
         self._clock.submitted = time.perf_counter()
         self._loop = asyncio.get_running_loop()
         self._on_progress = in_this_loop(self._on_progress)
+        self._emit = emit
+        if self._params.logits_processors:
+            self.context = contextvars.copy_context()
 
     def cancel(self) -> None:
         """Ask it to stop at its next token or prefill chunk. From any thread."""
         self._stopped = True
 
-    def run(
-        self, loaded: LoadedModel, config: ModelConfig, emit: Emit | None = None
-    ) -> GenerationResult:
-        """Do it, on the MLX thread. Cancelled, it returns what there is by then.
-
-        Args:
-            emit: gets each chunk at once; ``None`` makes no chunks.
+    def prepare(self, loaded: LoadedModel) -> None:
+        """Turn the prompt into tokens and the options into a sampler, on the MLX thread.
 
         Raises:
             InvalidRequest: the prompt or an option does not suit this model.
-            GenerationError: MLX, the tokenizer or a logits processor raised.
+            Exception: whatever a tokenizer or chat template raises.
         """
-        error = self._attempt(loaded, config, emit)
-        del loaded, emit  # a raised error keeps this frame, and so would keep the model
-        if error is not None:
-            raise error
-        return self.result()
-
-    def _attempt(
-        self, loaded: LoadedModel, config: ModelConfig, emit: Emit | None
-    ) -> MLXEngineError | None:
-        self._clock.started = time.perf_counter()
-        try:
-            try:
-                self._run(loaded, config, emit)
-            finally:
-                # A step may be under way that nobody waits for any more.
-                mx.synchronize(generation_stream)
-        except MLXEngineError as error:
-            drop_frames(error)
-            return error
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001
-            # The border: MLX and user code raise anything, a CancelledError that is nobody's too.
-            said = "".join(traceback.format_exception_only(error)).strip()
-            error.add_note("".join(["On the MLX thread:\n", *traceback.format_exception(error)]))
-            drop_frames(error)
-            failed = GenerationError(f"{self.request_id} failed: {said}")
-            failed.__cause__ = error
-            return failed
-        finally:
-            self._clock.ended = time.perf_counter()
-        return None
-
-    def result(self) -> GenerationResult:
-        """What has been made so far; final once ``run`` is over."""
-        text = self._text
-        return GenerationResult(
-            text=text.content if text else "",
-            tokens=tuple(self._tokens),
-            finish_reason=self._finish_reason,
-            usage=Usage(self._prompt_tokens, len(self._tokens)),
-            timings=self._clock.timings(self._prompt_tokens, len(self._tokens)),
-            reasoning=text.reasoning if text else "",
-            tool_calls=text.tool_calls if text else (),
-            logprobs=tuple(self._logprobs),
-            notes=self._notes,
-            request_id=self.request_id,
-        )
-
-    def _run(self, loaded: LoadedModel, config: ModelConfig, emit: Emit | None) -> None:
         encoded = self._source.encode(loaded)
-        prompt = encoded.tokens
+        self.prompt = encoded.tokens
         self._notes = encoded.notes
-        self._prompt_tokens = len(prompt)
-        limit = self._fit(loaded, len(prompt))
-        sampling = make_sampling(
+        self.limit = self._fit(loaded)
+        self.sampling = make_sampling(
             self._params,
             vocab_size=loaded.vocab_size,
             xtc_special_tokens=(*loaded.newline_tokens, *sorted(loaded.eos)),
@@ -154,117 +145,127 @@ class Request:
             initial_state=encoded.initial_state,
             tools=self._source.tools,
         )
-        try:
-            cache = make_kv_cache(loaded.model, config)
-            self._report(0)
-            prefill(
-                loaded.model,
-                cache,
-                prompt,
-                config,
-                should_stop=self._should_stop,
-                on_progress=self._report,
-            )
-            self._clock.prefilled = time.perf_counter()
-            with closing(
-                decode(
-                    loaded.model,
-                    cache,
-                    prompt,
-                    sampling,
-                    config,
-                    limit,
-                    should_stop=self._should_stop,
-                )
-            ) as steps:
-                self._collect(steps, self._text, loaded.eos, limit, emit)
-        except Interrupted:
-            self._finish("cancelled", self._text, emit)
+        stops = frozenset(self._params.stop_token_ids)
+        self._silent = loaded.eos | stops
+        self._ends = stops if self._params.ignore_eos else self._silent
 
-    def _collect(
-        self,
-        steps: Iterable[tuple[int, mx.array]],
-        text: TextAssembler,
-        eos: frozenset[int],
-        limit: int | None,
-        emit: Emit | None,
-    ) -> None:
-        """Take tokens until one of them, or the text they make, is the last."""
-        ends = eos.union(self._params.stop_token_ids)
-        silent = ends  # these are signals, not text
-        if self._params.ignore_eos:
-            ends = frozenset(self._params.stop_token_ids)
-        for token, logprobs in steps:
-            self._token(token, logprobs)
-            pieces = [] if token in silent else text.add(token)
-            reason: FinishReason | None = None
-            if token in ends or text.stopped:
-                reason = "stop"
-            elif len(self._tokens) == limit:
-                reason = "length"
-            elif self._should_stop():
-                reason = "cancelled"
-            if reason is not None:
-                self._finish(reason, text, emit, token, pieces)
-                return
-            if emit is not None:
-                emit_pieces(emit, pieces, (token,), tuple(self._logprobs[-1:]))
+    def begin(self) -> None:
+        """Its work on the MLX thread begins."""
+        self._clock.started = time.perf_counter()
 
-    def _should_stop(self) -> bool:
-        """Whether it was cancelled, or its event loop closed, so that nobody waits for it."""
-        return self._stopped or (self._loop is not None and self._loop.is_closed())
+    def prefill_begins(self, cached: int) -> None:
+        """Its prefill begins, behind ``cached`` tokens that need none."""
+        self._cached_tokens = cached
+        self.progress(cached)
 
-    def _token(self, token: int, logprobs: mx.array) -> None:
+    def progress(self, done: int) -> None:
+        """So many tokens of the prompt are in the KV cache."""
+        if self._on_progress is not None:
+            self._on_progress(Progress("prefill", done, len(self.prompt)))
+
+    def prefilled(self) -> None:
+        """The prompt is in the KV cache, but for its last token."""
+        self._clock.prefilled = time.perf_counter()
+
+    def take(self, token: int, logprobs: mx.array | None) -> bool:
+        """Take the next token; whether the answer is complete with it.
+
+        Args:
+            logprobs: of shape (vocabulary,); needed if ``wants_logprobs``.
+
+        Raises:
+            Exception: whatever the tokenizer raises.
+        """
+        text = self._text
+        assert text is not None
         now = time.perf_counter()
         if not self._tokens:
             self._clock.first_token = now
-            self._report(self._prompt_tokens)
+            self.progress(len(self.prompt))
         self._clock.last_token = now
         self._tokens.append(token)
-        if self._params.logprobs is not None:
+        if self._params.logprobs is not None and logprobs is not None:
             self._logprobs.append(token_logprob(token, logprobs, self._params.logprobs))
+        pieces = [] if token in self._silent else text.add(token)
+        reason: FinishReason | None = None
+        if token in self._ends or text.stopped:
+            reason = "stop"
+        elif len(self._tokens) == self.limit:
+            reason = "length"
+        elif self.should_stop:
+            reason = "cancelled"
+        if reason is not None:
+            self._finish(reason, (token,), pieces)
+            return True
+        if self._emit is not None:
+            emit_pieces(self._emit, pieces, (token,), tuple(self._logprobs[-1:]))
+        return False
 
-    def _finish(
-        self,
-        reason: FinishReason,
-        text: TextAssembler,
-        emit: Emit | None,
-        token: int | None = None,
-        pieces: list[Piece] | None = None,
-    ) -> None:
+    def cancelled(self) -> None:
+        """It ends here, cancelled."""
+        self._finish("cancelled", (), [])
+
+    def failed(self, error: BaseException) -> MLXEngineError:
+        """It ends here; what its caller is told, without the frames that ``error`` holds."""
+        self._clock.ended = time.perf_counter()
+        if isinstance(error, MLXEngineError):
+            drop_frames(error)
+            return error
+        said = f"{type(error).__name__}: {error}"
+        failed = GenerationError(f"{self.request_id} failed: {said}")
+        if error.__traceback__ is not None:
+            error.add_note("".join(["On the MLX thread:\n", *traceback.format_exception(error)]))
+        drop_frames(error)
+        failed.__cause__ = error
+        return failed
+
+    def result(self) -> GenerationResult:
+        """What has been made so far; final once it is over."""
+        text = self._text
+        return GenerationResult(
+            text=text.content if text else "",
+            tokens=tuple(self._tokens),
+            finish_reason=self._finish_reason,
+            usage=Usage(len(self.prompt), len(self._tokens), self._cached_tokens),
+            timings=self._clock.timings(len(self.prompt) - self._cached_tokens, len(self._tokens)),
+            reasoning=text.reasoning if text else "",
+            tool_calls=text.tool_calls if text else (),
+            logprobs=tuple(self._logprobs),
+            notes=self._notes,
+            request_id=self.request_id,
+        )
+
+    def _finish(self, reason: FinishReason, tokens: tuple[int, ...], pieces: list[Piece]) -> None:
         """Let out what was held back, with the last token and its pieces if there is one."""
-        pieces = (pieces or []) + text.finish()
-        if text.stopped and reason == "length":
-            reason = "stop"  # by a stop string that was held back until now
+        text = self._text
+        if text is not None:
+            pieces = pieces + text.finish()
+            if text.stopped and reason == "length":
+                reason = "stop"  # by a stop string that was held back until now
         self._finish_reason = reason
-        if emit is not None:
-            tokens = () if token is None else (token,)
-            logprobs = () if token is None else tuple(self._logprobs[-1:])
-            emit_pieces(emit, pieces, tokens, logprobs, reason)
+        self._clock.ended = time.perf_counter()
+        if self._emit is not None:
+            logprobs = tuple(self._logprobs[-1:]) if tokens else ()
+            emit_pieces(self._emit, pieces, tokens, logprobs, reason)
 
-    def _fit(self, loaded: LoadedModel, prompt_tokens: int) -> int | None:
-        """How many tokens may be generated; ``None`` is without limit."""
-        context, wanted = loaded.context_length, self._params.max_tokens
+    def _fit(self, loaded: LoadedModel) -> int | None:
+        context, wanted, length = loaded.context_length, self._params.max_tokens, len(self.prompt)
         if context is None:
             return wanted
-        room = context - prompt_tokens
+        room = context - length
         if room < (wanted or 1):
             advice = "shorten the prompt"
             if wanted is not None and room > 0:
                 advice += f", or lower max_tokens to {room} or None (as many as fit)"
             raise ContextLengthExceeded(
-                f"{prompt_tokens} prompt tokens and max_tokens={wanted} do not fit into the "
+                f"{length} prompt tokens and max_tokens={wanted} do not fit into the "
                 f"model's context of {context} tokens (the engine's context_length); {advice}",
-                prompt_tokens=prompt_tokens,
+                prompt_tokens=length,
                 max_tokens=wanted,
                 context_length=context,
                 option=self._source.option,
             )
         return room if wanted is None else wanted
-
-    def _report(self, done: int) -> None:
-        if self._on_progress is not None:
-            self._on_progress(Progress("prefill", done, self._prompt_tokens))
 
 
 def emit_pieces(
@@ -299,7 +300,7 @@ class _Clock:
         self.last_token = 0.0
         self.ended = 0.0
 
-    def timings(self, prompt_tokens: int, completion_tokens: int) -> Timings:
+    def timings(self, prefilled_tokens: int, completion_tokens: int) -> Timings:
         end = self.ended or time.perf_counter()
         prefill = self.prefilled - self.started if self.prefilled else 0.0
         decode = self.last_token - self.first_token
@@ -309,6 +310,6 @@ class _Clock:
             time_to_first_token=self.first_token - self.submitted if self.first_token else 0.0,
             decode=decode,
             total=end - self.submitted,
-            prompt_tokens_per_second=prompt_tokens / prefill if prefill else 0.0,
+            prompt_tokens_per_second=prefilled_tokens / prefill if prefill else 0.0,
             tokens_per_second=(completion_tokens - 1) / decode if decode else 0.0,
         )

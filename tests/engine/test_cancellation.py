@@ -10,9 +10,9 @@ from pathlib import Path
 import anyio
 import pytest
 
-from mlx_engine import EngineState, GenerationResult, SimpleEngine
+from mlx_engine import BaseEngine, BatchedEngine, EngineState, GenerationResult, SimpleEngine
 from mlx_engine.worker import mlx_thread
-from tests.conftest import other_tasks
+from tests.conftest import other_tasks, settled
 from tests.guard import Gate
 
 pytestmark = pytest.mark.anyio
@@ -26,25 +26,25 @@ Operation = Callable[[], Awaitable[object]]
 MakeGate = Callable[[str, int], Gate]
 
 
-async def plain(engine: SimpleEngine) -> GenerationResult:
+async def plain(engine: BaseEngine) -> GenerationResult:
     return await engine.generate(PROMPT, max_tokens=MAX_TOKENS, ignore_eos=True)
 
 
-async def streamed(engine: SimpleEngine) -> GenerationResult:
+async def streamed(engine: BaseEngine) -> GenerationResult:
     async with engine.stream_generate(PROMPT, max_tokens=MAX_TOKENS, ignore_eos=True) as stream:
         async for _ in stream:
             pass
     return stream.result
 
 
-async def bare_iteration(engine: SimpleEngine) -> GenerationResult:
+async def bare_iteration(engine: BaseEngine) -> GenerationResult:
     stream = engine.stream_generate(PROMPT, max_tokens=MAX_TOKENS, ignore_eos=True)
     async for _ in stream:
         pass
     return stream.result
 
 
-async def in_a_chat(engine: SimpleEngine) -> GenerationResult:
+async def in_a_chat(engine: BaseEngine) -> GenerationResult:
     messages = [{"role": "user", "content": "x" * STEP * CHUNKS}]
     return await engine.chat(messages, max_tokens=MAX_TOKENS, ignore_eos=True)
 
@@ -55,7 +55,7 @@ PHASES = {
     "prefill": ("model", 3),
     "first token": ("model", CHUNKS + 1),
     "decode": ("model", CHUNKS + 6),
-    "last step": ("model", CHUNKS + MAX_TOKENS + 1),
+    "last step": ("model", CHUNKS + MAX_TOKENS),
 }
 
 
@@ -156,25 +156,37 @@ WAYS = {
 
 
 @pytest.fixture
-async def engine(tiny_path: Path) -> AsyncIterator[SimpleEngine]:
-    async with SimpleEngine(tiny_path, prefill_step_size=STEP) as engine:
+async def engine(tiny_path: Path, engine_type: type[SimpleEngine]) -> AsyncIterator[BaseEngine]:
+    # No prompt cache: every prefill is to have all of its chunks.
+    async with engine_type(tiny_path, prefill_step_size=STEP, prompt_cache_bytes=0) as engine:
         yield engine
+        await settled()
         assert not other_tasks(), "a task was left behind"
+
+
+@pytest.fixture
+async def narrow(tiny_path: Path, engine_type: type[SimpleEngine]) -> AsyncIterator[BaseEngine]:
+    """An engine in which a second request has to wait."""
+    if engine_type is SimpleEngine:
+        engine: BaseEngine = SimpleEngine(tiny_path, prefill_step_size=STEP)
+    else:
+        engine = BatchedEngine(tiny_path, prefill_step_size=STEP, max_batch_size=1)
+    async with engine:
+        yield engine
 
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 async def test_a_cancelled_request_leaves_mlx_and_the_next_one_is_served(
-    engine: SimpleEngine, gate: MakeGate, operation: str, way: str, phase: str
+    engine: BaseEngine, gate: MakeGate, operation: str, way: str, phase: str
 ) -> None:
     name, at = PHASES[phase]
     stop = gate(name, at)
     expected = engine.stats()
     await WAYS[way](lambda: OPERATIONS[operation](engine), stop)
     assert stop.calls == at, "it went on after the step or chunk that it was in"
-    assert not mlx_thread.locked
-    assert not mlx_thread.waiting
+    await settled()
     assert engine.stats().cancelled == expected.cancelled + 1
     result = await plain(engine)
     assert len(result.tokens) == MAX_TOKENS
@@ -184,8 +196,9 @@ async def test_a_cancelled_request_leaves_mlx_and_the_next_one_is_served(
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 async def test_cancelled_while_queued_it_never_enters(
-    engine: SimpleEngine, gate: MakeGate, operation: str, way: str
+    narrow: BaseEngine, gate: MakeGate, operation: str, way: str
 ) -> None:
+    engine = narrow
     stop = gate("model", CHUNKS + 2)
     holder = asyncio.create_task(plain(engine))
     await stop.reached()
@@ -195,7 +208,7 @@ async def test_cancelled_while_queued_it_never_enters(
         """Reached when the operation is in the queue; there is no worker to let go."""
 
         async def reached(self) -> None:
-            while not mlx_thread.waiting:
+            while not engine.stats().waiting:
                 await asyncio.sleep(0.0005)
             queued.set()
 
@@ -213,7 +226,7 @@ async def test_cancelled_while_queued_it_never_enters(
     else:
         await WAYS[way](lambda: OPERATIONS[operation](engine), Queued("", 0))
     assert mlx_thread.locked
-    assert mlx_thread.waiting == 0
+    assert engine.stats().waiting == 0
     stop.go()
     assert len((await holder).tokens) == MAX_TOKENS
     assert engine.stats().finished == 1
@@ -223,10 +236,10 @@ async def test_cancelled_while_queued_it_never_enters(
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_loop_shutdown_waits_for_the_worker(
-    tiny_path: Path, gate: MakeGate, operation: str, phase: str
+    tiny_path: Path, engine_type: type[SimpleEngine], gate: MakeGate, operation: str, phase: str
 ) -> None:
     stop = gate(*PHASES[phase])
-    engine = SimpleEngine(tiny_path, prefill_step_size=STEP)
+    engine = engine_type(tiny_path, prefill_step_size=STEP, prompt_cache_bytes=0)
 
     async def main() -> None:
         await engine.start()
@@ -263,7 +276,7 @@ async def test_a_cancelled_start_leaves_nothing_and_can_be_tried_again(
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_run_blocking_is_held_until_the_function_returns(
-    engine: SimpleEngine, way: str
+    engine: BaseEngine, way: str
 ) -> None:
     stop = Gate("call", 1)
     asked = threading.Event()
@@ -280,7 +293,7 @@ async def test_run_blocking_is_held_until_the_function_returns(
     assert await engine.run_blocking(lambda: 2) == 2
 
 
-async def test_a_cancelled_stop_still_stops(engine: SimpleEngine, gate: MakeGate) -> None:
+async def test_a_cancelled_stop_still_stops(engine: BaseEngine, gate: MakeGate) -> None:
     stop = gate("model", CHUNKS + 3)
     request = asyncio.create_task(plain(engine))
     await stop.reached()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlx_engine import (
+    BaseEngine,
     EngineBusy,
     EngineNotStarted,
     EngineState,
@@ -34,16 +35,17 @@ MakeGate = Callable[[str, int], Gate]
 PROMPT = [1, 2, 3]
 
 
-def request(engine: SimpleEngine, max_tokens: int = 10) -> asyncio.Task[GenerationResult]:
+def request(engine: BaseEngine, max_tokens: int = 10) -> asyncio.Task[GenerationResult]:
     return asyncio.create_task(engine.generate(PROMPT, max_tokens=max_tokens, ignore_eos=True))
 
 
-async def queued(count: int) -> None:
-    while mlx_thread.waiting < count:
+async def queued(engine: BaseEngine, count: int) -> None:
+    """Wait until one request is in work and ``count`` others are in the engine as well."""
+    while (stats := engine.stats()).waiting + stats.running < count + 1:
         await asyncio.sleep(0.0005)
 
 
-async def test_the_life_of_an_engine(tiny_engine: SimpleEngine) -> None:
+async def test_the_life_of_an_engine(tiny_engine: BaseEngine) -> None:
     engine = tiny_engine
     assert engine.state is EngineState.CREATED
     with pytest.raises(EngineNotStarted, match="await start"):
@@ -66,7 +68,7 @@ async def test_the_life_of_an_engine(tiny_engine: SimpleEngine) -> None:
     await engine.stop()
 
 
-async def test_two_tasks_may_start_it_at_once(tiny_engine: SimpleEngine) -> None:
+async def test_two_tasks_may_start_it_at_once(tiny_engine: BaseEngine) -> None:
     await asyncio.gather(*(tiny_engine.start() for _ in range(3)))
     assert tiny_engine.state is EngineState.RUNNING
     await tiny_engine.stop()
@@ -80,13 +82,13 @@ async def test_a_start_that_waits_for_another_hears_of_its_failure(tmp_path: Pat
     assert engine.state is EngineState.CREATED
 
 
-async def test_stop_before_start(tiny_engine: SimpleEngine) -> None:
+async def test_stop_before_start(tiny_engine: BaseEngine) -> None:
     assert await tiny_engine.stop() == ShutdownReport()
     assert tiny_engine.state is EngineState.STOPPED
 
 
 async def test_stop_while_loading_ends_the_load_at_once(
-    tiny_engine: SimpleEngine, gate: MakeGate
+    tiny_engine: BaseEngine, gate: MakeGate
 ) -> None:
     stop = gate("eval", 1)
     starting = asyncio.create_task(tiny_engine.start())
@@ -123,13 +125,18 @@ async def test_loading_reports_progress_in_the_event_loop(tiny_path: Path) -> No
     assert all(on_loop for _, on_loop in seen)
 
 
-async def test_stop_aborts_and_tells_everyone(engine: SimpleEngine, gate: MakeGate) -> None:
+async def test_stop_aborts_and_tells_everyone(engine: BaseEngine, gate: MakeGate) -> None:
     stop = gate("model", 5)
     tasks = [request(engine, 1000) for _ in range(4)]
-    stream = engine.stream_generate(PROMPT, max_tokens=1000)
-    reader = asyncio.ensure_future(anext(stream))
+    stream = engine.stream_generate(PROMPT, max_tokens=1000, ignore_eos=True)
+
+    async def read() -> None:
+        async for _ in stream:
+            pass
+
+    reader = asyncio.create_task(read())
     await stop.reached()
-    await queued(4)
+    await queued(engine, 4)
     threading.Timer(0.02, stop.go).start()
     report = await engine.stop()
     assert report.finished == ()
@@ -143,9 +150,7 @@ async def test_stop_aborts_and_tells_everyone(engine: SimpleEngine, gate: MakeGa
     assert not other_tasks()
 
 
-async def test_shutdown_with_time_lets_requests_finish(
-    engine: SimpleEngine, gate: MakeGate
-) -> None:
+async def test_shutdown_with_time_lets_requests_finish(engine: BaseEngine, gate: MakeGate) -> None:
     stop = gate("model", 5)
     tasks = [request(engine) for _ in range(3)]
     await stop.reached()
@@ -164,7 +169,7 @@ async def test_shutdown_with_time_lets_requests_finish(
 
 
 async def test_shutdown_aborts_what_is_left_when_time_is_over(
-    engine: SimpleEngine, gate: MakeGate
+    engine: BaseEngine, gate: MakeGate
 ) -> None:
     stop = gate("model", 5)
     task = request(engine, 5000)
@@ -179,7 +184,7 @@ async def test_shutdown_aborts_what_is_left_when_time_is_over(
 
 
 async def test_two_shutdowns_at_once_the_earlier_deadline_counts(
-    engine: SimpleEngine, gate: MakeGate
+    engine: BaseEngine, gate: MakeGate
 ) -> None:
     stop = gate("model", 5)
     task = request(engine, 5000)
@@ -192,7 +197,7 @@ async def test_two_shutdowns_at_once_the_earlier_deadline_counts(
         await task
 
 
-async def test_shutdown_from_another_loop_and_thread(engine: SimpleEngine, gate: MakeGate) -> None:
+async def test_shutdown_from_another_loop_and_thread(engine: BaseEngine, gate: MakeGate) -> None:
     stop = gate("model", 5)
     task = request(engine, 5000)
     await stop.reached()
@@ -205,7 +210,7 @@ async def test_shutdown_from_another_loop_and_thread(engine: SimpleEngine, gate:
 
 @pytest.mark.parametrize("timeout", [-1, float("nan"), "5", True])
 async def test_a_bad_timeout_is_refused_and_nothing_stops(
-    engine: SimpleEngine, timeout: float
+    engine: BaseEngine, timeout: float
 ) -> None:
     with pytest.raises(InvalidRequest, match="timeout"):
         await engine.shutdown(timeout)
@@ -213,7 +218,7 @@ async def test_a_bad_timeout_is_refused_and_nothing_stops(
 
 
 async def test_a_request_cancelled_by_its_own_caller_is_not_reported_as_aborted(
-    engine: SimpleEngine, gate: MakeGate
+    engine: BaseEngine, gate: MakeGate
 ) -> None:
     stop = gate("model", 5)
     task = request(engine, 5000)
@@ -235,7 +240,7 @@ async def test_queue_limit_refuses_and_says_when_to_come_back(
         tasks = [request(engine)]
         await stop.reached()
         tasks += [request(engine), request(engine)]
-        await queued(2)
+        await queued(engine, 2)
         with pytest.raises(EngineBusy, match="queue_limit=2") as caught:
             await engine.generate(PROMPT)
         assert caught.value.retry_after > 0
@@ -247,7 +252,7 @@ async def test_queue_limit_refuses_and_says_when_to_come_back(
         tasks[1].cancel()
         await asyncio.wait(tasks[1:2])
         tasks[1] = request(engine)
-        await queued(2)
+        await queued(engine, 2)
         assert engine.stats().waiting == 2
         assert engine.stats().running == 1
         stop.go()
@@ -310,7 +315,7 @@ async def test_two_engines_share_the_thread_one_at_a_time(tiny_path: Path) -> No
         assert (await request(two)).finish_reason == "length"
 
 
-async def test_the_model_is_dropped_by_stop_on_the_mlx_thread(tiny_engine: SimpleEngine) -> None:
+async def test_the_model_is_dropped_by_stop_on_the_mlx_thread(tiny_engine: BaseEngine) -> None:
     dropped_on: list[bool] = []
     async with tiny_engine as engine:
         model = engine._slot.get().model
@@ -392,14 +397,14 @@ def test_a_start_whose_loop_was_closed_does_not_block_the_next(
 
 
 async def test_stop_from_inside_a_turn_raises_instead_of_deadlocking(
-    engine: SimpleEngine,
+    engine: BaseEngine,
 ) -> None:
     with pytest.raises(RuntimeError, match="from outside"):
         await engine.run_blocking(lambda: asyncio.run(engine.stop()))
     assert engine.state is EngineState.RUNNING
 
 
-async def test_a_callback_may_begin_a_request(engine: SimpleEngine) -> None:
+async def test_a_callback_may_begin_a_request(engine: BaseEngine) -> None:
     begun: list[asyncio.Task[GenerationResult]] = []
     await engine.generate(
         PROMPT, max_tokens=30, on_progress=lambda _: begun.append(request(engine))
@@ -429,7 +434,7 @@ async def test_stop_while_a_failed_start_cleans_up(tiny_path: Path, gate: MakeGa
 
 
 async def test_a_stop_whose_helper_task_is_cancelled_still_stops(
-    engine: SimpleEngine, gate: MakeGate
+    engine: BaseEngine, gate: MakeGate
 ) -> None:
     stop = gate("model", 5)
     task = request(engine, 1000)
@@ -446,14 +451,14 @@ async def test_a_stop_whose_helper_task_is_cancelled_still_stops(
         await task
 
 
-async def test_an_exception_in_the_body_still_stops_the_engine(tiny_engine: SimpleEngine) -> None:
+async def test_an_exception_in_the_body_still_stops_the_engine(tiny_engine: BaseEngine) -> None:
     with pytest.raises(LookupError):
         async with tiny_engine:
             raise LookupError
     assert tiny_engine.state is EngineState.STOPPED
 
 
-async def test_run_blocking_passes_arguments_and_refuses_coroutines(engine: SimpleEngine) -> None:
+async def test_run_blocking_passes_arguments_and_refuses_coroutines(engine: BaseEngine) -> None:
     def function(a: int, /, b: int, *, c: int) -> tuple[int, int, int]:
         assert mlx_thread.is_current()
         return a, b, c

@@ -236,21 +236,18 @@ async def test_quantised_kv_cache_gives_what_mlx_lm_gives(tiny_path: Path, bits:
 
 async def test_bounded_kv_cache_holds_the_bound(tiny_path: Path) -> None:
     from mlx_engine.generation.kv_cache import make_kv_cache
-    from mlx_engine.generation.prefill import prefill
+    from mlx_engine.generation.prefill import chunk_end, prefill_chunk
 
     async with SimpleEngine(tiny_path, max_kv_size=32, prefill_step_size=16) as engine:
         loaded = engine._slot.get()
 
         def lengths() -> list[int]:
             cache = make_kv_cache(loaded.model, engine.config)
-            prefill(
-                loaded.model,
-                cache,
-                list(range(200)),
-                engine.config,
-                should_stop=lambda: False,
-                on_progress=lambda _: None,
-            )
+            prompt, start = list(range(200)), 0
+            while start < len(prompt) - 1:
+                end = chunk_end(start, len(prompt), engine.config.prefill_step_size)
+                prefill_chunk(loaded.model, cache, prompt, start, end, engine.config)
+                start = end
             loaded.model(mx.array([[1]]), cache=cache)
             return [entry.keys.shape[2] for entry in cache]
 
@@ -312,7 +309,12 @@ async def test_odd_errors_of_a_processor_fail_the_request_too(engine: SimpleEngi
     assert len((await engine.generate([1], max_tokens=2, ignore_eos=True)).tokens) == 2
 
 
-async def test_an_error_keeps_neither_kv_cache_nor_model_alive(engine: SimpleEngine) -> None:
+async def test_an_error_keeps_neither_kv_cache_nor_model_alive(
+    tiny_path: Path, engine_type: type[SimpleEngine]
+) -> None:
+    engine = engine_type(tiny_path, prompt_cache_bytes=0)
+    await engine.start()
+
     def broken(tokens: mx.array, logits: mx.array) -> mx.array:
         raise ZeroDivisionError
 

@@ -1,0 +1,274 @@
+"""Rows that decode together: one forward of the model gives each of them its next token.
+
+mlx_lm's caches do the batching; its ``GenerationBatch`` is not used because a logits processor
+that raises in the middle of its step leaves the whole batch undone, and because it evaluates
+the log-probabilities of all rows whether or not somebody asked for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import generation_stream
+from mlx_lm.models.cache import TokenBuffer
+
+from mlx_engine.generation.kv_cache import Cache, kv_nbytes
+from mlx_engine.generation.request import Request
+from mlx_engine.generation.sampling import Sampler
+from mlx_engine.turn import call_in
+
+Step = tuple["Row", int, mx.array | None]  # a row, its token and its log-probabilities
+
+
+class Row:
+    """A request in the batch.
+
+    Attributes:
+        request: prepared.
+        cache: its own KV cache; ``None`` when it is in one with those of other rows.
+        held: tokens in its KV cache.
+        cached: of which the prompt cache had these.
+        checkpoint: tokens after which its cache is to be stored, on the way.
+        alone: whether its prefill must not be shared with other rows.
+        fault: what its logits processor or sampler raised.
+    """
+
+    def __init__(self, request: Request) -> None:
+        assert request.sampling is not None
+        self.request = request
+        self.cache: Cache | None = None
+        self.held = self.cached = 0
+        self.checkpoint: int | None = None
+        self.alone = False
+        self.fault: BaseException | None = None
+        self.sampler = request.sampling.sampler
+        self.processors = request.sampling.processors
+        self.logprobs: mx.array | None = None  # of its next token
+        self.new = True  # the token that goes in next is the prompt's last
+        self._seen: TokenBuffer | None = None
+
+    @property
+    def left(self) -> int:
+        """Tokens of its prompt that are not in the cache, the last one not counted."""
+        return len(self.request.prompt) - 1 - self.held
+
+    @property
+    def has_own(self) -> bool:
+        """Whether the caller has given it logits processors."""
+        return self.request.context is not None
+
+    @property
+    def in_cache(self) -> list[int]:
+        """The tokens that its KV cache holds."""
+        return [*self.request.prompt, *self.request.tokens][: self.held]
+
+    def process(self, token: mx.array, logits: mx.array) -> mx.array:
+        """Logits of shape (1, vocabulary) after its processors; a fault leaves them as they are.
+
+        Args:
+            token: of shape (1,), the one that goes into the model with this step.
+        """
+        if self._seen is None:
+            self._seen = TokenBuffer(self.request.prompt[:-1])
+        tokens = self._seen.update_and_fetch(token).astype(mx.uint32)
+        processed = logits
+        try:
+            for processor in self.processors:
+                context = self.request.context
+                if context is None:
+                    processed = processor(tokens, processed)
+                else:  # one of the caller's: it sees the caller's context variables
+                    processed = call_in(context, processor, tokens, processed)
+            if not isinstance(processed, mx.array) or processed.shape != logits.shape:
+                got = getattr(processed, "shape", type(processed).__name__)
+                raise ValueError(
+                    f"a logits processor must return an mx.array of shape {logits.shape}, not {got}"
+                )
+            processed = processed.astype(logits.dtype)
+            if self.has_own:
+                mx.eval(processed)  # what fails only now is its own fault too
+            return processed
+        except BaseException as error:  # noqa: BLE001 - the border to the caller's code
+            self.fault = error
+            return logits
+
+
+class DecodeBatch:
+    """Rows and their joint KV cache. On the MLX thread.
+
+    A single row keeps the cache that it has, which is what decoding alone uses; two and more
+    are merged into mlx_lm's batch caches.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._cache: Cache = []
+        self._merged = False
+        self._inputs: mx.array | None = None  # (rows,): the tokens that go in next
+        self.rows: list[Row] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of KV cache."""
+        return kv_nbytes(self._cache)
+
+    def join(self, rows: Sequence[Row], merged: Cache | None = None) -> None:
+        """Take in rows that hold all of their prompts but the last token.
+
+        Args:
+            merged: the batch caches of these rows; ``None`` if each has its own.
+        """
+        lasts = mx.array([row.request.prompt[-1] for row in rows], dtype=mx.uint32)
+        with mx.stream(generation_stream):
+            if not self.rows:
+                self._set_cache(rows, merged)
+                self._inputs = lasts
+            else:
+                if not self._merged:
+                    self._cache, self._merged = merge([self._cache]), True
+                new = merged if merged is not None else merge([_own(row) for row in rows])
+                for mine, others in zip(self._cache, new, strict=True):
+                    mine.extend(others)
+                assert self._inputs is not None
+                self._inputs = mx.concatenate([self._inputs, lasts])
+        for row in rows:
+            row.cache = None
+        self.rows += rows
+
+    def _set_cache(self, rows: Sequence[Row], merged: Cache | None) -> None:
+        if merged is not None:
+            self._cache, self._merged = merged, True
+        elif len(rows) == 1:
+            self._cache, self._merged = _own(rows[0]), False
+        else:
+            self._cache, self._merged = merge([_own(row) for row in rows]), True
+
+    def step(self) -> list[Step]:
+        """Hand the next forward to MLX, then give each row's token of the one before.
+
+        A row that has just joined has none yet, nor has one whose ``fault`` is set.
+
+        Raises:
+            Exception: MLX failed; nothing in the batch can be used any more.
+        """
+        inputs, logprobs = self._inputs, [row.logprobs for row in self.rows]
+        new = [row.new for row in self.rows]
+        assert inputs is not None
+        with mx.stream(generation_stream):
+            if not all(_is_last(row) for row in self.rows):
+                self._launch(inputs)
+        tokens = cast("list[int]", inputs.tolist())
+        return [
+            (row, token, values)
+            for row, token, values, fresh in zip(self.rows, tokens, logprobs, new, strict=True)
+            if not fresh and row.fault is None
+        ]
+
+    def _launch(self, inputs: mx.array) -> None:
+        logits = self._model(inputs[:, None], cache=self._cache)[:, -1, :]
+        if any(row.has_own for row in self.rows):
+            mx.eval(logits)  # so that a fault of MLX is not taken for one of theirs
+        if any(row.processors for row in self.rows):
+            logits = mx.concatenate(
+                [
+                    row.process(inputs[i : i + 1], logits[i : i + 1])
+                    if row.processors and not _is_last(row)
+                    else logits[i : i + 1]
+                    for i, row in enumerate(self.rows)
+                ]
+            )
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        self._inputs = self._sample(logprobs)
+        wanted: list[mx.array] = []
+        for i, row in enumerate(self.rows):
+            row.held += 1
+            row.new = False
+            if row.request.wants_logprobs:
+                row.logprobs = logprobs[i]
+                wanted.append(row.logprobs)
+        mx.async_eval(self._inputs, wanted)  # type: ignore[no-untyped-call]
+
+    def _sample(self, logprobs: mx.array) -> mx.array:
+        """Token ids of shape (rows,); rows with one sampler are sampled in one call."""
+        by_sampler: dict[int, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            by_sampler.setdefault(id(row.sampler), []).append(i)
+        if len(by_sampler) == 1:
+            return self._sample_some(list(range(len(self.rows))), logprobs)
+        groups = list(by_sampler.values())
+        parts = [self._sample_some(group, logprobs[mx.array(group)]) for group in groups]
+        order = [i for group in groups for i in group]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return mx.concatenate(parts)[mx.array(back)]
+
+    def _sample_some(self, group: list[int], logprobs: mx.array) -> mx.array:
+        """For rows that share a sampler; one that raises costs its own row only."""
+        sampler = self.rows[group[0]].sampler
+        with contextlib.suppress(Exception):
+            return _checked(sampler, logprobs)
+        parts = []
+        for place, i in enumerate(group):
+            try:
+                parts.append(_checked(sampler, logprobs[place : place + 1]))
+            except Exception as error:  # noqa: BLE001 - the border: kept for the row's caller
+                self.rows[i].fault = error
+                parts.append(mx.zeros((1,), dtype=mx.uint32))
+        return mx.concatenate(parts)
+
+    def extract(self, row: Row) -> Cache:
+        """A KV cache of its own for a row that is about to leave."""
+        if not self._merged:
+            return self._cache
+        index = self.rows.index(row)
+        with mx.stream(generation_stream):
+            return [entry.extract(index) for entry in self._cache]
+
+    def leave(self, rows: Iterable[Row]) -> None:
+        """Let rows go."""
+        gone = set(map(id, rows))
+        keep = [i for i, row in enumerate(self.rows) if id(row) not in gone]
+        if len(keep) == len(self.rows):
+            return
+        self.rows = [self.rows[i] for i in keep]
+        if not keep:
+            self._cache, self._merged, self._inputs = [], False, None
+            return
+        assert self._inputs is not None
+        with mx.stream(generation_stream):
+            self._inputs = self._inputs[mx.array(keep)]
+            if len(keep) == 1:
+                self._cache = [entry.extract(keep[0]) for entry in self._cache]
+                self._merged = False
+            else:
+                for entry in self._cache:
+                    entry.filter(keep)
+
+
+def merge(caches: Sequence[Cache]) -> Cache:
+    """One batch cache a layer from as many caches as there are rows."""
+    return [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
+
+
+def _own(row: Row) -> Cache:
+    assert row.cache is not None
+    return row.cache
+
+
+def _is_last(row: Row) -> bool:
+    """Whether the token that it is about to get is known to be its last."""
+    limit = row.request.limit
+    return not row.new and limit is not None and len(row.request.tokens) + 1 >= limit
+
+
+def _checked(sampler: Sampler, logprobs: mx.array) -> mx.array:
+    tokens = sampler(logprobs)
+    if tokens.shape != logprobs.shape[:1]:
+        raise ValueError(f"a sampler returned shape {tokens.shape} for {logprobs.shape[0]} rows")
+    return tokens.astype(mx.uint32)

@@ -1,0 +1,183 @@
+"""Who gets a place in the batch, and when."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlx_engine import (
+    BatchedEngine,
+    EngineBusy,
+    GenerationResult,
+    InvalidRequest,
+    SimpleEngine,
+)
+from tests.conftest import settled
+from tests.guard import Gate
+
+pytestmark = pytest.mark.anyio
+
+MakeGate = Callable[[str, int], Gate]
+BYTES_A_TOKEN = 2 * 2 * 32 * 4  # keys and values of 2 layers with one head of 32 float32
+
+
+def request(
+    engine: BatchedEngine, prompt: list[int] | None = None, max_tokens: int = 10, priority: int = 0
+) -> asyncio.Task[GenerationResult]:
+    return asyncio.create_task(
+        engine.generate(
+            prompt or [1, 2, 3], max_tokens=max_tokens, ignore_eos=True, priority=priority
+        )
+    )
+
+
+async def test_max_batch_size_is_never_exceeded(tiny_path: Path) -> None:
+    sizes: list[int] = []
+
+    async with BatchedEngine(tiny_path, max_batch_size=3) as engine:
+        tasks = [request(engine, [n], 10 + n) for n in range(1, 12)]
+        while not all(task.done() for task in tasks):
+            stats = engine.stats()
+            sizes.append(max(stats.batch_size, stats.running))
+            await asyncio.sleep(0)
+    assert max(sizes) == 3
+
+
+async def test_queue_limit_counts_those_without_a_place(tiny_path: Path, gate: MakeGate) -> None:
+    async with BatchedEngine(tiny_path, max_batch_size=2, queue_limit=1) as engine:
+        stop = gate("model", 3)
+        tasks = [request(engine), request(engine)]
+        await stop.reached()
+        tasks.append(request(engine))
+        await asyncio.sleep(0)
+        with pytest.raises(EngineBusy, match="queue_limit=1") as caught:
+            await engine.generate([1])
+        assert caught.value.retry_after > 0
+        assert (engine.stats().running, engine.stats().waiting) == (2, 1)
+        stop.go()
+        await asyncio.gather(*tasks)
+        assert engine.stats().rejected == 1
+        assert engine.stats().finished == 3
+
+
+async def test_queue_limit_zero_fills_the_batch(tiny_path: Path) -> None:
+    async with BatchedEngine(tiny_path, max_batch_size=4, queue_limit=0) as engine:
+        outcomes = await asyncio.gather(
+            *(request(engine) for _ in range(6)), return_exceptions=True
+        )
+        assert sum(isinstance(o, EngineBusy) for o in outcomes) == 2
+
+
+async def test_max_wait_ends_waiting_not_running(tiny_path: Path, gate: MakeGate) -> None:
+    async with BatchedEngine(tiny_path, max_batch_size=1, max_wait=0.03) as engine:
+        stop = gate("model", 3)
+        running = request(engine)
+        await stop.reached()
+        with pytest.raises(EngineBusy, match="max_wait"):
+            await engine.generate([1])
+        assert engine.stats().waiting == 0
+        stop.go()
+        assert len((await running).tokens) == 10
+
+
+async def test_lower_priorities_go_first_and_equals_in_the_order_of_arrival(
+    tiny_path: Path, gate: MakeGate
+) -> None:
+    async with BatchedEngine(tiny_path, max_batch_size=1) as engine:
+        stop = gate("model", 3)
+        first = request(engine)
+        await stop.reached()
+        order: list[str] = []
+        tasks = []
+        for name, priority in (("a", 5), ("b", 0), ("c", -1), ("d", 0), ("e", -1)):
+            task = request(engine, max_tokens=1, priority=priority)
+            task.add_done_callback(lambda _, name=name: order.append(name))  # type: ignore[misc]
+            tasks.append(task)
+        await asyncio.sleep(0)
+        stop.go()
+        await asyncio.gather(first, *tasks)
+    assert order == ["c", "e", "b", "d", "a"]
+
+
+async def test_nobody_starves_behind_better_priorities(tiny_path: Path) -> None:
+    async with BatchedEngine(tiny_path, max_batch_size=1) as engine:
+        served = 0
+        over = asyncio.Event()
+
+        async def important() -> None:
+            nonlocal served
+            while not over.is_set():
+                await engine.generate([1], max_tokens=1, priority=-10)
+                served += 1
+
+        crowd = [asyncio.create_task(important()) for _ in range(4)]
+        await asyncio.sleep(0.02)
+        before = served
+        await engine.generate([2], max_tokens=1, priority=1000)
+        assert served - before <= 24
+        over.set()
+        await asyncio.gather(*crowd)
+
+
+async def test_a_priority_must_be_an_integer_and_means_nothing_to_a_simple_engine(
+    tiny_path: Path,
+) -> None:
+    async with BatchedEngine(tiny_path) as engine:
+        for wrong in (1.5, "high", True, None):
+            with pytest.raises(InvalidRequest, match="priority"):
+                await engine.generate([1], priority=wrong)  # type: ignore[arg-type]
+    async with SimpleEngine(tiny_path) as simple:
+        with pytest.raises(InvalidRequest, match="BatchedEngine"):
+            await simple.generate([1], priority=1)
+
+
+async def test_a_request_that_can_never_fit_is_refused_at_once_with_both_numbers(
+    tiny_path: Path,
+) -> None:
+    budget = 1024 * BYTES_A_TOKEN
+    async with BatchedEngine(tiny_path, kv_cache_memory_bytes=budget) as engine:
+        with pytest.raises(InvalidRequest, match="kv_cache_memory_bytes") as caught:
+            await engine.generate([1] * 1000, max_tokens=100)
+        assert str(budget) in str(caught.value)
+        assert str(1280 * BYTES_A_TOKEN) in str(caught.value)
+        assert len((await request(engine, [1] * 1000, 24)).tokens) == 24
+        as_many_as_fit = await engine.generate([1] * 1000, max_tokens=None, ignore_eos=True)
+        assert len(as_many_as_fit.tokens) == 24
+        assert as_many_as_fit.finish_reason == "length"
+
+
+async def test_a_request_that_does_not_fit_now_waits_and_stored_prompts_give_way(
+    tiny_path: Path, gate: MakeGate
+) -> None:
+    budget = 1024 * BYTES_A_TOKEN
+    async with BatchedEngine(tiny_path, kv_cache_memory_bytes=budget) as engine:
+        await request(engine, [7] * 300, 4)
+        await settled()
+        assert engine.stats().prompt_cache.nbytes > 0
+        stop = gate("model", 3)
+        big = [request(engine, [n] * 400, 20) for n in (1, 2, 3)]
+        await stop.reached()
+        await asyncio.sleep(0.01)
+        stats = engine.stats()
+        assert (stats.running, stats.waiting) == (2, 1)
+        assert stats.prompt_cache.nbytes == 0
+        assert stats.kv_bytes <= budget
+        stop.go()
+        results = await asyncio.gather(*big)
+        assert [len(result.tokens) for result in results] == [20] * 3
+        await settled()
+        stats = engine.stats()
+        assert stats.prompt_cache.nbytes + stats.kv_bytes <= budget
+
+
+async def test_waiting_for_memory_is_not_busy_waiting(tiny_path: Path, gate: MakeGate) -> None:
+    budget = 512 * BYTES_A_TOKEN
+    async with BatchedEngine(tiny_path, kv_cache_memory_bytes=budget) as engine:
+        stop = gate("model", 100_000)
+        first = request(engine, [1] * 200, 200)
+        second = request(engine, [2] * 200, 200)
+        await asyncio.gather(first, second)
+        assert stop.calls <= 2 * (1 + 200 + 1)
