@@ -57,7 +57,6 @@ class Ticket:
         loop: the event loop without which it would never end; ``None`` if the MLX thread
             ends it.
         abortable: whether a shutdown may abort it, and reports on it.
-        on_done: called once its work is out of MLX, from any thread; it must not block.
     """
 
     def __init__(
@@ -66,11 +65,9 @@ class Ticket:
         *,
         loop: asyncio.AbstractEventLoop | None = None,
         abortable: bool = True,
-        on_done: Callable[[], None] | None = None,
     ) -> None:
         self.request_id = request_id
         self.abortable = abortable
-        self.on_done = on_done
         self.abort: Abort | None = None
         self.aborted = False
         self._loop = loop
@@ -164,8 +161,6 @@ class Lifecycle:
         with self._lock:
             self._in_flight.pop(ticket.request_id, None)
             self._notify()
-        if ticket.on_done is not None:
-            ticket.on_done()
 
     async def begin_start(self, ticket: Ticket, abort: Abort) -> bool:
         """Enter STARTING, with ``ticket`` in flight; ``False`` if the engine runs by now.

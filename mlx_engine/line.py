@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import threading
-from collections import deque
+from collections import OrderedDict
 from typing import Any, Generic, TypeVar
 
 from mlx_engine.turn import Pending, Stage, outlast
@@ -26,7 +26,7 @@ class Line(abc.ABC, Generic[P]):
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._queue: deque[P] = deque()
+        self._queue: OrderedDict[P, None] = OrderedDict()  # to be left anywhere
 
     @property
     @abc.abstractmethod
@@ -104,8 +104,7 @@ class Line(abc.ABC, Generic[P]):
             on_cancel = one.take_on_cancel()
             withdrawn = one.stage is Stage.QUEUED
             if withdrawn:
-                if one in self._queue:
-                    self._queue.remove(one)  # type: ignore[arg-type]
+                self._queue.pop(one, None)  # type: ignore[arg-type]
                 one.stage = Stage.DONE
         if withdrawn:
             one.announce()

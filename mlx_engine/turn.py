@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import enum
 import functools
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -151,16 +152,17 @@ class Stage(enum.Enum):
 class Pending(Generic[T]):
     """Something that a coroutine waits for, and that another thread brings to its end.
 
-    Made and awaited in a coroutine, used once.
+    Made and awaited in a coroutine, used once. If it is not attended, nobody waits for it, and
+    it may be made anywhere.
 
     Args:
         on_cancel: called at most once, from any thread, when the work should end early; it
             must not block (setting an event is what it is for).
         on_done: called once, from any thread, when it is over, whether or not its event loop
             still lives; it must not block either.
+        attended: whether somebody in the running event loop waits for it.
 
     Attributes:
-        out: done when it is over; carries no outcome, so that none goes unretrieved.
         stage: written by its line alone, under the line's lock.
         cancelled: whether it was cancelled or aborted before its work was over.
         value: what the work gave.
@@ -174,17 +176,25 @@ class Pending(Generic[T]):
         self,
         on_cancel: Callable[[], None] | None = None,
         on_done: Callable[[Pending[Any]], None] | None = None,
+        *,
+        attended: bool = True,
     ) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop() if attended else None
         self._on_cancel = on_cancel
         self._on_done = on_done
-        self.out: asyncio.Future[None] = self._loop.create_future()
+        self._out: asyncio.Future[None] | None = self._loop.create_future() if self._loop else None
         self.stage = Stage.QUEUED
         self.cancelled = False
         self.value: T | None = None
         self.error: BaseException | None = None
         self.aborted_with: BaseException | None = None
         self.started = self.ended = 0.0
+
+    @property
+    def out(self) -> asyncio.Future[None]:
+        """Done when it is over; carries no outcome, so that none goes unretrieved."""
+        assert self._out is not None, "nobody waits for what is not attended"
+        return self._out
 
     @property
     def waiting(self) -> bool:
@@ -197,14 +207,14 @@ class Pending(Generic[T]):
         return self.stage is Stage.RUNNING
 
     @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop in which somebody waits for it."""
-        return self._loop
+    def attended(self) -> bool:
+        """Whether it was made for somebody who waits."""
+        return self._loop is not None
 
     @property
     def orphaned(self) -> bool:
         """Whether its event loop is closed, so that nobody waits for it any more."""
-        return self._loop.is_closed()
+        return self._loop is not None and self._loop.is_closed()
 
     def take_on_cancel(self) -> Callable[[], None] | None:
         """The callback, the first time."""
@@ -216,6 +226,9 @@ class Pending(Generic[T]):
         try:
             func()
         except BaseException as error:  # noqa: BLE001 - foreign code, called by the one thread
+            if self._loop is None:
+                sys.excepthook(*sys.exc_info())
+                return
             self._loop.call_exception_handler(
                 {"message": f"{name} raised, the engine goes on", "exception": error}
             )
@@ -228,6 +241,8 @@ class Pending(Generic[T]):
             self.call_back(functools.partial(on_done, self), "on_done")
         if self.cancelled:  # nobody gets them; they are dropped here rather than elsewhere
             self.value = self.error = None
+        if not self.attended:
+            return
         if _running_loop() is self._loop:
             _set_done(self.out)
         else:
@@ -254,6 +269,8 @@ class Turn(Pending[T]):
         on_cancel: called at most once, from any thread, when the function should return
             early.
         on_done: called once, from any thread, when the turn is over.
+        attended: whether somebody in the running event loop waits for it; if not, the function
+            is called with no context variables.
     """
 
     def __init__(
@@ -261,9 +278,13 @@ class Turn(Pending[T]):
         func: Callable[[], T],
         on_cancel: Callable[[], None] | None = None,
         on_done: Callable[[Pending[Any]], None] | None = None,
+        *,
+        attended: bool = True,
     ) -> None:
-        super().__init__(on_cancel, on_done)
-        self._context: contextvars.Context | None = contextvars.copy_context()
+        super().__init__(on_cancel, on_done, attended=attended)
+        self._context: contextvars.Context | None = (
+            contextvars.copy_context() if attended else contextvars.Context()
+        )
         self._func: Callable[[], T] | None = func
 
     def execute(self) -> None:

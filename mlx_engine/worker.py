@@ -34,6 +34,7 @@ class MLXThread(Line[Turn[Any]]):
         self._thread: threading.Thread | None = None
         self._pid = 0
         self._closing = False
+        self.attended_seconds = 0.0  # spent on turns that somebody waited for
         self._chores: list[Callable[[], None]] = []
         self._exit_jobs: list[Callable[[], None]] = []
 
@@ -81,10 +82,16 @@ class MLXThread(Line[Turn[Any]]):
                 self._chores.append(chore)
                 self._changed.notify()
 
-    def check_outside(self) -> None:
-        """Raise ``RuntimeError`` inside a turn that is still running, by task or by thread.
+    def is_used_by_others(self, mine: Turn[Any] | None) -> bool:
+        """Whether a turn other than ``mine`` is on the thread or queued."""
+        with self._changed:
+            return self._running not in (None, mine) or any(t is not mine for t in self._queue)
 
-        Waiting for another turn there would be waiting for itself, for ever.
+    def check_outside(self) -> None:
+        """Raise ``RuntimeError`` where waiting for this thread would be waiting for ever.
+
+        That is inside a turn that is still running, by task or by thread, and in a process
+        forked from one that has used MLX.
         """
         inside = current_turn()
         if self.is_current() or (inside is not None and inside.running):
@@ -92,28 +99,30 @@ class MLXThread(Line[Turn[Any]]):
                 "this code already runs inside a turn on the MLX thread, and would wait for "
                 "itself for ever: call the MLX functions directly here"
             )
-
-    def _enter(self, turn: Turn[Any]) -> None:
-        """Queue a turn.
-
-        Raises:
-            RuntimeError: inside a turn; or in a process forked from one that runs MLX.
-            EngineDead: the interpreter is shutting down.
-        """
-        self.check_outside()
         if self._thread is not None and self._pid != os.getpid():
             raise RuntimeError(
                 "MLX was used before this process was forked, and does not survive a fork: "
                 "start the process with the 'spawn' method instead"
             )
+
+    def submit(self, turn: Turn[Any]) -> None:
+        """Queue a turn without waiting for it. From any thread, this one included.
+
+        Raises:
+            EngineDead: the interpreter is shutting down.
+        """
         with self._changed:
             if self._closing:
                 raise EngineDead("the MLX thread has ended, or the interpreter is shutting down")
             if self._thread is None:
                 self._start()
             if turn.stage is Stage.QUEUED:  # else it was aborted on its way here
-                self._queue.append(turn)
+                self._queue[turn] = None
                 self._changed.notify()
+
+    def _enter(self, turn: Turn[Any]) -> None:
+        self.check_outside()
+        self.submit(turn)
 
     def _start(self) -> None:
         self._pid = os.getpid()
@@ -156,7 +165,7 @@ class MLXThread(Line[Turn[Any]]):
                     if self._closing:
                         return
                     continue
-                turn = self._running = self._queue.popleft()
+                turn = self._running = self._queue.popitem(last=False)[0]
                 turn.stage = Stage.RUNNING
             if turn.orphaned:
                 turn.cancelled = True
@@ -165,6 +174,8 @@ class MLXThread(Line[Turn[Any]]):
             with self._changed:
                 turn.stage = Stage.DONE
                 self._running = None
+                if turn.attended:
+                    self.attended_seconds += turn.ended - turn.started
             turn.announce()
             del turn  # or its result would live until the next one
 

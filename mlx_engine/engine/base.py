@@ -153,6 +153,7 @@ class BaseEngine(EngineLife, abc.ABC):
             InvalidRequest: an argument is not acceptable for any prompt.
             EngineNotStarted, EngineStopped, EngineDead: by the engine's state, at the call.
         """
+        checked_priority(priority)
         each = [SamplingParams.of(own, **options) for own in params_for_each(prompts, params)]
         self._lifecycle.check_running()
 
@@ -241,9 +242,7 @@ class BaseEngine(EngineLife, abc.ABC):
     ) -> Request:
         checked = SamplingParams.of(params, **options)
         told = checked_callback(on_progress)
-        if not isinstance(priority, Integral) or isinstance(priority, bool):
-            raise InvalidRequest("priority", f"must be an integer, not {priority!r}")
-        return Request(source, checked, self._lifecycle.new_id(), told, int(priority))
+        return Request(source, checked, self._lifecycle.new_id(), told, checked_priority(priority))
 
 
 class _Producer:
@@ -262,6 +261,13 @@ class _Producer:
 
     def partial_result(self) -> GenerationResult:
         return self._request.result()
+
+
+def checked_priority(priority: int) -> int:
+    """``priority``, if it can be one; raises ``InvalidRequest`` if not."""
+    if not isinstance(priority, Integral) or isinstance(priority, bool):
+        raise InvalidRequest("priority", f"must be an integer, not {priority!r}")
+    return int(priority)
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import functools
 import os
 import threading
 import time
+from pathlib import Path
 from typing import Unpack
 
 from mlx_engine.config import BatchConfig, EngineOptions
@@ -17,12 +16,13 @@ from mlx_engine.engine.seats import Seat, Seats
 from mlx_engine.engine.slot import ModelSlot
 from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError
 from mlx_engine.generation.batch import Batch
-from mlx_engine.generation.kv_cache import check_batchable, measure_kv
+from mlx_engine.generation.batch_check import check_batchable
+from mlx_engine.generation.budget import MemoryBudget
+from mlx_engine.generation.kv_cache import measure_kv
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.workspace import Workspace, memory_for_caches
-from mlx_engine.lifecycle import Ticket
 from mlx_engine.outputs import GenerationResult
-from mlx_engine.turn import keep
+from mlx_engine.turn import Pending, drop_frames
 from mlx_engine.worker import mlx_thread
 
 _QUANTUM = 0.02  # seconds that a burst has at least while others wait for the MLX thread
@@ -80,8 +80,8 @@ class BatchedEngine(BaseEngine):
                 )
         self._seats = Seats(max_batch_size)
         self._driving = threading.Lock()
-        self._driver_loop: asyncio.AbstractEventLoop | None = None
-        self._gave_way = 0.0  # when the last burst ended with work left; 0 if none was
+        # Others' time on the MLX thread when the last burst made way for them, if it did.
+        self._gave_way: float | None = None
 
     def _new_slot(self) -> ModelSlot:
         self._batch_slot = BatchSlot(self.batch_config)
@@ -96,92 +96,70 @@ class BatchedEngine(BaseEngine):
     def _width(self) -> int:
         return self.batch_config.max_batch_size
 
-    # in event loops: somebody has to ask for the bursts
+    def _load(self, path: Path) -> int:
+        loaded = super()._load(path)
+        self._batch_slot.batch().make_room()
+        return loaded
 
     def _drive(self) -> None:
-        """See to it that a task of a living event loop asks for bursts; here, if there is none."""
+        """See to it that a burst is under way, or in the queue of the MLX thread, if needed.
+
+        Nobody waits for a burst: if an event loop had to ask for the next one, all requests
+        would depend on that loop. From any thread.
+        """
         with self._driving:
-            driver = self._driver_loop
-            if not self._seats.pending or (driver is not None and not driver.is_closed()):
+            if self._seats.burst is not None or not self._seats.pending:
                 return
-            loop = self._driver_loop = asyncio.get_running_loop()
-        # It serves everybody, so that it must not see the context variables of one caller.
-        task = loop.create_task(
-            self._bursts(loop), name="batch driver", context=contextvars.Context()
-        )
-        keep(task)
-
-    async def _bursts(self, loop: asyncio.AbstractEventLoop) -> None:
+            turn = self._unattended_turn(self._burst, self._burst_over)
+            self._seats.burst = turn
         try:
-            while self._more_to_drive(loop):
-                await self._one_burst()
-        except Exception as error:  # noqa: BLE001 - whatever it is, nobody may be left waiting
-            with self._driving:
-                self._driver_loop = None
-            if isinstance(error, MLXEngineError):  # the MLX thread, or the model, is gone
-                self._seats.end_all(error)
-            else:
-                self._fail(error)
+            mlx_thread.submit(turn)
+        except MLXEngineError as error:
+            turn.aborted_with = error
+            self._burst_over(turn)
 
-    async def _one_burst(self) -> None:
-        stop = threading.Event()
-        ticket = Ticket(self._lifecycle.new_id("burst"), abortable=False, on_done=self._rescue)
-        try:
-            await self._run_blocking_serialized(
-                self._burst, stop, on_cancel=stop.set, _ticket=ticket
-            )
-        except asyncio.CancelledError:
-            # At its end an event loop cancels all tasks: the requests, which then have to be
-            # taken out of the batch, and this one, which nobody waits for but that loop.
-            pass
-
-    def _more_to_drive(self, loop: asyncio.AbstractEventLoop) -> bool:
+    def _burst_over(self, turn: Pending[None]) -> None:
+        """It has made way for others, or there was nothing left to do."""
         with self._driving:
-            if self._driver_loop is loop and not self._seats.pending:
-                self._driver_loop = None
-            return self._driver_loop is loop
-
-    def _rescue(self) -> None:
-        """A burst is over: if the loop that asked for it is gone, let another one do so."""
-        driver = self._driver_loop
-        if driver is None or not driver.is_closed():
-            return
-        for seat in self._seats.all():
-            try:
-                seat.loop.call_soon_threadsafe(self._drive)
-            except RuntimeError:
-                continue  # closed as well
-            return
-        mlx_thread.post(self._forget_orphans)
+            self._seats.burst = None
+        if isinstance(turn.aborted_with, MLXEngineError):  # the MLX thread is gone
+            self._seats.end_all(turn.aborted_with)
+        else:
+            self._drive()
 
     # on the MLX thread
 
     def _burst(self, stop: threading.Event) -> None:
         """Work until there is nothing to do, or others have waited for long enough."""
-        batch, began = self._batch_slot.batch(), time.perf_counter()
-        others = began - self._gave_way if self._gave_way else 0.0
-        share = max(_QUANTUM, others)
-        self._gave_way = 0.0
-        self._seats.bursting = True
         try:
-            while self._fill(batch) and not stop.is_set():
-                for request, error in batch.step():
-                    if batch.broken is None:  # else they are told, with all others, below
-                        self._seats.end(request, error)
-                if batch.broken is not None:
-                    batch.clear()
-                    self._fail(batch.broken)
-                    return
-                if mlx_thread.waiting and time.perf_counter() - began >= share:
-                    self._gave_way = time.perf_counter()
-                    return
-        except BaseException as error:
-            batch.clear()
-            self._fail(error)
-            raise
+            batch = self._batch_slot.batch()
+        except EngineDead as error:
+            self._seats.end_all(error)
+            return
+        try:
+            self._work(batch, stop)
+        except BaseException as error:  # noqa: BLE001 - nobody may be left waiting
+            batch.broken = error
         finally:
-            self._seats.bursting = False
             batch.rest()  # a step may be under way
+        if batch.broken is not None:
+            batch.clear()
+            self._fail(batch.broken)
+
+    def _work(self, batch: Batch, stop: threading.Event) -> None:
+        began, others = time.perf_counter(), mlx_thread.attended_seconds
+        # As long as those had the thread that somebody waited for; other bursts are like this one.
+        share = _QUANTUM if self._gave_way is None else max(_QUANTUM, others - self._gave_way)
+        self._gave_way = None
+        while self._fill(batch) and not stop.is_set():
+            for request, error in batch.step():
+                if batch.broken is None:  # else they are told, with all others
+                    self._seats.end(request, error)
+            if batch.broken is not None:
+                return
+            if mlx_thread.waiting and time.perf_counter() - began >= share:
+                self._gave_way = others
+                return
 
     def _fill(self, batch: Batch) -> bool:
         """Look at new prompts, and give places to those whose turn it is; whether any is left."""
@@ -204,22 +182,19 @@ class BatchedEngine(BaseEngine):
         try:
             seat.request.prepare(self._slot.get())
             batch.check(seat.request)
-            seat.ready = True
         except BaseException as error:  # noqa: BLE001 - the border: templates raise anything
-            self._seats.end(seat.request, seat.request.failed(error))
+            self._seats.refuse(seat, seat.request.failed(error))
+        else:
+            self._seats.prepared(seat)
 
     def _fail(self, error: BaseException) -> None:
         """MLX cannot be used any more: tell everybody, and refuse what comes."""
         reason = f"MLX does not work any more ({type(error).__name__}: {error})"
         self._lifecycle.fail(f"the engine has failed: {reason}; shut it down and start it again")
-        self._seats.end_all(EngineDead(reason))
-
-    def _forget_orphans(self) -> None:
-        """Free what requests hold whose event loops are gone, with nobody else there."""
-        self._seats.withdraw_orphans()
-        if self._slot.filled:
-            for request, error in self._batch_slot.batch().drop_cancelled():
-                self._seats.end(request, error)
+        drop_frames(error)
+        dead = EngineDead(reason)
+        dead.__cause__ = error
+        self._seats.end_all(dead)
 
 
 class BatchSlot(ModelSlot):
@@ -240,12 +215,9 @@ class BatchSlot(ModelSlot):
         model, pause = space.loaded.model, self._config.max_decode_pause_ms
         check_batchable(model, space.config)
         memory = self._config.kv_cache_memory_bytes
-        self._batch = Batch(
-            space,
-            measure_kv(model, space.config),
-            memory=memory_for_caches() if memory is None else memory,
-            max_pause=None if pause is None else pause / 1000,
-        )
+        limit = memory_for_caches() if memory is None else memory
+        budget = MemoryBudget(measure_kv(model, space.config), limit)
+        self._batch = Batch(space, budget, None if pause is None else pause / 1000)
 
     def empty(self) -> None:
         """Drop the model and all that belongs to it. On the MLX thread."""

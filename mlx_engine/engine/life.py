@@ -23,7 +23,7 @@ from mlx_engine.outputs import (
     ProgressCallback,
     ShutdownReport,
 )
-from mlx_engine.turn import Interrupted, Turn, first_cancellation, outlast
+from mlx_engine.turn import Interrupted, Pending, Turn, first_cancellation, outlast
 from mlx_engine.worker import mlx_thread
 
 T = TypeVar("T")
@@ -274,7 +274,7 @@ class EngineLife:
         _ticket: Ticket | None = None,
         **kwargs: Any,
     ) -> T:
-        """Run ``func`` on the MLX thread. All of an engine's blocking work goes through here.
+        """Run ``func`` on the MLX thread. All work that somebody waits for goes through here.
 
         Takes the generation lock in the order of arrival, and holds it until ``func`` has
         returned, whatever happens to the caller meanwhile; see ``MLXThread.run``.
@@ -287,6 +287,18 @@ class EngineLife:
         )
         with self._admission.enter(ticket, turn, mlx_thread):
             return await mlx_thread.run(turn)  # type: ignore[no-any-return]
+
+    def _unattended_turn(
+        self, func: Callable[[threading.Event], None], on_done: Callable[[Pending[None]], None]
+    ) -> Turn[None]:
+        """A turn that takes the generation lock for nobody in particular.
+
+        Args:
+            func: given an event that is set when it should return early.
+            on_done: called when the turn is over, from any thread.
+        """
+        stop = threading.Event()
+        return Turn(functools.partial(func, stop), stop.set, on_done, attended=False)
 
     async def _release(self) -> None:
         """Drop the model, on the MLX thread; not to be cut short."""

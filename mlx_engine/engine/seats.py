@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import heapq
 import itertools
 import time
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from mlx_engine.errors import MLXEngineError
 from mlx_engine.generation.request import Request
 from mlx_engine.line import Line
 from mlx_engine.outputs import GenerationResult
-from mlx_engine.turn import Pending, Stage
+from mlx_engine.turn import Pending, Stage, Turn
 from mlx_engine.worker import mlx_thread
 
 _FAIR = 8  # every eighth place goes to whoever has waited longest, whatever the priorities
@@ -24,10 +26,7 @@ class Seat(Pending[GenerationResult]):
     Args:
         request: whose it is.
         on_done: called once it is over.
-        on_enter: called when it is in the queue, in its event loop.
-
-    Attributes:
-        ready: whether the request has been prepared.
+        on_enter: called when it is in the queue.
     """
 
     def __init__(
@@ -39,13 +38,10 @@ class Seat(Pending[GenerationResult]):
         super().__init__(request.cancel, on_done)
         self.request = request
         self.on_enter = on_enter
-        self.ready = False
         self.rank = (request.priority, next(_arrivals))
 
-    @property
-    def arrival(self) -> int:
-        """Seats that came before it, of all engines."""
-        return self.rank[1]
+    def __lt__(self, other: Seat) -> bool:
+        return self.rank < other.rank
 
 
 class Seats(Line[Seat]):
@@ -57,14 +53,17 @@ class Seats(Line[Seat]):
         width: places in the batch.
 
     Attributes:
-        bursting: whether the MLX thread works on this batch now.
+        burst: the turn in which the batch is worked on, or will be next.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        self.bursting = False
+        self.burst: Turn[None] | None = None
         self._running: dict[str, Seat] = {}
+        self._fresh: list[Seat] = []  # a heap; those that are over are left in it for a while
+        self._ready: list[Seat] = []  # a heap
+        self._by_arrival: list[tuple[int, Seat]] = []  # a heap of those in ``_ready``
         self._taken = 0
 
     @property
@@ -74,67 +73,81 @@ class Seats(Line[Seat]):
 
     @property
     def busy(self) -> bool:
-        """Whether a request that enters now would have to wait for others to finish."""
+        """Whether a request that enters now would have to wait for others."""
         with self._changed:
             if len(self._queue) >= self.free:
                 return True
-        return mlx_thread.busy and not self.bursting
+        return mlx_thread.is_used_by_others(self.burst)
 
     @property
     def pending(self) -> bool:
         """Whether there is anything to do."""
         return bool(self._queue or self._running)
 
-    def all(self) -> list[Seat]:
-        """Those that wait and those in the batch."""
-        with self._changed:
-            return [*self._queue, *self._running.values()]
-
     def _enter(self, one: Seat) -> None:
         mlx_thread.check_outside()
         with self._changed:
             if one.stage is Stage.QUEUED:  # else it was aborted on its way here
-                self._queue.append(one)
+                self._queue[one] = None
+                heapq.heappush(self._fresh, one)
         one.on_enter()
 
     def unprepared(self) -> Seat | None:
-        """Whose prompt to look at next."""
+        """Whose prompt to look at next. It is given once."""
         with self._changed:
-            fresh = [seat for seat in self._queue if not seat.ready]
-        return min(fresh, key=lambda seat: seat.rank, default=None)
+            while self._fresh:
+                seat = heapq.heappop(self._fresh)
+                if seat.stage is Stage.QUEUED:
+                    return seat
+        return None
+
+    def prepared(self, seat: Seat) -> None:
+        """Its prompt has been looked at: it may have a place."""
+        with self._changed:
+            heapq.heappush(self._ready, seat)
+            heapq.heappush(self._by_arrival, (seat.rank[1], seat))
 
     def first(self) -> Seat | None:
         """Who gets the next place: by priority, then in the order of arrival."""
         with self._changed:
-            ready = [seat for seat in self._queue if seat.ready]
-        if self._taken % _FAIR == _FAIR - 1:
-            return min(ready, key=lambda seat: seat.arrival, default=None)
-        return min(ready, key=lambda seat: seat.rank, default=None)
+            while self._ready and self._ready[0].stage is not Stage.QUEUED:
+                heapq.heappop(self._ready)
+            while self._by_arrival and self._by_arrival[0][1].stage is not Stage.QUEUED:
+                heapq.heappop(self._by_arrival)
+            if not self._ready:
+                return None
+            oldest = self._taken % _FAIR == _FAIR - 1
+            return self._by_arrival[0][1] if oldest else self._ready[0]
 
     def take(self, seat: Seat) -> bool:
         """Give it a place; ``False`` if it has been withdrawn."""
         with self._changed:
             if seat.stage is not Stage.QUEUED:
                 return False
-            self._queue.remove(seat)
+            del self._queue[seat]
             seat.stage = Stage.RUNNING
             seat.started = time.perf_counter()
             self._running[seat.request.request_id] = seat
             self._taken += 1
         return True
 
+    def refuse(self, seat: Seat, error: MLXEngineError) -> None:
+        """It gets no place at all."""
+        with self._changed:
+            if seat.stage is not Stage.QUEUED:
+                return
+            del self._queue[seat]
+            seat.stage = Stage.DONE
+        seat.error = error
+        seat.announce()
+
     def end(self, request: Request, error: BaseException | None) -> None:
-        """A request is over, in the batch or before it came there."""
+        """A request in the batch is over."""
         with self._changed:
             seat = self._running.pop(request.request_id, None)
             if seat is None:
-                waiting = [seat for seat in self._queue if seat.request is request]
-                if not waiting:
-                    return  # withdrawn meanwhile
-                seat = waiting[0]
-                self._queue.remove(seat)
-            else:
-                seat.ended = time.perf_counter()
+                return  # told by end_all
+            seat.ended = time.perf_counter()
             seat.stage = Stage.DONE
         if error is not None:
             seat.error = error
@@ -144,11 +157,23 @@ class Seats(Line[Seat]):
 
     def end_all(self, error: MLXEngineError) -> None:
         """Nobody will do any of this any more."""
-        for seat in self.all():
-            self.end(seat.request, error)
+        with self._changed:
+            waiting, running = list(self._queue), list(self._running.values())
+        for seat in waiting:
+            self.refuse(seat, _another(error))
+        for seat in running:
+            self.end(seat.request, _another(error))
 
     def withdraw_orphans(self) -> None:
         """Drop those in the queue whose event loop is closed."""
-        for seat in self.all():
-            if seat.orphaned and seat.waiting:
-                self._cancel(seat)
+        with self._changed:
+            orphans = [seat for seat in self._queue if seat.orphaned]
+        for seat in orphans:
+            self._cancel(seat)
+
+
+def _another(error: MLXEngineError) -> MLXEngineError:
+    """The same error: to raise one object in many tasks would add all their frames to it."""
+    another = copy.copy(error)
+    another.__cause__ = error.__cause__
+    return another

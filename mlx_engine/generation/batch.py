@@ -12,24 +12,22 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
-from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from mlx_engine.errors import InvalidRequest, MLXEngineError
-from mlx_engine.generation.decode_batch import DecodeBatch, Row, merge
-from mlx_engine.generation.kv_cache import Cache, KVFootprint, kv_nbytes, make_kv_cache
-from mlx_engine.generation.prefill import prefill_chunk
+from mlx_engine.errors import MLXEngineError
+from mlx_engine.generation.budget import MemoryBudget
+from mlx_engine.generation.decode_batch import DecodeBatch
+from mlx_engine.generation.kv_cache import Cache, kv_nbytes, sample_kv_cache
+from mlx_engine.generation.prefill_queue import PrefillQueue
 from mlx_engine.generation.request import Request
+from mlx_engine.generation.row import Row
 from mlx_engine.generation.snapshot import trimmable
 from mlx_engine.generation.workspace import Workspace
 from mlx_engine.turn import waking_together
 
-_CAUTIOUS = 64  # tokens of the first slice beside running rows, before any was measured
-_SMALLEST = 16  # tokens of a slice, however slow the prefill is
-_SMOOTHING = 0.5  # weight of the newest slice in the average
 _WORTH_KEEPING = 64  # tokens newly prefilled that are stored while their request goes on
 _CLEAR = 512  # decode steps after which MLX's free buffers are given back, as in mlx_lm
 _MEASURE = 64  # decode steps after which the size of the KV cache is looked at again
@@ -43,89 +41,53 @@ class Batch:
 
     Args:
         space: the model, and what belongs to it.
-        footprint: of a request's KV cache.
-        memory: bytes for the KV caches of the requests and the prompt cache; ``None`` is no
-            limit.
+        budget: memory for the KV caches of the requests and the prompt cache.
         max_pause: seconds of prefill between two decode steps, roughly; ``None`` is no bound.
 
     Attributes:
         broken: why MLX cannot be used any more; ``None`` if it can.
     """
 
-    def __init__(
-        self,
-        space: Workspace,
-        footprint: KVFootprint,
-        *,
-        memory: int | None,
-        max_pause: float | None,
-    ) -> None:
+    def __init__(self, space: Workspace, budget: MemoryBudget, max_pause: float | None) -> None:
         self._space = space
-        self._footprint = footprint
-        self._memory = memory
-        self._max_pause = max_pause
+        self._budget = budget
         self._decoding = DecodeBatch(space.loaded.model)
-        self._prefilling: list[Row] = []
-        self._token_seconds = 0.0  # of prefill; 0 is not known yet
-        self._oldest_next = True
+        self._prefilling = PrefillQueue(space, max_pause)
         self._steps = self._failures = 0
-        cache = make_kv_cache(space.loaded.model, space.config)
-        # Recurrent models would have to mask the padding; whether each does is not known here.
-        self._may_pad = all(isinstance(entry, KVCache | RotatingKVCache) for entry in cache)
         self.broken: BaseException | None = None
 
     def __len__(self) -> int:
-        return len(self._decoding) + len(self._prefilling)
+        return len(self._decoding) + len(self._prefilling.rows)
 
     @property
-    def _rows(self) -> list[Row]:
-        return [*self._decoding.rows, *self._prefilling]
+    def _requests(self) -> list[Request]:
+        return [row.request for row in (*self._decoding.rows, *self._prefilling.rows)]
 
     def check(self, request: Request) -> None:
         """Refuse a prepared request that could never have the memory that it may need.
 
-        One that asks for as many tokens as fit gets as many as fit into memory, too.
-
         Raises:
             InvalidRequest: with both numbers.
         """
-        if self._memory is None:
-            return
-        most = self._footprint.tokens(self._memory)
-        if most is None:
-            return
-        length = len(request.prompt)
-        if request.open_ended and length < most:
-            request.limit = min(request.limit or most, most - length)
-        if _total(request) > most:
-            need = self._footprint.nbytes(_total(request))
-            raise InvalidRequest(
-                "prompt",
-                f"{length} prompt tokens and up to {request.limit} new ones need {need} bytes of "
-                f"KV cache, and the engine may use {self._memory} (kv_cache_memory_bytes), which "
-                f"is enough for {most} tokens; shorten the prompt or lower max_tokens",
-            )
+        self._budget.check(request)
 
     def fits(self, request: Request) -> bool:
         """Whether there is memory for it now; stored prompts give way to it."""
-        if self._memory is None:
-            return True
-        left = self._memory - self._need([*(row.request for row in self._rows), request])
-        if left >= 0:
+        left = self._budget.left([*self._requests, request])
+        if left is not None and left >= 0:
             self._space.prompt_cache.shrink(left)
-        return left >= 0
+        return left is None or left >= 0
 
-    def _need(self, requests: Sequence[Request]) -> int:
-        """Bytes if all of them grow to their limits: rows are padded to the longest one."""
-        if not requests:
-            return 0
-        return len(requests) * self._footprint.nbytes(max(map(_total, requests)))
+    def make_room(self) -> None:
+        """Drop stored prompts that have no place beside the requests."""
+        left = self._budget.left(self._requests)
+        if left is not None:
+            self._space.prompt_cache.shrink(max(0, left))
 
     def add(self, request: Request) -> None:
         """Take up a prepared request."""
         request.begin()
-        self._prefilling.append(Row(request))
-        self._prefilling.sort(key=lambda row: row.request.priority)  # stable: else by arrival
+        self._prefilling.add(Row(request))
 
     def step(self) -> Iterator[Over]:
         """Drop what was cancelled, decode a token for every row, and prefill a slice.
@@ -135,7 +97,7 @@ class Batch:
         yield from self.drop_cancelled()
         if self._decoding.rows:
             yield from self._decode()
-        if self._prefilling:
+        if self._prefilling.rows:
             yield from self._prefill()
 
     def rest(self) -> None:
@@ -146,25 +108,24 @@ class Batch:
     def clear(self) -> None:
         """Drop all requests, without a word to anybody."""
         self._decoding = DecodeBatch(self._space.loaded.model)
-        self._prefilling.clear()
+        self._prefilling.rows.clear()
         self._measure()
 
     def drop_cancelled(self) -> Iterator[Over]:
         """Let go of those that were cancelled, or whose event loop is closed."""
         yield from self._leave([row for row in self._decoding.rows if row.request.should_stop])
-        for row in [row for row in self._prefilling if row.request.should_stop]:
-            self._prefilling.remove(row)
+        for row in [row for row in self._prefilling.rows if row.request.should_stop]:
+            self._prefilling.rows.remove(row)
             yield _cancelled(row.request)
             if row.cache is not None:
-                self._store(row.in_cache, row.cache, row.held)
-
-    # decode
+                self._store(row, row.cache)
 
     def _decode(self) -> Iterator[Over]:
         began = time.perf_counter()
         try:
             steps = self._decoding.step()
         except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
+            self._failures += 1
             yield from self._lose_all(error)
             return
         self._failures = 0
@@ -191,11 +152,12 @@ class Batch:
         """Let rows of the decode batch go, and keep what they computed."""
         if not rows:
             return
-        keep = self._space.prompt_cache.limit > 0
-        caches = [
-            self._decoding.extract(row) if keep and row.fault is None else None for row in rows
-        ]
-        self._decoding.leave(rows)
+        caches = [self._extract(row) for row in rows]
+        lost: Exception | None = None
+        try:
+            self._decoding.leave(rows)
+        except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
+            lost = error
         self._measure()
         if not self:
             self.rest()  # the last one is told when nothing of it is in MLX
@@ -206,184 +168,60 @@ class Batch:
                 yield row.request, None
             else:
                 yield _cancelled(row.request)
+        if lost is not None:
+            yield from self._lose_all(lost)
         for row, cache in zip(rows, caches, strict=True):
             if cache is not None:
-                self._store(row.in_cache, cache, len(row.request.prompt) - 1)
+                self._store(row, cache)
+
+    def _extract(self, row: Row) -> Cache | None:
+        """What it computed, to be stored."""
+        if row.fault is not None or not self._space.prompt_cache.limit:
+            return None
+        try:
+            return self._decoding.extract(row)
+        except Exception:  # noqa: BLE001 - nobody's answer depends on it
+            self._recover()
+            return None
+
+    def _prefill(self) -> Iterator[Over]:
+        row = self._prefilling.choose()
+        try:
+            done, merged = self._prefilling.slice(row, beside_others=bool(self._decoding.rows))
+        except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
+            self._prefilling.rows.remove(row)
+            self._recover()
+            yield row.request, row.request.failed(error)
+            return
+        if row.cache is not None and merged is None:
+            self._store_prompt(row, row.cache)
+        for each in done:
+            each.request.prefilled()
+            self._prefilling.rows.remove(each)
+        if done:
+            try:
+                self._decoding.join(done, merged)
+            except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
+                for each in done:
+                    yield each.request, each.request.failed(error)
+                yield from self._lose_all(error)
+        self._measure()
 
     def _lose_all(self, error: Exception) -> Iterator[Over]:
-        """MLX failed in a step: nobody knows what the joint cache holds."""
+        """MLX failed, and nobody knows what the joint cache holds."""
         rows = self._decoding.rows
         self._decoding = DecodeBatch(self._space.loaded.model)
-        self._failures += 1
         self._recover()
         if self._failures >= _GIVE_UP:
             self.broken = self.broken or error
         for row in rows:
             yield row.request, row.request.failed(error)
 
-    # prefill
-
-    def _prefill(self) -> Iterator[Over]:
-        row = self._choose()
-        try:
-            size = self._slice_tokens()
-            group = self._group(row, size)
-            began, before = time.perf_counter(), sum(each.held for each in group)
-            if len(group) == 1:
-                self._prefill_alone(row, size)
-            else:
-                self._prefill_together(group)
-            self._time(time.perf_counter() - began, sum(each.held for each in group) - before)
-        except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
-            self._prefilling.remove(row)
-            self._recover()
-            yield row.request, row.request.failed(error)
-        self._measure()
-
-    def _choose(self) -> Row:
-        """Every other slice goes to the first in order, the others to the shortest prompt.
-
-        So a long prompt does not hold up short ones, and is not held up by them for ever.
-        """
-        first = self._prefilling[0]
-        self._oldest_next = not self._oldest_next
-        if not self._oldest_next or len(self._prefilling) == 1:
-            return first
-        shortest = min(self._prefilling, key=lambda row: row.left)
-        if shortest.cache is None and shortest is not first:
-            # What they have in common is stored once the first one is done.
-            common = common_prefix(shortest.request.prompt, first.request.prompt)
-            if common > first.left:
-                return first
-        return shortest
-
-    def _slice_tokens(self) -> int:
-        """Tokens of the next slice: fewer where running rows would wait too long for it."""
-        most = self._space.config.prefill_step_size
-        if not self._decoding.rows or self._max_pause is None:
-            return most
-        if not self._token_seconds:
-            return min(_CAUTIOUS, most)
-        return min(most, max(_SMALLEST, int(self._max_pause / self._token_seconds)))
-
-    def _time(self, seconds: float, tokens: int) -> None:
-        self._space.meter.prefill_seconds += seconds
-        if tokens < _SMALLEST:
-            return
-        latest = seconds / tokens
-        known = self._token_seconds
-        # Slower at once, faster by and by: a token takes longer the more there are before it.
-        self._token_seconds = max(latest, known + _SMOOTHING * (latest - known))
-
-    def _begin(self, row: Row) -> None:
-        """Look its prompt up, and give it a cache."""
-        if row.cache is not None:
-            return
-        request, meter = row.request, self._space.meter
-        hit = self._space.prompt_cache.fetch(request.prompt, request.request_id)
-        row.cache = hit.cache or make_kv_cache(self._space.loaded.model, self._space.config)
-        row.held = row.cached = hit.cached
-        row.checkpoint = hit.checkpoint
-        meter.prompt_tokens += len(request.prompt)
-        meter.cached_tokens += hit.cached
-        request.prefill_begins(hit.cached)
-
-    def _group(self, row: Row, size: int) -> list[Row]:
-        """The row, and others that can be prefilled with it in one slice."""
-        self._begin(row)
-        group, longest = [row], row.left
-        if not self._may_pad or row.alone or longest > size or not longest:
-            return group
-        for other in self._prefilling:
-            left = max(longest, other.left)
-            if other is row or other.alone or left * (len(group) + 1) > size:
-                continue
-            self._begin(other)
-            if other.left and other.checkpoint is None:
-                group.append(other)
-                longest = max(longest, other.left)
-        return group
-
-    def _prefill_alone(self, row: Row, size: int) -> None:
-        """One slice of a row, in its own cache."""
-        prompt, cache = row.request.prompt, row.cache
-        assert cache is not None
-        end = min(row.held + size, len(prompt) - 1)
-        if row.checkpoint is not None and row.held < row.checkpoint < end:
-            end = row.checkpoint
-        if end > row.held:
-            prefill_chunk(
-                self._space.loaded.model, cache, prompt, row.held, end, self._space.config
-            )
-            row.held = end
-            row.request.progress(end)
-        if end == row.checkpoint:
-            self._store(prompt[:end], cache, end)
-        if not row.left:
-            row.request.prefilled()
-            if row.held - row.cached >= _WORTH_KEEPING or not trimmable(cache):
-                # Requests with the same beginning need not wait for the end of this one.
-                self._store(prompt[:end], cache, end)
-            self._prefilling.remove(row)
-            self._decoding.join([row])
-
-    def _prefill_together(self, group: list[Row]) -> None:
-        """All that is left of some rows, padded on the right to the same length."""
-        lengths = [row.left for row in group]
-        longest = max(lengths)
-        padding = [longest - length for length in lengths]
-        tokens = mx.array(
-            [
-                [*row.request.prompt[row.held : -1], *[0] * pad]
-                for row, pad in zip(group, padding, strict=True)
-            ]
-        )
-        try:
-            with mx.stream(generation_stream):
-                merged = merge([row.cache for row in group if row.cache is not None])
-                if any(padding):
-                    for entry in merged:
-                        entry.prepare(lengths=lengths, right_padding=padding)
-                self._space.loaded.model(tokens, cache=merged)
-                mx.eval([entry.state for entry in merged])
-                if any(padding):
-                    for entry in merged:
-                        entry.finalize()
-                    mx.eval([entry.state for entry in merged])
-                mx.clear_cache()
-        except Exception:  # noqa: BLE001 - which row is at fault shows when each is alone
-            self._recover()
-            for row in group:
-                row.alone = True
-            return
-        for row in group:
-            row.held += row.left
-            row.request.progress(row.held)
-            row.request.prefilled()
-            self._prefilling.remove(row)
-        self._decoding.join(group, merged)
-
-    # both
-
-    def _store(self, tokens: list[int], cache: Cache, prefilled: int) -> None:
-        store = self._space.prompt_cache
-        try:
-            store.store(tokens, cache, prefilled=prefilled)
-            if self._memory is not None:
-                need = self._need([row.request for row in self._rows])
-                store.shrink(max(0, self._memory - need))
-        except Exception:  # noqa: BLE001 - nobody's answer depends on it
-            store.clear()
-            self._recover()
-
     def _recover(self) -> None:
         """After an error of MLX: see whether it still works."""
-        model, config = self._space.loaded.model, self._space.config
         try:
             mx.clear_cache()
-            cache = make_kv_cache(model, config)
-            with mx.stream(generation_stream):
-                mx.eval(model(mx.array([[0]]), cache=cache))
+            sample_kv_cache(self._space.loaded.model, self._space.config)
         except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
             self.broken = error
             return
@@ -392,17 +230,29 @@ class Batch:
         except Exception:  # noqa: BLE001 - it hung on what has failed
             mx.random.seed(time.time_ns())
 
+    def _store_prompt(self, row: Row, cache: Cache) -> None:
+        """Keep what is prefilled by now, where others are likely to begin with the same."""
+        new = row.held - row.cached
+        if row.held == row.checkpoint or (
+            not row.left and (new >= _WORTH_KEEPING or not trimmable(cache))
+        ):
+            self._store(row, cache)
+
+    def _store(self, row: Row, cache: Cache) -> None:
+        store = self._space.prompt_cache
+        try:
+            store.store(row.in_cache, cache, prefilled=len(row.request.prompt) - 1)
+            self.make_room()
+        except Exception:  # noqa: BLE001 - nobody's answer depends on it
+            store.clear()
+            self._recover()
+
     def _measure(self) -> None:
         meter = self._space.meter
         meter.batch_size = len(self._decoding)
         meter.kv_bytes = self._decoding.nbytes + sum(
-            kv_nbytes(row.cache) for row in self._prefilling if row.cache is not None
+            kv_nbytes(row.cache) for row in self._prefilling.rows if row.cache is not None
         )
-
-
-def _total(request: Request) -> int:
-    """Tokens that its KV cache may come to."""
-    return len(request.prompt) + (request.limit or 0)
 
 
 def _cancelled(request: Request) -> Over:
@@ -411,15 +261,3 @@ def _cancelled(request: Request) -> Over:
     except BaseException as error:  # noqa: BLE001 - the border: a tokenizer's fault
         return request, request.failed(error)
     return request, None
-
-
-def common_prefix(one: list[int], other: list[int]) -> int:
-    """How many tokens two prompts have in common at their beginning."""
-    low, high = 0, min(len(one), len(other)) + 1
-    while high - low > 1:  # equal up to ``low``, different or at an end before ``high``
-        middle = (low + high) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low

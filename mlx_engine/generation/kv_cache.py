@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,26 +115,18 @@ def kv_nbytes(cache: Cache) -> int:
     return total
 
 
-def _parts(cache: Cache) -> Iterator[Any]:
+def cache_parts(cache: Cache) -> Iterator[Any]:
     """The caches in it that are not made of others."""
     for entry in cache:
         if isinstance(entry, CacheList):
-            yield from _parts(list(entry.caches))
+            yield from cache_parts(list(entry.caches))
         else:
             yield entry
 
 
-def check_batchable(model: nn.Module, config: ModelConfig) -> None:
-    """Whether requests of this model can share a batch, with the tokens each has alone.
-
-    Raises:
-        InvalidRequest: names the cache that cannot.
-    """
-    for part in _parts(make_kv_cache(model, config)):
-        if not hasattr(part, "merge") or getattr(part, "keep", None):
-            raise InvalidRequest(
-                "model", f"mlx-lm cannot batch its {type(part).__name__}; use SimpleEngine"
-            )
+def merge(caches: Sequence[Cache]) -> Cache:
+    """One of mlx_lm's batch caches a layer, with a row for each of ``caches``."""
+    return [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +164,7 @@ def measure_kv(model: nn.Module, config: ModelConfig) -> KVFootprint:
     cache = sample_kv_cache(model, config)
     fixed = 0
     layers: list[tuple[int, int | None]] = []
-    for part in _parts(cache):
+    for part in cache_parts(cache):
         if isinstance(part, KVCache | RotatingKVCache):
             most = part.max_size if isinstance(part, RotatingKVCache) else None
             layers.append((part.nbytes // part.keys.shape[2], most))

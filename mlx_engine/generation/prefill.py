@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream
@@ -31,4 +33,22 @@ def prefill_chunk(
         quantize(cache, config)
         # Without it the work would pile up unevaluated, and a cancel check mean nothing.
         mx.eval([entry.state for entry in cache])
+        mx.clear_cache()
+
+
+def padded_prefill(model: nn.Module, cache: Cache, prompts: Sequence[Sequence[int]]) -> None:
+    """Put prompts of different lengths into a batch cache in one forward, padded on the right."""
+    lengths = [len(prompt) for prompt in prompts]
+    padding = [max(lengths) - length for length in lengths]
+    tokens = mx.array([[*p, *[0] * pad] for p, pad in zip(prompts, padding, strict=True)])
+    with mx.stream(generation_stream):
+        if any(padding):
+            for entry in cache:
+                entry.prepare(lengths=lengths, right_padding=padding)
+        model(tokens, cache=cache)
+        mx.eval([entry.state for entry in cache])
+        if any(padding):
+            for entry in cache:
+                entry.finalize()
+            mx.eval([entry.state for entry in cache])
         mx.clear_cache()

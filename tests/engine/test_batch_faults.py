@@ -273,3 +273,39 @@ async def test_a_prompt_that_cannot_be_stored_is_answered_all_the_same(
         monkeypatch.setattr(PromptCache, "store", broken)
         assert await answers(engine) == expected
         assert engine.state is EngineState.RUNNING
+
+
+@pytest.mark.parametrize("method", ["extend", "extract", "filter"])
+async def test_a_cache_that_fails_once_does_not_end_the_engine(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    from mlx_lm.models.cache import BatchKVCache
+
+    async with BatchedEngine(tiny_path, max_batch_size=8) as engine:
+        expected = await answers(engine)
+        original, calls = getattr(BatchKVCache, method), 0
+
+        def once(self: object, *args: object) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                raise RuntimeError("out of memory")
+            return original(self, *args)
+
+        monkeypatch.setattr(BatchKVCache, method, once)
+        outcomes = await asyncio.gather(
+            *(
+                engine.generate(p, max_tokens=20 - n, ignore_eos=True)
+                for n, p in enumerate([*PROMPTS, [1] * 700])
+            ),
+            return_exceptions=True,
+        )
+        assert calls
+        for outcome, tokens in zip(outcomes, [*expected, ()], strict=True):
+            if isinstance(outcome, GenerationResult) and tokens:
+                assert outcome.tokens == tokens[: len(outcome.tokens)]
+            else:
+                assert isinstance(outcome, GenerationError | GenerationResult)
+                assert "out of memory" in str(outcome) or not tokens
+        assert engine.state is EngineState.RUNNING
+        assert await answers(engine) == expected

@@ -7,6 +7,7 @@ import contextvars
 import itertools
 import random
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -150,21 +151,22 @@ async def test_equal_options_are_sampled_in_one_call(
 async def test_a_long_prompt_joins_in_slices_between_the_steps_of_running_streams(
     tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_engine.generation import batch
+    from mlx_engine.generation import prefill_queue
+    from mlx_engine.generation.decode_batch import DecodeBatch
 
     events: list[str] = []
-    prefill, step = batch.prefill_chunk, batch.DecodeBatch.step
+    prefill, step = prefill_queue.prefill_chunk, DecodeBatch.step
 
     def noted_prefill(*args: Any) -> None:
         events.append("slice")
         prefill(*args)
 
-    def noted_step(self: batch.DecodeBatch) -> Any:
+    def noted_step(self: DecodeBatch) -> Any:
         events.append("step")
         return step(self)
 
-    monkeypatch.setattr(batch, "prefill_chunk", noted_prefill)
-    monkeypatch.setattr(batch.DecodeBatch, "step", noted_step)
+    monkeypatch.setattr(prefill_queue, "prefill_chunk", noted_prefill)
+    monkeypatch.setattr(DecodeBatch, "step", noted_step)
     engine = BatchedEngine(tiny_path, prefill_step_size=128, max_decode_pause_ms=None)
     async with (
         engine,
@@ -179,17 +181,17 @@ async def test_a_long_prompt_joins_in_slices_between_the_steps_of_running_stream
 
 
 async def test_the_pause_of_decode_bounds_the_slice(tiny_path: Path) -> None:
-    from mlx_engine.generation import batch
+    from mlx_engine.generation import prefill_queue
 
     sizes: list[int] = []
-    original = batch.prefill_chunk
+    original = prefill_queue.prefill_chunk
 
     def noted(model: Any, cache: Any, tokens: Any, start: int, end: int, config: Any) -> None:
         sizes.append(end - start)
         original(model, cache, tokens, start, end, config)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "prefill_chunk", noted)
+        patch.setattr(prefill_queue, "prefill_chunk", noted)
         async with BatchedEngine(tiny_path, max_decode_pause_ms=0, prompt_cache_bytes=0) as engine:
             await engine.generate(prompt_of(600), max_tokens=1)
             assert sizes == [512, 87], "nobody waits: as much as prefill_step_size"
@@ -280,18 +282,72 @@ def test_requests_of_other_event_loops_go_on_when_the_driving_one_ends(
     assert not engine._seats.pending
 
 
-async def test_a_driver_that_somebody_cancels_goes_on(
-    engine: BatchedEngine, gate: MakeGate
+def test_no_request_depends_on_the_event_loop_of_another(tiny_path: Path) -> None:
+    engine = BatchedEngine(tiny_path)
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    first.run_until_complete(engine.start())
+
+    async def begin() -> asyncio.Task[GenerationResult]:
+        task = asyncio.create_task(engine.generate([1, 2], max_tokens=4000, ignore_eos=True))
+        while not engine.stats().running:
+            await asyncio.sleep(0)
+        return task
+
+    async def others() -> list[int]:
+        turn = await engine.run_blocking(lambda: 1)  # the batch makes way for it
+        results = [await engine.generate([3], max_tokens=5, ignore_eos=True) for _ in range(3)]
+        return [turn, *(len(result.tokens) for result in results)]
+
+    task = first.run_until_complete(begin())  # and now this loop stands still
+    assert second.run_until_complete(others()) == [1, 5, 5, 5]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        first.run_until_complete(task)
+    second.run_until_complete(engine.stop())
+    first.close()
+    second.close()
+
+
+async def test_cancelling_all_tasks_at_any_moment_leaves_an_engine_that_serves(
+    engine: BatchedEngine,
 ) -> None:
-    stop = gate("model", 5)
-    task = asyncio.create_task(engine.generate([1, 2], max_tokens=20, ignore_eos=True))
-    await stop.reached()
-    for other in asyncio.all_tasks():
-        if other.get_name() == "batch driver":
-            other.cancel()
-    await asyncio.sleep(0.005)
-    stop.go()
-    assert len((await task).tokens) == 20
+    for pause in range(6):
+        task = asyncio.create_task(engine.generate([1, 2], max_tokens=20, ignore_eos=True))
+        for _ in range(pause):
+            await asyncio.sleep(0)
+        for other in asyncio.all_tasks() - {asyncio.current_task()}:
+            if "TestRunner" not in repr(other.get_coro()):
+                other.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        result = await engine.generate([1], max_tokens=2, ignore_eos=True)
+        assert len(result.tokens) == 2
+
+
+async def test_bursts_of_several_batches_do_not_grow(tiny_path: Path) -> None:
+    engines = [BatchedEngine(tiny_path, prompt_cache_bytes=0) for _ in range(3)]
+    gaps: list[float] = []
+
+    async def read(engine: BatchedEngine) -> None:
+        last = None
+        async with engine.stream_generate([1], max_tokens=400, ignore_eos=True) as stream:
+            async for _ in stream:
+                now = time.monotonic()
+                gaps.append(now - last if last is not None else 0.0)
+                last = now
+
+    for engine in engines:
+        await engine.start()
+    await asyncio.gather(*(read(engine) for engine in engines for _ in range(2)))
+    for engine in engines:
+        await engine.stop()
+    assert max(gaps) < 1.0, "each batch has 20 ms at a time"
+
+
+async def test_one_caller_after_the_other_is_never_refused(tiny_path: Path) -> None:
+    async with BatchedEngine(tiny_path, max_wait=0, queue_limit=0) as engine:
+        for _ in range(200):
+            await engine.generate([1], max_tokens=1)
 
 
 async def test_two_engines_share_the_thread_and_neither_starves(tiny_path: Path) -> None:
@@ -432,6 +488,19 @@ async def test_options_that_a_batch_cannot_honour_are_refused(
 ) -> None:
     with pytest.raises(InvalidRequest, match=option):
         BatchedEngine(tiny_path, **{option: value})  # type: ignore[arg-type]
+
+
+async def test_a_loaded_prompt_cache_keeps_within_the_memory_budget(
+    tiny_path: Path, tmp_path: Path
+) -> None:
+    async with SimpleEngine(tiny_path) as simple:
+        for n in range(5):
+            await simple.generate(prompt_of(300, n), max_tokens=1)
+        await simple.save_prompt_cache(tmp_path / "cache")
+        size = simple.stats().prompt_cache.nbytes
+    async with BatchedEngine(tiny_path, kv_cache_memory_bytes=size // 2) as engine:
+        await engine.load_prompt_cache(tmp_path / "cache")
+        assert 0 < engine.stats().prompt_cache.nbytes <= size // 2
 
 
 async def test_the_batch_is_dropped_on_the_mlx_thread_and_nothing_waits(

@@ -1,0 +1,86 @@
+"""Can requests of this model share a batch, and does each get then what it gets alone?
+
+For some models of mlx_lm 0.32.2 they do not, without an error: afm7 takes the positions of its
+queries from the padded width, longcat_flash_ngram spreads the state of a short prompt over
+longer ones. So a few tokens are tried when an engine starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import generation_stream
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+from mlx_engine.config import ModelConfig
+from mlx_engine.errors import InvalidRequest
+from mlx_engine.generation.kv_cache import Cache, cache_parts, make_kv_cache, merge
+from mlx_engine.generation.prefill import padded_prefill, prefill_chunk
+
+_ROWS = ([1, 2, 3, 4, 5, 6, 7, 8, 9], [3, 5, 2, 4], [2, 1], [7])  # ids that every model has
+# Of the span of the logits. Half precision changes far less, a wrong position far more.
+_TOLERANCE = 0.1
+
+
+def check_batchable(model: nn.Module, config: ModelConfig) -> None:
+    """Try it.
+
+    Raises:
+        InvalidRequest: names what does not work, and says what to do.
+    """
+    for part in cache_parts(make_kv_cache(model, config)):
+        if not hasattr(part, "merge") or getattr(part, "keep", None):
+            raise _refused(f"mlx-lm cannot batch its {type(part).__name__}")
+    try:
+        alone = [_last_logits(model, _prefilled(model, config, row), [row])[0] for row in _ROWS]
+        joined = merge([_prefilled(model, config, row) for row in _ROWS[:2]])
+        late = merge([_prefilled(model, config, row) for row in _ROWS[2:]])
+        for entry, other in zip(joined, late, strict=True):
+            entry.extend(other)
+        off = _difference(alone, _last_logits(model, joined, _ROWS))
+        if may_pad(model, config):
+            together = merge([make_kv_cache(model, config) for _ in _ROWS[:-1]])
+            padded_prefill(model, together, [row[:-1] for row in _ROWS[:-1]])
+            off = max(off, _difference(alone[:-1], _last_logits(model, together, _ROWS[:-1])))
+    except Exception as error:
+        raise _refused(f"in a batch it fails ({type(error).__name__}: {error})") from error
+    if not off <= _TOLERANCE:
+        raise _refused(f"in a batch its logits are others than alone (by {off:.0%} of their span)")
+
+
+def may_pad(model: nn.Module, config: ModelConfig) -> bool:
+    """Whether prompts of different lengths may be prefilled together.
+
+    Recurrent models would have to mask the padding, and not all of them do.
+    """
+    cache = make_kv_cache(model, config)
+    return all(isinstance(entry, KVCache | RotatingKVCache) for entry in cache)
+
+
+def _prefilled(model: nn.Module, config: ModelConfig, row: list[int]) -> Cache:
+    cache = make_kv_cache(model, config)
+    if len(row) > 1:
+        prefill_chunk(model, cache, row, 0, len(row) - 1, config)
+    return cache
+
+
+def _last_logits(model: nn.Module, cache: Cache, rows: Sequence[list[int]]) -> mx.array:
+    """Of shape (rows, vocabulary)."""
+    with mx.stream(generation_stream):
+        logits = model(mx.array([row[-1:] for row in rows]), cache=cache)[:, -1, :]
+        last: mx.array = logits.astype(mx.float32)
+    return last
+
+
+def _difference(alone: list[mx.array], batched: mx.array) -> float:
+    """The largest, as a part of the span of the logits."""
+    expected = mx.stack(alone)
+    span = expected.max(axis=-1) - expected.min(axis=-1)
+    off = mx.abs(expected - batched).max(axis=-1) / mx.maximum(span, 1e-6)
+    return float(off.max().item())  # type: ignore[arg-type]
+
+
+def _refused(why: str) -> InvalidRequest:
+    return InvalidRequest("model", f"{why}; use SimpleEngine")

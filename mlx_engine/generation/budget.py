@@ -1,0 +1,60 @@
+"""Memory for KV caches: which requests it is enough for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mlx_engine.errors import InvalidRequest
+from mlx_engine.generation.kv_cache import KVFootprint
+from mlx_engine.generation.request import Request
+
+
+class MemoryBudget:
+    """Bytes that the requests of a batch may take, each grown to its limit.
+
+    Args:
+        footprint: of one request's KV cache.
+        limit: bytes; ``None`` is no limit.
+    """
+
+    def __init__(self, footprint: KVFootprint, limit: int | None) -> None:
+        self._footprint = footprint
+        self._limit = limit
+
+    def check(self, request: Request) -> None:
+        """Refuse a prepared request that could never have what it may need.
+
+        One that asks for as many tokens as fit gets as many as fit into memory, too.
+
+        Raises:
+            InvalidRequest: with both numbers.
+        """
+        most = None if self._limit is None else self._footprint.tokens(self._limit)
+        if most is None:
+            return
+        length = len(request.prompt)
+        if request.open_ended and length < most:
+            request.limit = min(request.limit or most, most - length)
+        if _total(request) > most:
+            need = self._footprint.nbytes(_total(request))
+            raise InvalidRequest(
+                "prompt",
+                f"{length} prompt tokens and up to {request.limit} new ones need {need} bytes of "
+                f"KV cache, and the engine may use {self._limit} (kv_cache_memory_bytes), which "
+                f"is enough for {most} tokens; shorten the prompt or lower max_tokens",
+            )
+
+    def left(self, requests: Sequence[Request]) -> int | None:
+        """Bytes left beside these; negative if they do not fit, ``None`` if there is no limit."""
+        if self._limit is None:
+            return None
+        if not requests:
+            return self._limit
+        # In a batch, every row is padded to the longest one.
+        longest = max(map(_total, requests))
+        return self._limit - len(requests) * self._footprint.nbytes(longest)
+
+
+def _total(request: Request) -> int:
+    """Tokens that its KV cache may come to."""
+    return len(request.prompt) + (request.limit or 0)

@@ -1,0 +1,182 @@
+"""Prompts on their way into a batch, one slice at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+from mlx_engine.generation.kv_cache import Cache, make_kv_cache, merge
+from mlx_engine.generation.prefill import padded_prefill, prefill_chunk
+from mlx_engine.generation.row import Row
+from mlx_engine.generation.workspace import Workspace
+
+_CAUTIOUS = 64  # tokens of the first slice beside running rows, before any was measured
+_SMALLEST = 16  # tokens of a slice, however slow the prefill is
+_SMOOTHING = 0.5  # weight of the newest slice in the average
+
+
+class PrefillQueue:
+    """Rows whose prompts are not yet in their KV caches. On the MLX thread.
+
+    Args:
+        space: the model, and what belongs to it.
+        max_pause: seconds that a slice may take while others decode, roughly; ``None`` is no
+            bound.
+
+    Attributes:
+        rows: by priority, then in the order of arrival.
+    """
+
+    def __init__(self, space: Workspace, max_pause: float | None) -> None:
+        self._space = space
+        self._max_pause = max_pause
+        self._token_seconds = 0.0  # of prefill; 0 is not known yet
+        self._first_next = True
+        cache = make_kv_cache(space.loaded.model, space.config)
+        # Recurrent models would have to mask the padding; whether each does is not known here.
+        self._may_pad = all(isinstance(entry, KVCache | RotatingKVCache) for entry in cache)
+        self.rows: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        """Put a row behind those of the same priority."""
+        self.rows.append(row)
+        self.rows.sort(key=lambda row: row.request.priority)  # stable
+
+    def choose(self) -> Row:
+        """Whose slice is next: every other one is of the first row, the others of the shortest.
+
+        So a long prompt does not hold up short ones, and is not held up by them for ever.
+        """
+        first = self.rows[0]
+        self._first_next = not self._first_next
+        if not self._first_next or len(self.rows) == 1:
+            return first
+        shortest = min(self.rows, key=lambda row: row.left)
+        if shortest.cache is None and shortest is not first:
+            # What they have in common is stored once the first one is done.
+            common = common_prefix(shortest.request.prompt, first.request.prompt)
+            if common > first.left:
+                return first
+        return shortest
+
+    def slice(self, row: Row, *, beside_others: bool) -> tuple[list[Row], Cache | None]:
+        """Prefill a slice of ``row``, or all of it together with others if that is no more.
+
+        Args:
+            beside_others: whether rows that decode wait for it.
+
+        Returns:
+            The rows that are in the cache now but for their last tokens, and their batch
+            caches if they have no caches of their own. They stay in ``rows``.
+
+        Raises:
+            Exception: MLX failed; only ``row`` is concerned.
+        """
+        size = self._tokens(beside_others)
+        self._begin(row)
+        group = self._group(row, size)
+        before = sum(each.held for each in group)
+        began = time.perf_counter()
+        merged: Cache | None = None
+        if len(group) > 1:
+            merged = self._together(group)
+        else:
+            self._alone(row, size)
+        tokens = sum(each.held for each in group) - before
+        self._measured(time.perf_counter() - began, tokens)
+        return [each for each in group if not each.left], merged
+
+    def _tokens(self, beside_others: bool) -> int:
+        """Of the next slice: fewer where running rows would wait too long for it."""
+        most = self._space.config.prefill_step_size
+        if not beside_others or self._max_pause is None:
+            return most
+        if not self._token_seconds:
+            return min(_CAUTIOUS, most)
+        return min(most, max(_SMALLEST, int(self._max_pause / self._token_seconds)))
+
+    def _measured(self, seconds: float, tokens: int) -> None:
+        self._space.meter.prefill_seconds += seconds
+        if tokens < _SMALLEST:
+            return
+        latest, known = seconds / tokens, self._token_seconds
+        # Slower at once, faster by and by: a token takes longer the more there are before it.
+        self._token_seconds = max(latest, known + _SMOOTHING * (latest - known))
+
+    def _begin(self, row: Row) -> None:
+        """Look its prompt up, and give it a cache."""
+        if row.cache is not None:
+            return
+        request, meter = row.request, self._space.meter
+        hit = self._space.prompt_cache.fetch(request.prompt, request.request_id)
+        row.cache = hit.cache or make_kv_cache(self._space.loaded.model, self._space.config)
+        row.held = row.cached = hit.cached
+        row.checkpoint = hit.checkpoint
+        meter.prompt_tokens += len(request.prompt)
+        meter.cached_tokens += hit.cached
+        request.prefill_begins(hit.cached)
+
+    def _group(self, row: Row, size: int) -> list[Row]:
+        """The row, and others that can be prefilled with it in one slice."""
+        group, longest = [row], row.left
+        if not self._may_pad or row.alone or longest > size or not longest:
+            return group
+        for other in self.rows:
+            left = max(longest, other.left)
+            if other is row or other.alone or left * (len(group) + 1) > size:
+                continue
+            try:
+                self._begin(other)
+            except Exception:  # noqa: BLE001 - told to its caller when its own turn comes
+                other.alone = True
+                continue
+            if other.left and other.checkpoint is None:
+                group.append(other)
+                longest = max(longest, other.left)
+        return group
+
+    def _alone(self, row: Row, size: int) -> None:
+        """One slice of a row, in its own cache."""
+        prompt, cache = row.request.prompt, row.cache
+        assert cache is not None
+        end = min(row.held + size, len(prompt) - 1)
+        if row.checkpoint is not None and row.held < row.checkpoint < end:
+            end = row.checkpoint
+        if end > row.held:
+            prefill_chunk(
+                self._space.loaded.model, cache, prompt, row.held, end, self._space.config
+            )
+            row.held = end
+            row.request.progress(end)
+
+    def _together(self, group: list[Row]) -> Cache | None:
+        """All that is left of some rows, padded on the right to the same length.
+
+        If MLX fails, nothing has happened, but that each of them will be alone from now on:
+        so it shows which one is at fault.
+        """
+        with contextlib.suppress(Exception):
+            merged = merge([row.cache for row in group if row.cache is not None])
+            prompts = [row.request.prompt[row.held : -1] for row in group]
+            padded_prefill(self._space.loaded.model, merged, prompts)
+            for row in group:
+                row.held += row.left
+                row.request.progress(row.held)
+            return merged
+        for row in group:
+            row.alone = True
+        return None
+
+
+def common_prefix(one: list[int], other: list[int]) -> int:
+    """How many tokens two prompts have in common at their beginning."""
+    low, high = 0, min(len(one), len(other)) + 1
+    while high - low > 1:  # equal up to ``low``, different or at an end before ``high``
+        middle = (low + high) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,83 @@
+"""One request in the batch."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx_lm.models.cache import TokenBuffer
+
+from mlx_engine.generation.kv_cache import Cache
+from mlx_engine.generation.request import Request
+from mlx_engine.turn import call_in
+
+
+class Row:
+    """A request in the batch.
+
+    Attributes:
+        request: prepared.
+        cache: its own KV cache; ``None`` when it is in one with those of other rows.
+        held: tokens in its KV cache.
+        cached: of which the prompt cache had these.
+        checkpoint: tokens after which its cache is to be stored, on the way.
+        alone: whether its prefill must not be shared with other rows.
+        fault: what its logits processor or sampler raised.
+    """
+
+    def __init__(self, request: Request) -> None:
+        assert request.sampling is not None
+        self.request = request
+        self.cache: Cache | None = None
+        self.held = self.cached = 0
+        self.checkpoint: int | None = None
+        self.alone = False
+        self.fault: BaseException | None = None
+        self.sampler = request.sampling.sampler
+        self.processors = request.sampling.processors
+        self.logprobs: mx.array | None = None  # of its next token
+        self.new = True  # the token that goes in next is the prompt's last
+        self._seen: TokenBuffer | None = None
+
+    @property
+    def left(self) -> int:
+        """Tokens of its prompt that are not in the cache, the last one not counted."""
+        return len(self.request.prompt) - 1 - self.held
+
+    @property
+    def has_own(self) -> bool:
+        """Whether the caller has given it logits processors."""
+        return self.request.context is not None
+
+    @property
+    def in_cache(self) -> list[int]:
+        """The tokens that its KV cache holds."""
+        return [*self.request.prompt, *self.request.tokens][: self.held]
+
+    def process(self, token: mx.array, logits: mx.array) -> mx.array:
+        """Logits of shape (1, vocabulary) after its processors; a fault leaves them as they are.
+
+        Args:
+            token: of shape (1,), the one that goes into the model with this step.
+        """
+        if self._seen is None:
+            self._seen = TokenBuffer(self.request.prompt[:-1])
+        tokens = self._seen.update_and_fetch(token).astype(mx.uint32)
+        processed = logits
+        try:
+            for processor in self.processors:
+                context = self.request.context
+                if context is None:
+                    processed = processor(tokens, processed)
+                else:  # one of the caller's: it sees the caller's context variables
+                    processed = call_in(context, processor, tokens, processed)
+            if not isinstance(processed, mx.array) or processed.shape != logits.shape:
+                got = getattr(processed, "shape", type(processed).__name__)
+                raise ValueError(
+                    f"a logits processor must return an mx.array of shape {logits.shape}, not {got}"
+                )
+            processed = processed.astype(logits.dtype)
+            if self.has_own:
+                mx.eval(processed)  # what fails only now is its own fault too
+            return processed
+        except BaseException as error:  # noqa: BLE001 - the border to the caller's code
+            self.fault = error
+            return logits
