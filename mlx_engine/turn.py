@@ -122,6 +122,15 @@ def first_cancellation(error: BaseException | None) -> Iterator[None]:
             raise
 
 
+def what_it_says(error: BaseException) -> str:
+    """The kind of an error and its message, whatever its own code makes of that."""
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - code of the caller's, or of whom else
+        message = "<its message cannot be shown>"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
 def drop_frames(error: BaseException) -> None:
     """Take the tracebacks off an error that leaves the MLX thread.
 

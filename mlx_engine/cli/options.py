@@ -146,6 +146,7 @@ def _cache_options() -> argparse.ArgumentParser:
     add("--kv-group-size", type=int, metavar="N", help="values that share a scale in it")
     add("--quantized-kv-start", type=int, metavar="N", help="tokens from which on it is quantised")
     add("--prefill-step-size", type=int, metavar="N", help="tokens per prefill chunk")
+    add("--prompt-cache-bytes", type=int, metavar="N", help="bytes of earlier prompts to keep")
     return parser
 
 

@@ -22,7 +22,7 @@ from mlx_engine.generation.kv_cache import measure_kv
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.workspace import Workspace, memory_for_caches
 from mlx_engine.outputs import GenerationResult
-from mlx_engine.turn import Pending, drop_frames
+from mlx_engine.turn import Pending, drop_frames, what_it_says
 from mlx_engine.worker import mlx_thread
 
 _QUANTUM = 0.02  # seconds that a burst has at least while others wait for the MLX thread
@@ -189,7 +189,7 @@ class BatchedEngine(BaseEngine):
 
     def _fail(self, error: BaseException) -> None:
         """MLX cannot be used any more: tell everybody, and refuse what comes."""
-        reason = f"MLX does not work any more ({type(error).__name__}: {error})"
+        reason = f"MLX does not work any more ({what_it_says(error)})"
         self._lifecycle.fail(f"the engine has failed: {reason}; shut it down and start it again")
         drop_frames(error)
         dead = EngineDead(reason)

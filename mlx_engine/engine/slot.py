@@ -71,8 +71,9 @@ class ModelSlot:
     ) -> None:
         """Load the model. On the MLX thread; raises what ``load_model`` does."""
         try:
-            loaded = load_model(config, source, on_progress, should_stop)
-            self._space = make_workspace(loaded, config, self.meter)
+            self._space = make_workspace(
+                load_model(config, source, on_progress, should_stop), config, self.meter
+            )
             mlx_thread.at_exit(self.empty)
             self._equip(self._space)
         except Exception as error:

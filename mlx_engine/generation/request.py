@@ -27,7 +27,7 @@ from mlx_engine.outputs import (
 )
 from mlx_engine.params import SamplingParams
 from mlx_engine.stream import Emit
-from mlx_engine.turn import drop_frames
+from mlx_engine.turn import drop_frames, what_it_says
 
 
 class Request:
@@ -211,8 +211,7 @@ class Request:
         if isinstance(error, MLXEngineError):
             drop_frames(error)
             return error
-        said = f"{type(error).__name__}: {error}"
-        failed = GenerationError(f"{self.request_id} failed: {said}")
+        failed = GenerationError(f"{self.request_id} failed: {what_it_says(error)}")
         if error.__traceback__ is not None:
             error.add_note("".join(["On the MLX thread:\n", *traceback.format_exception(error)]))
         drop_frames(error)

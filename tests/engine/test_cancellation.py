@@ -238,17 +238,17 @@ async def test_cancelled_while_queued_it_never_enters(
 def test_loop_shutdown_waits_for_the_worker(
     tiny_path: Path, engine_type: type[SimpleEngine], gate: MakeGate, operation: str, phase: str
 ) -> None:
-    stop = gate(*PHASES[phase])
     engine = engine_type(tiny_path, prefill_step_size=STEP, prompt_cache_bytes=0)
+    asyncio.run(engine.start())
+    stop = gate(*PHASES[phase])
 
     async def main() -> None:
-        await engine.start()
         asyncio.create_task(OPERATIONS[operation](engine))  # type: ignore[arg-type]  # noqa: RUF006
         await stop.reached()
 
     threading.Timer(0.05, stop.go).start()
     asyncio.run(main())
-    assert not mlx_thread.locked
+    asyncio.run(settled())
     assert stop.calls == PHASES[phase][1]
 
     async def again() -> None:
