@@ -204,10 +204,10 @@ def gaps(times: list[float]) -> list[float]:
 
 
 async def measure_cancel(model: str, setting: Setting) -> dict[str, Latency]:
-    async with SimpleEngine(model) as engine:
+    async with SimpleEngine(model, prompt_cache_bytes=0) as engine:
         measured = await measure_phase(engine, setting, "decode", decode_pieces)
     for chunk in CHUNKS:
-        async with SimpleEngine(model, prefill_step_size=chunk) as engine:
+        async with SimpleEngine(model, prefill_step_size=chunk, prompt_cache_bytes=0) as engine:
             measured |= await measure_phase(engine, setting, f"prefill by {chunk}", prefill_pieces)
     return measured
 

@@ -46,7 +46,7 @@ from benchmarks.report import (
     new_figure,
     write_json,
 )
-from benchmarks.setting import Setting, model_folder, parse_setting
+from benchmarks.setting import Setting, model_folder, parse_setting, rotated
 from mlx_engine import BaseEngine, SimpleEngine
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it"
@@ -150,11 +150,6 @@ async def measure_rates(engine: BaseEngine, setting: Setting, count: int) -> dic
         for name in rotated(list(WAYS), turn):
             runs[name].append(await timed(WAYS[name], engine, count, expected))
     return runs
-
-
-def rotated(names: list[str], turn: int) -> list[str]:
-    start = turn % len(names)
-    return names[start:] + names[:start]
 
 
 async def tick() -> None:
@@ -283,7 +278,7 @@ def plot(setting: Setting, runs: dict[str, list[Run]], late: dict[str, list[list
 async def measure(setting: Setting, model: str) -> None:
     count = 100 if setting.quick else 400
     what = machine()
-    async with SimpleEngine(model) as engine:
+    async with SimpleEngine(model, prompt_cache_bytes=0) as engine:
         runs = await measure_rates(engine, setting, count)
         late = await measure_lateness(engine, setting, count)
     per_token = statistics.median(1e3 / run.decode_rate for run in runs["raw"])

@@ -6,7 +6,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ class Setting:
         out: folder for JSON and plots.
         model: folder or name of a model; ``None`` is a random one.
         layers: of the random one.
+        own: all arguments, with those that only this benchmark has.
     """
 
     quick: bool
@@ -31,33 +32,51 @@ class Setting:
     out: Path
     model: str | None
     layers: int
+    own: argparse.Namespace
 
 
 def parse_setting(
-    description: str, *, repeats: int, quick_repeats: int = 3, layers: int = 2
+    description: str,
+    *,
+    repeats: int | None,
+    quick_repeats: int = 3,
+    layers: int = 2,
+    add_own: Callable[[argparse.ArgumentParser], object] | None = None,
 ) -> Setting:
     """The command line of a benchmark.
 
     Args:
         description: printed by ``--help``.
-        repeats: the default.
+        repeats: the default; ``None`` for a benchmark of one round, without the option.
         quick_repeats: the default with ``--quick``.
         layers: of the random model, by default.
+        add_own: adds the benchmark's own options.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
-    parser.add_argument("--repeats", type=int, metavar="N", help=f"rounds (default {repeats})")
+    if repeats is not None:
+        parser.add_argument("--repeats", type=int, metavar="N", help=f"rounds (default {repeats})")
     parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results", metavar="DIR")
     parser.add_argument("--model", metavar="PATH", help="instead of a random model")
     parser.add_argument("--layers", type=int, metavar="N", help=f"of it (default {layers})")
+    if add_own is not None:
+        add_own(parser)
     args = parser.parse_args()
     for option in ("repeats", "layers"):
-        if (value := getattr(args, option)) is not None and value < 1:
+        if (value := getattr(args, option, None)) is not None and value < 1:
             parser.error(f"--{option} must be 1 or more")
-    default = quick_repeats if args.quick else repeats
-    return Setting(args.quick, args.repeats or default, args.out, args.model, args.layers or layers)
+    rounds = 1
+    if repeats is not None:
+        rounds = args.repeats or (quick_repeats if args.quick else repeats)
+    return Setting(args.quick, rounds, args.out, args.model, args.layers or layers, args)
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+    """The order of a round: each name is first in its turn."""
+    start = turn % len(names)
+    return names[start:] + names[:start]
 
 
 @contextmanager
