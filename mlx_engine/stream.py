@@ -12,7 +12,7 @@ from typing import Protocol
 
 from mlx_engine.errors import StreamClosed, StreamConsumed
 from mlx_engine.outputs import GenerationChunk, GenerationResult
-from mlx_engine.turn import first_cancellation, keep, outlast, wake
+from mlx_engine.turn import first_cancellation, outlast, wake
 
 Emit = Callable[[GenerationChunk], None]
 
@@ -92,6 +92,9 @@ class _Outcome:
 
     result: GenerationResult | None = None
     error: BaseException | None = None
+
+
+_tasks: set[asyncio.Task[None]] = set()
 
 
 class GenerationStream:
@@ -236,7 +239,7 @@ class GenerationStream:
         )
         ended = functools.partial(_ended, self._producer, channel, self._outcome)
         self._task.add_done_callback(ended)
-        keep(self._task)  # a stream that was dropped still has one to finish
+        _keep(self._task)
         return channel
 
     def __del__(self) -> None:
@@ -272,3 +275,12 @@ def _ended(
     if outcome.result is None and outcome.error is None:
         outcome.result = producer.partial_result()
     channel.end()
+
+
+def _keep(task: asyncio.Task[None]) -> None:
+    """Event loops hold tasks weakly; a stream that was dropped still has one to finish."""
+    for old in list(_tasks):
+        if old.get_loop().is_closed():
+            _tasks.discard(old)
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)

@@ -96,18 +96,6 @@ def _set_done(*futures: asyncio.Future[None]) -> None:
             future.set_result(None)
 
 
-def keep(task: asyncio.Task[None]) -> None:
-    """Hold a task until it is done: event loops hold them weakly."""
-    for old in list(_kept):
-        if old.get_loop().is_closed():
-            _kept.discard(old)
-    _kept.add(task)
-    task.add_done_callback(_kept.discard)
-
-
-_kept: set[asyncio.Task[None]] = set()
-
-
 @contextmanager
 def first_cancellation(error: BaseException | None) -> Iterator[None]:
     """Around cleaning up after ``error``: if that was a cancellation, it is the one to tell.

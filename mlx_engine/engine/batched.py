@@ -110,13 +110,12 @@ class BatchedEngine(BaseEngine):
         with self._driving:
             if self._seats.burst is not None or not self._seats.pending:
                 return
-            turn = self._unattended_turn(self._burst, self._burst_over)
-            self._seats.burst = turn
-        try:
-            mlx_thread.submit(turn)
-        except MLXEngineError as error:
-            turn.aborted_with = error
-            self._burst_over(turn)
+            try:
+                self._seats.burst = self._run_unattended(self._burst, self._burst_over)
+                return
+            except MLXEngineError as error:
+                gone = error
+        self._seats.end_all(gone)
 
     def _burst_over(self, turn: Pending[None]) -> None:
         """It has made way for others, or there was nothing left to do."""

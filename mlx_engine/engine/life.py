@@ -288,17 +288,22 @@ class EngineLife:
         with self._admission.enter(ticket, turn, mlx_thread):
             return await mlx_thread.run(turn)  # type: ignore[no-any-return]
 
-    def _unattended_turn(
+    def _run_unattended(
         self, func: Callable[[threading.Event], None], on_done: Callable[[Pending[None]], None]
     ) -> Turn[None]:
-        """A turn that takes the generation lock for nobody in particular.
+        """Queue a turn that nobody waits for, in the same line. From any thread.
 
         Args:
             func: given an event that is set when it should return early.
             on_done: called when the turn is over, from any thread.
+
+        Raises:
+            EngineDead: the interpreter is shutting down.
         """
         stop = threading.Event()
-        return Turn(functools.partial(func, stop), stop.set, on_done, attended=False)
+        turn = Turn(functools.partial(func, stop), stop.set, on_done, attended=False)
+        mlx_thread.submit(turn)
+        return turn
 
     async def _release(self) -> None:
         """Drop the model, on the MLX thread; not to be cut short."""

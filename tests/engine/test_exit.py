@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from mlx_engine import BaseEngine
 from tests.conftest import ROOT
 
 START = """
 import asyncio, os, sys, threading
-from mlx_engine import SimpleEngine
+from mlx_engine import {engine}
 PROMPT = [1, 2, 3]
-engine = SimpleEngine({path!r})
+engine = {engine}({path!r})
 async def generate(tokens=20):
     return await engine.generate(PROMPT, max_tokens=tokens, ignore_eos=True)
 """
@@ -109,7 +110,7 @@ asyncio.run(main())
         -signal.SIGINT,
     ),
 }
-TIMES = 7  # of each, more than 50 in all; without clear_streams about half of them abort
+TIMES = 4  # of each, 64 in all; without clear_streams about half of them abort
 
 
 def one(script: Path, name: str) -> tuple[int, str]:
@@ -133,10 +134,12 @@ def one(script: Path, name: str) -> tuple[int, str]:
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", ENDINGS)
-def test_processes_end_with_the_right_code(tiny_path: Path, tmp_path: Path, name: str) -> None:
+def test_processes_end_with_the_right_code(
+    tiny_path: Path, engine_type: type[BaseEngine], tmp_path: Path, name: str
+) -> None:
     body, expected = ENDINGS[name]
     script = tmp_path / "program.py"
-    script.write_text(START.format(path=str(tiny_path)) + body)
+    script.write_text(START.format(path=str(tiny_path), engine=engine_type.__name__) + body)
     for _ in range(TIMES):
         code, errors = one(script, name)
         assert code == expected, errors
@@ -144,10 +147,12 @@ def test_processes_end_with_the_right_code(tiny_path: Path, tmp_path: Path, name
         assert "Task was destroyed" not in errors
 
 
-def test_a_forked_child_is_told_instead_of_hanging(tiny_path: Path, tmp_path: Path) -> None:
+def test_a_forked_child_is_told_instead_of_hanging(
+    tiny_path: Path, engine_type: type[BaseEngine], tmp_path: Path
+) -> None:
     script = tmp_path / "program.py"
     script.write_text(
-        START.format(path=str(tiny_path))
+        START.format(path=str(tiny_path), engine=engine_type.__name__)
         + """
 async def main():
     await engine.start()
