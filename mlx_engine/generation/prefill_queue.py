@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 
-from mlx_lm.models.cache import KVCache, RotatingKVCache
-
+from mlx_engine.generation.batch_check import may_pad
 from mlx_engine.generation.kv_cache import Cache, make_kv_cache, merge
 from mlx_engine.generation.prefill import padded_prefill, prefill_chunk
 from mlx_engine.generation.row import Row
@@ -34,9 +33,7 @@ class PrefillQueue:
         self._max_pause = max_pause
         self._token_seconds = 0.0  # of prefill; 0 is not known yet
         self._first_next = True
-        cache = make_kv_cache(space.loaded.model, space.config)
-        # Recurrent models would have to mask the padding; whether each does is not known here.
-        self._may_pad = all(isinstance(entry, KVCache | RotatingKVCache) for entry in cache)
+        self._may_pad = may_pad(space.loaded.model, space.config)
         self.rows: list[Row] = []
 
     def add(self, row: Row) -> None:

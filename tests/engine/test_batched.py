@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import itertools
 import random
 import threading
@@ -15,7 +16,14 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_engine import BatchedEngine, GenerationResult, InvalidRequest, SimpleEngine
+from mlx_engine import (
+    BatchedEngine,
+    EngineState,
+    GenerationResult,
+    InvalidRequest,
+    SimpleEngine,
+)
+from mlx_engine.config import EngineOptions
 from mlx_engine.worker import mlx_thread
 from tests.conftest import settled
 from tests.guard import Gate
@@ -501,6 +509,32 @@ async def test_a_loaded_prompt_cache_keeps_within_the_memory_budget(
     async with BatchedEngine(tiny_path, kv_cache_memory_bytes=size // 2) as engine:
         await engine.load_prompt_cache(tmp_path / "cache")
         assert 0 < engine.stats().prompt_cache.nbytes <= size // 2
+
+
+def test_every_option_of_a_simple_engine_is_one_of_a_batched_engine() -> None:
+    own = inspect.signature(SimpleEngine.__init__).parameters.keys() - {"self", "model"}
+    assert EngineOptions.__annotations__.keys() == own
+
+
+async def test_a_model_that_mlx_lm_batches_wrongly_is_refused_at_the_start(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_lm.models.cache import BatchKVCache
+
+    extend = BatchKVCache.extend
+
+    def forgetful(self: BatchKVCache, other: BatchKVCache) -> None:
+        extend(self, other)
+        self.offset = mx.zeros_like(self.offset) + self._idx  # as if no row were padded
+
+    monkeypatch.setattr(BatchKVCache, "extend", forgetful)
+    engine = BatchedEngine(tiny_path)
+    with pytest.raises(InvalidRequest, match="in a batch its logits are others than alone"):
+        await engine.start()
+    assert engine.state is EngineState.CREATED
+    monkeypatch.undo()
+    async with engine:
+        assert len((await engine.generate([1], max_tokens=2, ignore_eos=True)).tokens) == 2
 
 
 async def test_the_batch_is_dropped_on_the_mlx_thread_and_nothing_waits(
