@@ -43,8 +43,15 @@ def make_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(folder: Path, seed: int = 0, *, chat: bool = True, layers: int = 2) -> None:
-    """Write config, weights (float32) and tokenizer."""
+def make_model(
+    folder: Path,
+    seed: int = 0,
+    *,
+    chat: bool = True,
+    layers: int = 2,
+    other: dict[str, object] | None = None,
+) -> None:
+    """Write config, weights (float32) and tokenizer; ``other`` changes entries of the config."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(chat=chat)
     config = {
@@ -61,12 +68,14 @@ def make_model(folder: Path, seed: int = 0, *, chat: bool = True, layers: int = 
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
         "eos_token_id": tokenizer.eos_token_id,
+        **(other or {}),
     }
     mx.random.seed(seed)
     model = llama.Model(llama.ModelArgs.from_dict(config))
     # Larger than usual weights: greedy output then does not fall into a loop at once.
+    scale = 2 / model.args.hidden_size**0.5
     weights = {
-        name: value if "norm" in name else mx.random.normal(value.shape) * 0.25
+        name: value if "norm" in name else mx.random.normal(value.shape) * scale
         for name, value in tree_flatten(model.parameters())
     }
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
@@ -80,5 +89,12 @@ if __name__ == "__main__":
     parser.add_argument("seed", type=int, nargs="?", default=0)
     parser.add_argument("--no-chat", action="store_true")
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--other", type=json.loads, metavar="JSON", help="config entries")
     options = parser.parse_args()
-    make_model(options.folder, options.seed, chat=not options.no_chat, layers=options.layers)
+    make_model(
+        options.folder,
+        options.seed,
+        chat=not options.no_chat,
+        layers=options.layers,
+        other=options.other,
+    )
