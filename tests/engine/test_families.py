@@ -80,9 +80,16 @@ async def test_tokens_in_a_batch_and_from_the_prompt_cache_are_those_alone(
         turn = [*prompts[7], *expected[7], 7, 8, 9]
         result = await engine.generate(turn, max_tokens=5, ignore_eos=True)
         assert result.usage.cached_tokens >= len(prompts[7]) - 1
+        await settled()
+        saved = await engine.save_prompt_cache(tmp_path / "cache")
+        assert saved == engine.stats().prompt_cache.entries > 5
     async with SimpleEngine(folder, prompt_cache_bytes=0) as simple:
         again = await simple.generate(turn, max_tokens=5, ignore_eos=True)
     assert again.tokens == result.tokens
+    async with BatchedEngine(folder) as engine:
+        assert await engine.load_prompt_cache(tmp_path / "cache") == saved
+        assert await answers(engine, prompts) == expected
+        assert engine.stats().cached_tokens > 0
 
 
 async def test_a_family_whose_cache_cannot_be_batched_is_refused_by_name(
