@@ -54,8 +54,8 @@ def _attempt(request: Request, space: Workspace) -> MLXEngineError | None:
 
 
 def _run(request: Request, space: Workspace) -> None:
-    store, prompt = space.prompt_cache, request.prompt
-    hit = store.fetch(prompt, request.request_id)
+    prompt = request.prompt
+    hit = space.prompt_cache.fetch(prompt, request.request_id)
     space.meter.prompt_tokens += len(prompt)
     space.meter.cached_tokens += hit.cached
     cache = hit.cache or make_kv_cache(space.loaded.model, space.config)
@@ -63,11 +63,11 @@ def _run(request: Request, space: Workspace) -> None:
     held = _prefill(request, space, cache, hit.cached, hit.checkpoint)
     if request.should_stop:
         request.cancelled()
-        store.store(prompt[:held], cache)  # a retry goes on from there
+        _store(space, prompt[:held], cache, held)  # a retry goes on from there
         return
     can_trim = trimmable(cache)
     if not can_trim:  # what is decoded cannot be taken back out of such a cache
-        store.store(prompt[:held], cache)
+        _store(space, prompt[:held], cache, held)
     try:
         _decode(request, space, cache)
     except Interrupted:
@@ -75,7 +75,14 @@ def _run(request: Request, space: Workspace) -> None:
         if not can_trim:
             return  # the step that was left undone has put its token into the cache
     # What is decoded was not computed in prefill chunks; that matters to some caches.
-    store.store([*prompt, *request.tokens], cache, prefilled=held)
+    _store(space, [*prompt, *request.tokens], cache, held)
+
+
+def _store(space: Workspace, tokens: list[int], cache: Cache, prefilled: int) -> None:
+    try:
+        space.prompt_cache.store(tokens, cache, prefilled=prefilled)
+    except Exception:  # noqa: BLE001 - nobody's answer depends on it
+        space.prompt_cache.clear()
 
 
 def _prefill(
@@ -94,7 +101,7 @@ def _prefill(
         start = end
         request.progress(start)
         if start == checkpoint:
-            space.prompt_cache.store(prompt[:start], cache)
+            _store(space, prompt[:start], cache, start)
     request.prefilled()
     return start
 

@@ -260,21 +260,6 @@ async def test_steps_that_fail_again_and_again_make_it_fail(engine: BatchedEngin
     GUARD.hook = None
 
 
-async def test_a_prompt_that_cannot_be_stored_is_answered_all_the_same(
-    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mlx_engine.generation.prompt_cache import PromptCache
-
-    def broken(*args: object, **kwargs: object) -> bool:
-        raise RuntimeError("no memory left")
-
-    async with BatchedEngine(tiny_path) as engine:
-        expected = await answers(engine)
-        monkeypatch.setattr(PromptCache, "store", broken)
-        assert await answers(engine) == expected
-        assert engine.state is EngineState.RUNNING
-
-
 @pytest.mark.parametrize("method", ["extend", "extract", "filter"])
 async def test_a_cache_that_fails_once_does_not_end_the_engine(
     tiny_path: Path, monkeypatch: pytest.MonkeyPatch, method: str

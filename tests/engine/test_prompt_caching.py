@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from mlx_engine import BaseEngine, GenerationResult, InvalidRequest, SimpleEngine
+from mlx_engine import (
+    BaseEngine,
+    EngineState,
+    GenerationResult,
+    InvalidRequest,
+    SimpleEngine,
+)
 from tests.conftest import make_tiny, settled
 from tests.guard import Gate
 
@@ -207,3 +213,19 @@ async def test_a_file_of_another_model_or_no_file_is_refused_and_nothing_changes
     with pytest.raises(InvalidRequest, match="path"):
         await engine.save_prompt_cache(tmp_path / "no" / "folder")
     assert (await ask(engine, tokens_of(50, 1))).usage.cached_tokens == 49
+
+
+async def test_a_prompt_that_cannot_be_stored_is_answered_all_the_same(
+    engine: BaseEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_engine.generation.prompt_cache import PromptCache
+
+    def broken(*args: object, **kwargs: object) -> bool:
+        raise RuntimeError("no memory left")
+
+    expected = (await ask(engine, tokens_of(100, 1))).tokens
+    monkeypatch.setattr(PromptCache, "store", broken)
+    for _ in range(2):
+        assert (await ask(engine, tokens_of(100, 1))).tokens == expected
+    assert engine.state is EngineState.RUNNING
+    assert engine.stats().failed == 0
