@@ -239,13 +239,9 @@ class Batch:
             self._store(row, cache)
 
     def _store(self, row: Row, cache: Cache) -> None:
-        store = self._space.prompt_cache
-        try:
-            store.store(row.in_cache, cache, prefilled=len(row.request.prompt) - 1)
-            self.make_room()
-        except Exception:  # noqa: BLE001 - nobody's answer depends on it
-            store.clear()
+        if not self._space.store(row.in_cache, cache, len(row.request.prompt) - 1):
             self._recover()
+        self.make_room()
 
     def _measure(self) -> None:
         meter = self._space.meter

@@ -6,8 +6,9 @@ import contextlib
 import time
 
 from mlx_engine.generation.batch_check import may_pad
-from mlx_engine.generation.kv_cache import Cache, make_kv_cache, merge
+from mlx_engine.generation.kv_cache import Cache, merge
 from mlx_engine.generation.prefill import padded_prefill, prefill_chunk
+from mlx_engine.generation.prompt_cache import common_prefix
 from mlx_engine.generation.row import Row
 from mlx_engine.generation.workspace import Workspace
 
@@ -106,14 +107,9 @@ class PrefillQueue:
         """Look its prompt up, and give it a cache."""
         if row.cache is not None:
             return
-        request, meter = row.request, self._space.meter
-        hit = self._space.prompt_cache.fetch(request.prompt, request.request_id)
-        row.cache = hit.cache or make_kv_cache(self._space.loaded.model, self._space.config)
+        row.cache, hit = self._space.look_up(row.request)
         row.held = row.cached = hit.cached
         row.checkpoint = hit.checkpoint
-        meter.prompt_tokens += len(request.prompt)
-        meter.cached_tokens += hit.cached
-        request.prefill_begins(hit.cached)
 
     def _group(self, row: Row, size: int) -> list[Row]:
         """The row, and others that can be prefilled with it in one slice."""
@@ -165,15 +161,3 @@ class PrefillQueue:
         for row in group:
             row.alone = True
         return None
-
-
-def common_prefix(one: list[int], other: list[int]) -> int:
-    """How many tokens two prompts have in common at their beginning."""
-    low, high = 0, min(len(one), len(other)) + 1
-    while high - low > 1:  # equal up to ``low``, different or at an end before ``high``
-        middle = (low + high) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low

@@ -142,7 +142,7 @@ class PromptCache:
         closest: Entry | None = None
         cached = shared = most = 0
         for key, entry in self._entries.items():  # of equals, the latest
-            common = _common(entry.tokens, prompt)
+            common = common_prefix(entry.tokens, prompt)
             usable = entry.usable(min(common, end), self._step)
             if usable and usable >= cached:
                 used, cached = key, usable
@@ -244,7 +244,7 @@ class PromptCache:
         return (
             len(entry.tokens) >= len(tokens)
             and entry.last >= last
-            and _common(entry.tokens, tokens) == len(tokens)
+            and common_prefix(entry.tokens, tokens) == len(tokens)
         )
 
     def _explain(
@@ -289,8 +289,9 @@ class PromptCache:
         )
 
 
-def _common(a: Tokens, b: Tokens) -> int:
-    """How many first tokens are the same."""
+def common_prefix(one: Sequence[int] | Tokens, other: Sequence[int] | Tokens) -> int:
+    """How many tokens two prompts have in common at their beginning."""
+    a, b = np.asarray(one, dtype=np.int32), np.asarray(other, dtype=np.int32)
     end = min(len(a), len(b))
     start = 0
     for stop in (min(_FIRST_BLOCK, end), end):

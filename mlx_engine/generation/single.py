@@ -11,7 +11,7 @@ from mlx_lm.generate import generation_stream
 
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.generation.decode import decode
-from mlx_engine.generation.kv_cache import Cache, kv_nbytes, make_kv_cache
+from mlx_engine.generation.kv_cache import Cache, kv_nbytes
 from mlx_engine.generation.prefill import chunk_end, prefill_chunk
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.snapshot import trimmable
@@ -55,19 +55,15 @@ def _attempt(request: Request, space: Workspace) -> MLXEngineError | None:
 
 def _run(request: Request, space: Workspace) -> None:
     prompt = request.prompt
-    hit = space.prompt_cache.fetch(prompt, request.request_id)
-    space.meter.prompt_tokens += len(prompt)
-    space.meter.cached_tokens += hit.cached
-    cache = hit.cache or make_kv_cache(space.loaded.model, space.config)
-    request.prefill_begins(hit.cached)
+    cache, hit = space.look_up(request)
     held = _prefill(request, space, cache, hit.cached, hit.checkpoint)
     if request.should_stop:
         request.cancelled()
-        _store(space, prompt[:held], cache, held)  # a retry goes on from there
+        space.store(prompt[:held], cache, held)  # a retry goes on from there
         return
     can_trim = trimmable(cache)
     if not can_trim:  # what is decoded cannot be taken back out of such a cache
-        _store(space, prompt[:held], cache, held)
+        space.store(prompt[:held], cache, held)
     try:
         _decode(request, space, cache)
     except Interrupted:
@@ -75,14 +71,7 @@ def _run(request: Request, space: Workspace) -> None:
         if not can_trim:
             return  # the step that was left undone has put its token into the cache
     # What is decoded was not computed in prefill chunks; that matters to some caches.
-    _store(space, [*prompt, *request.tokens], cache, held)
-
-
-def _store(space: Workspace, tokens: list[int], cache: Cache, prefilled: int) -> None:
-    try:
-        space.prompt_cache.store(tokens, cache, prefilled=prefilled)
-    except Exception:  # noqa: BLE001 - nobody's answer depends on it
-        space.prompt_cache.clear()
+    space.store([*prompt, *request.tokens], cache, held)
 
 
 def _prefill(
@@ -101,7 +90,7 @@ def _prefill(
         start = end
         request.progress(start)
         if start == checkpoint:
-            _store(space, prompt[:start], cache, start)
+            space.store(prompt[:start], cache, start)
     request.prefilled()
     return start
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +17,7 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
 )
 
-from mlx_engine.generation.kv_cache import Cache
+from mlx_engine.generation.kv_cache import Cache, cache_parts
 
 # Keys and values of shape (batch, heads, tokens, dimension), and a trim() that moves offsets only.
 _BY_TOKEN = (KVCache, QuantizedKVCache, RotatingKVCache, ChunkedKVCache, ConcatenateKVCache)
@@ -97,18 +97,9 @@ def _view(array: mx.array, tokens: int | None) -> mx.array:
     return array[..., :tokens, :]
 
 
-def layers(cache: Iterable[Any]) -> Iterator[Any]:
-    """Every cache object in it that is not a list of others."""
-    for entry in cache:
-        if isinstance(entry, CacheList):
-            yield from layers(entry.caches)
-        else:
-            yield entry
-
-
 def arrays(cache: Cache) -> list[mx.array]:
     """Every array in it."""
-    found = tree_flatten([list(vars(entry).values()) for entry in layers(cache)])
+    found = tree_flatten([list(vars(entry).values()) for entry in cache_parts(cache)])
     return [leaf for _, leaf in found if isinstance(leaf, mx.array)]
 
 
@@ -116,7 +107,7 @@ def length(cache: Cache) -> int | None:
     """Tokens in it. ``None`` if no layer counts them (recurrent state only); 0 if it is
     empty, or its layers do not agree.
     """
-    offsets = [getattr(entry, "offset", None) for entry in layers(cache)]
+    offsets = [getattr(entry, "offset", None) for entry in cache_parts(cache)]
     counted = [offset for offset in offsets if isinstance(offset, int)]
     if not counted:
         return None
@@ -131,18 +122,18 @@ def trimmable(cache: Cache) -> bool:
         and entry.is_trimmable()
         # It calls itself trimmable even when it has dropped the tokens that it would need.
         and getattr(entry, "start_position", 0) == 0
-        for entry in layers(cache)
+        for entry in cache_parts(cache)
     )
 
 
 def is_quantized(cache: Cache) -> bool:
     """Whether some layer of it is quantised."""
-    return any(isinstance(entry, QuantizedKVCache) for entry in layers(cache))
+    return any(isinstance(entry, QuantizedKVCache) for entry in cache_parts(cache))
 
 
 def has_dropped(cache: Cache) -> bool:
     """Whether a bounded layer (``max_kv_size``; not a sliding window) dropped tokens."""
     return any(
         isinstance(entry, RotatingKVCache) and entry.keep > 0 and not entry.is_trimmable()
-        for entry in layers(cache)
+        for entry in cache_parts(cache)
     )

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from mlx_engine.config import ModelConfig
-from mlx_engine.generation.kv_cache import is_bounded_or_quantized
-from mlx_engine.generation.prompt_cache import PromptCache
+from mlx_engine.generation.kv_cache import Cache, is_bounded_or_quantized, make_kv_cache
+from mlx_engine.generation.prompt_cache import Hit, PromptCache
+from mlx_engine.generation.request import Request
 from mlx_engine.models.loading import LoadedModel
 
 _GUESS = 2**30  # bytes of prompt cache where nothing is known of the device's memory
@@ -36,6 +37,27 @@ class Workspace:
     config: ModelConfig
     prompt_cache: PromptCache
     meter: Meter = field(default_factory=Meter)
+
+    def look_up(self, request: Request) -> tuple[Cache, Hit]:
+        """A KV cache for a prepared request, with what is stored of its prompt in it."""
+        hit = self.prompt_cache.fetch(request.prompt, request.request_id)
+        self.meter.prompt_tokens += len(request.prompt)
+        self.meter.cached_tokens += hit.cached
+        cache = hit.cache or make_kv_cache(self.loaded.model, self.config)
+        request.prefill_begins(hit.cached)
+        return cache, hit
+
+    def store(self, tokens: list[int], cache: Cache, prefilled: int) -> bool:
+        """Keep what a request has computed; whether MLX did not fail at that.
+
+        Nobody's answer depends on it: if it fails, the prompt cache is emptied.
+        """
+        try:
+            self.prompt_cache.store(tokens, cache, prefilled=prefilled)
+        except Exception:  # noqa: BLE001 - the border: MLX raises anything
+            self.prompt_cache.clear()
+            return False
+        return True
 
 
 def make_workspace(loaded: LoadedModel, config: ModelConfig, meter: Meter) -> Workspace:
