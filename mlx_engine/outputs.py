@@ -16,12 +16,14 @@ class Progress:
 
     Attributes:
         phase: ``download``, ``convert`` and ``load`` happen while an engine starts,
-            ``prefill`` at the beginning of a request, ``batch`` in ``generate_batch``.
-        done: bytes (tokens in ``prefill``, requests in ``batch``) done so far.
+            ``score`` (with ``SpecPrefill``) and ``prefill`` at the beginning of a request,
+            ``batch`` in ``generate_batch``.
+        done: bytes (tokens of the prompt in ``score`` and ``prefill``, requests in
+            ``batch``) done so far.
         total: of the same unit; ``None`` while it is not known.
     """
 
-    phase: Literal["download", "convert", "load", "prefill", "batch"]
+    phase: Literal["download", "convert", "load", "score", "prefill", "batch"]
     done: int
     total: int | None
 
@@ -99,11 +101,16 @@ class Usage:
         completion_tokens: generated, the end-of-sequence token included.
         cached_tokens: tokens of the prompt that the prompt cache had, so that they were not
             prefilled again.
+        kept_tokens: tokens of the prompt that the model has seen, those cached included, if
+            ``SpecPrefill`` left others out; ``None`` if it has seen all.
+        kept_ranges: the same as (first, last + 1), if ``SpecPrefill`` was asked for them.
     """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    kept_tokens: int | None = None
+    kept_ranges: tuple[tuple[int, int], ...] | None = None
 
     @property
     def total_tokens(self) -> int:
@@ -125,6 +132,8 @@ class Timings:
         prompt_tokens_per_second: tokens of the prompt that were not in the prompt cache, over
             ``prefill``; 0 if unknown.
         tokens_per_second: tokens after the first, over ``decode``; 0 if unknown.
+        draft_tokens: tokens that a draft model or MTP head proposed.
+        accepted_tokens: of which the model itself would have chosen these.
     """
 
     queued: float
@@ -134,6 +143,13 @@ class Timings:
     total: float
     prompt_tokens_per_second: float
     tokens_per_second: float
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted over proposed tokens; 0 if none was proposed."""
+        return self.accepted_tokens / self.draft_tokens if self.draft_tokens else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +263,8 @@ class EngineStats:
         prompt_tokens: of all prompts taken up so far.
         cached_tokens: of which these came from the prompt cache.
         completion_tokens: generated so far.
+        draft_tokens: proposed by a draft model or MTP head.
+        accepted_tokens: of which the model itself would have chosen these.
         prefill_seconds: spent in prefill on the MLX thread.
         decode_seconds: spent in decode on the MLX thread.
         batch_size: requests that decode together now.
@@ -264,11 +282,18 @@ class EngineStats:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    draft_tokens: int
+    accepted_tokens: int
     prefill_seconds: float
     decode_seconds: float
     batch_size: int
     kv_bytes: int
     prompt_cache: PromptCacheStats
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted over proposed tokens; 0 if none was proposed."""
+        return self.accepted_tokens / self.draft_tokens if self.draft_tokens else 0.0
 
     @property
     def tokens_per_second(self) -> float:

@@ -31,6 +31,8 @@ _CONTEXT_KEYS = (
     "n_positions",
     "seq_length",
 )
+# What tokenizers split in different ways: digits, spaces, contractions, scripts.
+_SAMPLE_TEXT = "It's 31,415  tokens:\n\tdef f(x): return x**2  # naïve, 你好, \U0001f680"
 _EVAL_SLICE = 64 * 2**20  # bytes of weights between two looks at should_stop
 
 
@@ -204,6 +206,19 @@ def context_length(config: dict[str, Any]) -> int | None:
 def vocab_size(config: dict[str, Any], tokenizer: TokenizerWrapper) -> int:
     """Tokens that the logits cover: more than the tokenizer has, if the matrix is padded."""
     return _from_config(config, ("vocab_size",)) or len(tokenizer)
+
+
+def other_tokenizer(one: LoadedModel, other: LoadedModel) -> str | None:
+    """In what two models' tokenizers differ; ``None`` if they make the same tokens."""
+    if one is other:
+        return None
+    ours, theirs = one.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    if ours != theirs:
+        odd = min(ours.items() ^ theirs.items(), key=lambda pair: pair[1])
+        return f"{len(ours)} and {len(theirs)} tokens, and {odd[0]!r} is token {odd[1]} in one only"
+    if one.tokenizer.encode(_SAMPLE_TEXT) != other.tokenizer.encode(_SAMPLE_TEXT):
+        return "the same vocabulary, but other tokens for the same text"
+    return None
 
 
 def _from_config(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
