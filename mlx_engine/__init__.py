@@ -11,6 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mlx_engine.config import MTP, DraftModel, SpecPrefill
 from mlx_engine.errors import (
     ContextLengthExceeded,
     EngineBusy,
@@ -53,9 +54,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "MTP",
     "BaseEngine",
     "BatchedEngine",
     "ContextLengthExceeded",
+    "DraftModel",
     "EngineBusy",
     "EngineDead",
     "EngineNotRunning",
@@ -80,6 +83,7 @@ __all__ = [
     "Segment",
     "ShutdownReport",
     "SimpleEngine",
+    "SpecPrefill",
     "StreamClosed",
     "StreamConsumed",
     "Timings",

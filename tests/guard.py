@@ -1,8 +1,8 @@
 """Checks invariant I1 while real MLX runs: one thread inside, and always the same one.
 
-Every entry into MLX that matters is wrapped once for the whole test run: model call,
-``mx.eval``, ``mx.async_eval`` and ``mx.synchronize``. Each checks that it is on the MLX
-thread and that no other thread is inside. Violations raise where they happen, and are kept
+Every entry into MLX that matters is wrapped once for the whole test run: calls of a model and
+of an MTP head, ``mx.eval``, ``mx.async_eval`` and ``mx.synchronize``. Each checks that it is on
+the MLX thread and that no other thread is inside. Violations raise where they happen, and are kept
 for the fixture that looks at the end of each test, in case somebody swallowed the error.
 """
 
@@ -19,6 +19,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import llama
 
+from mlx_engine.models.mtp_heads import MTPHead
+from mlx_engine.models.split import SplitModel
 from mlx_engine.worker import mlx_thread
 
 
@@ -38,8 +40,13 @@ class Guard:
     def install(self) -> None:
         for name in ("eval", "async_eval", "synchronize"):
             setattr(mx, name, self._guarded(name, getattr(mx, name)))
-        model: Any = llama.Model
-        model.__call__ = self._guarded("model", model.__call__)
+        entries: list[tuple[Any, str, str]] = [
+            (llama.Model, "__call__", "model"),
+            (SplitModel, "hidden", "model"),
+            (MTPHead, "__call__", "head"),
+        ]
+        for kind, method, name in entries:
+            setattr(kind, method, self._guarded(name, getattr(kind, method)))
 
     def _guarded(self, name: str, func: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(func)

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_engine.cli.options import engine_options, parse, sampling_params, spelled
+from mlx_engine.cli.options import engine_options, parse, sampling_params, spelled, strategies
 from mlx_engine.cli.output import AnswerPrinter, ProgressBar
-from mlx_engine.config import ModelConfig
+from mlx_engine.config import MTP, DraftModel, ModelConfig, SpecPrefill
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.models.info import count_parameters
 from mlx_engine.outputs import GenerationChunk, Progress
@@ -366,9 +366,29 @@ def test_every_engine_option_is_passed_on_and_only_if_given() -> None:
     assert sampling_params(args) == SamplingParams(max_tokens=None)
 
 
+def test_the_options_of_the_fast_paths_become_strategies() -> None:
+    def of(line: str) -> dict[str, object]:
+        return strategies(parse(["generate", "x", *line.split()]))
+
+    assert of("") == {}
+    assert of("--mtp") == {"decode": MTP()}
+    assert of("--mtp 3 --mtp-head f") == {"decode": MTP(3, head="f")}
+    assert of("--draft-model d") == {"decode": DraftModel("d")}
+    assert of("--draft-model d --num-draft-tokens 5") == {"decode": DraftModel("d", 5)}
+    assert of("--prefill-draft d --prefill-keep .3 --prefill-threshold 9 --mtp auto") == {
+        "prefill": SpecPrefill("d", keep=0.3, threshold=9),
+        "decode": MTP(),
+    }
+
+
 @pytest.mark.parametrize(
     ("line", "named"),
     [
+        ("generate x --mtp many", "--mtp"),
+        ("generate x --mtp --draft-model d", "--mtp"),
+        ("generate x --mtp-head f", "--mtp-head"),
+        ("generate x --num-draft-tokens 3", "--num-draft-tokens"),
+        ("chat --prefill-keep 0.5", "--prefill-keep"),
         ("generate x --top-k many", "--top-k"),
         ("generate x --logit-bias 3", "--logit-bias"),
         ("generate x --max-tokens lots", "--max-tokens"),
@@ -393,6 +413,21 @@ def test_errors_of_the_library_name_the_option_as_it_is_spelled_here() -> None:
         SamplingParams(stop_token_ids=[-1])
     assert spelled(caught.value).startswith("argument --stop-token-id: must be")
     assert spelled(InvalidRequest("messages", "no")) == "messages: no"
+
+
+@pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        ("--mtp 5", "--mtp"),
+        ("--draft-model d --num-draft-tokens 0", "--num-draft-tokens"),
+        ("--prefill-draft d --prefill-keep 1.5", "--prefill-keep"),
+        ("--prefill-draft d --prefill-threshold -1", "--prefill-threshold"),
+    ],
+)
+def test_so_do_those_of_the_strategies(line: str, option: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        strategies(parse(["generate", "x", *line.split()]))
+    assert spelled(caught.value).startswith(f"argument {option}: must be")
 
 
 # ── output ──────────────────────────────────────────────────────────────────────────────────

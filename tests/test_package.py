@@ -13,7 +13,7 @@ from mlx_engine import errors
 
 
 def test_all_is_sorted_and_every_name_is_there() -> None:
-    assert mlx_engine.__all__ == sorted(mlx_engine.__all__)
+    assert mlx_engine.__all__ == sorted(mlx_engine.__all__, key=lambda n: (not n.isupper(), n))
     for name in mlx_engine.__all__:
         assert getattr(mlx_engine, name) is not None
         assert name in dir(mlx_engine)

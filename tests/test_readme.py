@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from mlx_lm.generate import stream_generate
 
+import mlx_engine
 from mlx_engine import SimpleEngine
 from tests.conftest import ROOT
 
@@ -33,10 +35,22 @@ def _cli_modules() -> set[str]:
     return {path.name for path in (ROOT / "mlx_engine" / "cli").glob("*.py")}
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("block", blocks("python")[1:])
+async def test_the_other_blocks_run(block: str, tiny_path: Path) -> None:
+    for name in ("model", "small"):
+        block = block.replace(f'"{name}"', repr(str(tiny_path)))
+    code = compile(block, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    names = {**vars(mlx_engine), "SimpleEngine": SimpleEngine, "prompt": [1, 2, 3] * 100}
+    running = eval(code, names)
+    if running is not None:
+        await running
+
+
 @pytest.mark.demo
 @pytest.mark.timeout(300)
 def test_the_tour_runs(tmp_path: Path) -> None:
-    (tour,) = blocks("python")
+    tour = blocks("python")[0]
     script = tmp_path / "tour.py"
     script.write_text(tour, "utf-8")
     done = subprocess.run(

@@ -3,6 +3,7 @@
     generate    one answer, streamed to standard output
     chat        a conversation in the terminal
     info        what a model is, without loading its weights
+    extract-mtp a model's MTP head, out of its original checkpoint
 
 Standard output carries the answer and nothing else; all the rest goes to standard error.
 Exit codes: 0 fine, 1 the model or the engine failed, 2 the arguments are not acceptable,
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_streams()
     try:
         # Only now, since it imports MLX; --help and --version come without.
-        code: int = import_module(f"mlx_engine.cli.{args.command}").run(args)
+        code: int = import_module(f"mlx_engine.cli.{args.command.replace('-', '_')}").run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return interrupts.EXIT_INTERRUPTED

@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from mlx_engine import __version__
-from mlx_engine.config import DEMO_MODEL, ModelConfig
+from mlx_engine.config import DEMO_MODEL, MTP, DraftModel, ModelConfig, SpecPrefill
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.params import SamplingParams
 
@@ -20,7 +20,19 @@ PROGRAM = "mlx-engine"
 
 _MODEL_HELP = "folder, Hugging Face id, or 'demo', a small built-in model (default)"
 # Options of the command whose names are not those of the library with hyphens.
-_SPELLINGS = {"stop_token_ids": "--stop-token-id"}
+_SPELLINGS = {
+    "stop_token_ids": "--stop-token-id",
+    "depth": "--mtp",
+    "keep": "--prefill-keep",
+    "threshold": "--prefill-threshold",
+}
+# Options that mean nothing without another one.
+_NEEDS = {
+    "num_draft_tokens": "draft_model",
+    "mtp_head": "mtp",
+    "keep": "prefill_draft",
+    "threshold": "prefill_draft",
+}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -32,6 +44,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error("argument --system: not allowed with --raw, which sends no messages")
         if "logprobs" in args and not args.json:
             parser.error("argument --logprobs: needs --json, which shows them")
+    if "mtp" in args and "draft_model" in args:
+        parser.error("argument --mtp: not allowed with --draft-model")
+    for option, needed in _NEEDS.items():
+        if option in args and needed not in args:
+            parser.error(f"argument {_flag(option)}: needs {_flag(needed)}")
     return args
 
 
@@ -52,19 +69,40 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     return _given(args, ModelConfig)
 
 
+def strategies(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of an engine that say how it prefills and decodes.
+
+    Raises:
+        InvalidRequest: a value is out of its range.
+    """
+    given, chosen = vars(args), dict[str, Any]()
+    if "mtp" in given:
+        chosen["decode"] = MTP(given["mtp"], head=given.get("mtp_head"))
+    elif "draft_model" in given:
+        chosen["decode"] = DraftModel(given["draft_model"], given.get("num_draft_tokens", "auto"))
+    if "prefill_draft" in given:
+        limits = {name: given[name] for name in ("keep", "threshold") if name in given}
+        chosen["prefill"] = SpecPrefill(given["prefill_draft"], **limits)
+    return chosen
+
+
 def spelled(error: InvalidRequest) -> str:
     """The error's message, with the option as it is spelled here."""
     names = {field.name for kind in (SamplingParams, ModelConfig) for field in fields(kind)}
+    names |= {"num_draft_tokens", "q_bits", "q_group_size", *_SPELLINGS}
     message = str(error)
     if error.option not in names:
         return message
-    option = _SPELLINGS.get(error.option, f"--{error.option.replace('_', '-')}")
-    return f"argument {option}: {message.removeprefix(f'{error.option}: ')}"
+    return f"argument {_flag(error.option)}: {message.removeprefix(f'{error.option}: ')}"
 
 
 def _given(args: argparse.Namespace, kind: type[SamplingParams | ModelConfig]) -> dict[str, Any]:
     given = vars(args)
     return {field.name: given[field.name] for field in fields(kind) if field.name in given}
+
+
+def _flag(option: str) -> str:
+    return _SPELLINGS.get(option, f"--{option.replace('_', '-')}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,12 +112,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     source, cache, sampling = _source_options(), _cache_options(), _sampling_options()
+    paths = _path_options()
 
     generate = commands.add_parser(
         "generate",
         help="answer one prompt",
         description="Answer PROMPT and stream the answer to standard output.",
-        parents=[source, cache, sampling],
+        parents=[source, cache, paths, sampling],
         allow_abbrev=False,
     )
     generate.add_argument("prompt", metavar="PROMPT", help="text, or - to read standard input")
@@ -101,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         "chat",
         help="talk with a model",
         description="A conversation. Ctrl-C stops an answer, Ctrl-D ends.",
-        parents=[source, cache, sampling],
+        parents=[source, cache, paths, sampling],
         allow_abbrev=False,
     )
     for command in (generate, chat):
@@ -120,6 +159,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("model", metavar="MODEL", nargs="?", default=DEMO_MODEL, help=_MODEL_HELP)
     info.add_argument("--json", action="store_true", help="print one JSON object")
+
+    extract = commands.add_parser(
+        "extract-mtp",
+        help="take a model's MTP head out of its original checkpoint",
+        description="Write the MTP head of CHECKPOINT, which a conversion drops, to OUT.",
+        allow_abbrev=False,
+    )
+    add = extract.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="folder with config.json and model*.safetensors")
+    add("out", metavar="OUT", help="file, or folder of the converted model: mtp.safetensors there")
+    add("--q-bits", type=int, metavar="N", help="quantise linear layers: 2, 3, 4, 5, 6 or 8")
+    add("--q-group-size", type=int, metavar="N", default=64, help="values that share a scale")
     return parser
 
 
@@ -147,6 +198,26 @@ def _cache_options() -> argparse.ArgumentParser:
     add("--quantized-kv-start", type=int, metavar="N", help="tokens from which on it is quantised")
     add("--prefill-step-size", type=int, metavar="N", help="tokens per prefill chunk")
     add("--prompt-cache-bytes", type=int, metavar="N", help="bytes of earlier prompts to keep")
+    return parser
+
+
+def _path_options() -> argparse.ArgumentParser:
+    parser, group = _group("faster decoding and prefill")
+    add = group.add_argument
+    add("--draft-model", metavar="MODEL", help="a small model with the same tokenizer proposes")
+    add("--num-draft-tokens", type=_count_or_auto, metavar="N", help="at a time; 'auto' (default)")
+    add(
+        "--mtp",
+        type=_count_or_auto,
+        metavar="N",
+        nargs="?",
+        const="auto",
+        help="the model's own head proposes N tokens at a time, 1 to 4, or 'auto' (default)",
+    )
+    add("--mtp-head", metavar="FILE", help="what extract-mtp wrote, if not in the model's folder")
+    add("--prefill-draft", metavar="MODEL", help="SpecPrefill: a small model scores long prompts")
+    add("--prefill-keep", dest="keep", type=float, metavar="X", help="share of them to prefill")
+    add("--prefill-threshold", dest="threshold", type=int, metavar="N", help="tokens of long ones")
     return parser
 
 
@@ -196,6 +267,15 @@ def _count_or_none(text: str) -> int | None:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number or 'none', not {text!r}") from None
+
+
+def _count_or_auto(text: str) -> int | str:
+    if text.lower() == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or 'auto', not {text!r}") from None
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -51,7 +51,7 @@ class ProgressBar:
 def _too_short(progress: Progress) -> bool:
     """A prefill that is over after one chunk; the last token is left to the decoding."""
     return (
-        progress.phase == "prefill"
+        progress.phase in ("score", "prefill")
         and progress.total is not None
         and progress.done >= progress.total - 1
     )
@@ -62,7 +62,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 
 
 def _new_bar(progress: Progress) -> _Bar:
-    unit = " tokens" if progress.phase == "prefill" else "B"
+    unit = " tokens" if progress.phase in ("score", "prefill") else "B"
     return _Bar(
         desc=progress.phase,
         total=progress.total,
@@ -147,3 +147,7 @@ def say_statistics(result: GenerationResult) -> None:
         f"first token after {timings.time_to_first_token:.2f} s, "
         f"finish reason {result.finish_reason}"
     )
+    if timings.draft_tokens:
+        say(f"{timings.accepted_tokens} of {timings.draft_tokens} proposed tokens were accepted")
+    if usage.kept_tokens is not None:
+        say(f"{usage.kept_tokens} of {usage.prompt_tokens} prompt tokens were prefilled")

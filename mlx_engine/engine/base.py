@@ -10,6 +10,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Unpack
 
+from mlx_engine.config import AsEngine, SpecPrefill
 from mlx_engine.engine.admission import RequestTicket
 from mlx_engine.engine.crossing import in_this_loop
 from mlx_engine.engine.life import EngineLife, checked_callback
@@ -37,6 +38,8 @@ class BaseEngine(EngineLife, abc.ABC):
         params: SamplingParams | None = None,
         *,
         priority: int = 0,
+        prefill: SpecPrefill | AsEngine | None = "as engine",
+        decode: AsEngine | None = "as engine",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationResult:
@@ -46,6 +49,9 @@ class BaseEngine(EngineLife, abc.ABC):
             prompt: text, or token ids.
             params: sampling parameters.
             priority: lower goes first; 0 is all that ``SimpleEngine`` takes.
+            prefill: ``None`` prefills all of this prompt; ``SpecPrefill(...)`` changes what
+                an engine keeps that has been made with one.
+            decode: ``None`` decodes this answer one token after another.
             on_progress: told of the prefill, in this event loop.
             options: fields of ``SamplingParams``; they go before ``params``.
 
@@ -58,7 +64,9 @@ class BaseEngine(EngineLife, abc.ABC):
             EngineNotStarted, EngineStopped, EngineDead: by the engine's state.
             GenerationError: this request failed; others go on.
         """
-        request = self._request(TextInput(prompt), params, options, priority, on_progress)
+        request = self._request(
+            TextInput(prompt), params, options, priority, prefill, decode, on_progress
+        )
         return await self._complete(request)
 
     def stream_generate(
@@ -67,6 +75,8 @@ class BaseEngine(EngineLife, abc.ABC):
         params: SamplingParams | None = None,
         *,
         priority: int = 0,
+        prefill: SpecPrefill | AsEngine | None = "as engine",
+        decode: AsEngine | None = "as engine",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream:
@@ -76,7 +86,9 @@ class BaseEngine(EngineLife, abc.ABC):
         entered or first read.
         """
         return self._stream(
-            self._request(TextInput(prompt), params, options, priority, on_progress)
+            self._request(
+                TextInput(prompt), params, options, priority, prefill, decode, on_progress
+            )
         )
 
     async def chat(
@@ -87,6 +99,8 @@ class BaseEngine(EngineLife, abc.ABC):
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
+        prefill: SpecPrefill | AsEngine | None = "as engine",
+        decode: AsEngine | None = "as engine",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationResult:
@@ -98,6 +112,9 @@ class BaseEngine(EngineLife, abc.ABC):
             tools: descriptions of the tools that the model may call, as in OpenAI's API.
             chat_template_kwargs: passed to the template, e.g. ``{"enable_thinking": False}``.
             priority: lower goes first; 0 is all that ``SimpleEngine`` takes.
+            prefill: ``None`` prefills all of this prompt; ``SpecPrefill(...)`` changes what
+                an engine keeps that has been made with one.
+            decode: ``None`` decodes this answer one token after another.
             on_progress: told of the prefill, in this event loop.
             options: fields of ``SamplingParams``; they go before ``params``.
 
@@ -105,7 +122,9 @@ class BaseEngine(EngineLife, abc.ABC):
         or a template without tools, is an ``InvalidRequest``.
         """
         source = ChatInput(messages, tools, chat_template_kwargs)
-        return await self._complete(self._request(source, params, options, priority, on_progress))
+        return await self._complete(
+            self._request(source, params, options, priority, prefill, decode, on_progress)
+        )
 
     def stream_chat(
         self,
@@ -115,12 +134,16 @@ class BaseEngine(EngineLife, abc.ABC):
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
+        prefill: SpecPrefill | AsEngine | None = "as engine",
+        decode: AsEngine | None = "as engine",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream:
         """Answer a conversation as a stream; arguments and errors are those of ``chat``."""
         source = ChatInput(messages, tools, chat_template_kwargs)
-        return self._stream(self._request(source, params, options, priority, on_progress))
+        return self._stream(
+            self._request(source, params, options, priority, prefill, decode, on_progress)
+        )
 
     async def generate_batch(
         self,
@@ -128,6 +151,8 @@ class BaseEngine(EngineLife, abc.ABC):
         params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         *,
         priority: int = 0,
+        prefill: SpecPrefill | AsEngine | None = "as engine",
+        decode: AsEngine | None = "as engine",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[GenerationResult | MLXEngineError]:
@@ -137,6 +162,8 @@ class BaseEngine(EngineLife, abc.ABC):
             prompts: texts, or lists of token ids.
             params: sampling parameters of all, or a list with those of each.
             priority: lower goes first; 0 is all that ``SimpleEngine`` takes.
+            prefill: as in ``generate``, for all.
+            decode: as in ``generate``, for all.
             on_progress: told in this event loop how many requests are over.
             options: fields of ``SamplingParams`` for all; they go before ``params``.
 
@@ -154,11 +181,14 @@ class BaseEngine(EngineLife, abc.ABC):
             EngineNotStarted, EngineStopped, EngineDead: by the engine's state, at the call.
         """
         checked_priority(priority)
+        self.strategies.of_request(prefill, decode)
         each = [SamplingParams.of(own, **options) for own in params_for_each(prompts, params)]
         self._lifecycle.check_running()
 
         async def one(prompt: str | Sequence[int], own: SamplingParams) -> GenerationResult:
-            return await self.generate(prompt, own, priority=priority)
+            return await self.generate(
+                prompt, own, priority=priority, prefill=prefill, decode=decode
+            )
 
         calls = [functools.partial(one, *pair) for pair in zip(prompts, each, strict=True)]
         return await in_order(calls, self._width, checked_callback(on_progress))
@@ -238,11 +268,18 @@ class BaseEngine(EngineLife, abc.ABC):
         params: SamplingParams | None,
         options: SamplingOptions,
         priority: int,
+        prefill: SpecPrefill | AsEngine | None,
+        decode: AsEngine | None,
         on_progress: ProgressCallback | None,
     ) -> Request:
-        checked = SamplingParams.of(params, **options)
-        told = checked_callback(on_progress)
-        return Request(source, checked, self._lifecycle.new_id(), told, checked_priority(priority))
+        return Request(
+            source,
+            SamplingParams.of(params, **options),
+            self._lifecycle.new_id(),
+            checked_callback(on_progress),
+            checked_priority(priority),
+            self.strategies.of_request(prefill, decode),
+        )
 
 
 class _Producer:

@@ -11,7 +11,14 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from mlx_engine.config import ModelConfig, QueueConfig, path_text
+from mlx_engine.config import (
+    Decode,
+    ModelConfig,
+    QueueConfig,
+    SpecPrefill,
+    Strategies,
+    path_text,
+)
 from mlx_engine.engine.admission import Admission, RequestTicket
 from mlx_engine.engine.crossing import in_this_loop, off_loop
 from mlx_engine.engine.slot import ModelSlot, empty_abandoned
@@ -46,6 +53,8 @@ class EngineLife:
         quantized_kv_start: int = 0,
         prefill_step_size: int = 512,
         prompt_cache_bytes: int | None = None,
+        prefill: SpecPrefill | None = None,
+        decode: Decode = None,
         queue_limit: int | None = None,
         max_wait: float | None = None,
         on_progress: ProgressCallback | None = None,
@@ -69,6 +78,12 @@ class EngineLife:
             prompt_cache_bytes: bytes that earlier prompts and answers may take, so that they
                 need no second prefill; 0 switches that off, ``None`` is a quarter of the
                 device's memory that the model leaves, or 1 GiB where that is not known.
+            prefill: ``SpecPrefill(...)`` leaves parts of long prompts out; ``None`` prefills
+                all of them.
+            decode: ``DraftModel(...)`` or ``MTP()`` proposes tokens, several of which the
+                model verifies together; ``"auto"`` is ``MTP()`` where the model has a head;
+                ``None`` decodes one token after another. In ``BatchedEngine`` it is for
+                requests that are alone at the time.
             queue_limit: requests that may wait for their turn before ``EngineBusy`` is
                 raised; ``None`` is no limit.
             max_wait: seconds that a request may wait for its turn before ``EngineBusy`` is
@@ -93,6 +108,7 @@ class EngineLife:
             prefill_step_size=prefill_step_size,
             prompt_cache_bytes=prompt_cache_bytes,
         )
+        self.strategies = Strategies.of(prefill, decode)
         self._on_progress = checked_callback(on_progress)
         self._lifecycle = Lifecycle()
         self._admission = Admission(
@@ -132,6 +148,8 @@ class EngineLife:
             prompt_tokens=meter.prompt_tokens,
             cached_tokens=meter.cached_tokens,
             completion_tokens=meter.completion_tokens,
+            draft_tokens=meter.draft_tokens,
+            accepted_tokens=meter.accepted_tokens,
             prefill_seconds=meter.prefill_seconds,
             decode_seconds=meter.decode_seconds,
             batch_size=meter.batch_size,
@@ -166,12 +184,19 @@ class EngineLife:
             return
         try:
             progress = in_this_loop(self._on_progress)
-            source = await off_loop(
-                functools.partial(find_model, self.config, progress, should_stop), stop
-            )
+            sources = {}
+            for model in (self.config, *map(self.config.for_draft, self.strategies.drafts)):
+                find = functools.partial(find_model, model, progress, should_stop)
+                sources[model.model] = await off_loop(find, stop)
             if not ticket.aborted:
                 await self._run_blocking_serialized(
-                    self._slot.fill, self.config, source, progress, should_stop, on_cancel=stop.set
+                    self._slot.fill,
+                    self.config,
+                    self.strategies,
+                    sources,
+                    progress,
+                    should_stop,
+                    on_cancel=stop.set,
                 )
             if not self._lifecycle.start_succeeded():
                 raise Interrupted

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_engine.config import ModelConfig
+from mlx_engine.config import ModelConfig, Strategies
 from mlx_engine.errors import EngineDead
-from mlx_engine.generation.kv_cache import check_kv_options
-from mlx_engine.generation.workspace import Meter, Workspace, make_workspace
+from mlx_engine.generation.meter import Meter
+from mlx_engine.generation.workspace import Workspace, make_workspace
 from mlx_engine.models.loading import LoadedModel, load_model
 from mlx_engine.outputs import ProgressCallback, PromptCacheStats
 from mlx_engine.turn import drop_frames
@@ -65,15 +65,26 @@ class ModelSlot:
     def fill(
         self,
         config: ModelConfig,
-        source: Path,
+        strategies: Strategies,
+        sources: Mapping[str, Path],
         on_progress: ProgressCallback | None,
         should_stop: Callable[[], bool],
     ) -> None:
-        """Load the model. On the MLX thread; raises what ``load_model`` does."""
+        """Load the model, and those that help it. On the MLX thread.
+
+        Args:
+            sources: where each of them is, by name.
+
+        Raises:
+            what ``load_model`` and ``make_workspace`` do.
+        """
         try:
-            self._space = make_workspace(
-                load_model(config, source, on_progress, should_stop), config, self.meter
-            )
+            loaded = load_model(config, sources[config.model], on_progress, should_stop)
+            drafts = {
+                name: load_model(config.for_draft(name), sources[name], on_progress, should_stop)
+                for name in strategies.drafts
+            }
+            self._space = make_workspace(loaded, config, self.meter, drafts, strategies)
             mlx_thread.at_exit(self.empty)
             self._equip(self._space)
         except Exception as error:
@@ -82,7 +93,6 @@ class ModelSlot:
 
     def _equip(self, space: Workspace) -> None:
         """Make what else the engine needs; raises what the start then raises."""
-        check_kv_options(space.loaded.model, space.config)
 
     def get(self) -> LoadedModel:
         """The model. On the MLX thread, in a request that was admitted."""

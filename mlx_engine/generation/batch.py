@@ -19,6 +19,7 @@ from mlx_lm.generate import generation_stream
 
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.generation.budget import MemoryBudget
+from mlx_engine.generation.course import finish_drafting, keep_scored
 from mlx_engine.generation.decode_batch import DecodeBatch
 from mlx_engine.generation.kv_cache import Cache, kv_nbytes, sample_kv_cache
 from mlx_engine.generation.prefill_queue import PrefillQueue
@@ -51,7 +52,7 @@ class Batch:
     def __init__(self, space: Workspace, budget: MemoryBudget, max_pause: float | None) -> None:
         self._space = space
         self._budget = budget
-        self._decoding = DecodeBatch(space.loaded.model)
+        self._decoding = DecodeBatch(space)
         self._prefilling = PrefillQueue(space, max_pause)
         self._steps = self._failures = 0
         self.broken: BaseException | None = None
@@ -107,7 +108,7 @@ class Batch:
 
     def clear(self) -> None:
         """Drop all requests, without a word to anybody."""
-        self._decoding = DecodeBatch(self._space.loaded.model)
+        self._decoding = DecodeBatch(self._space)
         self._prefilling.rows.clear()
         self._measure()
 
@@ -116,8 +117,10 @@ class Batch:
         yield from self._leave([row for row in self._decoding.rows if row.request.should_stop])
         for row in [row for row in self._prefilling.rows if row.request.should_stop]:
             self._prefilling.rows.remove(row)
+            self._measure()
             yield _cancelled(row.request)
             if row.cache is not None:
+                keep_scored(row)
                 self._store(row, row.cache)
 
     def _decode(self) -> Iterator[Over]:
@@ -129,18 +132,20 @@ class Batch:
             yield from self._lose_all(error)
             return
         self._failures = 0
+        meter = self._space.meter
         gone: list[Row] = []
         with waking_together():
             for row, token, logprobs in steps:
+                if row in gone or row.fault is not None:
+                    continue  # it came to its end within a burst
                 try:
+                    meter.completion_tokens += 1
                     if row.request.take(token, logprobs):
                         gone.append(row)
                 except BaseException as error:  # noqa: BLE001 - the border: a tokenizer's fault
                     row.fault = error
         gone += [row for row in self._decoding.rows if row.fault is not None]
         self._steps += 1
-        meter = self._space.meter
-        meter.completion_tokens += len(steps)
         meter.decode_seconds += time.perf_counter() - began
         if self._steps % _CLEAR == 0:
             mx.clear_cache()
@@ -153,6 +158,13 @@ class Batch:
         if not rows:
             return
         caches = [self._extract(row) for row in rows]
+        for row in rows:
+            finish_drafting(row)
+            if row.drafter is not None and row.batched:
+                row.request.note(
+                    f"{row.batched} of its tokens were decoded together with other requests, "
+                    "where nothing is proposed"
+                )
         lost: Exception | None = None
         try:
             self._decoding.leave(rows)
@@ -179,7 +191,9 @@ class Batch:
         if row.fault is not None or not self._space.prompt_cache.limit:
             return None
         try:
-            return self._decoding.extract(row)
+            cache = self._decoding.extract(row)
+            # A burst whose last tokens were not used cannot be taken out of every cache.
+            return cache if row.held <= len(row.in_cache) or trimmable(cache) else None
         except Exception:  # noqa: BLE001 - nobody's answer depends on it
             self._recover()
             return None
@@ -210,7 +224,7 @@ class Batch:
     def _lose_all(self, error: Exception) -> Iterator[Over]:
         """MLX failed, and nobody knows what the joint cache holds."""
         rows = self._decoding.rows
-        self._decoding = DecodeBatch(self._space.loaded.model)
+        self._decoding = DecodeBatch(self._space)
         self._recover()
         if self._failures >= _GIVE_UP:
             self.broken = self.broken or error

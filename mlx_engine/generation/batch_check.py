@@ -19,12 +19,11 @@ from mlx_engine.config import ModelConfig
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.kv_cache import Cache, cache_parts, make_kv_cache, merge
 from mlx_engine.generation.prefill import prefill_chunk
+from mlx_engine.generation.same_logits import TOLERANCE, difference
 from mlx_engine.generation.snapshot import snapshot
 
 # Token ids that every model has: a long row, a short one, and one with nothing in its cache.
 _ROWS = (list(range(1, 18)), [2, 1], [7])
-# Of the span of the logits: half precision changes less than 1 %, afm7's positions 8 %.
-_TOLERANCE = 0.05
 
 
 def check_batchable(model: nn.Module, config: ModelConfig) -> None:
@@ -45,10 +44,10 @@ def check_batchable(model: nn.Module, config: ModelConfig) -> None:
         joined, late = merge(caches[:2]), merge(caches[2:])
         for entry, other in zip(joined, late, strict=True):
             entry.extend(other)
-        off = _difference(alone, _last_logits(model, joined, _ROWS))
+        off = difference(mx.stack(alone), _last_logits(model, joined, _ROWS))
     except Exception as error:
         raise _refused(f"in a batch it fails ({type(error).__name__}: {error})") from error
-    if not off <= _TOLERANCE:
+    if not off <= TOLERANCE:
         raise _refused(f"in a batch its logits are others than alone (by {off:.0%} of their span)")
 
 
@@ -71,17 +70,8 @@ def _prefilled(model: nn.Module, config: ModelConfig, row: list[int]) -> Cache:
 def _last_logits(model: nn.Module, cache: Cache, rows: Sequence[list[int]]) -> mx.array:
     """Of shape (rows, vocabulary)."""
     with mx.stream(generation_stream):
-        logits = model(mx.array([row[-1:] for row in rows]), cache=cache)[:, -1, :]
-        last: mx.array = logits.astype(mx.float32)
-    return last
-
-
-def _difference(alone: list[mx.array], batched: mx.array) -> float:
-    """The largest, as a part of the span of the logits."""
-    expected = mx.stack(alone)
-    span = expected.max(axis=-1) - expected.min(axis=-1)
-    off = mx.abs(expected - batched).max(axis=-1) / mx.maximum(span, 1e-6)
-    return float(off.max().item())  # type: ignore[arg-type]
+        logits: mx.array = model(mx.array([row[-1:] for row in rows]), cache=cache)[:, -1, :]
+    return logits
 
 
 def _refused(why: str) -> InvalidRequest:

@@ -12,12 +12,14 @@ from collections.abc import Iterable, Sequence
 from typing import cast
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.generate import generation_stream
 
+from mlx_engine.generation.course import speculative_decoder
 from mlx_engine.generation.kv_cache import Cache, kv_nbytes, merge
 from mlx_engine.generation.row import Row
 from mlx_engine.generation.sampling import Sampler
+from mlx_engine.generation.speculative.decoder import SpeculativeDecoder
+from mlx_engine.generation.workspace import Workspace
 
 Step = tuple[Row, int, mx.array | None]  # a row, its token and its log-probabilities
 
@@ -25,12 +27,14 @@ Step = tuple[Row, int, mx.array | None]  # a row, its token and its log-probabil
 class DecodeBatch:
     """Rows and their joint KV cache. On the MLX thread.
 
-    A single row keeps the cache that it has, which is what decoding alone uses; two and more
-    are merged into mlx_lm's batch caches.
+    A single row keeps the cache that it has, which is what decoding alone uses, and decodes
+    with its drafter if it has one; two and more are merged into mlx_lm's batch caches.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, space: Workspace) -> None:
+        self._space = space
+        self._model = space.loaded.model
+        self._alone: SpeculativeDecoder | None = None  # of the single row
         self._cache: Cache = []
         self._merged = False
         self._inputs: mx.array | None = None  # (rows,): the tokens that go in next
@@ -42,7 +46,8 @@ class DecodeBatch:
     @property
     def nbytes(self) -> int:
         """Bytes of KV cache."""
-        return kv_nbytes(self._cache)
+        drafters = sum(row.drafter.nbytes for row in self.rows if row.drafter is not None)
+        return kv_nbytes(self._cache) + drafters
 
     def join(self, rows: Sequence[Row], merged: Cache | None = None) -> None:
         """Take in rows that hold all of their prompts but the last token.
@@ -53,6 +58,7 @@ class DecodeBatch:
         Raises:
             Exception: MLX failed; nothing in the batch can be used any more.
         """
+        self._end_alone()
         lasts = mx.array([row.request.prompt[-1] for row in rows], dtype=mx.uint32)
         with mx.stream(generation_stream):
             if not self.rows:
@@ -81,11 +87,14 @@ class DecodeBatch:
     def step(self) -> list[Step]:
         """Hand the next forward to MLX, then give each row's token of the one before.
 
-        A row that has just joined has none yet, nor has one whose ``fault`` is set.
+        A row that has just joined has none yet, nor has one whose ``fault`` is set. A single
+        row with a drafter may get several.
 
         Raises:
             Exception: MLX failed; nothing in the batch can be used any more.
         """
+        if len(self.rows) == 1 and self.rows[0].drafter is not None:
+            return self._step_alone(self.rows[0])
         inputs, logprobs = self._inputs, [row.logprobs for row in self.rows]
         new = [row.new for row in self.rows]
         assert inputs is not None
@@ -93,11 +102,42 @@ class DecodeBatch:
             if not all(_is_last(row) for row in self.rows):
                 self._launch(inputs)
         tokens = cast("list[int]", inputs.tolist())
+        for row in self.rows:
+            row.batched += 1
         return [
             (row, token, values)
             for row, token, values, fresh in zip(self.rows, tokens, logprobs, new, strict=True)
             if not fresh and row.fault is None
         ]
+
+    def _step_alone(self, row: Row) -> list[Step]:
+        if self._alone is None:
+            assert self._inputs is not None
+            pending = None if row.new else (self._inputs, row.logprobs)
+            self._alone = speculative_decoder(self._space, row, self._cache, pending)
+        try:
+            burst = self._alone.step()
+        except BaseException:
+            if self._alone.fault is None:
+                raise
+            row.fault = self._alone.fault
+            return []
+        row.held = self._alone.held
+        return [(row, token, logprobs) for token, logprobs in burst]
+
+    def _end_alone(self) -> None:
+        """The single row will not be alone any more: go on from where its decoder is."""
+        decoder, self._alone = self._alone, None
+        if decoder is None:
+            return
+        row = self.rows[0]
+        pending = decoder.settle()
+        row.held, row.new = decoder.held, pending is None
+        if pending is None:
+            self._inputs = mx.array(decoder.tokens[-1:], dtype=mx.uint32)
+        else:
+            self._inputs, row.logprobs = pending
+        row.moved()
 
     def _launch(self, inputs: mx.array) -> None:
         logits = self._model(inputs[:, None], cache=self._cache)[:, -1, :]
@@ -166,7 +206,7 @@ class DecodeBatch:
             return
         self.rows = [self.rows[i] for i in keep]
         if not keep:
-            self._cache, self._merged, self._inputs = [], False, None
+            self._cache, self._merged, self._inputs, self._alone = [], False, None, None
             return
         assert self._inputs is not None
         with mx.stream(generation_stream):

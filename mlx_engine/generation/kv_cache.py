@@ -148,6 +148,10 @@ class KVFootprint:
             size * (held if most is None else min(held, most)) for size, most in self.layers
         )
 
+    def __add__(self, other: KVFootprint) -> KVFootprint:
+        """Of both together."""
+        return KVFootprint(self.fixed + other.fixed, self.layers + other.layers)
+
     def tokens(self, nbytes: int) -> int | None:
         """The most tokens that fit into so many bytes; ``None`` if any number does."""
         if self.nbytes(2**40) <= nbytes:
@@ -161,7 +165,11 @@ class KVFootprint:
 
 def measure_kv(model: nn.Module, config: ModelConfig) -> KVFootprint:
     """Find out by putting one token into a cache."""
-    cache = sample_kv_cache(model, config)
+    return footprint_of(sample_kv_cache(model, config))
+
+
+def footprint_of(cache: Cache) -> KVFootprint:
+    """Of the cache of a request, by one that has a token in it."""
     fixed = 0
     layers: list[tuple[int, int | None]] = []
     for part in cache_parts(cache):

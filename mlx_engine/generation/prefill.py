@@ -1,8 +1,8 @@
-"""Prefill: the prompt goes into the KV cache, chunk by chunk."""
+"""Prefill: tokens of a prompt go into the KV cache."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,24 +12,22 @@ from mlx_engine.config import ModelConfig
 from mlx_engine.generation.kv_cache import Cache, quantize
 
 
-def chunk_end(start: int, length: int, step: int, checkpoint: int | None = None) -> int:
-    """Where the chunk that begins at token ``start`` ends.
-
-    Chunks end at multiples of ``step``, wherever the first one began, at ``checkpoint``, and
-    before the last of ``length`` tokens, with which decoding starts.
-    """
-    end = min((start // step + 1) * step, length - 1)
-    if checkpoint is not None and start < checkpoint < end:
-        return checkpoint
-    return end
-
-
 def prefill_chunk(
-    model: nn.Module, cache: Cache, tokens: list[int], start: int, end: int, config: ModelConfig
+    run: Callable[..., object],
+    cache: Cache,
+    tokens: Sequence[int],
+    start: int,
+    end: int,
+    config: ModelConfig,
 ) -> None:
-    """Put ``tokens[start:end]`` into ``cache``, which holds those before."""
+    """Put ``tokens[start:end]`` into ``cache``, which holds those before.
+
+    Args:
+        run: a model, or what runs it; called as ``run(tokens, cache=cache)`` with tokens of
+            shape (1, n).
+    """
     with mx.stream(generation_stream):
-        model(mx.array(tokens[start:end])[None], cache=cache)
+        run(mx.array([tokens[start:end]]), cache=cache)
         quantize(cache, config)
         # Without it the work would pile up unevaluated, and a cancel check mean nothing.
         mx.eval([entry.state for entry in cache])

@@ -6,10 +6,12 @@ import contextlib
 import time
 
 from mlx_engine.generation.batch_check import may_pad
+from mlx_engine.generation.course import advance, take_up
 from mlx_engine.generation.kv_cache import Cache, merge
-from mlx_engine.generation.prefill import padded_prefill, prefill_chunk
+from mlx_engine.generation.prefill import padded_prefill
 from mlx_engine.generation.prompt_cache import common_prefix
 from mlx_engine.generation.row import Row
+from mlx_engine.generation.sparse.sparse_cache import sparse
 from mlx_engine.generation.workspace import Workspace
 
 _CAUTIOUS = 64  # tokens of the first slice beside running rows, before any was measured
@@ -81,7 +83,7 @@ class PrefillQueue:
         if len(group) > 1:
             merged = self._together(group)
         else:
-            self._alone(row, size)
+            advance(self._space, row, size)
         tokens = sum(each.held for each in group) - before
         self._measured(time.perf_counter() - began, tokens)
         return [each for each in group if not each.left], merged
@@ -104,12 +106,13 @@ class PrefillQueue:
         self._token_seconds = max(latest, known + _SMOOTHING * (latest - known))
 
     def _begin(self, row: Row) -> None:
-        """Look its prompt up, and give it a cache."""
         if row.cache is not None:
             return
-        row.cache, hit = self._space.look_up(row.request)
-        row.held = row.cached = hit.cached
-        row.checkpoint = hit.checkpoint
+        take_up(self._space, row)
+        if (
+            row.cache is not None and self._space.equipment.sparse is not None
+        ):  # caches of one kind can be merged
+            row.cache = sparse(row.cache)
 
     def _group(self, row: Row, size: int) -> list[Row]:
         """The row, and others that can be prefilled with it in one slice."""
@@ -129,20 +132,6 @@ class PrefillQueue:
                 group.append(other)
                 longest = max(longest, other.left)
         return group
-
-    def _alone(self, row: Row, size: int) -> None:
-        """One slice of a row, in its own cache."""
-        prompt, cache = row.request.prompt, row.cache
-        assert cache is not None
-        end = min(row.held + size, len(prompt) - 1)
-        if row.checkpoint is not None and row.held < row.checkpoint < end:
-            end = row.checkpoint
-        if end > row.held:
-            prefill_chunk(
-                self._space.loaded.model, cache, prompt, row.held, end, self._space.config
-            )
-            row.held = end
-            row.request.progress(end)
 
     def _together(self, group: list[Row]) -> Cache | None:
         """All that is left of some rows, padded on the right to the same length.

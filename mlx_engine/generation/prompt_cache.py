@@ -112,6 +112,11 @@ class PromptCache:
         """Bytes that they may hold."""
         return self._limit
 
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        self._limit = limit
+        self.shrink(limit)
+
     def __len__(self) -> int:
         return len(self._entries)
 

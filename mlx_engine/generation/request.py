@@ -6,10 +6,13 @@ import asyncio
 import contextvars
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal
 
 import mlx.core as mx
 
+from mlx_engine.config import Strategies
 from mlx_engine.errors import ContextLengthExceeded, GenerationError, MLXEngineError
 from mlx_engine.generation.prompt import Input
 from mlx_engine.generation.sampling import Sampling, make_sampling, token_logprob
@@ -27,7 +30,7 @@ from mlx_engine.outputs import (
 )
 from mlx_engine.params import SamplingParams
 from mlx_engine.stream import Emit
-from mlx_engine.turn import drop_frames, what_it_says
+from mlx_engine.turn import call_in, drop_frames, what_it_says
 
 
 class Request:
@@ -39,6 +42,7 @@ class Request:
         request_id: the engine's name for it.
         on_progress: told of the prefill, in the event loop of the caller.
         priority: of the caller's choice; lower goes first.
+        strategies: how to prefill and to decode it.
 
     Attributes:
         prompt: token ids, once prepared.
@@ -54,9 +58,11 @@ class Request:
         request_id: str,
         on_progress: ProgressCallback | None = None,
         priority: int = 0,
+        strategies: Strategies | None = None,
     ) -> None:
         self.request_id = request_id
         self.priority = priority
+        self.strategies = strategies or Strategies()
         self.prompt: list[int] = []
         self.limit: int | None = None
         self.sampling: Sampling | None = None
@@ -75,6 +81,8 @@ class Request:
         self._logprobs: list[TokenLogprob] = []
         self._notes: tuple[str, ...] = ()
         self._cached_tokens = 0
+        self._draft_tokens = self._accepted_tokens = 0
+        self._kept: tuple[tuple[int, int], ...] | None = None
         self._finish_reason: FinishReason = "cancelled"
 
     @property
@@ -132,7 +140,7 @@ class Request:
         """
         encoded = self._source.encode(loaded)
         self.prompt = encoded.tokens
-        self._notes = encoded.notes
+        self._notes += encoded.notes
         self.limit = self._fit(loaded)
         self.sampling = make_sampling(
             self._params,
@@ -158,10 +166,19 @@ class Request:
         self._cached_tokens = cached
         self.progress(cached)
 
-    def progress(self, done: int) -> None:
-        """So many tokens of the prompt are in the KV cache."""
+    def progress(self, done: int, phase: Literal["score", "prefill"] = "prefill") -> None:
+        """So many tokens of the prompt are in the KV cache, or in the one that scores them."""
         if self._on_progress is not None:
-            self._on_progress(Progress("prefill", done, len(self.prompt)))
+            self._on_progress(Progress(phase, done, len(self.prompt)))
+
+    def note(self, text: str) -> None:
+        """Something is done in another way than asked; told in the result, once."""
+        if text not in self._notes:
+            self._notes += (text,)
+
+    def kept(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """The model sees these parts of the prompt only."""
+        self._kept = tuple(ranges)
 
     def prefilled(self) -> None:
         """The prompt is in the KV cache, but for its last token."""
@@ -201,6 +218,37 @@ class Request:
             emit_pieces(self._emit, pieces, (token,), tuple(self._logprobs[-1:]))
         return False
 
+    def process(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        """Logits of shape (1, vocabulary) after its processors, which see the caller's context.
+
+        Args:
+            tokens: of shape (n,), uint32: all that the logits follow.
+
+        Raises:
+            Exception: whatever a processor raises.
+        """
+        assert self.sampling is not None
+        processed = logits
+        for processor in self.sampling.processors:
+            if self.context is None:
+                processed = processor(tokens, processed)
+            else:
+                processed = call_in(self.context, processor, tokens, processed)
+        if not isinstance(processed, mx.array) or processed.shape != logits.shape:
+            got = getattr(processed, "shape", type(processed).__name__)
+            raise ValueError(
+                f"a logits processor must return an mx.array of shape {logits.shape}, not {got}"
+            )
+        processed = processed.astype(logits.dtype)
+        if self.context is not None:
+            mx.eval(processed)  # what fails only now is its own fault too
+        return processed
+
+    def drafted(self, proposed: int, accepted: int) -> None:
+        """So many tokens were proposed for it, and so many of them were right."""
+        self._draft_tokens += proposed
+        self._accepted_tokens += accepted
+
     def cancelled(self) -> None:
         """It ends here, cancelled."""
         self._finish("cancelled", (), [])
@@ -225,13 +273,28 @@ class Request:
             text=text.content if text else "",
             tokens=tuple(self._tokens),
             finish_reason=self._finish_reason,
-            usage=Usage(len(self.prompt), len(self._tokens), self._cached_tokens),
-            timings=self._clock.timings(len(self.prompt) - self._cached_tokens, len(self._tokens)),
+            usage=self._usage(),
+            timings=replace(
+                self._clock.timings(len(self.prompt) - self._cached_tokens, len(self._tokens)),
+                draft_tokens=self._draft_tokens,
+                accepted_tokens=self._accepted_tokens,
+            ),
             reasoning=text.reasoning if text else "",
             tool_calls=text.tool_calls if text else (),
             logprobs=tuple(self._logprobs),
             notes=self._notes,
             request_id=self.request_id,
+        )
+
+    def _usage(self) -> Usage:
+        usage = Usage(len(self.prompt), len(self._tokens), self._cached_tokens)
+        if self._kept is None:
+            return usage
+        asked = self.strategies.prefill
+        return replace(
+            usage,
+            kept_tokens=sum(end - start for start, end in self._kept),
+            kept_ranges=self._kept if asked is not None and asked.report_ranges else None,
         )
 
     def _finish(self, reason: FinishReason, tokens: tuple[int, ...], pieces: list[Piece]) -> None:

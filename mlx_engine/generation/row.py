@@ -7,7 +7,8 @@ from mlx_lm.models.cache import TokenBuffer
 
 from mlx_engine.generation.kv_cache import Cache
 from mlx_engine.generation.request import Request
-from mlx_engine.turn import call_in
+from mlx_engine.generation.sparse.scored_prefill import ScoredPrefill
+from mlx_engine.generation.speculative.drafter import Drafter
 
 
 class Row:
@@ -21,6 +22,8 @@ class Row:
         checkpoint: tokens after which its cache is to be stored, on the way.
         alone: whether its prefill must not be shared with other rows.
         fault: what its logits processor or sampler raised.
+        sparse: what leaves out parts of its prompt, if anything does.
+        drafter: what proposes tokens for it, if anything does.
     """
 
     def __init__(self, request: Request) -> None:
@@ -31,15 +34,20 @@ class Row:
         self.checkpoint: int | None = None
         self.alone = False
         self.fault: BaseException | None = None
+        self.sparse: ScoredPrefill | None = None
+        self.drafter: Drafter | None = None
         self.sampler = request.sampling.sampler
         self.processors = request.sampling.processors
         self.logprobs: mx.array | None = None  # of its next token
-        self.new = True  # the token that goes in next is the prompt's last
+        self.new = True  # the token that goes in next is the prompt's last, or was told before
+        self.batched = 0  # tokens that it got in steps with others
         self._seen: TokenBuffer | None = None
 
     @property
     def left(self) -> int:
         """Tokens of its prompt that are not in the cache, the last one not counted."""
+        if self.sparse is not None:
+            return self.sparse.left
         return len(self.request.prompt) - 1 - self.held
 
     @property
@@ -52,6 +60,10 @@ class Row:
         """The tokens that its KV cache holds."""
         return [*self.request.prompt, *self.request.tokens][: self.held]
 
+    def moved(self) -> None:
+        """It has got tokens in another way than by the steps that ``process`` has seen."""
+        self._seen = None
+
     def process(self, token: mx.array, logits: mx.array) -> mx.array:
         """Logits of shape (1, vocabulary) after its processors; a fault leaves them as they are.
 
@@ -59,25 +71,10 @@ class Row:
             token: of shape (1,), the one that goes into the model with this step.
         """
         if self._seen is None:
-            self._seen = TokenBuffer(self.request.prompt[:-1])
+            self._seen = TokenBuffer(self.in_cache)
         tokens = self._seen.update_and_fetch(token).astype(mx.uint32)
-        processed = logits
         try:
-            for processor in self.processors:
-                context = self.request.context
-                if context is None:
-                    processed = processor(tokens, processed)
-                else:  # one of the caller's: it sees the caller's context variables
-                    processed = call_in(context, processor, tokens, processed)
-            if not isinstance(processed, mx.array) or processed.shape != logits.shape:
-                got = getattr(processed, "shape", type(processed).__name__)
-                raise ValueError(
-                    f"a logits processor must return an mx.array of shape {logits.shape}, not {got}"
-                )
-            processed = processed.astype(logits.dtype)
-            if self.has_own:
-                mx.eval(processed)  # what fails only now is its own fault too
-            return processed
+            return self.request.process(tokens, logits)
         except BaseException as error:  # noqa: BLE001 - the border to the caller's code
             self.fault = error
             return logits

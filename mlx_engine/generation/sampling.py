@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 from mlx_lm.sample_utils import (
@@ -25,12 +26,33 @@ from mlx_engine.params import LogitsProcessor, SamplingParams
 Sampler = Callable[[mx.array], mx.array]
 
 
+class SamplerAt(Protocol):
+    """Token ids of shape (n,) from log-probabilities of shape (n, vocabulary), for an answer's
+    tokens from number ``position`` on.
+    """
+
+    def __call__(self, logprobs: mx.array, position: int, /) -> mx.array: ...  # noqa: D102
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What turns logits into the next token: processors first, then the sampler."""
+    """What turns logits into the next token: processors first, then the sampler.
+
+    Attributes:
+        sampler: token ids of shape (n,) from log-probabilities of shape (n, vocabulary).
+        processors: functions of the tokens so far and logits of shape (1, vocabulary).
+        sample_at: the same choice whenever it is asked for the same position, so that what a
+            draft proposes can be what the model would choose.
+    """
 
     sampler: Sampler
     processors: tuple[LogitsProcessor, ...]
+    sample_at: SamplerAt
+
+    def seek(self, position: int) -> None:
+        """The next token that ``sampler`` is asked for is number ``position`` of the answer."""
+        if isinstance(self.sampler, _SeededSampler):
+            self.sampler.position = position
 
 
 def make_sampling(
@@ -72,11 +94,25 @@ def make_sampling(
         "top_k": params.top_k if params.top_k < vocab_size else 0,
         "xtc_special_tokens": tuple(xtc_special_tokens),
     }
-    if params.seed is None or params.temperature == 0:
-        sampler = _shared_sampler(**options)
+    sampler = _shared_sampler(**options)
+    sample_at: SamplerAt
+    if params.temperature == 0:
+        sample_at = _Anywhere(sampler)
+    elif params.seed is None:
+        sample_at = _SeededSampler(secrets.randbits(64), **options)
     else:
-        sampler = _SeededSampler(params.seed, **options)
-    return Sampling(sampler, (*processors, *params.logits_processors))
+        sampler = sample_at = _SeededSampler(params.seed, **options)
+    return Sampling(sampler, (*processors, *params.logits_processors), sample_at)
+
+
+@dataclass(frozen=True, slots=True)
+class _Anywhere:
+    """A sampler without chance."""
+
+    sampler: Sampler
+
+    def __call__(self, logprobs: mx.array, _: int, /) -> mx.array:
+        return self.sampler(logprobs)
 
 
 @functools.lru_cache(maxsize=64)
@@ -91,6 +127,9 @@ class _SeededSampler:
 
     mlx_lm draws from one global state, so that what else runs decides what a request gets.
     Here position n of a request always gets the same noise, whoever shares the process.
+
+    Attributes:
+        position: of the next token.
     """
 
     def __init__(
@@ -106,17 +145,28 @@ class _SeededSampler:
         xtc_special_tokens: tuple[int, ...],
     ) -> None:
         self._seed = seed
-        self._position = 0
+        self.position = 0
         self._scale = 1.0 / temp
         self._top_p = top_p
         self._min_p = min_p
         self._xtc = (xtc_probability, xtc_threshold, list(xtc_special_tokens))
         self._top_k = top_k
 
-    def __call__(self, logprobs: mx.array) -> mx.array:
-        """Token ids of shape (1,) from log-probabilities of shape (1, vocabulary)."""
-        key = _key(self._seed, self._position)
-        self._position += 1
+    def __call__(self, logprobs: mx.array, position: int | None = None, /) -> mx.array:
+        """Token ids of shape (n,) from log-probabilities of shape (n, vocabulary).
+
+        Args:
+            position: of the first one; ``None`` is the one after the latest.
+        """
+        if position is not None:
+            self.position = position
+        rows = range(logprobs.shape[0])
+        tokens = [self._sample(logprobs[i : i + 1], self.position + i) for i in rows]
+        self.position += len(tokens)
+        return tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)
+
+    def _sample(self, logprobs: mx.array, position: int) -> mx.array:
+        key = _key(self._seed, position)
         # The order of the filters is mlx_lm's.
         if self._top_p < 1:
             logprobs = apply_top_p(logprobs, self._top_p)

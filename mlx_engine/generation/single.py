@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Generator
 from contextlib import closing
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
 from mlx_engine.errors import MLXEngineError
+from mlx_engine.generation.course import (
+    advance,
+    finish_drafting,
+    keep_scored,
+    speculative_decoder,
+    take_up,
+)
 from mlx_engine.generation.decode import decode
-from mlx_engine.generation.kv_cache import Cache, kv_nbytes
-from mlx_engine.generation.prefill import chunk_end, prefill_chunk
+from mlx_engine.generation.kv_cache import kv_nbytes
 from mlx_engine.generation.request import Request
+from mlx_engine.generation.row import Row
 from mlx_engine.generation.snapshot import trimmable
+from mlx_engine.generation.speculative.decoder import Emitted
 from mlx_engine.generation.workspace import Workspace
 from mlx_engine.outputs import GenerationResult
 from mlx_engine.turn import Interrupted
@@ -54,59 +63,86 @@ def _attempt(request: Request, space: Workspace) -> MLXEngineError | None:
 
 
 def _run(request: Request, space: Workspace) -> None:
-    prompt = request.prompt
-    cache, hit = space.look_up(request)
-    held = _prefill(request, space, cache, hit.cached, hit.checkpoint)
+    row = Row(request)
+    take_up(space, row)
+    _prefill(space, row)
+    cache = row.cache
+    assert cache is not None
     if request.should_stop:
         request.cancelled()
-        space.store(prompt[:held], cache, held)  # a retry goes on from there
+        space.store(row.in_cache, cache, row.held)  # a retry goes on from there
         return
-    can_trim = trimmable(cache)
+    prefilled, can_trim = row.held, trimmable(cache)
     if not can_trim:  # what is decoded cannot be taken back out of such a cache
-        space.store(prompt[:held], cache, held)
+        space.store(row.in_cache, cache, prefilled)
     try:
-        _decode(request, space, cache)
+        _decode(space, row)
     except Interrupted:
         request.cancelled()
-        if not can_trim:
-            return  # the step that was left undone has put its token into the cache
+    finish_drafting(row)
     # What is decoded was not computed in prefill chunks; that matters to some caches.
-    space.store([*prompt, *request.tokens], cache, held)
+    if can_trim or row.held <= len(row.in_cache):
+        space.store(row.in_cache, cache, prefilled)
 
 
-def _prefill(
-    request: Request, space: Workspace, cache: Cache, start: int, checkpoint: int | None
-) -> int:
-    """Prefill from token ``start`` on; how many tokens are in the cache then."""
-    prompt, config, meter = request.prompt, space.config, space.meter
-    while start < len(prompt) - 1:
+def _prefill(space: Workspace, row: Row) -> None:
+    request, meter, step = row.request, space.meter, space.config.prefill_step_size
+    assert row.cache is not None
+    while row.left:
         if request.should_stop:
-            return start
-        end = chunk_end(start, len(prompt), config.prefill_step_size, checkpoint)
+            break
         began = time.perf_counter()
-        prefill_chunk(space.loaded.model, cache, prompt, start, end, config)
+        # Chunks end at multiples of the step, wherever the first one began.
+        advance(space, row, step - row.held % step)
         meter.prefill_seconds += time.perf_counter() - began
-        meter.kv_bytes = kv_nbytes(cache)
-        start = end
-        request.progress(start)
-        if start == checkpoint:
-            space.store(prompt[:start], cache, start)
-    request.prefilled()
-    return start
+        meter.kv_bytes = kv_nbytes(row.cache)
+        if row.held == row.checkpoint:
+            space.store(row.in_cache, row.cache, row.held)
+    else:
+        request.prefilled()
+    keep_scored(row)
 
 
-def _decode(request: Request, space: Workspace, cache: Cache) -> None:
+def _decode(space: Workspace, row: Row) -> None:
     """Take tokens until one of them, or the text they make, is the last."""
-    meter = space.meter
+    request, meter = row.request, space.meter
+    assert row.cache is not None
     meter.batch_size = 1
     before = time.perf_counter()
-    with closing(decode(space.loaded.model, cache, request, space.config)) as steps:
-        for count, (token, logprobs) in enumerate(steps):
+    with closing(_steps(space, row)) as steps:
+        for count, burst in enumerate(steps):
             now = time.perf_counter()
             meter.decode_seconds += now - before
             before = now
-            meter.completion_tokens += 1
             if count % _MEASURE == 0:
-                meter.kv_bytes = kv_nbytes(cache)
-            if request.take(token, logprobs):
-                return
+                meter.kv_bytes = kv_nbytes(row.cache)
+            for token, logprobs in burst:
+                meter.completion_tokens += 1
+                if request.take(token, logprobs):
+                    return
+
+
+def _steps(space: Workspace, row: Row) -> Generator[list[Emitted], None, None]:
+    """Yield the tokens of each step; ``row.held`` is kept right.
+
+    Raises:
+        Interrupted: the request was cancelled.
+    """
+    request = row.request
+    assert row.cache is not None
+    if row.drafter is None:
+        row.held = len(request.prompt)
+        try:
+            for step in decode(space.loaded.model, row.cache, request, space.config):
+                row.held += 1  # the forward for the next token is under way
+                yield [step]
+        except Interrupted:
+            row.held += 1  # and so is the one that was left undone
+            raise
+        return
+    decoder = speculative_decoder(space, row, row.cache)
+    while not request.should_stop:
+        burst = decoder.step()
+        row.held = decoder.held
+        yield burst
+    raise Interrupted

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_engine.config import ModelConfig
-from mlx_engine.generation.kv_cache import Cache, is_bounded_or_quantized, make_kv_cache
+from mlx_engine.config import ModelConfig, Strategies
+from mlx_engine.generation.equipment import Equipment, make_equipment, share_out
+from mlx_engine.generation.kv_cache import (
+    Cache,
+    check_kv_options,
+    is_bounded_or_quantized,
+    make_kv_cache,
+    measure_kv,
+)
+from mlx_engine.generation.meter import Meter
 from mlx_engine.generation.prompt_cache import Hit, PromptCache
 from mlx_engine.generation.request import Request
+from mlx_engine.generation.sparse.sparse_cache import SparseKVCache
 from mlx_engine.models.loading import LoadedModel
 
 _GUESS = 2**30  # bytes of prompt cache where nothing is known of the device's memory
 _SHARE = 0.9  # of what the model leaves; the rest is for activations and copies
-
-
-@dataclass(slots=True)
-class Meter:
-    """Counters of the work done. Written on the MLX thread, read from any; see EngineStats."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    batch_size: int = 0
-    kv_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +33,7 @@ class Workspace:
     loaded: LoadedModel
     config: ModelConfig
     prompt_cache: PromptCache
+    equipment: Equipment = field(default_factory=Equipment)
     meter: Meter = field(default_factory=Meter)
 
     def look_up(self, request: Request) -> tuple[Cache, Hit]:
@@ -50,27 +48,48 @@ class Workspace:
     def store(self, tokens: list[int], cache: Cache, prefilled: int) -> bool:
         """Keep what a request has computed; whether MLX did not fail at that.
 
-        Nobody's answer depends on it: if it fails, the prompt cache is emptied.
+        Nobody's answer depends on it: if it fails, the prompt cache is emptied. A cache that
+        lacks tokens of its prompt is not kept.
         """
+        if any(isinstance(entry, SparseKVCache) and entry.stored < entry.offset for entry in cache):
+            return True
+        whole = [e.dense() if isinstance(e, SparseKVCache) else e for e in cache]
         try:
-            self.prompt_cache.store(tokens, cache, prefilled=prefilled)
+            self.prompt_cache.store(tokens, whole, prefilled=prefilled)
         except Exception:  # noqa: BLE001 - the border: MLX raises anything
             self.prompt_cache.clear()
             return False
         return True
 
 
-def make_workspace(loaded: LoadedModel, config: ModelConfig, meter: Meter) -> Workspace:
-    """Of a model that has just been loaded."""
+def make_workspace(
+    loaded: LoadedModel,
+    config: ModelConfig,
+    meter: Meter,
+    drafts: Mapping[str, LoadedModel] | None = None,
+    strategies: Strategies | None = None,
+) -> Workspace:
+    """Of models that have just been loaded.
+
+    Args:
+        drafts: other models that the strategies need, by name.
+
+    Raises:
+        InvalidRequest: a strategy, or an option of the KV cache, does not suit the model.
+        ModelLoadError: an MTP head cannot be loaded.
+    """
+    check_kv_options(loaded.model, config)
+    # With a cache that is bounded or quantised while a prompt goes in, what comes out depends
+    # on where the chunks begin, so that a prefix may be used up to such a place only.
+    grid = config.prefill_step_size if is_bounded_or_quantized(config) else None
+    cache = PromptCache(0, grid=grid, quantized_from=config.quantized_kv_start)
+    equipment = make_equipment(loaded, drafts or {}, strategies or Strategies(), config, cache)
     limit = config.prompt_cache_bytes
     if limit is None:
         free = memory_for_caches()
         limit = _GUESS if free is None else free // 4
-    # With a cache that is bounded or quantised while a prompt goes in, what comes out depends
-    # on where the chunks begin, so that a prefix may be used up to such a place only.
-    grid = config.prefill_step_size if is_bounded_or_quantized(config) else None
-    cache = PromptCache(limit, grid=grid, quantized_from=config.quantized_kv_start)
-    return Workspace(loaded, config, cache, meter)
+    share_out(limit, [(cache, measure_kv(loaded.model, config)), *equipment.side_caches])
+    return Workspace(loaded, config, cache, equipment, meter)
 
 
 def memory_for_caches() -> int | None:

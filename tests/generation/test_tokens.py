@@ -236,18 +236,17 @@ async def test_quantised_kv_cache_gives_what_mlx_lm_gives(tiny_path: Path, bits:
 
 async def test_bounded_kv_cache_holds_the_bound(tiny_path: Path) -> None:
     from mlx_engine.generation.kv_cache import make_kv_cache
-    from mlx_engine.generation.prefill import chunk_end, prefill_chunk
+    from mlx_engine.generation.prefill import prefill_chunk
 
     async with SimpleEngine(tiny_path, max_kv_size=32, prefill_step_size=16) as engine:
         loaded = engine._slot.get()
 
         def lengths() -> list[int]:
             cache = make_kv_cache(loaded.model, engine.config)
-            prompt, start = list(range(200)), 0
-            while start < len(prompt) - 1:
-                end = chunk_end(start, len(prompt), engine.config.prefill_step_size)
+            prompt = list(range(200))
+            for start in range(0, 199, 16):
+                end = min(start + 16, 199)
                 prefill_chunk(loaded.model, cache, prompt, start, end, engine.config)
-                start = end
             loaded.model(mx.array([[1]]), cache=cache)
             return [entry.keys.shape[2] for entry in cache]
 

@@ -1,0 +1,220 @@
+"""What the strategies of an engine need beside its model: made and checked when it loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_engine.config import MTP, DraftModel, ModelConfig, Strategies, path_text
+from mlx_engine.errors import InvalidRequest
+from mlx_engine.generation.kv_cache import (
+    KVFootprint,
+    footprint_of,
+    make_kv_cache,
+    measure_kv,
+)
+from mlx_engine.generation.prompt_cache import PromptCache
+from mlx_engine.generation.sparse.importance import cannot_score
+from mlx_engine.generation.sparse.sparse_check import check_sparse
+from mlx_engine.generation.speculative.depth import DepthChooser
+from mlx_engine.generation.speculative.drafter import Drafter, ModelDrafter
+from mlx_engine.generation.speculative.forward import Forward
+from mlx_engine.generation.speculative.mtp import MTPDrafter
+from mlx_engine.generation.speculative.rollback import cannot_roll_back
+from mlx_engine.generation.speculative.rollback_check import check_rollback
+from mlx_engine.models.loading import LoadedModel, other_tokenizer
+from mlx_engine.models.mtp_check import check_head
+from mlx_engine.models.mtp_heads import load_head
+
+_DOUBTFUL = 0.05  # agreement of an MTP head with its model, below which something is wrong
+_TYPICAL = 8192  # tokens of a request, for dividing memory
+
+
+@dataclass(slots=True)
+class Draft:
+    """A small model beside the large one, with the prompts that it has seen.
+
+    Attributes:
+        loaded: the small model.
+        config: how to prefill it.
+        prompt_cache: of its own.
+    """
+
+    loaded: LoadedModel
+    config: ModelConfig
+    prompt_cache: PromptCache
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """How an engine proposes tokens.
+
+    Attributes:
+        make_drafter: one for each request.
+        chooser: how many to propose; it learns as long as the engine runs.
+        forward: of the model, with hidden states where the drafter wants them.
+        footprint: what a request's drafter keeps.
+    """
+
+    make_drafter: Callable[[], Drafter]
+    chooser: DepthChooser
+    forward: Forward
+    footprint: KVFootprint
+
+
+@dataclass(frozen=True, slots=True)
+class SparsePrefilling:
+    """How an engine leaves out parts of prompts.
+
+    Attributes:
+        draft: scores them.
+        rows: whether chunks may go in as rows of a batch.
+    """
+
+    draft: Draft
+    rows: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Equipment:
+    """All of it.
+
+    Attributes:
+        speculation: ``None`` decodes one token after another.
+        sparse: ``None`` prefills in full.
+        notes: what was asked for and cannot be done, by option, for each result.
+        side_caches: the prompt caches beside the engine's own, and what a token takes there.
+    """
+
+    speculation: Speculation | None = None
+    sparse: SparsePrefilling | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+    side_caches: tuple[tuple[PromptCache, KVFootprint], ...] = ()
+
+    @property
+    def footprint(self) -> KVFootprint:
+        """What a request may take beside its own KV cache."""
+        return sum((footprint for _, footprint in self.side_caches), KVFootprint(0, ()))
+
+
+def make_equipment(
+    loaded: LoadedModel,
+    drafts: Mapping[str, LoadedModel],
+    strategies: Strategies,
+    config: ModelConfig,
+    prompt_cache: PromptCache,
+) -> Equipment:
+    """What these strategies need. On the MLX thread.
+
+    Args:
+        drafts: the other models, by name.
+        prompt_cache: the engine's own.
+
+    Raises:
+        InvalidRequest: a strategy cannot be had with this model, and does not allow for that.
+        ModelLoadError: the MTP head cannot be loaded.
+    """
+    notes: dict[str, str] = {}
+    side = {name: _as_draft(draft, config) for name, draft in drafts.items()}
+    side_caches = [(d.prompt_cache, measure_kv(d.loaded.model, d.config)) for d in side.values()]
+    sparse: SparsePrefilling | None = None
+    speculation: Speculation | None = None
+    prefill, decode = strategies.prefill, strategies.decode
+    if prefill is not None:
+        itself = Draft(loaded, config, prompt_cache)
+        draft = itself if prefill.draft is None else side[path_text(prefill.draft)]
+        try:
+            sparse = _sparse_prefilling(loaded, draft, config)
+        except InvalidRequest as error:
+            notes["prefill"] = _fallback(error, prefill.fallback, "prompts are prefilled in full")
+    if decode is not None:
+        try:
+            check_rollback(loaded.model, config)
+            if isinstance(decode, DraftModel):
+                speculation = _with_draft(loaded, side[path_text(decode.model)], decode)
+            else:
+                speculation, histories, doubt = _with_head(loaded, decode)
+                side_caches.append((histories, speculation.footprint))
+                if doubt:
+                    notes["decode"] = doubt
+        except InvalidRequest as error:
+            notes["decode"] = _fallback(error, decode.fallback, "decoded one token at a time")
+    return Equipment(speculation, sparse, notes, tuple(side_caches))
+
+
+def share_out(limit: int, caches: Sequence[tuple[PromptCache, KVFootprint]]) -> None:
+    """Divide bytes among prompt caches so that all hold about as many tokens."""
+    sizes = [footprint.nbytes(_TYPICAL) for _, footprint in caches]
+    for (cache, _), size in zip(caches, sizes, strict=True):
+        cache.limit = limit * size // max(sum(sizes), 1)
+
+
+def _fallback(error: InvalidRequest, allowed: bool, instead: str) -> str:
+    if not allowed:
+        raise error
+    return f"{error}; {instead}"
+
+
+def _as_draft(loaded: LoadedModel, config: ModelConfig) -> Draft:
+    return Draft(loaded, config.for_draft(config.model), PromptCache(0))
+
+
+def _sparse_prefilling(loaded: LoadedModel, draft: Draft, config: ModelConfig) -> SparsePrefilling:
+    for option in ("kv_bits", "max_kv_size"):
+        if getattr(config, option) is not None:
+            raise InvalidRequest("prefill", f"cannot be combined with {option}; leave one out")
+    support = check_sparse(loaded.model)
+    if support.reason is not None:
+        raise InvalidRequest("prefill", f"SpecPrefill does not suit this model: {support.reason}")
+    _check_tokenizer("prefill", loaded, draft.loaded)
+    if (reason := cannot_score(draft.loaded.model)) is not None:
+        raise InvalidRequest("prefill", f"the draft cannot score prompts: {reason}")
+    return SparsePrefilling(draft, support.rows)
+
+
+def _with_draft(loaded: LoadedModel, draft: Draft, decode: DraftModel) -> Speculation:
+    _check_tokenizer("decode", loaded, draft.loaded)
+    if (reason := cannot_roll_back(make_kv_cache(draft.loaded.model, draft.config))) is not None:
+        raise InvalidRequest("decode", f"the draft model cannot take proposals back: {reason}")
+
+    def make() -> Drafter:
+        return ModelDrafter(draft.loaded, draft.config, draft.prompt_cache, loaded.vocab_size)
+
+    return Speculation(
+        make,
+        DepthChooser(decode.num_draft_tokens),
+        Forward(loaded.model),
+        measure_kv(draft.loaded.model, draft.config),
+    )
+
+
+def _with_head(loaded: LoadedModel, decode: MTP) -> tuple[Speculation, PromptCache, str | None]:
+    head = load_head(loaded, None if decode.head is None else Path(decode.head).expanduser())
+    share = check_head(loaded, head.trunk, head)
+    doubt = None
+    if share < _DOUBTFUL:
+        doubt = (
+            f"the MTP head agrees with the model on {share:.0%} of the model's own text, so it "
+            "does not speed decoding up; is it this model's?"
+        )
+    chooser, histories = DepthChooser(decode.depth), PromptCache(0)
+    trial = head.make_cache()
+    hidden = head.trunk.hidden(mx.array([[0]]), make_prompt_cache(loaded.model))
+    mx.eval(head(mx.array([[0]]), hidden, trial))
+
+    def make() -> Drafter:
+        return MTPDrafter(head, chooser, histories)
+
+    forward = Forward(loaded.model, head.trunk)
+    return Speculation(make, chooser, forward, footprint_of(trial)), histories, doubt
+
+
+def _check_tokenizer(option: str, loaded: LoadedModel, draft: LoadedModel) -> None:
+    if (difference := other_tokenizer(loaded, draft)) is not None:
+        raise InvalidRequest(
+            option, f"the draft {draft.path} has another tokenizer than the model ({difference})"
+        )

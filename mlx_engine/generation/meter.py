@@ -1,0 +1,20 @@
+"""What the MLX thread counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Meter:
+    """Counters of the work done. Written on the MLX thread, read from any; see EngineStats."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    batch_size: int = 0
+    kv_bytes: int = 0

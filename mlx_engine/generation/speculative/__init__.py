@@ -1,0 +1,1 @@
+"""Speculative decoding: some propose tokens, the model verifies them together."""

@@ -1,0 +1,256 @@
+"""Speculative decoding: several tokens are proposed, and one forward of the model verifies them.
+
+Every token that comes out is the model's own sample at its place; a proposal only decides
+whether the next place is known already. So the answer is that of plain decoding, greedy or
+not (https://arxiv.org/abs/2211.17192 instead accepts by a ratio of probabilities, which keeps
+the distribution, but not the tokens of a seed).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import cast
+
+import mlx.core as mx
+from mlx_lm.generate import generation_stream
+
+from mlx_engine.generation.kv_cache import Cache
+from mlx_engine.generation.meter import Meter
+from mlx_engine.generation.request import Request
+from mlx_engine.generation.speculative.depth import DepthChooser
+from mlx_engine.generation.speculative.drafter import Drafter
+from mlx_engine.generation.speculative.forward import Forward
+from mlx_engine.generation.speculative.rollback import Rollback
+
+Emitted = tuple[int, mx.array | None]  # a token and its log-probabilities, if asked for
+Pending = tuple[mx.array, mx.array | None]  # the same, the token not evaluated yet
+
+_LONGEST_REPLAY = 8  # tokens that go in again and again, where a cache cannot be trimmed
+
+
+class SpeculativeDecoder:
+    """Decodes one request, a cycle at a time. On the MLX thread.
+
+    Between two cycles the cache holds ``held`` of ``tokens``, at least all but the last few;
+    the rest goes in with the next forward.
+
+    Args:
+        request: prepared; its tokens are to be given to it as they come.
+        forward: of the model.
+        cache: of the model, with all of the prompt but its last token in it.
+        drafter: proposes tokens.
+        chooser: says how many.
+        meter: counts proposals.
+        pending: the next token, of shape (1,), and its log-probabilities, if it has been
+            sampled already and not been read. All tokens before it are in the cache then.
+
+    Attributes:
+        held: tokens in the cache.
+        tokens: the prompt and all that has come out.
+        fault: what a logits processor raised, which ``step`` has raised.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        forward: Forward,
+        cache: Cache,
+        drafter: Drafter,
+        chooser: DepthChooser,
+        meter: Meter,
+        pending: Pending | None = None,
+    ) -> None:
+        assert request.sampling is not None
+        self.tokens = [*request.prompt, *request.tokens]
+        self.held = len(self.tokens) - (pending is None)
+        self.fault: BaseException | None = None
+        self._request = request
+        self._sampling = request.sampling
+        self._forward = forward
+        self._cache = cache
+        self._drafter = drafter
+        self._chooser = chooser
+        self._meter = meter
+        self._rollback = Rollback(cache)
+        self._next = pending
+        self._history: mx.array | None = None  # tokens, for processors
+        self._began = 0.0  # when the latest cycle began
+        self._cycle: tuple[int, int] | None = None  # its depth, and how many were accepted
+
+    def step(self) -> list[Emitted]:
+        """One cycle: the tokens that it gives; none if it only came closer to proposing.
+
+        Raises:
+            Exception: MLX failed, or a logits processor, which ``fault`` then is.
+        """
+        self._time()
+        left = self._left()
+        depth = self._depth(left)
+        if self._next is None and depth:
+            if self._drafter.catch_up(self.tokens):
+                return []
+            if self._drafter.ready(self.tokens):
+                return self._verify(depth)
+        self._cycle = (0, 0)
+        return [self._plain(more=left > 1 and not (depth and self._next is not None))]
+
+    def _time(self) -> None:
+        """A cycle begins: the one before took until now, what its tokens were used for included."""
+        now = time.perf_counter()
+        if self._cycle is not None:
+            depth, accepted = self._cycle
+            self._chooser.record(depth, now - self._began, accepted)
+        self._began, self._cycle = now, None
+
+    def _left(self) -> int:
+        limit = self._request.limit
+        done = len(self.tokens) - len(self._request.prompt)
+        return 2**31 if limit is None else limit - done
+
+    def _depth(self, left: int) -> int:
+        if len(self.tokens) - self.held > _LONGEST_REPLAY:
+            return 0  # one forward without proposals puts them in for good
+        return self._chooser.choose(left - 1)
+
+    def settle(self) -> Pending | None:
+        """Get ready to go on in another way: all tokens but the last go into the cache.
+
+        Returns:
+            What is ``pending``. If anything is, the last of ``tokens`` is in the cache, too.
+        """
+        pending, self._next, self._cycle = self._next, None, None
+        missing = self.tokens[self.held : -1]
+        if missing:
+            with mx.stream(generation_stream):
+                hidden = self._forward.prefill(mx.array([missing]), self._cache)
+            self._observe(self.held, hidden)
+            self.held += len(missing)
+        self._sampling.seek(len(self.tokens) - len(self._request.prompt) + (pending is not None))
+        return pending
+
+    # plain steps
+
+    def _plain(self, *, more: bool) -> Emitted:
+        """The next token; with ``more``, the forward for the one after it is begun before."""
+        token, logprobs = self._next or self._launch(
+            mx.array(self.tokens[self.held :], dtype=mx.uint32)
+        )
+        self._next = self._launch(token) if more else None
+        self.tokens += cast("list[int]", token.tolist())
+        return self.tokens[-1], logprobs
+
+    def _launch(self, inputs: mx.array) -> Pending:
+        place = self.held + inputs.size - len(self._request.prompt)
+        with mx.stream(generation_stream):
+            logits, hidden = self._forward(inputs[None], self._cache, last=1)
+            self._remember(inputs)
+            logprobs = _logprobs(self._processed(logits, []))
+            token = self._sampling.sample_at(logprobs, place)
+            wanted = logprobs[0] if self._request.wants_logprobs else None
+            # The history with them, which would pile up where no processor looks at it.
+            mx.async_eval(token, wanted, self._history)  # type: ignore[no-untyped-call]
+        self._observe(self.held, hidden)
+        self.held += inputs.size
+        return token, wanted
+
+    # verifying proposals
+
+    def _verify(self, depth: int) -> list[Emitted]:
+        place = len(self.tokens) - len(self._request.prompt)
+        start, inputs = self.held, mx.array(self.tokens[self.held :], dtype=mx.uint32)
+        with mx.stream(generation_stream):
+            self._remember(inputs)
+            proposals = self._drafter.propose(self.tokens, depth, self._sample_draft)
+            # Computed while the rest is built.
+            mx.async_eval(proposals, self._history)  # type: ignore[no-untyped-call]
+            self._rollback.mark()
+            logits, hidden = self._forward(
+                mx.concatenate([inputs, proposals])[None], self._cache, last=depth + 1
+            )
+            chosen, logprobs = self._choose(logits, proposals, place)
+        accepted = len(chosen) - 1
+        went_in, rejected = inputs.size + depth, depth - accepted
+        self.held += self._rollback.take_back(rejected, went_in) if rejected else went_in
+        self.tokens += chosen
+        if hidden is not None:
+            self._observe(start, hidden[: went_in - rejected])
+        self._drafter.verified(accepted)
+        self._request.drafted(depth, accepted)
+        self._meter.draft_tokens += depth
+        self._meter.accepted_tokens += accepted
+        self._cycle = (depth, accepted)
+        wanted = self._request.wants_logprobs
+        return [(token, logprobs[i] if wanted else None) for i, token in enumerate(chosen)]
+
+    def _choose(
+        self, logits: mx.array, proposals: mx.array, place: int
+    ) -> tuple[list[int], mx.array]:
+        """The model's own tokens as far as the proposals led there, and their log-probabilities.
+
+        A processor of the caller's is shown a proposal only once it is accepted, since it may
+        remember what it was shown; so each token is waited for.
+        """
+        if not self._sampling.processors:
+            logprobs = _logprobs(logits)
+            return _matching(proposals, self._sampling.sample_at(logprobs, place)), logprobs
+        rows: list[mx.array] = []
+        samples: list[mx.array] = []
+        one_by_one = self._request.context is not None
+        for i in range(logits.shape[0]):
+            row = _logprobs(self._processed(logits[i : i + 1], [proposals[:i]] if i else []))
+            rows.append(row)
+            samples.append(self._sampling.sample_at(row, place + i))
+            if one_by_one and i < proposals.size and (samples[i] != proposals[i]).item():
+                break
+        return _matching(proposals[: len(rows)], mx.concatenate(samples)), mx.concatenate(rows)
+
+    def _sample_draft(self, logits: mx.array, proposals: Sequence[mx.array]) -> mx.array:
+        """As the model would: the same processors, filters and noise."""
+        if self._request.context is None:
+            logits = self._processed(logits, proposals)
+        place = len(self.tokens) - len(self._request.prompt) + len(proposals)
+        return self._sampling.sample_at(_logprobs(logits), place).astype(mx.uint32)
+
+    # what processors are shown
+
+    def _remember(self, inputs: mx.array) -> None:
+        """These tokens go in behind the ``held`` that are in the cache."""
+        if not self._sampling.processors:
+            return
+        known = mx.array([], dtype=mx.uint32) if self._history is None else self._history
+        known = known[: self.held]
+        between = mx.array(self.tokens[known.size : self.held], dtype=mx.uint32)
+        self._history = mx.concatenate([known, between, inputs])
+
+    def _processed(self, logits: mx.array, proposals: Sequence[mx.array]) -> mx.array:
+        """Logits of shape (1, vocabulary) after all processors."""
+        if not self._sampling.processors:
+            return logits
+        assert self._history is not None
+        tokens = mx.concatenate([self._history, *proposals]) if proposals else self._history
+        if self._request.context is not None:
+            mx.eval(logits)  # so that a fault of MLX is not taken for one of theirs
+        try:
+            return self._request.process(tokens, logits)
+        except BaseException as error:
+            self.fault = error
+            raise
+
+    def _observe(self, start: int, hidden: mx.array | None) -> None:
+        if hidden is not None:
+            self._drafter.observe(self.tokens, start, hidden)
+
+
+def _logprobs(logits: mx.array) -> mx.array:
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _matching(proposals: mx.array, samples: mx.array) -> list[int]:
+    """Samples up to the first that is not what was proposed; the only wait of a cycle."""
+    both = cast("list[int]", mx.concatenate([proposals, samples]).tolist())
+    proposed, chosen = both[: proposals.size], both[proposals.size :]
+    right = 0
+    while right < len(proposed) and proposed[right] == chosen[right]:
+        right += 1
+    return chosen[: right + 1]
