@@ -27,6 +27,8 @@ from mlx_engine.errors import InvalidRequest
 from mlx_engine.models.info import count_parameters
 from mlx_engine.outputs import GenerationChunk, Progress
 from mlx_engine.params import SamplingParams
+from tests.generation.rigged import made
+from tests.models.mtp_checkpoints import MIMO
 
 COMMAND = [sys.executable, "-m", "mlx_engine"]
 LIMIT = 40  # seconds for a process to start, load and answer, on a busy machine
@@ -428,6 +430,53 @@ def test_so_do_those_of_the_strategies(line: str, option: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         strategies(parse(["generate", "x", *line.split()]))
     assert spelled(caught.value).startswith(f"argument {option}: must be")
+
+
+# ── the fast paths ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.anyio
+async def test_a_head_is_extracted_and_decodes(tmp_path: Path) -> None:
+    folder = await made(MIMO, tmp_path / "model")
+    head = folder / "mtp.safetensors"
+    head.unlink()
+    code, out, _ = finish(
+        *("extract-mtp", str(tmp_path / "model" / "checkpoint"), str(folder)),
+        *("--q-bits", "4", "--q-group-size", "32"),
+    )
+    assert code == 0
+    assert out.startswith(f"{head}: MTP head of the mimo family")
+    asked = ["generate", "--model", str(folder), "--raw", "hello", "--verbose"]
+    code, plain, _ = finish(*asked)
+    assert code == 0
+    code, answer, said = finish(*asked, "--mtp", "2")
+    assert code == 0
+    assert answer == plain
+    assert re.search(r"\d+ of \d+ proposed tokens were accepted", said)
+
+
+def test_a_checkpoint_without_a_head_and_a_bad_option_are_told(
+    tmp_path: Path, tiny_path: Path
+) -> None:
+    code, out, said = finish("extract-mtp", str(tiny_path), str(tmp_path))
+    assert (code, out) == (2, "")
+    assert "llama" in said
+    code, out, said = finish("extract-mtp", str(tiny_path), str(tmp_path), "--q-bits", "7")
+    assert (code, out) == (2, "")
+    assert "argument --q-bits" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_draft_model_and_spec_prefill_on_the_command_line(tiny_path: Path) -> None:
+    asked = ["generate", "--model", str(tiny_path), "--raw", LONG, "--verbose", *TWELVE]
+    code, answer, said = finish(
+        *(*asked, "--draft-model", str(tiny_path), "--num-draft-tokens", "3"),
+        *("--prefill-draft", str(tiny_path), "--prefill-keep", "0.5", "--prefill-threshold", "9"),
+    )
+    assert code == 0
+    assert answer == "a" * 12 + "\n"
+    assert "proposed tokens were accepted" in said
+    assert "prompt tokens were prefilled" in said
 
 
 # ── output ──────────────────────────────────────────────────────────────────────────────────

@@ -21,7 +21,7 @@ from mlx_engine.errors import MLXEngineError
 from mlx_engine.generation.budget import MemoryBudget
 from mlx_engine.generation.course import finish_drafting, keep_scored
 from mlx_engine.generation.decode_batch import DecodeBatch
-from mlx_engine.generation.kv_cache import Cache, kv_nbytes, sample_kv_cache
+from mlx_engine.generation.kv_cache import Cache, sample_kv_cache
 from mlx_engine.generation.prefill_queue import PrefillQueue
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.row import Row
@@ -260,9 +260,7 @@ class Batch:
     def _measure(self) -> None:
         meter = self._space.meter
         meter.batch_size = len(self._decoding)
-        meter.kv_bytes = self._decoding.nbytes + sum(
-            kv_nbytes(row.cache) for row in self._prefilling.rows if row.cache is not None
-        )
+        meter.kv_bytes = self._decoding.nbytes + sum(row.nbytes for row in self._prefilling.rows)
 
 
 def _cancelled(request: Request) -> Over:

@@ -46,8 +46,7 @@ class DecodeBatch:
     @property
     def nbytes(self) -> int:
         """Bytes of KV cache."""
-        drafters = sum(row.drafter.nbytes for row in self.rows if row.drafter is not None)
-        return kv_nbytes(self._cache) + drafters
+        return kv_nbytes(self._cache) + sum(row.nbytes for row in self.rows)
 
     def join(self, rows: Sequence[Row], merged: Cache | None = None) -> None:
         """Take in rows that hold all of their prompts but the last token.

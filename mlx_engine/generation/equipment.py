@@ -73,10 +73,12 @@ class SparsePrefilling:
     Attributes:
         draft: scores them.
         rows: whether chunks may go in as rows of a batch.
+        footprint: what the draft keeps of a request while it scores it.
     """
 
     draft: Draft
     rows: bool
+    footprint: KVFootprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,8 @@ class Equipment:
     @property
     def footprint(self) -> KVFootprint:
         """What a request may take beside its own KV cache."""
-        return sum((footprint for _, footprint in self.side_caches), KVFootprint(0, ()))
+        parts = [part.footprint for part in (self.speculation, self.sparse) if part is not None]
+        return sum(parts, KVFootprint(0, ()))
 
 
 def make_equipment(
@@ -173,7 +176,7 @@ def _sparse_prefilling(loaded: LoadedModel, draft: Draft, config: ModelConfig) -
     _check_tokenizer("prefill", loaded, draft.loaded)
     if (reason := cannot_score(draft.loaded.model)) is not None:
         raise InvalidRequest("prefill", f"the draft cannot score prompts: {reason}")
-    return SparsePrefilling(draft, support.rows)
+    return SparsePrefilling(draft, support.rows, measure_kv(draft.loaded.model, draft.config))
 
 
 def _with_draft(loaded: LoadedModel, draft: Draft, decode: DraftModel) -> Speculation:

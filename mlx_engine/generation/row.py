@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx_lm.models.cache import TokenBuffer
 
-from mlx_engine.generation.kv_cache import Cache
+from mlx_engine.generation.kv_cache import Cache, kv_nbytes
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.sparse.scored_prefill import ScoredPrefill
 from mlx_engine.generation.speculative.drafter import Drafter
@@ -24,6 +24,7 @@ class Row:
         fault: what its logits processor or sampler raised.
         sparse: what leaves out parts of its prompt, if anything does.
         drafter: what proposes tokens for it, if anything does.
+        batched: tokens that it got in steps with others.
     """
 
     def __init__(self, request: Request) -> None:
@@ -40,7 +41,7 @@ class Row:
         self.processors = request.sampling.processors
         self.logprobs: mx.array | None = None  # of its next token
         self.new = True  # the token that goes in next is the prompt's last, or was told before
-        self.batched = 0  # tokens that it got in steps with others
+        self.batched = 0
         self._seen: TokenBuffer | None = None
 
     @property
@@ -49,6 +50,12 @@ class Row:
         if self.sparse is not None:
             return self.sparse.left
         return len(self.request.prompt) - 1 - self.held
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its own KV cache, and its drafter's."""
+        own = 0 if self.cache is None else kv_nbytes(self.cache)
+        return own + (0 if self.drafter is None else self.drafter.nbytes)
 
     @property
     def has_own(self) -> bool:

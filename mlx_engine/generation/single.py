@@ -19,7 +19,6 @@ from mlx_engine.generation.course import (
     take_up,
 )
 from mlx_engine.generation.decode import decode
-from mlx_engine.generation.kv_cache import kv_nbytes
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.row import Row
 from mlx_engine.generation.snapshot import trimmable
@@ -95,7 +94,7 @@ def _prefill(space: Workspace, row: Row) -> None:
         # Chunks end at multiples of the step, wherever the first one began.
         advance(space, row, step - row.held % step)
         meter.prefill_seconds += time.perf_counter() - began
-        meter.kv_bytes = kv_nbytes(row.cache)
+        meter.kv_bytes = row.nbytes
         if row.held == row.checkpoint:
             space.store(row.in_cache, row.cache, row.held)
     else:
@@ -115,7 +114,7 @@ def _decode(space: Workspace, row: Row) -> None:
             meter.decode_seconds += now - before
             before = now
             if count % _MEASURE == 0:
-                meter.kv_bytes = kv_nbytes(row.cache)
+                meter.kv_bytes = row.nbytes
             for token, logprobs in burst:
                 meter.completion_tokens += 1
                 if request.take(token, logprobs):

@@ -47,7 +47,7 @@ async def check_greedy(engine: BaseEngine, count: int, seed: int) -> None:
         assert list(result.tokens) == expected
         assert result.timings.draft_tokens > 0
         rate = result.timings.acceptance_rate
-        assert rate == 1 - wrong if wrong in (0.0, 1.0) else 0.2 < rate < 0.8
+        assert rate == 1 - wrong if wrong in (0.0, 1.0) else 0.1 < rate < 0.9
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -87,13 +87,14 @@ class SpeculativeDecoder:
         self._time()
         left = self._left()
         depth = self._depth(left)
-        if self._next is None and depth:
+        first = len(self.tokens) == len(self._request.prompt)  # not to wait for the drafter
+        if depth and self._next is None and not first:
             if self._drafter.catch_up(self.tokens):
                 return []
             if self._drafter.ready(self.tokens):
                 return self._verify(depth)
-        self._cycle = (0, 0)
-        return [self._plain(more=left > 1 and not (depth and self._next is not None))]
+        self._cycle = None if depth else (0, 0)
+        return [self._plain(more=left > 1 and not depth)]
 
     def _time(self) -> None:
         """A cycle begins: the one before took until now, what its tokens were used for included."""
