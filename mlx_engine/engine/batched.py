@@ -215,7 +215,7 @@ class BatchSlot(ModelSlot):
         check_batchable(model, space.config)
         memory = self._config.kv_cache_memory_bytes
         limit = memory_for_caches() if memory is None else memory
-        budget = MemoryBudget(measure_kv(model, space.config) + space.equipment.footprint, limit)
+        budget = MemoryBudget(measure_kv(model, space.config), limit, space.equipment.footprints)
         self._batch = Batch(space, budget, None if pause is None else pause / 1000)
 
     def empty(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -78,18 +79,25 @@ class ModelSlot:
         Raises:
             what ``load_model`` and ``make_workspace`` do.
         """
+        load = functools.partial(load_model, on_progress=on_progress, should_stop=should_stop)
         try:
-            loaded = load_model(config, sources[config.model], on_progress, should_stop)
-            drafts = {
-                name: load_model(config.for_draft(name), sources[name], on_progress, should_stop)
-                for name in strategies.drafts
-            }
-            self._space = make_workspace(loaded, config, self.meter, drafts, strategies)
+            self._load(config, strategies, sources, load)
             mlx_thread.at_exit(self.empty)
-            self._equip(self._space)
+            self._equip(self.space())
         except Exception as error:
-            drop_frames(error)
+            drop_frames(error)  # this frame stays: nothing here may hold a model
             raise error from error.__cause__
+
+    def _load(
+        self,
+        config: ModelConfig,
+        strategies: Strategies,
+        sources: Mapping[str, Path],
+        load: Callable[[ModelConfig, Path], LoadedModel],
+    ) -> None:
+        loaded = load(config, sources[config.model])
+        drafts = {name: load(config.for_draft(name), sources[name]) for name in strategies.drafts}
+        self._space = make_workspace(loaded, config, self.meter, drafts, strategies)
 
     def _equip(self, space: Workspace) -> None:
         """Make what else the engine needs; raises what the start then raises."""

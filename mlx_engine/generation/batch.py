@@ -76,14 +76,14 @@ class Batch:
         """Whether there is memory for it now; stored prompts give way to it."""
         left = self._budget.left([*self._requests, request])
         if left is not None and left >= 0:
-            self._space.prompt_cache.shrink(left)
+            self._space.shrink_stored(left)
         return left is None or left >= 0
 
     def make_room(self) -> None:
         """Drop stored prompts that have no place beside the requests."""
         left = self._budget.left(self._requests)
         if left is not None:
-            self._space.prompt_cache.shrink(max(0, left))
+            self._space.shrink_stored(max(0, left))
 
     def add(self, request: Request) -> None:
         """Take up a prepared request."""
@@ -213,6 +213,10 @@ class Batch:
             each.request.prefilled()
             self._prefilling.rows.remove(each)
         if done:
+            try:
+                self._decoding.end_alone()
+            except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
+                yield from self._lose_all(error)
             try:
                 self._decoding.join(done, merged)
             except Exception as error:  # noqa: BLE001 - the border: MLX raises anything

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from mlx_engine.config import Strategies
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.kv_cache import KVFootprint
 from mlx_engine.generation.request import Request
@@ -15,16 +16,24 @@ class MemoryBudget:
     Args:
         footprint: of one request's KV cache.
         limit: bytes; ``None`` is no limit.
+        drafts: what each of the engine's strategies takes besides, by option.
     """
 
-    def __init__(self, footprint: KVFootprint, limit: int | None) -> None:
+    def __init__(
+        self,
+        footprint: KVFootprint,
+        limit: int | None,
+        drafts: Mapping[str, KVFootprint] | None = None,
+    ) -> None:
         self._footprint = footprint
         self._limit = limit
+        self._drafts = drafts or {}
 
     def check(self, request: Request) -> None:
         """Refuse a prepared request that could never have what it may need.
 
-        One that asks for as many tokens as fit gets as many as fit into memory, too.
+        One that asks for as many tokens as fit gets as many as fit into memory, too. One that
+        fits without its strategies only does without them, and is told.
 
         Raises:
             InvalidRequest: with both numbers.
@@ -43,6 +52,13 @@ class MemoryBudget:
                 f"KV cache, and the engine may use {self._limit} (kv_cache_memory_bytes), which "
                 f"is enough for {most} tokens; shorten the prompt or lower max_tokens",
             )
+        left = self.left([request])
+        if left is not None and left < 0:
+            request.strategies = Strategies()
+            request.note(
+                "prefilled in full and decoded one token at a time: there is no memory for a "
+                f"draft beside its own KV cache ({self._limit} bytes, kv_cache_memory_bytes)"
+            )
 
     def left(self, requests: Sequence[Request]) -> int | None:
         """Bytes left beside these; negative if they do not fit, ``None`` if there is no limit."""
@@ -52,7 +68,18 @@ class MemoryBudget:
             return self._limit
         # In a batch, every row is padded to the longest one.
         longest = max(map(_total, requests))
-        return self._limit - len(requests) * self._footprint.nbytes(longest)
+        own = len(requests) * self._footprint.nbytes(longest)
+        return self._limit - own - sum(map(self._besides, requests))
+
+    def _besides(self, request: Request) -> int:
+        """Bytes of its drafts: of one that scores, then of one that proposes."""
+        prefill, decode = request.strategies.prefill, request.strategies.decode
+        scoring = proposing = 0
+        if prefill is not None and len(request.prompt) >= prefill.threshold:
+            scoring = self._drafts["prefill"].nbytes(len(request.prompt))
+        if decode is not None:
+            proposing = self._drafts["decode"].nbytes(_total(request))
+        return max(scoring, proposing)
 
 
 def _total(request: Request) -> int:

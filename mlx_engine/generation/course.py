@@ -10,15 +10,17 @@ import mlx.core as mx
 from mlx_engine.generation.kv_cache import Cache
 from mlx_engine.generation.prefill import prefill_chunk
 from mlx_engine.generation.row import Row
+from mlx_engine.generation.sparse.chunk_choice import join
 from mlx_engine.generation.sparse.scored_prefill import ScoredPrefill, why_in_full
 from mlx_engine.generation.speculative.decoder import Pending, SpeculativeDecoder
+from mlx_engine.generation.speculative.drafter import Drafter
 from mlx_engine.generation.workspace import Workspace
 
 
 def take_up(space: Workspace, row: Row) -> None:
     """Look its prompt up, give it a cache, and choose how it goes on."""
     request, equipment = row.request, space.equipment
-    row.cache, hit = space.look_up(request)
+    cache, hit = space.look_up(request)
     row.held = row.cached = hit.cached
     row.checkpoint = hit.checkpoint
     asked = request.strategies
@@ -28,42 +30,48 @@ def take_up(space: Workspace, row: Row) -> None:
     if asked.decode is not None and equipment.speculation is not None:
         row.drafter = equipment.speculation.make_drafter()
         row.drafter.begin(request.prompt, hit.cached)
+    row.cache = cache
     if asked.prefill is None or equipment.sparse is None:
         return
-    reason = why_in_full(asked.prefill, request.prompt, row.held)
+    reason = why_in_full(equipment.sparse, asked.prefill, request.prompt, row.held)
     if reason is not None:
         request.note(reason)
         return
-    run = partial(_forward, space, row)
+    run = partial(_forward, space, request.prompt, row.drafter)
     row.sparse = ScoredPrefill(
-        run, equipment.sparse, asked.prefill, request.prompt, row.cache, row.held
+        run, equipment.sparse, asked.prefill, request.prompt, cache, row.held
     )
     row.cache, row.checkpoint, row.alone = row.sparse.cache, None, True
 
 
-def advance(space: Workspace, row: Row, size: int) -> None:
+def advance(space: Workspace, row: Row, size: int) -> int:
     """Prefill at most ``size`` tokens more; a slice also ends at ``row.checkpoint``.
+
+    Returns:
+        Tokens that went through a model.
 
     Raises:
         Exception: MLX failed; what is in the row's cache is not known then.
     """
     request, prompt = row.request, row.request.prompt
     if row.sparse is not None:
-        row.sparse.step(size)
+        went = row.sparse.step(size)
         request.progress(row.sparse.done, "score" if row.sparse.scoring else "prefill")
         if not row.left:
-            request.kept([*row.sparse.ranges, (len(prompt) - 1, len(prompt))])
-            row.held = len(prompt) - 1
-        return
+            request.kept(join([*row.sparse.ranges, (len(prompt) - 1, len(prompt))]))
+            row.held, row.sparse = len(prompt) - 1, None
+        return went
     assert row.cache is not None
     end = min(row.held + size, len(prompt) - 1)
     if row.checkpoint is not None and row.held < row.checkpoint < end:
         end = row.checkpoint
-    if end > row.held:
-        run = partial(_forward, space, row, starts=[row.held])
+    went = end - row.held
+    if went:
+        run = partial(_forward, space, prompt, row.drafter, starts=[row.held])
         prefill_chunk(run, row.cache, prompt, row.held, end, space.config)
         row.held = end
         request.progress(end)
+    return went
 
 
 def speculative_decoder(
@@ -98,13 +106,20 @@ def keep_scored(row: Row) -> None:
             row.sparse.keep_scored()
 
 
-def _forward(space: Workspace, row: Row, tokens: mx.array, cache: Cache, starts: list[int]) -> None:
+def _forward(
+    space: Workspace,
+    prompt: list[int],
+    drafter: Drafter | None,
+    tokens: mx.array,
+    cache: Cache,
+    starts: list[int],
+) -> None:
     """Tokens of shape (rows, n), whose first ones are at ``starts``; a drafter may watch."""
     speculation = space.equipment.speculation
-    if row.drafter is None or speculation is None:
+    if drafter is None or speculation is None:
         space.loaded.model(tokens, cache=cache)
         return
     hidden = speculation.forward.prefill(tokens, cache)
     if hidden is not None:
         for start, states in zip(starts, hidden, strict=True):
-            row.drafter.observe(row.request.prompt, start, states)
+            drafter.observe(prompt, start, states)

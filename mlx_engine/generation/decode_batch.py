@@ -49,7 +49,7 @@ class DecodeBatch:
         return kv_nbytes(self._cache) + sum(row.nbytes for row in self.rows)
 
     def join(self, rows: Sequence[Row], merged: Cache | None = None) -> None:
-        """Take in rows that hold all of their prompts but the last token.
+        """Take in rows that hold all of their prompts but the last token, after ``end_alone``.
 
         Args:
             merged: the batch caches of these rows; ``None`` if each has its own.
@@ -57,7 +57,6 @@ class DecodeBatch:
         Raises:
             Exception: MLX failed; nothing in the batch can be used any more.
         """
-        self._end_alone()
         lasts = mx.array([row.request.prompt[-1] for row in rows], dtype=mx.uint32)
         with mx.stream(generation_stream):
             if not self.rows:
@@ -101,8 +100,8 @@ class DecodeBatch:
             if not all(_is_last(row) for row in self.rows):
                 self._launch(inputs)
         tokens = cast("list[int]", inputs.tolist())
-        for row in self.rows:
-            row.batched += 1
+        for row, fresh in zip(self.rows, new, strict=True):
+            row.batched += not fresh
         return [
             (row, token, values)
             for row, token, values, fresh in zip(self.rows, tokens, logprobs, new, strict=True)
@@ -124,8 +123,12 @@ class DecodeBatch:
         row.held = self._alone.held
         return [(row, token, logprobs) for token, logprobs in burst]
 
-    def _end_alone(self) -> None:
-        """The single row will not be alone any more: go on from where its decoder is."""
+    def end_alone(self) -> None:
+        """The single row will not be alone any more: go on from where its decoder is.
+
+        Raises:
+            Exception: MLX failed; its cache cannot be used any more.
+        """
         decoder, self._alone = self._alone, None
         if decoder is None:
             return

@@ -98,10 +98,11 @@ class Equipment:
     side_caches: tuple[tuple[PromptCache, KVFootprint], ...] = ()
 
     @property
-    def footprint(self) -> KVFootprint:
-        """What a request may take beside its own KV cache."""
-        parts = [part.footprint for part in (self.speculation, self.sparse) if part is not None]
-        return sum(parts, KVFootprint(0, ()))
+    def footprints(self) -> dict[str, KVFootprint]:
+        """What a request may take beside its own KV cache, by option."""
+        parts = {"prefill": self.sparse, "decode": self.speculation}
+        nothing = KVFootprint(0, ())
+        return {option: part.footprint if part else nothing for option, part in parts.items()}
 
 
 def make_equipment(

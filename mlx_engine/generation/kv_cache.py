@@ -148,10 +148,6 @@ class KVFootprint:
             size * (held if most is None else min(held, most)) for size, most in self.layers
         )
 
-    def __add__(self, other: KVFootprint) -> KVFootprint:
-        """Of both together."""
-        return KVFootprint(self.fixed + other.fixed, self.layers + other.layers)
-
     def tokens(self, nbytes: int) -> int | None:
         """The most tokens that fit into so many bytes; ``None`` if any number does."""
         if self.nbytes(2**40) <= nbytes:

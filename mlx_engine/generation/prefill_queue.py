@@ -19,6 +19,25 @@ _SMALLEST = 16  # tokens of a slice, however slow the prefill is
 _SMOOTHING = 0.5  # weight of the newest slice in the average
 
 
+class _Pace:
+    """How fast a model prefills.
+
+    Attributes:
+        token_seconds: seconds a token; 0 is not known yet.
+    """
+
+    def __init__(self) -> None:
+        self.token_seconds = 0.0
+
+    def measured(self, seconds: float, tokens: int) -> None:
+        """So many tokens took so long."""
+        if tokens < _SMALLEST:
+            return
+        latest, known = seconds / tokens, self.token_seconds
+        # Slower at once, faster by and by: a token takes longer the more there are before it.
+        self.token_seconds = max(latest, known + _SMOOTHING * (latest - known))
+
+
 class PrefillQueue:
     """Rows whose prompts are not yet in their KV caches. On the MLX thread.
 
@@ -34,7 +53,7 @@ class PrefillQueue:
     def __init__(self, space: Workspace, max_pause: float | None) -> None:
         self._space = space
         self._max_pause = max_pause
-        self._token_seconds = 0.0  # of prefill; 0 is not known yet
+        self._pace, self._draft_pace = _Pace(), _Pace()
         self._first_next = True
         self._may_pad = may_pad(space.loaded.model, space.config)
         self.rows: list[Row] = []
@@ -74,41 +93,40 @@ class PrefillQueue:
         Raises:
             Exception: MLX failed; only ``row`` is concerned.
         """
-        size = self._tokens(beside_others)
         self._begin(row)
+        pace = self._draft_pace if row.sparse is not None and row.sparse.scoring else self._pace
+        size = self._tokens(pace) if beside_others else self._space.config.prefill_step_size
         group = self._group(row, size)
         before = sum(each.held for each in group)
         began = time.perf_counter()
         merged: Cache | None = None
         if len(group) > 1:
             merged = self._together(group)
+            tokens = sum(each.held for each in group) - before
         else:
-            advance(self._space, row, size)
-        tokens = sum(each.held for each in group) - before
-        self._measured(time.perf_counter() - began, tokens)
+            tokens = advance(self._space, row, size)
+        seconds = time.perf_counter() - began
+        self._space.meter.prefill_seconds += seconds
+        pace.measured(seconds, tokens)
         return [each for each in group if not each.left], merged
 
-    def _tokens(self, beside_others: bool) -> int:
-        """Of the next slice: fewer where running rows would wait too long for it."""
+    def _tokens(self, pace: _Pace) -> int:
+        """Of the next slice, while running rows wait for it."""
         most = self._space.config.prefill_step_size
-        if not beside_others or self._max_pause is None:
+        if self._max_pause is None:
             return most
-        if not self._token_seconds:
+        if not pace.token_seconds:
             return min(_CAUTIOUS, most)
-        return min(most, max(_SMALLEST, int(self._max_pause / self._token_seconds)))
-
-    def _measured(self, seconds: float, tokens: int) -> None:
-        self._space.meter.prefill_seconds += seconds
-        if tokens < _SMALLEST:
-            return
-        latest, known = seconds / tokens, self._token_seconds
-        # Slower at once, faster by and by: a token takes longer the more there are before it.
-        self._token_seconds = max(latest, known + _SMOOTHING * (latest - known))
+        return min(most, max(_SMALLEST, int(self._max_pause / pace.token_seconds)))
 
     def _begin(self, row: Row) -> None:
         if row.cache is not None:
             return
-        take_up(self._space, row)
+        try:
+            take_up(self._space, row)
+        except Exception:
+            row.cache = row.sparse = row.drafter = None  # its own turn begins anew
+            raise
         if (
             row.cache is not None and self._space.equipment.sparse is not None
         ):  # caches of one kind can be merged
@@ -128,7 +146,7 @@ class PrefillQueue:
             except Exception:  # noqa: BLE001 - told to its caller when its own turn comes
                 other.alone = True
                 continue
-            if other.left and other.checkpoint is None:
+            if other.left and other.checkpoint is None and not other.alone:
                 group.append(other)
                 longest = max(longest, other.left)
         return group

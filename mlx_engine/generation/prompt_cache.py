@@ -139,8 +139,13 @@ class PromptCache:
             last_lookup=self._last_lookup,
         )
 
-    def fetch(self, tokens: Sequence[int], request_id: str = "") -> Hit:
-        """The longest beginning of ``tokens`` that is stored, as a cache to write into."""
+    def fetch(self, tokens: Sequence[int], request_id: str = "", *, counted: bool = True) -> Hit:
+        """The longest beginning of ``tokens`` that is stored, as a cache to write into.
+
+        Args:
+            request_id: for ``stats``.
+            counted: whether ``stats`` tells of it.
+        """
         prompt = np.array(tokens, dtype=np.int32)
         end = max(len(prompt) - 1, 0)
         used: int | None = None
@@ -156,15 +161,15 @@ class PromptCache:
             if common >= most:
                 closest, most = entry, common
         cache: Cache | None = None
-        if used is None:
-            self._misses += 1
-        else:
-            self._hits += 1
-            self._hit_tokens += cached
+        if used is not None:
             self._entries.move_to_end(used)
             entry = self._entries[used]
             cache = snapshot(entry.cache, cached if entry.trimmable else None)
-        self._last_lookup = self._explain(request_id, prompt, cached, closest, most)
+        if counted:
+            self._misses += used is None
+            self._hits += used is not None
+            self._hit_tokens += cached
+            self._last_lookup = self._explain(request_id, prompt, cached, closest, most)
         return Hit(cache, cached, shared if shared - cached >= _SMALLEST_HIT else None)
 
     def store(self, tokens: Sequence[int], cache: Cache, *, prefilled: int | None = None) -> bool:

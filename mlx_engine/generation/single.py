@@ -92,7 +92,7 @@ def _prefill(space: Workspace, row: Row) -> None:
             break
         began = time.perf_counter()
         # Chunks end at multiples of the step, wherever the first one began.
-        advance(space, row, step - row.held % step)
+        advance(space, row, step if row.sparse is not None else step - row.held % step)
         meter.prefill_seconds += time.perf_counter() - began
         meter.kv_bytes = row.nbytes
         if row.held == row.checkpoint:

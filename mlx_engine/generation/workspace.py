@@ -61,6 +61,14 @@ class Workspace:
             return False
         return True
 
+    def shrink_stored(self, limit: int) -> None:
+        """Drop stored prompts, the drafts' too, until they take at most ``limit`` bytes."""
+        caches = [self.prompt_cache, *(cache for cache, _ in self.equipment.side_caches)]
+        total = sum(cache.nbytes for cache in caches)
+        if total > limit:
+            for cache in caches:
+                cache.shrink(limit * cache.nbytes // total)
+
 
 def make_workspace(
     loaded: LoadedModel,

@@ -15,8 +15,8 @@ import pytest
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from mlx_engine.generation import sparse_check
 from mlx_engine.generation.snapshot import length
+from mlx_engine.generation.sparse import sparse_check
 from mlx_engine.generation.sparse.attention_tap import install, tapped
 from mlx_engine.generation.sparse.chunk_choice import average_pool, choose_chunks, join, keeps_all
 from mlx_engine.generation.sparse.importance import (

@@ -31,7 +31,7 @@ class ScoredPrefill:
     ) -> None:
         self._draft: Draft | None = sparse.draft
         self._prompt = prompt
-        hit = sparse.draft.prompt_cache.fetch(prompt)
+        hit = sparse.draft.prompt_cache.fetch(prompt, counted=asked.draft is not None)
         self._draft_cache = hit.cache or make_kv_cache(
             sparse.draft.loaded.model, sparse.draft.config
         )
@@ -45,6 +45,7 @@ class ScoredPrefill:
             held=held,
             keep=asked.keep,
             lookahead=asked.lookahead,
+            draft_vocab_size=sparse.draft.loaded.vocab_size,
             rows=sparse.rows,
         )
 
@@ -75,15 +76,20 @@ class ScoredPrefill:
             return self._work.left
         return 2 * len(self._prompt) - self._work.scored
 
-    def step(self, size: int) -> None:
+    def step(self, size: int) -> int:
         """Do a forward of at most ``size`` tokens, of the draft or of the large model.
+
+        Returns:
+            Tokens that went through it.
 
         Raises:
             Exception: MLX failed; neither cache can be used.
         """
+        before = self._work.scored + self._work.done
         self._work.step(size)
         if not self.scoring:
             self.keep_scored()
+        return self._work.scored + self._work.done - before
 
     def keep_scored(self) -> None:
         """What the draft has read goes into its prompt cache, once."""
@@ -93,14 +99,19 @@ class ScoredPrefill:
             self._draft_cache = []
 
 
-def why_in_full(asked: SpecPrefill, prompt: list[int], held: int) -> str | None:
+def why_in_full(
+    sparse: SparsePrefilling, asked: SpecPrefill, prompt: list[int], held: int
+) -> str | None:
     """Why nothing of a prompt is left out, ``held`` tokens of which are there; else ``None``."""
+    most, needed = sparse.draft.loaded.context_length, len(prompt) + asked.lookahead
     new = len(prompt) - held
     if new < asked.threshold:
         return (
             f"prefilled in full: the prompt has {new} new tokens, fewer than SpecPrefill's "
             f"threshold of {asked.threshold}"
         )
+    if most is not None and needed > most:
+        return f"prefilled in full: the draft would have to read {needed} tokens, and can {most}"
     if keeps_all(len(prompt) - 1, asked.keep, start=held):
         return f"prefilled in full: keep={asked.keep} leaves out nothing of {new} new tokens"
     return None

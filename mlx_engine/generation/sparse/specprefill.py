@@ -48,6 +48,7 @@ class SparsePrefill:
         prompt: token ids.
         keep: the part of what is not held to be prefilled, from 0 to 1.
         chunk: tokens that are kept or dropped together.
+        draft_vocab_size: tokens that the draft knows; others are read as the last of them.
         lookahead: tokens by which the draft goes on to see what it attends to.
         rows: whether chunks may be rows of a batch: only where ``check_sparse`` said so, which
             also sets the hook that this needs. Otherwise each run of chunks is a forward.
@@ -75,6 +76,7 @@ class SparsePrefill:
         keep: float,
         chunk: int = CHUNK,
         lookahead: int = LOOKAHEAD,
+        draft_vocab_size: int | None = None,
         rows: bool,
     ) -> None:
         self.cache = sparse(cache)
@@ -93,25 +95,27 @@ class SparsePrefill:
         if keeps_all(end, keep, chunk=chunk, start=held):
             self._take([(held, end)])
         else:
+            top = max(prompt) if draft_vocab_size is None else draft_vocab_size - 1
             self._importance = Importance(
                 draft=draft,
                 cache=draft_cache,
                 held=draft_held,
-                prompt=prompt,
+                prompt=[min(token, top) for token in prompt],
                 lookahead=lookahead,
             )
+            self._draft_held = self._importance.held
 
     @property
     def phase(self) -> Phase:
         """What the next step does."""
-        if self._importance is not None and self._importance.scores is None:
+        if self._importance is not None:
             return "score"
         return "prefill" if self._left else "done"
 
     @property
     def draft_held(self) -> int:
         """Tokens of the prompt in the draft's cache, which has no others after any step."""
-        return self._draft_held if self._importance is None else self._importance.held
+        return self._draft_held
 
     @property
     def scored(self) -> int:
@@ -147,8 +151,9 @@ class SparsePrefill:
     def _score(self, size: int) -> None:
         assert self._importance is not None
         self._importance.step(size)
-        scores = self._importance.scores
+        self._draft_held, scores = self._importance.held, self._importance.scores
         if scores is not None:
+            self._importance = None  # and with it the draft's cache
             self._take(choose_chunks(scores[:-1], self._keep, chunk=self._chunk, start=self._held))
 
     def _take(self, ranges: list[Range]) -> None:

@@ -22,6 +22,7 @@ from mlx_engine.generation.speculative.depth import DepthChooser
 from mlx_engine.generation.speculative.drafter import Drafter
 from mlx_engine.generation.speculative.forward import Forward
 from mlx_engine.generation.speculative.rollback import Rollback
+from mlx_engine.turn import drop_frames, what_it_says
 
 Emitted = tuple[int, mx.array | None]  # a token and its log-probabilities, if asked for
 Pending = tuple[mx.array, mx.array | None]  # the same, the token not evaluated yet
@@ -69,7 +70,7 @@ class SpeculativeDecoder:
         self._sampling = request.sampling
         self._forward = forward
         self._cache = cache
-        self._drafter = drafter
+        self._drafter: Drafter | None = drafter
         self._chooser = chooser
         self._meter = meter
         self._rollback = Rollback(cache)
@@ -79,7 +80,7 @@ class SpeculativeDecoder:
         self._cycle: tuple[int, int] | None = None  # its depth, and how many were accepted
 
     def step(self) -> list[Emitted]:
-        """One cycle: the tokens that it gives; none if it only came closer to proposing.
+        """One cycle: the tokens that it gives, at least one.
 
         Raises:
             Exception: MLX failed, or a logits processor, which ``fault`` then is.
@@ -89,10 +90,9 @@ class SpeculativeDecoder:
         depth = self._depth(left)
         first = len(self.tokens) == len(self._request.prompt)  # not to wait for the drafter
         if depth and self._next is None and not first:
-            if self._drafter.catch_up(self.tokens):
-                return []
-            if self._drafter.ready(self.tokens):
-                return self._verify(depth)
+            proposals = self._propose(depth)
+            if proposals is not None:
+                return self._verify(proposals)
         self._cycle = None if depth else (0, 0)
         return [self._plain(more=left > 1 and not depth)]
 
@@ -110,8 +110,8 @@ class SpeculativeDecoder:
         return 2**31 if limit is None else limit - done
 
     def _depth(self, left: int) -> int:
-        if len(self.tokens) - self.held > _LONGEST_REPLAY:
-            return 0  # one forward without proposals puts them in for good
+        if self._drafter is None or len(self.tokens) - self.held > _LONGEST_REPLAY:
+            return 0  # a forward without proposals puts tokens in for good
         return self._chooser.choose(left - 1)
 
     def settle(self) -> Pending | None:
@@ -157,14 +157,35 @@ class SpeculativeDecoder:
 
     # verifying proposals
 
-    def _verify(self, depth: int) -> list[Emitted]:
-        place = len(self.tokens) - len(self._request.prompt)
+    def _propose(self, depth: int) -> mx.array | None:
+        """Proposals, of shape (depth,); ``None`` if the drafter only came closer to any."""
+        drafter = self._drafter
+        assert drafter is not None
+        try:
+            if drafter.catch_up(self.tokens) or not drafter.ready(self.tokens):
+                return None
+            with mx.stream(generation_stream):
+                self._remember(mx.array(self.tokens[self.held :], dtype=mx.uint32))
+                proposals = drafter.propose(self.tokens, depth, self._sample_draft)
+                # Computed while the rest is built.
+                mx.async_eval(proposals, self._history)  # type: ignore[no-untyped-call]
+        except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
+            self._go_on_without(error)
+            return None
+        return proposals
+
+    def _go_on_without(self, error: Exception) -> None:
+        """The drafter failed: no token depends on it, so the request does not fail with it."""
+        self._drafter = self.fault = None
+        self._request.note(
+            f"decoded one token at a time in the end: the draft failed ({what_it_says(error)})"
+        )
+        drop_frames(error)
+
+    def _verify(self, proposals: mx.array) -> list[Emitted]:
+        place, depth = len(self.tokens) - len(self._request.prompt), proposals.size
         start, inputs = self.held, mx.array(self.tokens[self.held :], dtype=mx.uint32)
         with mx.stream(generation_stream):
-            self._remember(inputs)
-            proposals = self._drafter.propose(self.tokens, depth, self._sample_draft)
-            # Computed while the rest is built.
-            mx.async_eval(proposals, self._history)  # type: ignore[no-untyped-call]
             self._rollback.mark()
             logits, hidden = self._forward(
                 mx.concatenate([inputs, proposals])[None], self._cache, last=depth + 1
@@ -176,7 +197,7 @@ class SpeculativeDecoder:
         self.tokens += chosen
         if hidden is not None:
             self._observe(start, hidden[: went_in - rejected])
-        self._drafter.verified(accepted)
+        self._verified(accepted)
         self._request.drafted(depth, accepted)
         self._meter.draft_tokens += depth
         self._meter.accepted_tokens += accepted
@@ -238,9 +259,23 @@ class SpeculativeDecoder:
             self.fault = error
             raise
 
+    # what the drafter is told
+
     def _observe(self, start: int, hidden: mx.array | None) -> None:
-        if hidden is not None:
+        if hidden is None or self._drafter is None:
+            return
+        try:
             self._drafter.observe(self.tokens, start, hidden)
+        except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
+            self._go_on_without(error)
+
+    def _verified(self, accepted: int) -> None:
+        if self._drafter is None:
+            return
+        try:
+            self._drafter.verified(accepted)
+        except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
+            self._go_on_without(error)
 
 
 def _logprobs(logits: mx.array) -> mx.array:

@@ -12,6 +12,7 @@ from mlx_engine.config import ModelConfig
 from mlx_engine.generation.kv_cache import Cache, kv_nbytes, make_kv_cache
 from mlx_engine.generation.prefill import prefill_chunk
 from mlx_engine.generation.prompt_cache import PromptCache
+from mlx_engine.generation.snapshot import trimmable
 from mlx_engine.generation.speculative.rollback import Rollback
 from mlx_engine.models.loading import LoadedModel
 
@@ -101,16 +102,16 @@ class ModelDrafter(Drafter):
             self._held = hit.cached
             self._rollback = Rollback(self.cache)
         behind = len(tokens) - 1 - self._held
-        if behind <= _CLOSE:
+        if behind <= _CLOSE or not self._has_room(tokens):
             return False
         end = self._held + min(behind, self._config.prefill_step_size)
-        prefill_chunk(self._draft.model, self.cache, tokens, self._held, end, self._config)
+        prefill_chunk(self._run, self.cache, tokens, self._held, end, self._config)
         self._held = end
         return True
 
     def ready(self, tokens: list[int]) -> bool:
-        """Whether there are tokens that it has not read."""
-        return self.cache is not None and self._held < len(tokens)
+        """Whether there are tokens that it has not read, and room for more."""
+        return self.cache is not None and self._held < len(tokens) and self._has_room(tokens)
 
     def propose(self, tokens: list[int], count: int, sample: Sample) -> mx.array:
         """What it would say next."""
@@ -120,7 +121,7 @@ class ModelDrafter(Drafter):
             inputs = mx.array(tokens[self._held :], dtype=mx.uint32)
             self._held = len(tokens)
             while True:
-                logits = self._draft.model(inputs[None], cache=self.cache)[:, -1, :]
+                logits = self._run(inputs[None], self.cache)[:, -1, :]
                 if not proposals:
                     self._rollback.mark()
                 inputs = sample(self._fitted(logits), proposals)
@@ -141,8 +142,20 @@ class ModelDrafter(Drafter):
 
     def finish(self, tokens: list[int]) -> None:
         """Keep what it has read in its prompt cache."""
-        if self.cache is not None:
+        if self.cache is None or self._ahead:
+            return
+        if self._held <= len(tokens) or trimmable(self.cache):
             self._prompt_cache.store(tokens[: self._held], self.cache)
+
+    def _has_room(self, tokens: list[int]) -> bool:
+        most = self._draft.context_length
+        return most is None or len(tokens) + _CLOSE <= most
+
+    def _run(self, tokens: mx.array, cache: Cache | None) -> mx.array:
+        # The large model's matrix may be padded further: MLX would read beyond the small one's.
+        readable = mx.minimum(tokens, self._draft.vocab_size - 1)
+        logits: mx.array = self._draft.model(readable, cache=cache)
+        return logits
 
     def _fitted(self, logits: mx.array) -> mx.array:
         """As wide as the large model's: their matrices may be padded to different widths."""
