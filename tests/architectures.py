@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from importlib import import_module
 from typing import Any
 
@@ -105,3 +106,9 @@ def _random(name: str, value: mx.array) -> mx.array:
         return value
     fan = 1 if "embed" in name else value.shape[-1]
     return mx.random.normal(value.shape) * (1.5 / fan**0.5)
+
+
+def words(seed: int, count: int) -> list[int]:
+    """Random token ids."""
+    draw = random.Random(seed)
+    return [draw.randrange(1, VOCABULARY) for _ in range(count)]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlx_engine import BaseEngine, BatchedEngine, SimpleEngine
+from mlx_engine.turn import Turn
 from mlx_engine.worker import mlx_thread
 from tests.guard import GUARD, Gate
 
@@ -62,6 +65,16 @@ async def engine(tiny_engine: BaseEngine) -> AsyncIterator[BaseEngine]:
         yield tiny_engine
 
 
+def on_mlx_thread(test: Callable[..., None]) -> Any:
+    """MLX belongs to one thread, in tests too."""
+
+    @functools.wraps(test)
+    async def run(**fixtures: Any) -> None:
+        await mlx_thread.run(Turn(functools.partial(test, **fixtures)))
+
+    return run
+
+
 @pytest.fixture
 def gate() -> Iterator[Callable[[str, int], Gate]]:
     """Makes gates: ``gate("model", 3)`` stops the MLX thread inside its third model call."""
@@ -105,6 +118,20 @@ def other_tasks() -> set[asyncio.Task[object]]:
         for task in asyncio.all_tasks()
         if task is not asyncio.current_task() and "TestRunner" not in repr(task.get_coro())
     }
+
+
+async def cancel_inside(gate: Gate, work: Awaitable[object], times: int = 3) -> None:
+    """Cancel ``work`` while the MLX thread stands at the gate, then let it go."""
+    task = asyncio.ensure_future(work)
+    await gate.reached()
+    for _ in range(times):
+        task.cancel()
+        await asyncio.sleep(0.001)
+        assert mlx_thread.locked, "the lock is free while the worker is inside"
+        assert not task.done()
+    gate.go()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 async def settled() -> None:

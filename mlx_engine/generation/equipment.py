@@ -13,6 +13,7 @@ from mlx_engine.config import MTP, DraftModel, ModelConfig, Strategies, path_tex
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.kv_cache import (
     KVFootprint,
+    check_unbounded,
     footprint_of,
     make_kv_cache,
     measure_kv,
@@ -168,9 +169,7 @@ def _as_draft(loaded: LoadedModel, config: ModelConfig) -> Draft:
 
 
 def _sparse_prefilling(loaded: LoadedModel, draft: Draft, config: ModelConfig) -> SparsePrefilling:
-    for option in ("kv_bits", "max_kv_size"):
-        if getattr(config, option) is not None:
-            raise InvalidRequest("prefill", f"cannot be combined with {option}; leave one out")
+    check_unbounded("prefill", config)
     support = check_sparse(loaded.model)
     if support.reason is not None:
         raise InvalidRequest("prefill", f"SpecPrefill does not suit this model: {support.reason}")

@@ -74,6 +74,17 @@ def is_bounded_or_quantized(config: ModelConfig) -> bool:
     return config.max_kv_size is not None or config.kv_bits is not None
 
 
+def check_unbounded(option: str, config: ModelConfig) -> None:
+    """Refuse ``option`` together with a bounded or quantised KV cache.
+
+    Raises:
+        InvalidRequest: names both.
+    """
+    for other in ("kv_bits", "max_kv_size"):
+        if getattr(config, other) is not None:
+            raise InvalidRequest(option, f"cannot be combined with {other}; leave one out")
+
+
 def quantize(cache: Cache, config: ModelConfig) -> None:
     """Quantise in place the entries that have come to the length from which it is asked for."""
     if config.kv_bits is not None:

@@ -12,7 +12,7 @@ import pytest
 
 from mlx_engine import BaseEngine, BatchedEngine, EngineState, GenerationResult, SimpleEngine
 from mlx_engine.worker import mlx_thread
-from tests.conftest import other_tasks, settled
+from tests.conftest import cancel_inside, other_tasks, settled
 from tests.guard import Gate
 
 pytestmark = pytest.mark.anyio
@@ -59,29 +59,16 @@ PHASES = {
 }
 
 
-async def cancel_times(operation: Operation, gate: Gate, times: int) -> None:
-    task = asyncio.ensure_future(operation())
-    await gate.reached()
-    for _ in range(times):
-        task.cancel()
-        await asyncio.sleep(0.001)
-        assert mlx_thread.locked, "the lock is free while the worker is inside"
-        assert not task.done()
-    gate.go()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-
 async def once(operation: Operation, gate: Gate) -> None:
-    await cancel_times(operation, gate, 1)
+    await cancel_inside(gate, operation(), 1)
 
 
 async def twice(operation: Operation, gate: Gate) -> None:
-    await cancel_times(operation, gate, 2)
+    await cancel_inside(gate, operation(), 2)
 
 
 async def five_times(operation: Operation, gate: Gate) -> None:
-    await cancel_times(operation, gate, 5)
+    await cancel_inside(gate, operation(), 5)
 
 
 async def let_go_later(gate: Gate) -> None:

@@ -21,8 +21,7 @@ from mlx_engine import (
     SimpleEngine,
     SpecPrefill,
 )
-from mlx_engine.worker import mlx_thread
-from tests.conftest import make_tiny, settled
+from tests.conftest import cancel_inside, make_tiny, settled
 from tests.engine.test_families import FAMILIES
 from tests.generation.rigged import made, rig
 from tests.models.mtp_checkpoints import MIMO, QWEN_NEXT
@@ -197,7 +196,7 @@ async def test_any_prefill_goes_with_any_decode(
             assert 0 < result.timings.acceptance_rate < 1
 
 
-@pytest.mark.parametrize("at", [1, 2, 5, 9, 12, 14, 17, 20, 21, 22, 23, 26])
+@pytest.mark.parametrize("at", [1, 5, 11, 12, 13, 17, 20, 21, 26])
 async def test_a_cancel_is_seen_in_scoring_prefill_and_decode(
     tiny_path: Path, draft_path: Path, engine_type: type[BaseEngine], gate: Any, at: int
 ) -> None:
@@ -208,16 +207,7 @@ async def test_a_cancel_is_seen_in_scoring_prefill_and_decode(
         await settled()
         engine._slot.space().equipment.side_caches[0][0].clear()
         stop = gate("model", at)
-        task = asyncio.ensure_future(engine.generate(LONG, **OPTIONS))
-        await stop.reached()
-        for _ in range(3):
-            task.cancel()
-            await asyncio.sleep(0.001)
-            assert mlx_thread.locked
-            assert not task.done()
-        stop.go()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await cancel_inside(stop, engine.generate(LONG, **OPTIONS))
         assert stop.calls - at <= 1
         await settled()
         assert engine.stats().kv_bytes == engine.stats().running == 0

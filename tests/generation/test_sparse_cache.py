@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import random
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -19,28 +16,12 @@ from mlx_engine.generation.sparse.sparse_cache import (
     skip_to,
     sparse,
 )
-from mlx_engine.turn import Turn
-from mlx_engine.worker import mlx_thread
-from tests.architectures import VOCABULARY, make
+from tests.architectures import make, words
+from tests.conftest import on_mlx_thread
 
 pytestmark = pytest.mark.anyio
 
 Ranges = list[tuple[int, int]]
-
-
-def on_mlx_thread(test: Callable[..., None]) -> Any:
-    """MLX belongs to one thread, in tests too."""
-
-    @functools.wraps(test)
-    async def run(**fixtures: Any) -> None:
-        await mlx_thread.run(Turn(functools.partial(test, **fixtures)))
-
-    return run
-
-
-def words(seed: int, count: int) -> list[int]:
-    draw = random.Random(seed)
-    return [draw.randrange(1, VOCABULARY) for _ in range(count)]
 
 
 def prefilled(model: Any, prompt: list[int], ranges: Ranges) -> Any:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import random
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -29,9 +26,8 @@ from mlx_engine.generation.sparse.importance import (
 from mlx_engine.generation.sparse.sparse_cache import SparseKVCache, skip_to, sparse
 from mlx_engine.generation.sparse.sparse_check import check_sparse
 from mlx_engine.generation.sparse.specprefill import SparsePrefill
-from mlx_engine.turn import Turn
-from mlx_engine.worker import mlx_thread
-from tests.architectures import VOCABULARY, make
+from tests.architectures import make, words
+from tests.conftest import on_mlx_thread
 
 pytestmark = pytest.mark.anyio
 
@@ -53,21 +49,6 @@ DENSE = [  # chunks may be rows
     "smollm3",
 ]
 HYBRID = ["qwen3_next", "qwen3_5"]
-
-
-def on_mlx_thread(test: Callable[..., None]) -> Any:
-    """MLX belongs to one thread, in tests too."""
-
-    @functools.wraps(test)
-    async def run(**fixtures: Any) -> None:
-        await mlx_thread.run(Turn(functools.partial(test, **fixtures)))
-
-    return run
-
-
-def words(seed: int, count: int) -> list[int]:
-    draw = random.Random(seed)
-    return [draw.randrange(1, VOCABULARY) for _ in range(count)]
 
 
 def put(model: Any, cache: Any, tokens: list[int]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -22,8 +21,7 @@ from mlx_engine import (
     ModelLoadError,
     SimpleEngine,
 )
-from mlx_engine.worker import mlx_thread
-from tests.conftest import make_tiny, settled
+from tests.conftest import cancel_inside, make_tiny, settled
 from tests.generation.rigged import made, rig
 from tests.models.mtp_checkpoints import DENSE_QWEN, GLM, MIMO, MLA, QWEN_NEXT, Kind
 
@@ -147,7 +145,7 @@ async def test_sampled_tokens_have_exactly_the_law_of_the_model(tiny_path: Path)
     assert squared < 24.3, "chi-squared with 7 degrees of freedom, 0.1 %"
 
 
-@pytest.mark.parametrize("place", [5, 6, 7, 8])
+@pytest.mark.parametrize("place", [5, 7])
 @pytest.mark.parametrize("end", ["token", "string", "length"])
 @pytest.mark.parametrize("kind", [QWEN_NEXT, MIMO, None], ids=str)
 async def test_nothing_is_emitted_after_an_end_inside_of_a_burst(
@@ -292,7 +290,7 @@ async def test_proposals_pause_while_others_decode_and_go_on_afterwards(
 # ── cancelled ───────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("at", [1, 3, 6, 8, 9, 10, 11, 14, 19, 23])
+@pytest.mark.parametrize("at", [1, 4, 8, 9, 10, 12, 19])
 @pytest.mark.parametrize("kind", [QWEN_NEXT, MIMO, None], ids=str)
 async def test_a_cancel_is_seen_at_every_chunk_and_cycle(
     tmp_path: Path,
@@ -310,16 +308,7 @@ async def test_a_cancel_is_seen_at_every_chunk_and_cycle(
     async with engine_type(folder, decode=decode, prefill_step_size=16) as engine:
         expected = await engine.generate(prompt, decode=None, **options)
         stop = gate("model", at)
-        task = asyncio.ensure_future(engine.generate(prompt, **options))
-        await stop.reached()
-        for _ in range(3):
-            task.cancel()
-            await asyncio.sleep(0.001)
-            assert mlx_thread.locked
-            assert not task.done()
-        stop.go()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await cancel_inside(stop, engine.generate(prompt, **options))
         assert stop.calls - at <= depth + 1, "it went on after the cycle"
         await settled()
         assert engine.stats().running == engine.stats().kv_bytes == 0

@@ -6,10 +6,8 @@ for the model, what mlx-lm does to a checkpoint.
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -23,8 +21,6 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_engine.config import ModelConfig
 from mlx_engine.models.loading import LoadedModel, load_model
 from mlx_engine.models.mtp_heads import MTPHead
-from mlx_engine.turn import Turn
-from mlx_engine.worker import mlx_thread
 from tests.tiny import make_tokenizer
 
 Tensors = dict[str, mx.array]
@@ -268,16 +264,6 @@ def _randomize(module: Any) -> None:
 N = 7
 EXACT = 1e-5
 DIFFERENT = 1e-2
-
-
-def on_mlx_thread(test: Callable[..., None]) -> Any:
-    """MLX belongs to one thread, in tests too."""
-
-    @functools.wraps(test)
-    async def run(**fixtures: Any) -> None:
-        await mlx_thread.run(Turn(functools.partial(test, **fixtures)))
-
-    return run
 
 
 def pairs() -> tuple[mx.array, mx.array]:

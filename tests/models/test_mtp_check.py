@@ -16,6 +16,7 @@ from mlx_engine.models.loading import LoadedModel
 from mlx_engine.models.mtp_check import agreement, check_head
 from mlx_engine.models.mtp_heads import load_head
 from mlx_engine.models.split import check_split, split
+from tests.conftest import on_mlx_thread
 from tests.models.mtp_checkpoints import (
     EXACT,
     GLM,
@@ -27,7 +28,6 @@ from tests.models.mtp_checkpoints import (
     N,
     difference,
     load,
-    on_mlx_thread,
     pairs,
 )
 

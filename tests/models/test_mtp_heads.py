@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_engine import ModelLoadError
 from mlx_engine.models.mtp_extract import extract_mtp
 from mlx_engine.models.mtp_heads import load_head
+from tests.conftest import on_mlx_thread
 from tests.models.mtp_checkpoints import (
     DENSE_QWEN,
     DIFFERENT,
@@ -32,7 +33,6 @@ from tests.models.mtp_checkpoints import (
     difference,
     load,
     off,
-    on_mlx_thread,
     pairs,
 )
 

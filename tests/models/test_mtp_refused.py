@@ -13,7 +13,7 @@ import pytest
 from mlx_engine import InvalidRequest, ModelLoadError
 from mlx_engine.models.mtp_extract import extract_mtp
 from mlx_engine.models.mtp_heads import load_head
-from tests.conftest import ROOT
+from tests.conftest import ROOT, on_mlx_thread
 from tests.models.mtp_checkpoints import (
     GLM,
     MIMO,
@@ -22,7 +22,6 @@ from tests.models.mtp_checkpoints import (
     Made,
     load,
     off,
-    on_mlx_thread,
 )
 
 pytestmark = pytest.mark.anyio

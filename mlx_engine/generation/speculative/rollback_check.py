@@ -14,7 +14,7 @@ from mlx_lm.generate import generation_stream
 
 from mlx_engine.config import ModelConfig
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.generation.kv_cache import Cache, make_kv_cache
+from mlx_engine.generation.kv_cache import Cache, check_unbounded, make_kv_cache
 from mlx_engine.generation.same_logits import TOLERANCE, difference
 from mlx_engine.generation.speculative.rollback import Rollback, cannot_roll_back
 
@@ -28,9 +28,7 @@ def check_rollback(model: nn.Module, config: ModelConfig) -> None:
     Raises:
         InvalidRequest: says what does not work.
     """
-    for option in ("kv_bits", "max_kv_size"):
-        if getattr(config, option) is not None:
-            raise InvalidRequest("decode", f"cannot be combined with {option}; leave one out")
+    check_unbounded("decode", config)
     cache = make_kv_cache(model, config)
     if (reason := cannot_roll_back(cache)) is not None:
         raise InvalidRequest("decode", f"this model cannot verify proposals: {reason}")
