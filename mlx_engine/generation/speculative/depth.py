@@ -19,7 +19,8 @@ _TRIAL = 5  # cycles of a trial; the first one is not timed, since it begins wit
 _SHARE = 0.01  # of the time, that trials may cost
 _PATIENCE = 2  # by which a wait is longer after fruitless trials
 _SHORTEST_WAIT, _LONGEST_WAIT = 24, 512  # tokens between two trials
-_MARGIN = 1.03  # by which a deeper cycle must be better than a shallower one
+_FIRST_CHECK, _LAST_CHECK = 24, 192  # tokens until plain decoding is measured again
+_MARGIN = 1.08  # by which a deeper cycle must be better than a shallower one
 _DECAY = 0.08  # weight of the newest proposal in an acceptance
 _DECAY_IN_TRIAL = 0.25
 _HOPE = 0.85  # how the chance of a proposal that was never made compares to the one before
@@ -39,8 +40,11 @@ class DepthChooser:
         self._best = 0
         self._trying = 0
         self._trial = _TRIAL  # cycles left of the trial that is under way
+        self._opening = [0, 1]  # trials that are still to be made at first, the last one first
         self._loss = 0.0  # seconds that this trial has cost so far
         self._wait = 0.0  # seconds until the next one
+        self._unchecked = 0  # tokens since plain decoding was last measured
+        self._check_after = _FIRST_CHECK
 
     @property
     def most(self) -> int:
@@ -75,7 +79,10 @@ class DepthChooser:
         elif not self._trial:
             self._best = self._fastest()
             self._wait -= seconds
-            if self._wait <= 0:
+            self._unchecked = 0 if depth == 0 else self._unchecked + accepted + 1
+            if self._best and self._unchecked >= self._check_after:
+                self._begin_trial(0)
+            elif self._wait <= 0:
                 self._begin_trial(self._candidate())
 
     def _learn(self, place: int, accepted: bool, weight: float) -> None:
@@ -90,12 +97,22 @@ class DepthChooser:
         if depth is None:
             self._wait = _SHORTEST_WAIT * self._seconds(0)
             return
+        # Only what is measured at about the same time can be compared: machines have moods.
+        self._times[depth].clear()
         self._trying, self._trial, self._loss = depth, _TRIAL, 0.0
 
     def _end_trial(self) -> None:
         before, self._best = self._best, self._fastest()
-        if not self._times[1]:
-            self._begin_trial(1)  # the very first time
+        if self._trying == 0:
+            self._unchecked = 0
+            confirmed = self._best == before > 0
+            self._check_after = (
+                min(2 * self._check_after, _LAST_CHECK) if confirmed else _FIRST_CHECK
+            )
+            if confirmed:
+                return
+        if self._opening:  # an engine's first tokens are slow, so that plain decoding comes twice
+            self._begin_trial(self._opening.pop())
             return
         if self._best != before and (deeper := self._deeper()) is not None:
             self._begin_trial(deeper)
@@ -110,11 +127,9 @@ class DepthChooser:
         return enough and self._seconds(depth) > (depth + 1) * self._seconds(0)
 
     def _candidate(self) -> int | None:
-        """What to try next: plain decoding if it is not in use, else what promises most."""
+        """What to try next: what promises to be better, or one less."""
         if self._best == 0:
             return 1
-        if self._trying != 0:
-            return 0
         return self._deeper() or (self._best - 1 or None)
 
     def _deeper(self) -> int | None:
