@@ -159,10 +159,10 @@ class DepthChooser:
 
     def _seconds(self, depth: int) -> float:
         """Of a cycle; where it was never measured, as much more as the step before it."""
-        if self._times[depth]:
-            return statistics.median(self._times[depth])
         if depth == 0:
-            return 0.0
+            return statistics.median(self._times[0]) if self._times[0] else 0.0
+        if self._times[depth]:  # more work is not faster, whatever a noisy machine says
+            return max(statistics.median(self._times[depth]), self._seconds(0))
         less = self._seconds(depth - 1)
         step = less - self._seconds(depth - 2) if depth > 1 else 0.0
         return less + max(step, 0.0)
