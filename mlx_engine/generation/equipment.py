@@ -43,11 +43,13 @@ class Draft:
         loaded: the small model.
         config: how to prefill it.
         prompt_cache: of its own.
+        footprint: of the KV cache that it has of a request.
     """
 
     loaded: LoadedModel
     config: ModelConfig
     prompt_cache: PromptCache
+    footprint: KVFootprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,15 @@ class SparsePrefilling:
     Attributes:
         draft: scores them.
         rows: whether chunks may go in as rows of a batch.
-        footprint: what the draft keeps of a request while it scores it.
     """
 
     draft: Draft
     rows: bool
-    footprint: KVFootprint
+
+    @property
+    def footprint(self) -> KVFootprint:
+        """What the draft keeps of a request while it scores it."""
+        return self.draft.footprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +129,20 @@ def make_equipment(
         ModelLoadError: the MTP head cannot be loaded.
     """
     notes: dict[str, str] = {}
-    side = {name: _as_draft(draft, config) for name, draft in drafts.items()}
-    side_caches = [(d.prompt_cache, measure_kv(d.loaded.model, d.config)) for d in side.values()]
+    side = {
+        name: _as_draft(draft, config.for_draft(name), PromptCache(0))
+        for name, draft in drafts.items()
+    }
+    side_caches = [(draft.prompt_cache, draft.footprint) for draft in side.values()]
     sparse: SparsePrefilling | None = None
     speculation: Speculation | None = None
     prefill, decode = strategies.prefill, strategies.decode
     if prefill is not None:
-        itself = Draft(loaded, config, prompt_cache)
-        draft = itself if prefill.draft is None else side[path_text(prefill.draft)]
         try:
+            if prefill.draft is None:
+                draft = _as_draft(loaded, config, prompt_cache)
+            else:
+                draft = side[path_text(prefill.draft)]
             sparse = _sparse_prefilling(loaded, draft, config)
         except InvalidRequest as error:
             notes["prefill"] = _fallback(error, prefill.fallback, "prompts are prefilled in full")
@@ -164,8 +174,8 @@ def _fallback(error: InvalidRequest, allowed: bool, instead: str) -> str:
     return f"{error}; {instead}"
 
 
-def _as_draft(loaded: LoadedModel, config: ModelConfig) -> Draft:
-    return Draft(loaded, config.for_draft(config.model), PromptCache(0))
+def _as_draft(loaded: LoadedModel, config: ModelConfig, prompt_cache: PromptCache) -> Draft:
+    return Draft(loaded, config, prompt_cache, measure_kv(loaded.model, config))
 
 
 def _sparse_prefilling(loaded: LoadedModel, draft: Draft, config: ModelConfig) -> SparsePrefilling:
@@ -176,7 +186,7 @@ def _sparse_prefilling(loaded: LoadedModel, draft: Draft, config: ModelConfig) -
     _check_tokenizer("prefill", loaded, draft.loaded)
     if (reason := cannot_score(draft.loaded.model)) is not None:
         raise InvalidRequest("prefill", f"the draft cannot score prompts: {reason}")
-    return SparsePrefilling(draft, support.rows, measure_kv(draft.loaded.model, draft.config))
+    return SparsePrefilling(draft, support.rows)
 
 
 def _with_draft(loaded: LoadedModel, draft: Draft, decode: DraftModel) -> Speculation:
@@ -187,12 +197,8 @@ def _with_draft(loaded: LoadedModel, draft: Draft, decode: DraftModel) -> Specul
     def make() -> Drafter:
         return ModelDrafter(draft.loaded, draft.config, draft.prompt_cache, loaded.vocab_size)
 
-    return Speculation(
-        make,
-        DepthChooser(decode.num_draft_tokens),
-        Forward(loaded.model),
-        measure_kv(draft.loaded.model, draft.config),
-    )
+    chooser = DepthChooser(decode.num_draft_tokens)
+    return Speculation(make, chooser, Forward(loaded.model), draft.footprint)
 
 
 def _with_head(loaded: LoadedModel, decode: MTP) -> tuple[Speculation, PromptCache, str | None]:

@@ -127,9 +127,8 @@ class PrefillQueue:
         except Exception:
             row.cache = row.sparse = row.drafter = None  # its own turn begins anew
             raise
-        if (
-            row.cache is not None and self._space.equipment.sparse is not None
-        ):  # caches of one kind can be merged
+        assert row.cache is not None
+        if self._space.equipment.sparse is not None:  # caches of one kind can be merged
             row.cache = sparse(row.cache)
 
     def _group(self, row: Row, size: int) -> list[Row]:

@@ -87,11 +87,9 @@ class DepthChooser:
 
     def _learn(self, place: int, accepted: bool, weight: float) -> None:
         known = self._accepted[place]
-        self._accepted[place] = (
-            float(accepted) if known is None else known + weight * (accepted - known)
-        )
         if known is None:  # one proposal says little
-            self._accepted[place] = 0.5 + 0.25 * (float(accepted) - 0.5)
+            known, weight = 0.5, 0.25
+        self._accepted[place] = known + weight * (accepted - known)
 
     def _begin_trial(self, depth: int | None) -> None:
         if depth is None:
