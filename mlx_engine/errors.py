@@ -100,13 +100,29 @@ class EngineDead(EngineNotRunning):
 
     Attributes:
         reason: what is known of the end, in words.
-        exit_code: of the process that ended, if it was a process.
+        exit_code: of the process that ended, if it was a process; negative is the number of
+            the signal that ended it.
+        signal: the name of that signal, e.g. ``"SIGKILL"``.
+        phase: what it was doing: ``start``, ``load``, ``idle``, ``prefill`` or ``decode``.
+        stderr: the last lines of the process's standard error, with the stacks of its threads
+            if it had to be ended because it was stuck.
     """
 
-    def __init__(self, reason: str, *, exit_code: int | None = None) -> None:
+    def __init__(
+        self,
+        reason: str,
+        *,
+        exit_code: int | None = None,
+        signal: str | None = None,
+        phase: str | None = None,
+        stderr: str = "",
+    ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.exit_code = exit_code
+        self.signal = signal
+        self.phase = phase
+        self.stderr = stderr
 
 
 class GenerationError(MLXEngineError):

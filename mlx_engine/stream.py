@@ -22,8 +22,12 @@ class Producer(Protocol):
 
     request_id: str
 
-    def run(self, emit: Emit) -> Awaitable[GenerationResult]:
-        """Do the work, calling ``emit`` from any thread, and give the result."""
+    def run(self, emit: Emit | None) -> Awaitable[GenerationResult]:
+        """Do the work, calling ``emit`` from any thread, and give the result.
+
+        Args:
+            emit: gets each chunk at once; ``None`` makes no chunks.
+        """
 
     def cancel(self) -> None:
         """Ask the work to stop. From any thread; returns at once."""

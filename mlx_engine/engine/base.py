@@ -1,36 +1,109 @@
-"""What all engines offer: answers, whole, as streams, and many at once."""
+"""What all engines offer: answers, whole, as streams, and many at once.
+
+No MLX here: an engine may be in this process or elsewhere.
+"""
 
 from __future__ import annotations
 
 import abc
 import functools
 import os
-from collections.abc import Mapping, Sequence
-from numbers import Integral
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
 
+from mlx_engine.asks import Ask, ChatPrompt, TextPrompt, checked_priority
 from mlx_engine.config import AsEngine, SpecPrefill
-from mlx_engine.engine.admission import RequestTicket
-from mlx_engine.engine.crossing import in_this_loop
-from mlx_engine.engine.life import EngineLife, checked_callback
 from mlx_engine.engine.many import in_order, params_for_each
 from mlx_engine.errors import InvalidRequest, MLXEngineError
-from mlx_engine.generation import prompt_cache_file
-from mlx_engine.generation.kv_cache import sample_kv_cache
-from mlx_engine.generation.prompt import ChatInput, Input, TextInput
-from mlx_engine.generation.request import Request
-from mlx_engine.outputs import GenerationResult, ProgressCallback
+from mlx_engine.lifecycle import EngineState
+from mlx_engine.outputs import EngineStats, GenerationResult, ProgressCallback, ShutdownReport
 from mlx_engine.params import SamplingOptions, SamplingParams
-from mlx_engine.stream import Emit, GenerationStream
+from mlx_engine.stream import GenerationStream, Producer
+from mlx_engine.turn import first_cancellation
+
+T = TypeVar("T")
 
 
-class BaseEngine(EngineLife, abc.ABC):
-    """A model behind ``await``; the MLX thread does its work, one piece at a time.
+class BaseEngine(abc.ABC):
+    """A model behind ``await``.
 
     Use it as ``async with Engine(model) as engine:``, or call ``start()`` and ``stop()``.
     It may be used from several event loops at once.
     """
+
+    @property
+    @abc.abstractmethod
+    def state(self) -> EngineState:
+        """Where the engine is in its life. From any thread."""
+
+    @property
+    @abc.abstractmethod
+    def has_chat_template(self) -> bool:
+        """Whether ``chat`` can be used. ``False`` while no model is loaded. From any thread."""
+
+    @property
+    @abc.abstractmethod
+    def context_length(self) -> int | None:
+        """Tokens that prompt and answer may have together; ``None`` if there is no limit, or
+        no model is loaded. From any thread.
+        """
+
+    @abc.abstractmethod
+    def stats(self) -> EngineStats:
+        """A snapshot of counters. Cheap; from any thread."""
+
+    @abc.abstractmethod
+    async def start(self) -> None:
+        """Find, if need be download, and load the model. No-op when the engine runs.
+
+        Cancellation: the load ends soon; nothing stays behind, and the engine can be started
+        again.
+
+        Raises:
+            ModelLoadError: the model cannot be found or loaded; start may be tried again.
+            InvalidRequest: an option does not suit the model.
+            EngineStopped: the engine is being shut down.
+        """
+
+    async def stop(self) -> ShutdownReport:
+        """End everything in flight now and release the model: ``shutdown(0)``."""
+        return await self.shutdown(0)
+
+    @abc.abstractmethod
+    async def shutdown(self, timeout: float | None = None) -> ShutdownReport:
+        """Refuse new requests from now on, let those in flight finish, release the model.
+
+        Args:
+            timeout: seconds that requests in flight may take; then they are aborted and
+                their callers get ``EngineStopped``. ``None`` waits for all of them, 0 for
+                none. An engine that is still loading stops loading at once.
+
+        Returns:
+            Which requests finished, and which were aborted.
+
+        May be called any number of times, from several tasks: the earliest deadline counts.
+
+        Cancellation: requests still in flight are aborted, the model is released, then
+        ``CancelledError`` is raised.
+
+        Raises:
+            InvalidRequest: ``timeout`` is not such a number.
+        """
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with first_cancellation(exc):
+            await self.stop()
 
     async def generate(
         self,
@@ -64,10 +137,14 @@ class BaseEngine(EngineLife, abc.ABC):
             EngineNotStarted, EngineStopped, EngineDead: by the engine's state.
             GenerationError: this request failed; others go on.
         """
-        request = self._request(
-            TextInput(prompt), params, options, priority, prefill, decode, on_progress
+        ask = Ask(
+            TextPrompt(prompt),  # type: ignore[arg-type]
+            SamplingParams.of(params, **options),
+            priority,
+            prefill,
+            decode,
         )
-        return await self._complete(request)
+        return await self._producer(ask, checked_callback(on_progress)).run(None)
 
     def stream_generate(
         self,
@@ -85,11 +162,14 @@ class BaseEngine(EngineLife, abc.ABC):
         The request starts, and its state and queue errors are raised, when the stream is
         entered or first read.
         """
-        return self._stream(
-            self._request(
-                TextInput(prompt), params, options, priority, prefill, decode, on_progress
-            )
+        ask = Ask(
+            TextPrompt(prompt),  # type: ignore[arg-type]
+            SamplingParams.of(params, **options),
+            priority,
+            prefill,
+            decode,
         )
+        return GenerationStream(self._producer(ask, checked_callback(on_progress)))
 
     async def chat(
         self,
@@ -121,10 +201,14 @@ class BaseEngine(EngineLife, abc.ABC):
         Cancellation and errors are those of ``generate``; a model without a chat template,
         or a template without tools, is an ``InvalidRequest``.
         """
-        source = ChatInput(messages, tools, chat_template_kwargs)
-        return await self._complete(
-            self._request(source, params, options, priority, prefill, decode, on_progress)
+        ask = Ask(
+            ChatPrompt.of(messages, tools, chat_template_kwargs),
+            SamplingParams.of(params, **options),
+            priority,
+            prefill,
+            decode,
         )
+        return await self._producer(ask, checked_callback(on_progress)).run(None)
 
     def stream_chat(
         self,
@@ -140,10 +224,14 @@ class BaseEngine(EngineLife, abc.ABC):
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream:
         """Answer a conversation as a stream; arguments and errors are those of ``chat``."""
-        source = ChatInput(messages, tools, chat_template_kwargs)
-        return self._stream(
-            self._request(source, params, options, priority, prefill, decode, on_progress)
+        ask = Ask(
+            ChatPrompt.of(messages, tools, chat_template_kwargs),
+            SamplingParams.of(params, **options),
+            priority,
+            prefill,
+            decode,
         )
+        return GenerationStream(self._producer(ask, checked_callback(on_progress)))
 
     async def generate_batch(
         self,
@@ -181,9 +269,9 @@ class BaseEngine(EngineLife, abc.ABC):
             EngineNotStarted, EngineStopped, EngineDead: by the engine's state, at the call.
         """
         checked_priority(priority)
-        self.strategies.of_request(prefill, decode)
+        self._check_strategies(prefill, decode)
         each = [SamplingParams.of(own, **options) for own in params_for_each(prompts, params)]
-        self._lifecycle.check_running()
+        self._check_running()
 
         async def one(prompt: str | Sequence[int], own: SamplingParams) -> GenerationResult:
             return await self.generate(
@@ -208,8 +296,7 @@ class BaseEngine(EngineLife, abc.ABC):
             InvalidRequest: the file cannot be written.
             EngineBusy, EngineNotStarted, EngineStopped, EngineDead: as in ``generate``.
         """
-        ticket = RequestTicket(self._lifecycle.new_id("save"))
-        return await self._run_blocking_serialized(self._save, checked_path(path), _ticket=ticket)
+        return await self._save_prompt_cache(checked_path(path))
 
     async def load_prompt_cache(self, path: str | os.PathLike[str]) -> int:
         """Add the prompts of a file that ``save_prompt_cache`` has written.
@@ -226,85 +313,75 @@ class BaseEngine(EngineLife, abc.ABC):
                 other KV cache options; the prompt cache is as it was.
             EngineBusy, EngineNotStarted, EngineStopped, EngineDead: as in ``generate``.
         """
-        ticket = RequestTicket(self._lifecycle.new_id("load"))
-        return await self._run_blocking_serialized(self._load, checked_path(path), _ticket=ticket)
-
-    def _save(self, path: Path) -> int:
-        """On the MLX thread."""
-        space = self._slot.space()
-        return prompt_cache_file.save(
-            path, space.prompt_cache, prompt_cache_file.fingerprint(space.loaded)
-        )
-
-    def _load(self, path: Path) -> int:
-        """On the MLX thread."""
-        space = self._slot.space()
-        return prompt_cache_file.load(
-            path,
-            space.prompt_cache,
-            prompt_cache_file.fingerprint(space.loaded),
-            sample_kv_cache(space.loaded.model, space.config),
-        )
-
-    @property
-    def _width(self) -> int:
-        """Requests that can be in work at once."""
-        return 1
-
-    async def _complete(self, request: Request, emit: Emit | None = None) -> GenerationResult:
-        request.submitted(in_this_loop, emit)
-        return await self._serve(request, RequestTicket(request.request_id))
+        return await self._load_prompt_cache(checked_path(path))
 
     @abc.abstractmethod
-    async def _serve(self, request: Request, ticket: RequestTicket) -> GenerationResult:
-        """Do a request that somebody waits for."""
-
-    def _stream(self, request: Request) -> GenerationStream:
-        return GenerationStream(_Producer(self, request))
-
-    def _request(
+    async def run_blocking(
         self,
-        source: Input,
-        params: SamplingParams | None,
-        options: SamplingOptions,
-        priority: int,
-        prefill: SpecPrefill | AsEngine | None,
-        decode: AsEngine | None,
-        on_progress: ProgressCallback | None,
-    ) -> Request:
-        return Request(
-            source,
-            SamplingParams.of(params, **options),
-            self._lifecycle.new_id(),
-            checked_callback(on_progress),
-            checked_priority(priority),
-            self.strategies.of_request(prefill, decode),
-        )
+        func: Callable[..., T],
+        /,
+        *args: Any,
+        on_cancel: Callable[[], None] | None = None,
+        **kwargs: Any,
+    ) -> T:
+        """Run a function of your own on the MLX thread, when its turn comes.
+
+        It must be synchronous, and is free to use MLX. It sees the caller's context
+        variables.
+
+        Args:
+            on_cancel: called once, from any thread, if the call is cancelled while the
+                function runs; it should make the function return soon.
+
+        Cancellation: waiting, the call leaves the queue at once. Once the function runs, the
+        call stays until it has returned, however often it is cancelled; the outcome is
+        discarded and ``CancelledError`` raised.
+
+        Raises:
+            RuntimeError: called from inside another turn on the MLX thread.
+            InvalidRequest: ``func`` is not a plain function, or the engine is in another
+                process, where a function cannot go.
+            EngineBusy, EngineNotStarted, EngineStopped, EngineDead: as in ``generate``.
+            BaseException: whatever the function raises.
+        """
+
+    @abc.abstractmethod
+    def _producer(self, ask: Ask, on_progress: ProgressCallback | None) -> Producer:
+        """What will do a request, once its ``run`` is awaited.
+
+        Raises:
+            InvalidRequest: it asks for what this engine was not made for.
+        """
+
+    @abc.abstractmethod
+    def _check_strategies(
+        self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
+    ) -> None:
+        """Raise ``InvalidRequest`` if a request may not ask for these."""
+
+    @abc.abstractmethod
+    def _check_running(self) -> None:
+        """Raise the error that tells why requests are refused, unless they are taken."""
+
+    @abc.abstractmethod
+    async def _save_prompt_cache(self, path: Path) -> int:
+        """See ``save_prompt_cache``."""
+
+    @abc.abstractmethod
+    async def _load_prompt_cache(self, path: Path) -> int:
+        """See ``load_prompt_cache``."""
+
+    @property
+    @abc.abstractmethod
+    def _width(self) -> int:
+        """Requests that can be in work at once."""
 
 
-class _Producer:
-    """A request as a stream sees it."""
-
-    def __init__(self, engine: BaseEngine, request: Request) -> None:
-        self.request_id = request.request_id
-        self._engine = engine
-        self._request = request
-
-    async def run(self, emit: Emit) -> GenerationResult:
-        return await self._engine._complete(self._request, emit)
-
-    def cancel(self) -> None:
-        self._request.cancel()
-
-    def partial_result(self) -> GenerationResult:
-        return self._request.result()
-
-
-def checked_priority(priority: int) -> int:
-    """``priority``, if it can be one; raises ``InvalidRequest`` if not."""
-    if not isinstance(priority, Integral) or isinstance(priority, bool):
-        raise InvalidRequest("priority", f"must be an integer, not {priority!r}")
-    return int(priority)
+def checked_callback(on_progress: ProgressCallback | None) -> ProgressCallback | None:
+    """``on_progress``, if it can be called; raises ``InvalidRequest`` if not."""
+    if on_progress is not None and not callable(on_progress):
+        raise InvalidRequest("on_progress", f"must be callable or None, not {on_progress!r}")
+    return on_progress
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:

@@ -11,7 +11,7 @@ from typing import Unpack
 
 from mlx_engine.config import BatchConfig, EngineOptions
 from mlx_engine.engine.admission import RequestTicket
-from mlx_engine.engine.base import BaseEngine
+from mlx_engine.engine.local import LocalEngine
 from mlx_engine.engine.seats import Seat, Seats
 from mlx_engine.engine.slot import ModelSlot
 from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError
@@ -29,7 +29,7 @@ _QUANTUM = 0.02  # seconds that a burst has at least while others wait for the M
 _LOOK = 0.002  # seconds for prompts that are far back in the queue, between two steps
 
 
-class BatchedEngine(BaseEngine):
+class BatchedEngine(LocalEngine):
     """Serves many requests at once: each decode step gives all of them a token.
 
     Requests join and leave at any step. The MLX thread works in bursts, each of which is one

@@ -8,8 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from mlx_engine.config import (
     Decode,
@@ -20,6 +19,7 @@ from mlx_engine.config import (
     path_text,
 )
 from mlx_engine.engine.admission import Admission, RequestTicket
+from mlx_engine.engine.base import checked_callback
 from mlx_engine.engine.crossing import in_this_loop, off_loop
 from mlx_engine.engine.slot import ModelSlot, empty_abandoned
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
@@ -210,10 +210,6 @@ class EngineLife:
             self._lifecycle.start_failed()
             self._lifecycle.done(ticket)
 
-    async def stop(self) -> ShutdownReport:
-        """End everything in flight now and release the model: ``shutdown(0)``."""
-        return await self.shutdown(0)
-
     async def shutdown(self, timeout: float | None = None) -> ShutdownReport:
         """Refuse new requests from now on, let those in flight finish, release the model.
 
@@ -242,19 +238,6 @@ class EngineLife:
                 "it for ever: shut the engine down from outside"
             )
         return await self._lifecycle.shutdown(timeout, self._release)
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        with first_cancellation(exc):
-            await self.stop()
 
     async def run_blocking(
         self,
@@ -341,10 +324,3 @@ class EngineLife:
         finally:
             if self._slot.filled:  # the end of the event loop has cancelled that task as well
                 mlx_thread.post(self._slot.empty)
-
-
-def checked_callback(on_progress: ProgressCallback | None) -> ProgressCallback | None:
-    """``on_progress``, if it can be called; raises ``InvalidRequest`` if not."""
-    if on_progress is not None and not callable(on_progress):
-        raise InvalidRequest("on_progress", f"must be callable or None, not {on_progress!r}")
-    return on_progress

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from mlx_engine.engine.admission import RequestTicket
-from mlx_engine.engine.base import BaseEngine
+from mlx_engine.engine.local import LocalEngine
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.single import generate_single
 from mlx_engine.outputs import GenerationResult
 
 
-class SimpleEngine(BaseEngine):
+class SimpleEngine(LocalEngine):
     """Serves one request at a time, in the order in which they come.
 
     A request is one call on the MLX thread, from its prompt to its last token.

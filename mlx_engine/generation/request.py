@@ -12,9 +12,10 @@ from typing import Literal
 
 import mlx.core as mx
 
+from mlx_engine.asks import ChatPrompt, TextPrompt
 from mlx_engine.config import Strategies
 from mlx_engine.errors import ContextLengthExceeded, GenerationError, MLXEngineError
-from mlx_engine.generation.prompt import Input
+from mlx_engine.generation.prompt import encode, option_of
 from mlx_engine.generation.sampling import Sampling, make_sampling, token_logprob
 from mlx_engine.generation.text import Piece, TextAssembler
 from mlx_engine.models.loading import LoadedModel
@@ -53,7 +54,7 @@ class Request:
 
     def __init__(
         self,
-        source: Input,
+        source: TextPrompt | ChatPrompt,
         params: SamplingParams,
         request_id: str,
         on_progress: ProgressCallback | None = None,
@@ -138,7 +139,7 @@ class Request:
             InvalidRequest: the prompt or an option does not suit this model.
             Exception: whatever a tokenizer or chat template raises.
         """
-        encoded = self._source.encode(loaded)
+        encoded = encode(self._source, loaded)
         self.prompt = encoded.tokens
         self._notes += encoded.notes
         self.limit = self._fit(loaded)
@@ -151,7 +152,7 @@ class Request:
             loaded.tokenizer,
             stop=tuple(self._params.stop),
             initial_state=encoded.initial_state,
-            tools=self._source.tools,
+            tools=self._source.tools if isinstance(self._source, ChatPrompt) else None,
         )
         stops = frozenset(self._params.stop_token_ids)
         self._silent = loaded.eos | stops
@@ -325,7 +326,7 @@ class Request:
                 prompt_tokens=length,
                 max_tokens=wanted,
                 context_length=context,
-                option=self._source.option,
+                option=option_of(self._source),
             )
         return room if wanted is None else wanted
 

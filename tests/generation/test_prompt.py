@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mlx_engine import ContextLengthExceeded, InvalidRequest, SimpleEngine
-from mlx_engine.generation.prompt import ChatInput
+from mlx_engine.asks import ChatPrompt
+from mlx_engine.generation.prompt import encode
 from tests.conftest import make_tiny
 from tests.tiny import CONTEXT
 
@@ -30,7 +31,7 @@ async def engine(tiny_engine: SimpleEngine) -> AsyncIterator[SimpleEngine]:
 
 
 async def encoded(engine: SimpleEngine, *args: Any) -> Any:
-    return await engine.run_blocking(lambda: ChatInput(*args).encode(engine._slot.get()))
+    return await engine.run_blocking(lambda: encode(ChatPrompt.of(*args), engine._slot.get()))
 
 
 async def rendered(engine: SimpleEngine, *args: Any) -> str:
