@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from mlx_engine.engine.base import BaseEngine
     from mlx_engine.engine.batched import BatchedEngine
     from mlx_engine.engine.simple import SimpleEngine
+    from mlx_engine.remote.beat import Watchdog
+    from mlx_engine.remote.process_engine import ProcessEngine
 
 __version__ = "0.1.0"
 
@@ -74,6 +76,7 @@ __all__ = [
     "InvalidRequest",
     "MLXEngineError",
     "ModelLoadError",
+    "ProcessEngine",
     "Progress",
     "ProgressCallback",
     "PromptCacheLookup",
@@ -90,19 +93,22 @@ __all__ = [
     "TokenLogprob",
     "ToolCall",
     "Usage",
+    "Watchdog",
 ]
 
-# What needs MLX is imported when it is first asked for.
-_ENGINES = {
+# What needs MLX, or msgspec, is imported when it is first asked for.
+_LATER = {
     "BaseEngine": "mlx_engine.engine.base",
     "BatchedEngine": "mlx_engine.engine.batched",
+    "ProcessEngine": "mlx_engine.remote.process_engine",
     "SimpleEngine": "mlx_engine.engine.simple",
+    "Watchdog": "mlx_engine.remote.beat",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ENGINES:
-        value = getattr(import_module(_ENGINES[name]), name)
+    if name in _LATER:
+        value = getattr(import_module(_LATER[name]), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -121,8 +121,8 @@ Decode = DraftModel | MTP | Literal["auto"] | None
 AsEngine = Literal["as engine"]  # what a request says that leaves a strategy as it is
 
 
-class EngineOptions(TypedDict, total=False):
-    """What every in-process engine takes beside the model; see ``SimpleEngine``."""
+class ModelOptions(TypedDict, total=False):
+    """What every engine takes beside the model; see ``SimpleEngine``."""
 
     revision: str | None
     adapter_path: str | os.PathLike[str] | None
@@ -138,7 +138,20 @@ class EngineOptions(TypedDict, total=False):
     decode: Decode
     queue_limit: int | None
     max_wait: float | None
+
+
+class EngineOptions(ModelOptions, total=False):
+    """What every in-process engine takes beside the model; see ``SimpleEngine``."""
+
     on_progress: ProgressCallback | None
+
+
+class BatchedOptions(ModelOptions, total=False):
+    """What a ``BatchedEngine`` takes beside that; see there."""
+
+    max_batch_size: int
+    max_decode_pause_ms: float | None
+    kv_cache_memory_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -337,6 +350,17 @@ class BatchConfig:
         _check_int("max_batch_size", self.max_batch_size, low=1)
         _check_time("max_decode_pause_ms", self.max_decode_pause_ms, "milliseconds")
         _check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, low=1, optional=True)
+
+
+def check_batchable_options(config: ModelConfig) -> None:
+    """Raise ``InvalidRequest`` for KV caches that mlx-lm cannot batch."""
+    for option in ("kv_bits", "max_kv_size"):
+        if getattr(config, option) is not None:
+            raise InvalidRequest(
+                option,
+                "mlx-lm cannot batch KV caches that are bounded or quantised: leave it out, "
+                "and bound memory with kv_cache_memory_bytes; or use SimpleEngine",
+            )
 
 
 def path_text(model: str | os.PathLike[str]) -> str:

@@ -40,7 +40,7 @@ class InvalidRequest(MLXEngineError, ValueError):
         self.option = option
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), str(self), self.__dict__.copy())
+        return rebuild, (type(self), str(self), self.__dict__.copy())
 
 
 class ContextLengthExceeded(InvalidRequest):
@@ -80,7 +80,7 @@ class EngineBusy(MLXEngineError):
         self.retry_after = retry_after
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), str(self), self.__dict__.copy())
+        return rebuild, (type(self), str(self), self.__dict__.copy())
 
 
 class EngineNotRunning(MLXEngineError):
@@ -137,7 +137,7 @@ class StreamConsumed(MLXEngineError):
     """The stream is being read, or has been read, already: it can be read once."""
 
 
-def _rebuild(kind: type[MLXEngineError], message: str, state: dict[str, object]) -> MLXEngineError:
+def rebuild(kind: type[MLXEngineError], message: str, state: dict[str, object]) -> MLXEngineError:
     """Unpickle an error whose constructor does not take just its message."""
     error = kind.__new__(kind, message)
     error.args = (message,)

@@ -217,13 +217,7 @@ class Lifecycle:
             timeout: seconds that work in flight may go on; ``None`` is for ever.
             release: frees what the engine holds; called once, when nothing is in flight.
         """
-        if timeout is not None and (
-            isinstance(timeout, bool)
-            or not isinstance(timeout, Real)
-            or math.isnan(timeout)
-            or timeout < 0
-        ):
-            raise InvalidRequest("timeout", f"must be seconds, 0 or more, or None, not {timeout!r}")
+        checked_timeout(timeout)
         with self._lock:
             if self._state is EngineState.STOPPED:
                 return self._report
@@ -322,3 +316,15 @@ class Lifecycle:
         watchers, self._watchers = self._watchers, []
         for future in watchers:
             wake(future)
+
+
+def checked_timeout(timeout: float | None) -> float | None:
+    """``timeout``, if it can be one; raises ``InvalidRequest`` if not."""
+    if timeout is not None and (
+        isinstance(timeout, bool)
+        or not isinstance(timeout, Real)
+        or math.isnan(timeout)
+        or timeout < 0
+    ):
+        raise InvalidRequest("timeout", f"must be seconds, 0 or more, or None, not {timeout!r}")
+    return timeout

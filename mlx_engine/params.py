@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
@@ -19,6 +20,7 @@ else:
     LogitsProcessor = Callable[..., object]  # this room does not load MLX
 
 MAX_TOP_LOGPROBS = 100
+_NAME = re.compile(r"[\w.]+:[\w.]+")  # of a function, with its module
 _SEED_LIMIT = 2**64
 _COLDEST = 1e-6  # below it logits overflow when they are divided by the temperature
 _BIAS_LIMIT = 1e30  # logits are float32, or less
@@ -43,7 +45,7 @@ class SamplingOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: int | None
-    logits_processors: Sequence[LogitsProcessor]
+    logits_processors: Sequence[LogitsProcessor | str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +77,9 @@ class SamplingParams:
             ones at its place, 0 to 100; ``None`` for none.
         logits_processors: called as ``processor(tokens, logits)`` on the MLX thread with
             tokens of shape (n,), prompt included, dtype uint32, and logits of shape
-            (1, vocabulary); returns the logits to use.
+            (1, vocabulary); returns the logits to use. Or the name of such a function,
+            ``"package.module:function"``, which is imported where the model is; a class is
+            instantiated for each request.
 
     Raises:
         InvalidRequest: a value is of the wrong type or out of range.
@@ -97,7 +101,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
-    logits_processors: Sequence[LogitsProcessor] = ()
+    logits_processors: Sequence[LogitsProcessor | str] = ()
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -136,10 +140,12 @@ class SamplingParams:
             self._set("logprobs", _integer("logprobs", self.logprobs, low=0, high=MAX_TOP_LOGPROBS))
         processors = _items("logits_processors", self.logits_processors, "functions")
         for processor in processors:
-            if not callable(processor):
+            named = isinstance(processor, str) and _NAME.fullmatch(processor)
+            if not (callable(processor) or named):
                 raise InvalidRequest(
                     "logits_processors",
-                    f"each must be callable as processor(tokens, logits), not {processor!r}",
+                    "each must be callable as processor(tokens, logits), or be named "
+                    f"'package.module:function', not {processor!r}",
                 )
         self._set("logits_processors", processors)
 

@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 from typing import Unpack
 
-from mlx_engine.config import BatchConfig, EngineOptions
+from mlx_engine.config import BatchConfig, EngineOptions, check_batchable_options
 from mlx_engine.engine.admission import RequestTicket
 from mlx_engine.engine.local import LocalEngine
 from mlx_engine.engine.seats import Seat, Seats
 from mlx_engine.engine.slot import ModelSlot
-from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError
+from mlx_engine.errors import EngineDead, MLXEngineError
 from mlx_engine.generation.batch import Batch
 from mlx_engine.generation.batch_check import check_batchable
 from mlx_engine.generation.budget import MemoryBudget
@@ -71,13 +71,7 @@ class BatchedEngine(LocalEngine):
             kv_cache_memory_bytes=kv_cache_memory_bytes,
         )
         super().__init__(model, **options)
-        for option in ("kv_bits", "max_kv_size"):
-            if getattr(self.config, option) is not None:
-                raise InvalidRequest(
-                    option,
-                    "mlx-lm cannot batch KV caches that are bounded or quantised: leave it out, "
-                    "and bound memory with kv_cache_memory_bytes; or use SimpleEngine",
-                )
+        check_batchable_options(self.config)
         self._seats = Seats(max_batch_size)
         self._driving = threading.Lock()
         # Others' time on the MLX thread when the last burst made way for them, if it did.

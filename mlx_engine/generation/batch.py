@@ -124,6 +124,7 @@ class Batch:
                 self._store(row, row.cache)
 
     def _decode(self) -> Iterator[Over]:
+        self._space.meter.step("decode")
         began = time.perf_counter()
         try:
             steps = self._decoding.step()

@@ -54,6 +54,7 @@ def advance(space: Workspace, row: Row, size: int) -> int:
         Exception: MLX failed; what is in the row's cache is not known then.
     """
     request, prompt = row.request, row.request.prompt
+    space.meter.step("prefill")
     if row.sparse is not None:
         went = row.sparse.step(size)
         request.progress(row.sparse.done, "score" if row.sparse.scoring else "prefill")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(slots=True)
@@ -18,3 +19,10 @@ class Meter:
     decode_seconds: float = 0.0
     batch_size: int = 0
     kv_bytes: int = 0
+    steps: int = 0
+    phase: Literal["prefill", "decode"] = "prefill"
+
+    def step(self, phase: Literal["prefill", "decode"]) -> None:
+        """A prefill chunk or a decode step begins."""
+        self.phase = phase
+        self.steps += 1

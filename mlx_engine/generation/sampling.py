@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
+import operator
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from mlx_lm.sample_utils import (
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import TokenLogprob
 from mlx_engine.params import LogitsProcessor, SamplingParams
+from mlx_engine.turn import what_it_says
 
 Sampler = Callable[[mx.array], mx.array]
 
@@ -67,7 +70,8 @@ def make_sampling(
             mlx-lm).
 
     Raises:
-        InvalidRequest: a token id is outside of the vocabulary.
+        InvalidRequest: a token id is outside of the vocabulary, or a logits processor cannot
+            be imported.
     """
     for option, tokens in (
         ("logit_bias", params.logit_bias),
@@ -102,7 +106,23 @@ def make_sampling(
         sample_at = _SeededSampler(secrets.randbits(64), **options)
     else:
         sampler = sample_at = _SeededSampler(params.seed, **options)
-    return Sampling(sampler, (*processors, *params.logits_processors), sample_at)
+    own = [_imported(p) if isinstance(p, str) else p for p in params.logits_processors]
+    return Sampling(sampler, (*processors, *own), sample_at)
+
+
+def _imported(name: str) -> LogitsProcessor:
+    """The logits processor of that name; a class gives a new one for each request."""
+    module, _, path = name.partition(":")
+    try:
+        found = operator.attrgetter(path)(importlib.import_module(module))
+        processor = found() if isinstance(found, type) else found
+    except Exception as error:
+        raise InvalidRequest(
+            "logits_processors", f"{name!r} cannot be imported: {what_it_says(error)}"
+        ) from error
+    if not callable(processor):
+        raise InvalidRequest("logits_processors", f"{name!r} is not a function")
+    return cast("LogitsProcessor", processor)
 
 
 @dataclass(frozen=True, slots=True)

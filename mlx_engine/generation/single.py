@@ -107,12 +107,14 @@ def _decode(space: Workspace, row: Row) -> None:
     request, meter = row.request, space.meter
     assert row.cache is not None
     meter.batch_size = 1
+    meter.step("decode")
     before = time.perf_counter()
     with closing(_steps(space, row)) as steps:
         for count, burst in enumerate(steps):
             now = time.perf_counter()
             meter.decode_seconds += now - before
             before = now
+            meter.step("decode")
             if count % _MEASURE == 0:
                 meter.kv_bytes = row.nbytes
             for token, logprobs in burst:

@@ -1,0 +1,118 @@
+"""The watchdog's rules: what an engine elsewhere tells of itself, and when it counts as stuck."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal
+
+from mlx_engine.errors import InvalidRequest
+
+Phase = Literal["start", "load", "idle", "prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A heartbeat.
+
+    Attributes:
+        progress: counts steps: pieces of a load, prefill chunks, decode steps.
+        phase: what the engine is doing.
+        age: seconds since ``progress`` last grew, or since there was nothing to do.
+        pending: requests that it has.
+    """
+
+    progress: int = 0
+    phase: Phase = "start"
+    age: float = 0.0
+    pending: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watchdog:
+    """When an engine in another process counts as stuck, and what happens then.
+
+    Attributes:
+        start: seconds without progress while the process starts and the model is loaded.
+        prefill: seconds without progress in prefill; a prefill chunk is one step.
+        decode: seconds without a decode step while there are requests.
+        silence: seconds without any sign of life. The process gives one four times a second,
+            unless it is stopped, starved, or native code holds Python's GIL.
+        action: ``"kill"`` ends the process, whose requests get ``EngineDead`` with the stacks
+            of its threads; ``"report"`` only logs a warning with them.
+
+    ``None`` for a limit is no limit. Be generous: on a slow machine a prefill chunk may take
+    minutes, as may the first one of a model on any.
+
+    Raises:
+        InvalidRequest: a value is out of its range.
+    """
+
+    start: float | None = 600.0
+    prefill: float | None = 600.0
+    decode: float | None = 300.0
+    silence: float | None = 60.0
+    action: Literal["kill", "report"] = "kill"
+
+    def __post_init__(self) -> None:
+        for name in ("start", "prefill", "decode", "silence"):
+            limit = getattr(self, name)
+            if limit is not None and (
+                isinstance(limit, bool) or not isinstance(limit, Real) or not float(limit) > 0
+            ):
+                raise InvalidRequest(name, f"must be seconds, above 0, or None, not {limit!r}")
+        if self.action not in ("kill", "report"):
+            raise InvalidRequest("action", f"must be 'kill' or 'report', not {self.action!r}")
+
+    @property
+    def tick(self) -> float:
+        """Seconds after which to look again."""
+        limits = (self.start, self.prefill, self.decode, self.silence)
+        return min(1.0, *(limit / 4 for limit in limits if limit is not None), 1.0)
+
+
+def judge(now: float, last_beat: float, beat: Beat, limits: Watchdog) -> str | None:
+    """Why the engine counts as stuck, in words; ``None`` if it does not. A pure function.
+
+    Args:
+        now, last_beat: seconds on one clock; when the latest beat came, or the link was made.
+        beat: the latest one.
+    """
+    quiet = now - last_beat
+    if limits.silence is not None and quiet > limits.silence:
+        return (
+            f"no sign of life for {_rounded(quiet)} s, the last one in phase {beat.phase!r} "
+            f"(Watchdog.silence={limits.silence:g})"
+        )
+    what, name = _STEPS.get(beat.phase, ("", ""))
+    if not name or (name != "start" and not beat.pending):
+        return None
+    limit: float | None = getattr(limits, name)
+    age = seconds_since_step(now, last_beat, beat)
+    if limit is None or age <= limit:
+        return None
+    return f"{what} for {_rounded(age)} s{_while_pending(beat.pending)} (Watchdog.{name}={limit:g})"
+
+
+def seconds_since_step(now: float, last_beat: float, beat: Beat) -> float:
+    """The age of the latest step at ``now``, when no newer beat has come."""
+    return beat.age + (now - last_beat)
+
+
+# What there has not been in a phase, and the limit on how long that may last; idle has none.
+_STEPS: dict[Phase, tuple[str, str]] = {
+    "start": ("no progress in starting the process", "start"),
+    "load": ("no progress in loading the model", "start"),
+    "prefill": ("no prefill chunk", "prefill"),
+    "decode": ("no decode step", "decode"),
+}
+
+
+def _while_pending(pending: int) -> str:
+    if not pending:
+        return ""
+    return f", while {pending} {'request is' if pending == 1 else 'requests are'} pending"
+
+
+def _rounded(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.1f}"

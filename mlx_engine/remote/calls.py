@@ -1,0 +1,145 @@
+"""What has been asked of an engine elsewhere and is not over yet."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+
+from mlx_engine.errors import MLXEngineError
+from mlx_engine.line import Line
+from mlx_engine.outputs import GenerationChunk, GenerationResult, Progress, ProgressCallback
+from mlx_engine.remote.messages import (
+    CacheFileDone,
+    Cancel,
+    Chunk,
+    Done,
+    Failed,
+    Told,
+    encode,
+)
+from mlx_engine.remote.values import error_from_wire
+from mlx_engine.stream import Emit
+from mlx_engine.turn import Pending, Stage
+
+Answer = GenerationResult | int
+
+
+class Call(Pending[Answer]):
+    """Something asked, which a coroutine waits for.
+
+    Args:
+        frame: the payload that asks for it, once it has a number.
+        on_cancel, on_done: as for every ``Pending``.
+        emit: gets chunks, on the I/O thread.
+        on_progress: told of progress, on the I/O thread.
+
+    Attributes:
+        number: its name on the wire.
+        partial: what there was of a result when it was cancelled.
+    """
+
+    def __init__(
+        self,
+        frame: Callable[[int], bytes],
+        on_cancel: Callable[[], None],
+        on_done: Callable[[Pending[Answer]], None],
+        emit: Emit | None = None,
+        on_progress: ProgressCallback | None = None,
+    ) -> None:
+        super().__init__(on_cancel, on_done)
+        self.frame = frame
+        self.emit = emit
+        self.on_progress = on_progress
+        self.number = 0
+        self.partial: GenerationResult | None = None
+
+
+class Calls(Line[Call]):
+    """The calls over one connection. They queue at the other end, not here.
+
+    Args:
+        send: sends the payload of a frame; from any thread.
+    """
+
+    def __init__(self, send: Callable[[bytes], None]) -> None:
+        super().__init__()
+        self._send = send
+        self._numbers = itertools.count(1)
+        self._calls: dict[int, Call] = {}
+        self._lost: Callable[[], MLXEngineError] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are any."""
+        return bool(self._calls)
+
+    @property
+    def free(self) -> int:
+        """None of them waits here."""
+        return 0
+
+    def _enter(self, call: Call) -> None:
+        call.number = next(self._numbers)
+        frame = call.frame(call.number)
+        with self._changed:
+            if self._lost is not None:
+                raise self._lost()
+            if call.stage is not Stage.QUEUED:
+                return  # it was aborted on its way here
+            call.stage = Stage.RUNNING
+            call.started = time.perf_counter()
+            self._calls[call.number] = call
+            self._send(frame)
+
+    def ask_to_cancel(self, call: Call) -> None:
+        """Tell the other end that nobody wants it any more. From any thread."""
+        if call.number in self._calls:
+            self._send(encode([Cancel(call.number)]))
+
+    def answered(self, message: Told | Chunk | Done | CacheFileDone | Failed) -> None:
+        """The other end has said something about one of them. On the I/O thread."""
+        call = self._calls.get(message.number)
+        if call is None:
+            return
+        match message:
+            case Chunk():
+                if call.emit is not None:
+                    call.emit(
+                        GenerationChunk(
+                            message.text,
+                            message.tokens,
+                            message.segment,
+                            message.logprobs,
+                            message.finish_reason,
+                        )
+                    )
+            case Told():
+                if call.on_progress is not None:
+                    call.on_progress(Progress(message.phase, message.done, message.total))
+            case Done():
+                call.value = call.partial = message.result
+                self._end(call)
+            case CacheFileDone():
+                call.value = message.prompts
+                self._end(call)
+            case Failed():
+                call.error = error_from_wire(message)
+                self._end(call)
+
+    def lost(self, error: Callable[[], MLXEngineError]) -> None:
+        """The other end is gone: tell everybody, now and later. From any thread."""
+        with self._changed:
+            self._lost = error
+            calls = list(self._calls.values())
+        for call in calls:
+            call.error = error()
+            self._end(call)
+
+    def _end(self, call: Call) -> None:
+        with self._changed:
+            if self._calls.pop(call.number, None) is None:
+                return
+            call.stage = Stage.DONE
+            call.ended = time.perf_counter()
+        call.announce()

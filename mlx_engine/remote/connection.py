@@ -1,0 +1,311 @@
+"""One life of an engine elsewhere, from its start to its end. In the I/O loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from mlx_engine.errors import EngineDead, MLXEngineError
+from mlx_engine.outputs import EngineStats, Progress, ProgressCallback
+from mlx_engine.remote.beat import Beat, Watchdog, judge
+from mlx_engine.remote.calls import Calls
+from mlx_engine.remote.exits import Exit, ExitKind
+from mlx_engine.remote.frames import WireError
+from mlx_engine.remote.io_thread import io_thread
+from mlx_engine.remote.link import Ending, Link
+from mlx_engine.remote.messages import (
+    CacheFileDone,
+    Chunk,
+    Done,
+    Failed,
+    Heartbeat,
+    Leaving,
+    Refused,
+    Shutdown,
+    Stopped,
+    ToClient,
+    Told,
+    Welcome,
+    decode_from_server,
+    encode,
+)
+from mlx_engine.remote.values import error_from_wire
+from mlx_engine.turn import waking_together
+
+BEAT = 0.25  # seconds between two heartbeats
+_TERMINATE_AFTER = 0.35  # seconds from the deadline of a shutdown
+_KILL_AFTER = 0.65
+
+_log = logging.getLogger("mlx_engine.remote")
+
+
+class Connection:
+    """A link, what is asked over it, and the watchdog.
+
+    Args:
+        name: of the engine, for the log.
+        make_link: called in the I/O loop.
+        greeting: the payload of the first frame.
+        watchdog: ``None`` watches nothing.
+        on_progress: told of the start, on the I/O thread.
+        on_leaving: called when the other end drains because somebody else has asked it to.
+        on_exit: called once, when the other end is gone.
+
+    Attributes:
+        calls: what has been asked.
+        welcome: what the engine has said of itself when it was ready.
+        stats: the latest that it has told.
+        beat: the latest, which came at ``last_beat`` by ``time.monotonic``.
+        exit: how it ended, once it has.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make_link: Callable[[], Link],
+        greeting: bytes,
+        watchdog: Watchdog | None,
+        on_progress: ProgressCallback | None,
+        on_leaving: Callable[[Connection], None],
+        on_exit: Callable[[Exit], None],
+    ) -> None:
+        self.calls = Calls(self._send_soon)
+        self.welcome: Welcome | None = None
+        self.stats: EngineStats | None = None
+        self.beat = Beat()
+        self.last_beat = time.monotonic()
+        self.exit: Exit | None = None
+        self._name = name
+        self._make_link = make_link
+        self._greeting = greeting
+        self._limits = watchdog
+        self._on_progress = on_progress
+        self._on_leaving = on_leaving
+        self._on_exit = on_exit
+        self._link: Link | None = None
+        self._ready: asyncio.Future[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._timers: list[asyncio.TimerHandle] = []
+        self._heard = False  # a heartbeat
+        self._ending = False  # it was asked to end, by us
+        self._deadline: float | None = None  # by time.monotonic
+        self._stopped = False
+        self._verdict: str | None = None  # of the watchdog
+        self._start_error: MLXEngineError | None = None
+
+    # From any thread
+
+    def _send_soon(self, frame: bytes) -> None:
+        io_thread.call(self._send, frame)
+
+    def end_by(self, deadline: float | None) -> None:
+        """Have it drain until then (by ``time.monotonic``), abort the rest, and end.
+
+        It is killed if it does not. The earliest deadline counts. From any thread.
+        """
+        io_thread.call(self._end_by, deadline)
+
+    def kill(self) -> None:
+        """End it now. From any thread."""
+        io_thread.call(self._kill)
+
+    # In the I/O loop
+
+    async def open(self) -> None:
+        """Start what is at the other end, and wait until its engine is ready.
+
+        Cancellation: it is killed; ``CancelledError`` is raised when it is gone.
+
+        Raises:
+            MLXEngineError: the engine could not be started, or its process has ended.
+        """
+        loop = asyncio.get_running_loop()
+        self._ready = loop.create_future()
+        link = self._link = self._make_link()
+        link.on_frame = self._receive
+        link.gone.add_done_callback(self._gone)
+        self.last_beat = time.monotonic()
+        if self._limits is not None:
+            self._watch = loop.create_task(self._watch_over(link, self._limits))
+        opening = loop.create_task(link.open())
+        try:
+            await _first(opening, link.gone)
+            if opening.done():
+                opening.result()
+                link.send(self._greeting)
+                await _first(self._ready, link.gone)
+            if self._start_error is not None:
+                raise self._start_error
+            if not self._ready.done():
+                await asyncio.wait({link.gone})
+                assert self.exit is not None
+                raise self.exit.error()
+        except BaseException:
+            opening.cancel()
+            await asyncio.wait({opening})
+            if not opening.cancelled():
+                opening.exception()
+            await self.closed(0.0)
+            raise
+
+    async def closed(self, patience: float | None = None) -> None:
+        """Wait until the other end is gone.
+
+        Args:
+            patience: seconds after which it is killed.
+        """
+        if self._link is None:
+            return
+        if not self._link.gone.done():
+            done, _ = await asyncio.wait({self._link.gone}, timeout=patience)
+            if not done:
+                self._link.kill()
+                await asyncio.wait({self._link.gone})
+
+    async def exited(self) -> Exit:
+        """Wait for its end."""
+        assert self._link is not None
+        await asyncio.wait({self._link.gone})
+        assert self.exit is not None
+        return self.exit
+
+    def _send(self, frame: bytes) -> None:
+        if self._link is not None:
+            self._link.send(frame)
+
+    def _kill(self) -> None:
+        if self._link is not None:
+            self._link.kill()
+
+    def _end_by(self, deadline: float | None) -> None:
+        if self._link is None or self.exit is not None:
+            return
+        if deadline is None:
+            if not self._ending:
+                self._ending = True
+                self._send(encode([Shutdown(None)]))
+            return
+        if self._deadline is not None and self._deadline <= deadline:
+            return
+        self._ending, self._deadline = True, deadline
+        left = max(0.0, deadline - time.monotonic())
+        self._send(encode([Shutdown(left)]))
+        for timer in self._timers:
+            timer.cancel()
+        loop = asyncio.get_running_loop()
+        self._timers = [
+            loop.call_later(left + _TERMINATE_AFTER, self._link.terminate),
+            loop.call_later(left + _KILL_AFTER, self._link.kill),
+        ]
+
+    def _receive(self, frame: bytes) -> None:
+        try:
+            messages = decode_from_server(frame)
+        except WireError as error:
+            self._verdict = f"it said something that makes no sense ({error})"
+            self._kill()
+            return
+        with waking_together():
+            for message in messages:
+                self._take(message)
+
+    def _take(self, message: ToClient) -> None:
+        match message:
+            case Told(number=0):
+                self._lives()
+                if self._on_progress is not None:
+                    self._on_progress(Progress(message.phase, message.done, message.total))
+            case Failed(number=0):
+                self._start_error = error_from_wire(message)
+                self._set_ready()
+            case Refused():
+                self._start_error = EngineDead(f"the engine refuses: {message.reason}")
+                self._set_ready()
+            case Chunk() | Done() | CacheFileDone() | Failed() | Told():
+                self.calls.answered(message)
+            case Heartbeat():
+                self.beat = Beat(message.progress, message.phase, message.age, message.pending)
+                self.stats = message.stats or self.stats
+                self._heard = True
+                self._lives()
+            case Welcome():
+                self.welcome, self.stats = message, message.stats
+                self._lives()
+                self._set_ready()
+            case Leaving():
+                _log.info("%s: %s", self._name, message.reason)
+                self._on_leaving(self)
+            case Stopped():
+                self._stopped = True
+
+    def _lives(self) -> None:
+        self.last_beat = time.monotonic()
+
+    def _set_ready(self) -> None:
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_result(None)
+
+    async def _watch_over(self, link: Link, limits: Watchdog) -> None:
+        """Look now and then whether it is stuck."""
+        tick, reported = limits.tick, False
+        before_the_first_beat = replace(limits, silence=None)
+        while not link.gone.done():
+            began = time.monotonic()
+            await asyncio.sleep(tick)
+            late = time.monotonic() - began - tick
+            if late > tick:  # it is we who were stopped, or had no processor
+                self.last_beat += late
+                continue
+            valid = limits if self._heard else before_the_first_beat
+            verdict = judge(time.monotonic(), self.last_beat, self.beat, valid)
+            if verdict is None:
+                reported = False
+                continue
+            if limits.action == "kill":
+                self._verdict = verdict
+                await link.dump_stacks()
+                link.kill()
+                return
+            if not reported:
+                reported = True
+                _log.warning("%s: %s", self._name, verdict)
+                await link.dump_stacks()  # they go to the log of what the process says
+
+    def _gone(self, gone: asyncio.Future[Ending]) -> None:
+        ending = gone.result()
+        if self._watch is not None:
+            self._watch.cancel()
+        for timer in self._timers:
+            timer.cancel()
+        self.exit = Exit(
+            self._kind(ending),
+            f"{self._verdict}; {ending.detail}" if self._verdict else ending.detail,
+            ending.exit_code,
+            ending.signal_name,
+            self.beat.phase,
+            ending.stderr,
+        )
+        with waking_together():
+            self.calls.lost(self.exit.error)
+        self._on_exit(self.exit)
+
+    def _kind(self, ending: Ending) -> ExitKind:
+        if self._verdict is not None:
+            return "stalled"
+        if self._stopped or ending.signal_name == "SIGTERM":
+            return "graceful"
+        if self._ending and ending.exit_code == 0:
+            return "graceful"
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self._verdict = "it did not end by the deadline of its shutdown"
+            return "stalled"
+        return "crash"
+
+
+async def _first(*futures: asyncio.Future[Any]) -> None:
+    """Wait until one of them is done; its outcome is not looked at."""
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)

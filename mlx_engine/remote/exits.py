@@ -1,0 +1,43 @@
+"""What is known of an engine elsewhere that has ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mlx_engine.errors import EngineDead
+
+ExitKind = Literal["graceful", "crash", "stalled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """The end of the process or actor behind an engine.
+
+    Attributes:
+        kind: ``graceful`` was asked for and done (a shutdown, SIGTERM), ``stalled`` is an end
+            that the watchdog made, ``crash`` is any other.
+        detail: what is known of it, in words.
+        exit_code: of its process; negative is the number of the signal that ended it.
+        signal: the name of that signal.
+        phase: what the engine was doing: ``start``, ``load``, ``idle``, ``prefill``, ``decode``.
+        stderr: the last lines of its standard error, stacks included.
+    """
+
+    kind: ExitKind
+    detail: str
+    exit_code: int | None = None
+    signal: str | None = None
+    phase: str = "start"
+    stderr: str = ""
+
+    def error(self) -> EngineDead:
+        """What requests that were in flight are told. A new object each time."""
+        said = f"; its last words:\n{self.stderr}" if self.stderr else ""
+        return EngineDead(
+            f"the engine is gone: {self.detail} (while in phase {self.phase!r}){said}",
+            exit_code=self.exit_code,
+            signal=self.signal,
+            phase=self.phase,
+            stderr=self.stderr,
+        )

@@ -1,0 +1,85 @@
+"""The way to whatever serves an engine elsewhere: frames to it and from it, and its end."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How what was at the other end of a link ended, as far as the link knows.
+
+    Attributes:
+        detail: in words, e.g. "its process was ended by SIGKILL".
+        exit_code: of its process; negative is the number of the signal that ended it; ``None``
+            if that is not known.
+        stderr: the last lines that its process wrote to standard error, stacks included.
+    """
+
+    detail: str
+    exit_code: int | None = None
+    stderr: str = ""
+
+    @property
+    def signal_name(self) -> str | None:
+        """``"SIGKILL"``, say, if a signal ended it."""
+        if self.exit_code is None or self.exit_code >= 0:
+            return None
+        try:
+            return signal.Signals(-self.exit_code).name
+        except ValueError:
+            return f"signal {-self.exit_code}"
+
+
+class Link(abc.ABC):
+    """A connection to what serves an engine: a child process, a socket, or an actor.
+
+    Everything happens in the event loop of the I/O thread; nothing blocks. It is opened once
+    and never again.
+
+    Attributes:
+        on_frame: called with each frame received: its payload, without the length.
+        gone: done when the other end is gone for good: its process has ended, or the connection
+            is closed. Never cancelled, never an exception.
+    """
+
+    def __init__(self) -> None:
+        self.on_frame: Callable[[bytes], None] = _ignore
+        self.gone: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+
+    @abc.abstractmethod
+    async def open(self) -> None:
+        """Start the process, connect, or place the actor; frames may be sent from then on.
+
+        Cancellation: nothing stays behind, and ``gone`` is done.
+
+        Raises:
+            MLXEngineError: it cannot be done.
+        """
+
+    @abc.abstractmethod
+    def send(self, frame: bytes) -> None:
+        """Send a frame, soon, in order. Nothing happens once the other end is gone."""
+
+    @abc.abstractmethod
+    async def dump_stacks(self) -> None:
+        """Have the other end write the stacks of its threads to standard error, if it can.
+
+        Returns when they are there, or after 0.2 s.
+        """
+
+    @abc.abstractmethod
+    def terminate(self) -> None:
+        """Ask the other end to end (SIGTERM)."""
+
+    @abc.abstractmethod
+    def kill(self) -> None:
+        """End the other end (SIGKILL); ``gone`` is done soon, whatever it was doing."""
+
+
+def _ignore(frame: bytes) -> None:
+    """Nobody listens yet."""

@@ -1,0 +1,388 @@
+"""An engine elsewhere, with the interface of one that is here."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import functools
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mlx_engine.asks import Ask
+from mlx_engine.engine.base import BaseEngine, checked_callback
+from mlx_engine.engine.crossing import in_this_loop
+from mlx_engine.errors import EngineNotRunning, EngineStopped, InvalidRequest, MLXEngineError
+from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
+from mlx_engine.outputs import (
+    EngineStats,
+    GenerationChunk,
+    GenerationResult,
+    ProgressCallback,
+    PromptCacheStats,
+    ShutdownReport,
+    Timings,
+    Usage,
+)
+from mlx_engine.remote.beat import Beat, Watchdog
+from mlx_engine.remote.calls import Answer, Call
+from mlx_engine.remote.connection import Connection
+from mlx_engine.remote.exits import Exit
+from mlx_engine.remote.health import Health, health_of
+from mlx_engine.remote.io_thread import io_thread
+from mlx_engine.remote.link import Link
+from mlx_engine.remote.messages import CacheFile, encode_strictly
+from mlx_engine.remote.values import ask_to_wire, check_processors
+from mlx_engine.stream import Emit
+from mlx_engine.turn import Pending, first_cancellation, outlast
+
+T = TypeVar("T")
+
+
+class LinkedEngine(BaseEngine):
+    """What every engine elsewhere has in common: requests go over a link, and are watched.
+
+    Attributes:
+        name: for logs, and among the arguments of its process.
+    """
+
+    def __init__(
+        self, name: str, watchdog: Watchdog | None, on_progress: ProgressCallback | None
+    ) -> None:
+        if watchdog is not None and not isinstance(watchdog, Watchdog):
+            raise InvalidRequest("watchdog", f"must be Watchdog(...) or None, not {watchdog!r}")
+        self.name = name
+        self._watchdog = watchdog
+        self._on_progress = checked_callback(on_progress)
+        self._lifecycle = Lifecycle()
+        self._connection: Connection | None = None
+        self._finalizer: weakref.finalize[[Connection], LinkedEngine] | None = None
+
+    @abc.abstractmethod
+    def _make_link(self) -> Callable[[], Link]:
+        """What makes a link, in the I/O loop; it must not hold this engine."""
+
+    @abc.abstractmethod
+    def _greeting(self) -> bytes:
+        """The first frame."""
+
+    @property
+    def state(self) -> EngineState:
+        """Where the engine is in its life. From any thread."""
+        return self._lifecycle.state
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``chat`` can be used. ``False`` while no model is loaded. From any thread."""
+        welcome = self._connection.welcome if self._connection else None
+        return welcome is not None and welcome.has_chat_template
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that prompt and answer may have together; ``None`` if there is no limit, or
+        no model is loaded. From any thread.
+        """
+        welcome = self._connection.welcome if self._connection else None
+        return None if welcome is None else welcome.context_length
+
+    @property
+    def last_exit(self) -> Exit | None:
+        """How the process behind it has ended, if it has. From any thread."""
+        return None if self._connection is None else self._connection.exit
+
+    def stats(self) -> EngineStats:
+        """The latest that the engine has told: after each request, and four times a second.
+
+        Cheap; from any thread.
+        """
+        told = self._connection.stats if self._connection else None
+        return replace(told or _NOTHING_YET, state=self.state.value)
+
+    def check_health(self) -> Health:
+        """Whether its latest step is recent, if there is anything to do. From any thread."""
+        connection, now = self._connection, time.monotonic()
+        last_beat, beat = (
+            (now, Beat())
+            if connection is None
+            else (
+                connection.last_beat,
+                connection.beat,
+            )
+        )
+        return health_of(
+            self.state, now, last_beat, beat, self._watchdog or Watchdog(), self.last_exit
+        )
+
+    async def start(self) -> None:
+        """Start what runs the engine, which loads the model. No-op when the engine runs.
+
+        Cancellation: what has been started is killed; nothing stays behind, and the engine can
+        be started again.
+
+        Raises:
+            ModelLoadError, InvalidRequest: as raised by the engine itself.
+            EngineDead: what runs it has ended, or makes no progress.
+            EngineStopped: the engine is being shut down.
+        """
+        lifecycle = self._lifecycle
+        ticket = Ticket(lifecycle.new_id("start"), loop=asyncio.get_running_loop())
+        connection = Connection(
+            self.name,
+            self._make_link(),
+            self._greeting(),
+            self._watchdog,
+            in_this_loop(self._on_progress),
+            functools.partial(_drain, lifecycle),
+            functools.partial(_end, lifecycle),
+        )
+
+        def abort(_: MLXEngineError) -> bool:
+            connection.end_by(time.monotonic())
+            return True
+
+        if not await lifecycle.begin_start(ticket, abort):
+            return
+        try:
+            self._connection = connection
+            await io_thread.run(connection.open)
+            if not lifecycle.start_succeeded():
+                raise EngineStopped(_STOPPED_LOADING)
+            if connection.exit is not None:
+                _end(lifecycle, connection.exit)
+                raise connection.exit.error()
+            self._finalizer = weakref.finalize(self, _abandoned, connection)
+            self._finalizer.atexit = False
+        except BaseException as error:
+            with first_cancellation(error):
+                await self._release(connection, patience=0.0)
+            if lifecycle.state is EngineState.DRAINING and isinstance(error, EngineNotRunning):
+                raise EngineStopped(_STOPPED_LOADING) from None
+            raise
+        finally:
+            lifecycle.start_failed()
+            lifecycle.done(ticket)
+
+    async def shutdown(self, timeout: float | None = None) -> ShutdownReport:
+        """Refuse new requests from now on, let those in flight finish, end what runs the engine.
+
+        Args:
+            timeout: seconds that requests in flight may take; then they are aborted and
+                their callers get ``EngineStopped``. ``None`` waits for all of them, 0 for
+                none. What does not end by then is killed, so that this returns at most one
+                second after the deadline, whatever the engine is stuck in.
+
+        Returns:
+            Which requests finished, and which were aborted.
+
+        May be called any number of times, from several tasks: the earliest deadline counts.
+
+        Cancellation: requests still in flight are aborted, the engine is ended, then
+        ``CancelledError`` is raised.
+
+        Raises:
+            InvalidRequest: ``timeout`` is not such a number.
+        """
+        checked_timeout(timeout)
+        connection = self._connection
+        if connection is not None:
+            connection.end_by(None if timeout is None else time.monotonic() + timeout)
+        return await self._lifecycle.shutdown(timeout, functools.partial(self._release, connection))
+
+    async def wait_exit(self) -> Exit:
+        """Wait until what runs the engine is gone, and tell how it ended.
+
+        Raises:
+            EngineNotStarted: it has never been started.
+        """
+        connection = self._connection
+        if connection is None:
+            self._lifecycle.check_running()
+        assert connection is not None
+        return await io_thread.run(connection.exited)
+
+    def kill(self) -> None:
+        """End what runs the engine now; requests get ``EngineDead``. From any thread."""
+        if self._connection is not None:
+            self._connection.kill()
+
+    async def run_blocking(
+        self,
+        func: Callable[..., T],
+        /,
+        *args: Any,
+        on_cancel: Callable[[], None] | None = None,
+        **kwargs: Any,
+    ) -> T:
+        """Not possible: a function cannot go to another process.
+
+        Raises:
+            InvalidRequest: always.
+        """
+        raise InvalidRequest(
+            "func",
+            "a function cannot go to the engine's process; use SimpleEngine or BatchedEngine to "
+            "run MLX functions of your own",
+        )
+
+    async def _release(self, connection: Connection | None, patience: float | None = None) -> None:
+        """Wait until what runs the engine is gone; not to be cut short."""
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        if connection is None:
+            return
+        await outlast(
+            asyncio.ensure_future(io_thread.run(functools.partial(connection.closed, patience)))
+        )
+
+    def _check_running(self) -> None:
+        self._lifecycle.check_running()
+
+    @property
+    def _width(self) -> int:
+        welcome = self._connection.welcome if self._connection else None
+        return 1 if welcome is None else welcome.width
+
+    def _producer(self, ask: Ask, on_progress: ProgressCallback | None) -> RemoteProducer:
+        self._check_strategies(ask.prefill, ask.decode)
+        return RemoteProducer(self, ask, on_progress)
+
+    async def _save_prompt_cache(self, path: Path) -> int:
+        return await self._cache_file("save", path)
+
+    async def _load_prompt_cache(self, path: Path) -> int:
+        return await self._cache_file("load", path)
+
+    async def _cache_file(self, action: Any, path: Path) -> int:
+        def frame(number: int) -> bytes:
+            return encode_strictly([CacheFile(number, action, str(path.absolute()))])
+
+        answer = await self._ask(Ticket(self._lifecycle.new_id(action)), frame)
+        assert isinstance(answer, int)
+        return answer
+
+    async def _ask(
+        self,
+        ticket: Ticket,
+        frame: Callable[[int], bytes],
+        emit: Emit | None = None,
+        on_progress: ProgressCallback | None = None,
+        on_call: Callable[[Call], None] | None = None,
+    ) -> Answer:
+        """Ask something, and wait for its answer."""
+        self._lifecycle.check_running()
+        connection = self._connection
+        assert connection is not None
+        call: Call
+
+        def cancel() -> None:
+            connection.calls.ask_to_cancel(call)
+
+        def over(ended: Pending[Any]) -> None:
+            if isinstance(ended.error, EngineStopped) and ended.aborted_with is None:
+                ticket.aborted = True  # the other end was quicker with it
+            self._lifecycle.done(ticket)
+
+        def abort(error: MLXEngineError) -> bool:
+            connection.end_by(time.monotonic())  # or what is stuck would stay
+            return connection.calls.abort(call, error)
+
+        call = Call(frame, cancel, over, emit, in_this_loop(on_progress))
+        if on_call is not None:
+            on_call(call)
+        self._lifecycle.admit(ticket, abort)
+        return await connection.calls.run(call)  # type: ignore[no-any-return]
+
+
+class RemoteProducer:
+    """A request as its caller or stream sees it."""
+
+    def __init__(
+        self, engine: LinkedEngine, ask: Ask, on_progress: ProgressCallback | None
+    ) -> None:
+        self.request_id = engine._lifecycle.new_id()
+        self._engine = engine
+        self._ask = ask
+        self._on_progress = on_progress
+        self._call: Call | None = None
+        self._chunks: list[GenerationChunk] = []
+        check_processors(ask.params)
+
+    async def run(self, emit: Emit | None) -> GenerationResult:
+        """Have it done, and give its result."""
+
+        def frame(number: int) -> bytes:
+            return ask_to_wire(
+                number, self._ask, stream=emit is not None, progress=self._on_progress is not None
+            )
+
+        def emit_and_keep(chunk: GenerationChunk) -> None:
+            assert emit is not None
+            self._chunks.append(chunk)
+            emit(chunk)
+
+        result = await self._engine._ask(
+            Ticket(self.request_id),
+            frame,
+            None if emit is None else emit_and_keep,
+            self._on_progress,
+            self._keep_call,
+        )
+        assert isinstance(result, GenerationResult)
+        return replace(result, request_id=self.request_id)
+
+    def cancel(self) -> None:
+        """Ask it to stop. From any thread; returns at once."""
+        connection = self._engine._connection
+        if self._call is not None and connection is not None:
+            connection.calls.ask_to_cancel(self._call)
+
+    def partial_result(self) -> GenerationResult:
+        """What there is of the answer, once it has been cancelled and is over."""
+        partial = None if self._call is None else self._call.partial
+        if partial is None:  # the engine is gone
+            tokens = tuple(token for chunk in self._chunks for token in chunk.tokens)
+            text = "".join(chunk.text for chunk in self._chunks if chunk.segment == "content")
+            usage = Usage(prompt_tokens=0, completion_tokens=len(tokens))
+            partial = GenerationResult(text, tokens, "cancelled", usage, _NO_TIMINGS)
+        return replace(partial, request_id=self.request_id)
+
+    def _keep_call(self, call: Call) -> None:
+        self._call = call
+
+
+_STOPPED_LOADING = "the engine was stopped while it was loading"
+_NO_TIMINGS = Timings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+_NOTHING_YET = EngineStats(
+    "created", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0, 0, PromptCacheStats()
+)
+
+
+def _drain(lifecycle: Lifecycle, connection: Connection) -> None:
+    """Somebody else has asked its process to end: it drains, here too. In the I/O loop."""
+    task = asyncio.ensure_future(lifecycle.shutdown(None, connection.closed))
+    _draining.add(task)
+    task.add_done_callback(_draining.discard)
+
+
+_draining: set[asyncio.Task[ShutdownReport]] = set()
+
+
+def _end(lifecycle: Lifecycle, exit: Exit) -> None:
+    """What ran it is gone."""
+    lifecycle.fail(str(exit.error()))
+
+
+def _abandoned(connection: Connection) -> None:
+    """Its engine became garbage: nobody will ever stop it."""
+    if connection.exit is not None:
+        return
+    connection.kill()
+    warnings.warn(
+        "an engine was dropped without being stopped; use 'async with', or await stop()",
+        ResourceWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,244 @@
+"""What is said between an engine and those who use it from elsewhere.
+
+A frame is a list of messages in msgpack, each with its kind in front. Nothing is ever
+unpickled. The first message of a client is ``Hello``, in every version.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from mlx_engine.outputs import (
+    EngineStats,
+    FinishReason,
+    GenerationResult,
+    Segment,
+    ShutdownReport,
+    TokenLogprob,
+)
+from mlx_engine.remote.beat import Phase
+from mlx_engine.remote.frames import WireError
+
+VERSION = 1
+MAGIC = "mlx_engine"
+
+
+class _Message(msgspec.Struct, array_like=True, tag=str.lower):
+    """A message is an array: its kind, and then its fields."""
+
+
+class Hello(_Message):
+    """A client's first word."""
+
+    magic: str = MAGIC
+    version: int = VERSION
+
+
+class Configure(_Message):
+    """Which engine to make; only the parent of an engine's process says that.
+
+    Attributes:
+        kind: ``simple`` or ``batched``.
+        options: keyword arguments of the engine, as ``options.to_wire`` makes them.
+        sys_path: where functions that are given by name may be found.
+        beat: seconds between two heartbeats.
+    """
+
+    kind: str
+    model: str
+    options: dict[str, Any]
+    sys_path: list[str]
+    beat: float
+
+
+class Generate(_Message):
+    """A request, by a number of the client's choice.
+
+    Attributes:
+        prompt: text or token ids; ``None`` in a chat.
+        chat: messages, tools, and keyword arguments of the template.
+        params: fields of ``SamplingParams`` that are not at their defaults.
+        prefill: ``"as engine"``, ``None``, or fields of ``SpecPrefill``.
+        stream: whether chunks are wanted.
+        progress: whether its progress is to be told.
+    """
+
+    number: int
+    prompt: str | list[int] | None
+    chat: tuple[list[Any], list[Any] | None, dict[str, Any]] | None
+    params: dict[str, Any]
+    priority: int
+    prefill: str | dict[str, Any] | None
+    decode: str | None
+    stream: bool
+    progress: bool
+
+
+class Cancel(_Message):
+    """Stop a request; it is answered by ``Done`` or ``Failed`` once it is out of MLX."""
+
+    number: int
+
+
+class CacheFile(_Message):
+    """Save or load the prompt cache."""
+
+    number: int
+    action: Literal["save", "load"]
+    path: str
+
+
+class Shutdown(_Message):
+    """Drain for so many seconds, abort the rest, and end."""
+
+    remaining: float | None
+
+
+class Welcome(_Message):
+    """The engine is ready."""
+
+    has_chat_template: bool
+    context_length: int | None
+    width: int
+    stats: EngineStats
+
+
+class Refused(_Message):
+    """The connection will be closed, and why."""
+
+    reason: str
+
+
+class Told(_Message):
+    """Progress of a request, or of the start where the number is 0."""
+
+    number: int
+    phase: Literal["download", "convert", "load", "score", "prefill", "batch"]
+    done: int
+    total: int | None
+
+
+class Chunk(_Message):
+    """A ``GenerationChunk`` of a request."""
+
+    number: int
+    text: str
+    tokens: tuple[int, ...]
+    segment: Segment
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+
+
+class Done(_Message):
+    """A request is over, and this is its result; after ``Cancel``, what there was by then."""
+
+    number: int
+    result: GenerationResult
+
+
+class CacheFileDone(_Message):
+    """The prompt cache is saved or loaded."""
+
+    number: int
+    prompts: int
+
+
+class Failed(_Message):
+    """A request has failed; the start, where the number is 0.
+
+    Attributes:
+        kind: name of the error's class.
+        state: its attributes.
+        cause: what the error it was raised from says.
+    """
+
+    number: int
+    kind: str
+    message: str
+    state: dict[str, Any]
+    cause: str | None
+
+
+class Heartbeat(_Message):
+    """A sign of life; see ``Beat``."""
+
+    progress: int
+    phase: Phase
+    age: float
+    pending: int
+    stats: EngineStats | None
+
+
+class Leaving(_Message):
+    """It was asked by somebody else to end, and drains."""
+
+    reason: str
+
+
+class Stopped(_Message):
+    """It has drained, and ends."""
+
+    report: ShutdownReport
+
+
+ToServer = Hello | Configure | Generate | Cancel | CacheFile | Shutdown
+ToClient = (
+    Welcome | Refused | Told | Chunk | Done | CacheFileDone | Failed | Heartbeat | Leaving | Stopped
+)
+
+
+def encode(messages: list[Any]) -> bytes:
+    """The payload of a frame with these messages.
+
+    Raises:
+        Exception: one of them has a value that cannot be written, of several kinds.
+    """
+    return _encoder.encode(messages)
+
+
+def encode_strictly(messages: list[Any]) -> bytes:
+    """Like ``encode``, but values that msgpack has no form for are refused.
+
+    Raises:
+        TypeError, ValueError, OverflowError: there is one.
+    """
+    return _strict_encoder.encode(messages)
+
+
+def decode_from_client(payload: bytes) -> list[ToServer]:
+    """The messages in a frame of a client's.
+
+    Raises:
+        WireError: it is not what a client says.
+    """
+    try:
+        return _from_client.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise WireError(f"no messages: {error}") from error
+
+
+def decode_from_server(payload: bytes) -> list[ToClient]:
+    """The messages in a frame of a server's.
+
+    Raises:
+        WireError: it is not what a server says.
+    """
+    try:
+        return _from_server.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise WireError(f"no messages: {error}") from error
+
+
+def _plain(value: object) -> object:
+    """Values that msgpack has no form for, as parsers of tool calls may make them."""
+    if isinstance(value, set | frozenset):
+        return list(value)
+    return repr(value)
+
+
+_strict_encoder = msgspec.msgpack.Encoder()
+_encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
+_from_client = msgspec.msgpack.Decoder(list[ToServer])
+_from_server = msgspec.msgpack.Decoder(list[ToClient])

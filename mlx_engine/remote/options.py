@@ -1,0 +1,86 @@
+"""The options of an engine that will be made in another process, checked before it is."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from mlx_engine.config import (
+    BatchConfig,
+    ModelConfig,
+    QueueConfig,
+    Strategies,
+    check_batchable_options,
+    path_text,
+)
+from mlx_engine.errors import InvalidRequest
+from mlx_engine.remote.messages import encode_strictly
+from mlx_engine.remote.values import option_from_wire, option_to_wire
+
+EngineKind = Literal["simple", "batched"]
+
+_KINDS = ("simple", "batched")
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """An engine to be made elsewhere.
+
+    Attributes:
+        kind: ``simple`` or ``batched``.
+        model: as for the engine itself.
+        options: its keyword arguments, as they travel.
+        strategies: its own; requests are checked against them.
+    """
+
+    kind: str
+    model: str
+    options: dict[str, Any]
+    strategies: Strategies
+
+    @classmethod
+    def of(cls, kind: str, model: Any, options: dict[str, Any]) -> EnginePlan:
+        """Check what a caller has given.
+
+        Raises:
+            InvalidRequest: an option is unknown, out of its range, or not for this kind.
+        """
+        if kind not in _KINDS:
+            raise InvalidRequest("engine", f"must be one of {_KINDS}, not {kind!r}")
+        left = dict(options)
+        strategies = Strategies.of(left.pop("prefill", None), left.pop("decode", None))
+        if left.get("adapter_path") is not None:
+            left["adapter_path"] = path_text(left["adapter_path"])
+        config = ModelConfig(model=path_text(model), **_taken(left, ModelConfig))
+        QueueConfig(**_taken(left, QueueConfig))
+        if kind == "batched":
+            BatchConfig(**_taken(left, BatchConfig))
+            check_batchable_options(config)
+        for name in left:
+            raise InvalidRequest(name, _unknown(name, kind))
+        wired = {name: option_to_wire(value) for name, value in options.items()}
+        try:
+            encode_strictly([wired])
+        except (TypeError, ValueError, OverflowError) as error:  # an integer too big, say
+            raise InvalidRequest("options", f"cannot go to another process: {error}") from error
+        return cls(kind, config.model, wired, strategies)
+
+
+def options_from_wire(options: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of an engine, as they arrive in its process."""
+    return {name: option_from_wire(name, value) for name, value in options.items()}
+
+
+def _taken(options: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
+    return {field.name: options.pop(field.name) for field in fields(kind) if field.name in options}
+
+
+def _unknown(name: str, kind: str) -> str:
+    batch = [field.name for field in fields(BatchConfig)]
+    if name in batch:
+        return "is for engine='batched' only"
+    known = [*(field.name for field in (*fields(ModelConfig), *fields(QueueConfig))), *batch]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"there is no such option of a {kind} engine{hint}"

@@ -1,0 +1,88 @@
+"""Messages on their way out, from any thread, together if they come together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from mlx_engine.errors import GenerationError
+from mlx_engine.remote.frames import MAX_FRAME
+from mlx_engine.remote.messages import Done, encode
+from mlx_engine.remote.values import error_to_wire
+from mlx_engine.turn import what_it_says
+
+_GAP = 0.002  # seconds between two frames, at least
+
+
+class Outbox:
+    """Gathers messages until the event loop gets to them; then they are one frame.
+
+    A decode step has a chunk for each request of a batch; the loop gets to them when the MLX
+    thread lets go of the GIL, so that they travel together without waiting for each other.
+
+    What comes within two milliseconds after a frame waits for that long: at a millisecond a
+    token, a frame for each would cost more than the tokens' own Python.
+
+    Args:
+        write: sends the payload of a frame; in the running event loop.
+    """
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._write = write
+        self._waiting: deque[Any] = deque()
+        self._scheduled = False
+        self._flushed = 0.0  # when, by the loop's clock
+
+    def put(self, message: object) -> None:
+        """Send a message, soon, in order. From any thread."""
+        self._waiting.append(message)
+        if not self._scheduled:
+            self._scheduled = True
+            try:
+                self._loop.call_soon_threadsafe(self._flush_soon)
+            except RuntimeError:
+                pass  # the loop is closed: nobody is left to be told
+
+    def _flush_soon(self) -> None:
+        wait = self._flushed + _GAP - self._loop.time()
+        if wait <= 0:
+            self.flush()
+        else:
+            self._loop.call_later(wait, self.flush)
+
+    def flush(self) -> None:
+        """Send what there is, now. In the loop."""
+        self._scheduled = False
+        self._flushed = self._loop.time()
+        messages = []
+        while self._waiting:
+            messages.append(self._waiting.popleft())
+        if not messages:
+            return
+        try:
+            payload = encode(messages)
+            if len(payload) <= MAX_FRAME:
+                self._write(payload)
+                return
+        except Exception:  # noqa: BLE001 - one of them cannot be written, of whatever kind
+            pass
+        for message in messages:
+            self._write(_one(message))
+
+
+def _one(message: Any) -> bytes:
+    """A message by itself; if it cannot travel, the error that says so."""
+    try:
+        payload = encode([message])
+        problem = f"it would take {len(payload)} bytes"
+        if len(payload) <= MAX_FRAME:
+            return payload
+    except Exception as error:  # noqa: BLE001
+        problem = what_it_says(error)
+    if not isinstance(message, Done):
+        return encode([])
+    refusal = GenerationError(f"the result cannot go to another process: {problem}")
+    return encode([error_to_wire(message.number, refusal)])

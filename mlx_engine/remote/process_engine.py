@@ -1,0 +1,82 @@
+"""An engine in a process of its own."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from typing import Unpack
+
+from mlx_engine.config import AsEngine, BatchedOptions, SpecPrefill
+from mlx_engine.outputs import ProgressCallback
+from mlx_engine.remote.beat import Watchdog
+from mlx_engine.remote.connection import BEAT
+from mlx_engine.remote.link import Link
+from mlx_engine.remote.linked import LinkedEngine
+from mlx_engine.remote.messages import Configure, Hello, encode_strictly
+from mlx_engine.remote.options import EngineKind, EnginePlan
+from mlx_engine.remote.process_link import ProcessLink
+
+_numbers = itertools.count(1)
+
+
+class ProcessEngine(LinkedEngine):
+    """A ``SimpleEngine`` or ``BatchedEngine`` in a process of its own, with the same interface.
+
+    A crash or a hang in native code, which nothing in a process can survive, ends that process:
+    requests get ``EngineDead``, with its exit code or signal and its last words, and the
+    application goes on. Then ``stop()`` and ``start()`` again, or let ``EngineManager`` do it.
+
+    The process is started as a new interpreter, never forked, and ends when this one does,
+    however it ends. It works from scripts without ``__main__`` guard, from notebooks, from any
+    thread, and under any event loop.
+
+    What cannot go to another process: ``run_blocking``, and logits processors other than by
+    their names, ``"package.module:function"``.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        engine: EngineKind = "simple",
+        watchdog: Watchdog | None = Watchdog(),  # noqa: B008 - it never changes
+        name: str | None = None,
+        on_progress: ProgressCallback | None = None,
+        **options: Unpack[BatchedOptions],
+    ) -> None:
+        """Make an engine; no process is started before the engine is.
+
+        Args:
+            model: a folder in mlx-lm's layout, a Hugging Face repository id, or ``"demo"``.
+            engine: ``"simple"`` serves one request at a time, ``"batched"`` many.
+            watchdog: when its process counts as stuck and is killed; ``None``: never.
+            name: for logs, and among the arguments of its process.
+            on_progress: told of download and loading, in the event loop that starts it.
+            options: those of ``SimpleEngine``, or of ``BatchedEngine``.
+
+        Raises:
+            InvalidRequest: an argument is of the wrong type, out of its range, contradicts
+                another one, or is not for this kind of engine.
+        """
+        self._plan = EnginePlan.of(engine, model, dict(options))
+        super().__init__(name or f"engine-{next(_numbers)}", watchdog, on_progress)
+
+    def _make_link(self) -> Callable[[], Link]:
+        return functools.partial(ProcessLink, self.name)
+
+    def _greeting(self) -> bytes:
+        return greeting(self._plan)
+
+    def _check_strategies(
+        self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
+    ) -> None:
+        self._plan.strategies.of_request(prefill, decode)
+
+
+def greeting(plan: EnginePlan) -> bytes:
+    """The first frame for the process of an engine: which one to be."""
+    paths = [os.path.abspath(path) for path in sys.path]
+    return encode_strictly([Hello(), Configure(plan.kind, plan.model, plan.options, paths, BEAT)])

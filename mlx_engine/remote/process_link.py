@@ -1,0 +1,281 @@
+"""A link to a child process: started, listened to, and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import logging
+import os
+import pty
+import signal
+import site
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections import deque
+from pathlib import Path
+
+import mlx_engine
+from mlx_engine.errors import EngineDead
+from mlx_engine.remote.frames import FrameSplitter, WireError, framed
+from mlx_engine.remote.link import Ending, Link
+
+_LINES = 60  # of standard error that are kept
+_WIDTH = 500  # characters of each
+_DUMP = 0.2  # seconds for the stacks to be written
+_CODE_WAIT = 1.0  # seconds from the end of the connection to the exit code
+_REST_WAIT = 0.25  # seconds from the exit code to the end of the connection
+
+_log = logging.getLogger("mlx_engine.core")
+_living: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()
+
+
+class ProcessLink(Link):
+    """A child process that runs ``mlx_engine.remote.core``. Never forked: a new interpreter.
+
+    Its end is noticed by a thread that waits for it, and by the end of its socket; nothing is
+    polled. The child ends when this process does: its socket then ends; and if it is stuck or
+    stopped, the hang-up of the terminal that it was given, whose other side is here, ends it.
+
+    Args:
+        name: shown among the child's arguments, and in the log.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+        self._loop = asyncio.get_running_loop()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._transport: asyncio.WriteTransport | None = None
+        self._errors: int | None = None  # file descriptors
+        self._lifeline: int | None = None
+        self._lines: deque[str] = deque(maxlen=_LINES)
+        self._line = b""
+        self._code: int | None = None
+        self._closed = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._flaw: str | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child, once it has been started."""
+        return None if self._process is None else self._process.pid
+
+    async def open(self) -> None:
+        """Start the child."""
+        try:
+            ours = self._spawn()
+            await self._loop.create_unix_connection(lambda: _Protocol(self), sock=ours)
+        except OSError as error:
+            self.kill()
+            self._end(f"its process could not be started: {error}")
+            raise EngineDead(f"the engine's process could not be started: {error}") from error
+        except BaseException:
+            self.kill()
+            raise
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame, soon, in order."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(framed(frame))
+
+    async def dump_stacks(self) -> None:
+        """Have the child write the stacks of all its threads to its standard error."""
+        self._signal(signal.SIGUSR1)
+        await asyncio.sleep(_DUMP)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._signal(signal.SIGKILL)
+
+    def _spawn(self) -> socket.socket:
+        if not sys.executable:
+            raise OSError("sys.executable does not tell which Python to start")
+        ours, theirs = socket.socketpair()
+        self._errors, errors = os.pipe()
+        self._lifeline, terminal = _terminal()
+        passed = [theirs.fileno(), *([] if terminal is None else [terminal])]
+        # -P: the folder in which the application was started must not shadow anything.
+        command = [sys.executable, "-P", "-m", "mlx_engine.remote.core", self._name]
+        try:
+            process = subprocess.Popen(
+                [*command, *map(str, passed)],
+                stdin=subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                pass_fds=passed,
+                env=_environment(),
+                start_new_session=True,  # Ctrl-C in a terminal is for us
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(errors)
+            if terminal is not None:
+                os.close(terminal)
+        self._process = process
+        _living.add(process)
+        os.set_blocking(self._errors, False)
+        self._loop.add_reader(self._errors, self._read_errors)
+        threading.Thread(
+            target=_wait,
+            args=(process, self._loop, self._exited),
+            name="mlx-engine wait",
+            daemon=True,
+        ).start()
+        ours.setblocking(False)
+        return ours
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None and self._code is None:
+            self._process.send_signal(number)
+
+    # What may happen, in any order: the exit code comes, the socket ends.
+
+    def _exited(self, code: int) -> None:
+        self._code = code
+        if self._transport is None or self._closed:
+            self._finish()
+        else:  # what it has said at last may still be on its way
+            self._set_timer(_REST_WAIT, self._finish)
+
+    def connected(self, transport: asyncio.WriteTransport) -> None:
+        """The socket can be written to."""
+        self._transport = transport
+
+    def disconnected(self, flaw: str | None = None) -> None:
+        """The socket has ended, or what came over it makes no sense."""
+        self._closed = True
+        self._flaw = self._flaw or flaw
+        if flaw is not None:
+            _log.error("%s: %s; its process is ended", self._name, flaw)
+            self.kill()
+        if self._code is not None:
+            self._finish()
+        else:
+            self._set_timer(_CODE_WAIT, self.kill)  # it goes on without us: that is no use
+
+    def _set_timer(self, seconds: float, then: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(seconds, then)  # type: ignore[arg-type]
+
+    def _finish(self) -> None:
+        code = self._code
+        ending = Ending("", code)
+        if self._flaw is not None:
+            detail = self._flaw
+        elif ending.signal_name is not None:
+            detail = f"its process was ended by {ending.signal_name}"
+        else:
+            detail = f"its process ended with exit code {code}"
+        self._end(detail)
+
+    def _end(self, detail: str) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+        if self._errors is not None:
+            self._read_errors()
+            self._loop.remove_reader(self._errors)
+        for descriptor in (self._errors, self._lifeline):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._errors = self._lifeline = None
+        if not self.gone.done():
+            self._keep_line(self._line)
+            self.gone.set_result(Ending(detail, self._code, "\n".join(self._lines)))
+
+    def _read_errors(self) -> None:
+        """Keep the last lines of the child's standard error."""
+        assert self._errors is not None
+        while True:
+            try:
+                data = os.read(self._errors, 65536)
+            except BlockingIOError:
+                return
+            if not data:
+                self._loop.remove_reader(self._errors)
+                return
+            *lines, self._line = (self._line + data).split(b"\n")
+            self._line = self._line[-_WIDTH:]
+            for line in lines:
+                self._keep_line(line)
+
+    def _keep_line(self, line: bytes) -> None:
+        text = line[:_WIDTH].decode("utf-8", "replace").rstrip()
+        if text:
+            self._lines.append(text)
+            _log.info("%s: %s", self._name, text)
+
+
+class _Protocol(asyncio.Protocol):
+    def __init__(self, link: ProcessLink) -> None:
+        self._link = link
+        self._frames = FrameSplitter()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._link.connected(transport)  # type: ignore[arg-type]
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for frame in self._frames.feed(data):
+                self._link.on_frame(frame)
+        except WireError as error:
+            self._link.disconnected(f"it said something that makes no sense ({error})")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._link.disconnected()
+
+
+def _wait(
+    process: subprocess.Popen[bytes],
+    loop: asyncio.AbstractEventLoop,
+    exited: object,
+) -> None:
+    """On a thread of its own: as soon as the process has ended, say so."""
+    code = process.wait()
+    try:
+        loop.call_soon_threadsafe(exited, code)  # type: ignore[arg-type]
+    except RuntimeError:
+        pass  # the interpreter is shutting down
+
+
+def _terminal() -> tuple[int | None, int | None]:
+    """Our side and the child's side of a pseudo-terminal, if there are any to be had."""
+    try:
+        return pty.openpty()
+    except OSError:
+        return None, None
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with a way to this package, wherever it was imported from."""
+    root = str(Path(mlx_engine.__file__).parents[1])
+    environment = dict(os.environ)
+    if root not in [*site.getsitepackages(), site.getusersitepackages()]:
+        paths = [path for path in (environment.get("PYTHONPATH"), root) if path]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment
+
+
+def _kill_the_living() -> None:
+    """At exit: children of engines that nobody stopped."""
+    for process in list(_living):
+        if process.poll() is None:
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+
+
+atexit.register(_kill_the_living)

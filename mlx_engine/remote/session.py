@@ -1,0 +1,157 @@
+"""The serving side: the requests of one client, on an engine in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from mlx_engine.engine.base import BaseEngine
+from mlx_engine.outputs import GenerationChunk, GenerationResult, Progress
+from mlx_engine.remote.frames import WireError
+from mlx_engine.remote.messages import (
+    CacheFile,
+    CacheFileDone,
+    Cancel,
+    Chunk,
+    Done,
+    Generate,
+    Told,
+    ToServer,
+    Welcome,
+)
+from mlx_engine.remote.outbox import Outbox
+from mlx_engine.remote.values import ask_from_wire, error_to_wire
+from mlx_engine.stream import Emit, Producer
+
+
+class Session:
+    """Does what a client asks. In the event loop.
+
+    Args:
+        engine: the engine; it may serve others too.
+        outbox: answers go there.
+        may_import: whether the client may name logits processors to import.
+        on_over: called after each request.
+    """
+
+    def __init__(
+        self,
+        engine: BaseEngine,
+        outbox: Outbox,
+        *,
+        may_import: bool,
+        on_over: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._outbox = outbox
+        self._may_import = may_import
+        self._tasks: dict[int, asyncio.Task[GenerationResult | int]] = {}
+        self._on_over = on_over
+
+    @property
+    def pending(self) -> int:
+        """Requests that are not over."""
+        return len(self._tasks)
+
+    def welcome(self) -> Welcome:
+        """What the client should know of the engine."""
+        engine = self._engine
+        return Welcome(
+            engine.has_chat_template, engine.context_length, engine._width, engine.stats()
+        )
+
+    def take(self, message: ToServer) -> None:
+        """Do what a message says.
+
+        Raises:
+            WireError: a client does not say that.
+        """
+        match message:
+            case Generate():
+                self._generate(message)
+            case Cancel():
+                if (task := self._tasks.get(message.number)) is not None:
+                    task.cancel()
+            case CacheFile():
+                self._new(message.number)
+                engine, path = self._engine, Path(message.path)
+                save = message.action == "save"
+                work = engine.save_prompt_cache(path) if save else engine.load_prompt_cache(path)
+                self._start(message.number, asyncio.ensure_future(work), None)
+            case _:
+                raise WireError(f"a client does not say {type(message).__name__} here")
+
+    async def end(self) -> None:
+        """Cancel everything, and wait until it is out of MLX."""
+        for task in self._tasks.values():
+            task.cancel()
+        await self.over()
+
+    async def over(self) -> None:
+        """Wait until everything is over."""
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()))
+
+    def _new(self, number: int) -> None:
+        if number in self._tasks:
+            raise WireError(f"request {number} is under way already")
+
+    def _generate(self, message: Generate) -> None:
+        number = message.number
+        self._new(number)
+        progress = functools.partial(self._tell, number) if message.progress else None
+        emit = functools.partial(self._emit, number) if message.stream else None
+        try:
+            ask = ask_from_wire(message, may_import=self._may_import)
+            producer = self._engine._producer(ask, progress)
+        except Exception as error:  # noqa: BLE001 - the border: the client is told
+            self._outbox.put(error_to_wire(number, error))
+            return
+        self._start(number, asyncio.ensure_future(_run(producer, emit)), producer)
+
+    def _start(
+        self, number: int, task: asyncio.Task[GenerationResult | int], producer: Producer | None
+    ) -> None:
+        self._tasks[number] = task
+        task.add_done_callback(functools.partial(self._over, number, producer))
+
+    def _over(
+        self,
+        number: int,
+        producer: Producer | None,
+        task: asyncio.Task[GenerationResult | int],
+    ) -> None:
+        del self._tasks[number]
+        self._on_over()
+        if task.cancelled():
+            # Nobody waits for the number of prompts of a cancelled save or load.
+            partial = None if producer is None else producer.partial_result()
+            self._outbox.put(CacheFileDone(number, 0) if partial is None else Done(number, partial))
+        elif (error := task.exception()) is not None:
+            self._outbox.put(error_to_wire(number, error))
+        elif isinstance(outcome := task.result(), int):
+            self._outbox.put(CacheFileDone(number, outcome))
+        else:
+            self._outbox.put(Done(number, outcome))
+
+    def _emit(self, number: int, chunk: GenerationChunk) -> None:
+        """On the MLX thread."""
+        self._outbox.put(
+            Chunk(
+                number,
+                chunk.text,
+                chunk.tokens,
+                chunk.segment,
+                chunk.logprobs,
+                chunk.finish_reason,
+            )
+        )
+
+    def _tell(self, number: int, progress: Progress) -> None:
+        self._outbox.put(Told(number, progress.phase, progress.done, progress.total))
+
+
+async def _run(producer: Producer, emit: Emit | None) -> GenerationResult:
+    return await producer.run(emit)

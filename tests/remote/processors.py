@@ -1,0 +1,94 @@
+"""Logits processors that tests name, to be imported in the engine's process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from pathlib import Path
+
+import mlx.core as mx
+
+from tests.tiny import make_tokenizer
+
+EOS = 257
+GATE = "MLX_ENGINE_TEST_GATE"  # environment: the folder of the gate's files
+
+
+class _Saying:
+    """Leaves one token possible: the next of ``text``, then EOS."""
+
+    text = ""
+
+    def __init__(self) -> None:
+        self._script = iter(
+            [*make_tokenizer().encode(self.text, add_special_tokens=False), *[EOS] * 3]
+        )
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        return mx.where(mx.arange(logits.shape[-1]) == next(self._script), 0.0, -mx.inf)[None]
+
+
+class SayToolCall(_Saying):
+    text = (
+        "<think>easy 🙂</think>I shall add."
+        '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    )
+
+
+class SayBadToolCall(_Saying):
+    text = "Well.<tool_call>{nonsense</tool_call>"
+
+
+class SayStop(_Saying):
+    text = "one two STOP three"
+
+
+def fail(tokens: mx.array, logits: mx.array) -> mx.array:
+    raise LookupError("the processor has failed")
+
+
+def slow(tokens: mx.array, logits: mx.array) -> mx.array:
+    time.sleep(0.005)
+    return logits
+
+
+class Gate:
+    """Stops the MLX thread at its third token until the test lets it go."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        self._calls += 1
+        if self._calls == 3:
+            folder = Path(os.environ[GATE])
+            (folder / "inside").touch()
+            end = time.monotonic() + 30
+            while not (folder / "go").exists() and time.monotonic() < end:
+                time.sleep(0.001)
+            (folder / "out").touch()
+        return logits
+
+
+def park(tokens: mx.array, logits: mx.array) -> mx.array:
+    """In native code, for ever, without the GIL."""
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+    return logits
+
+
+def hold_the_gil(tokens: mx.array, logits: mx.array) -> mx.array:
+    """In native code, for ever, with the GIL."""
+    ctypes.PyDLL(None).sleep(1000)
+    return logits
+
+
+def abort(tokens: mx.array, logits: mx.array) -> mx.array:
+    os.abort()
+
+
+def leave(tokens: mx.array, logits: mx.array) -> mx.array:
+    os._exit(7)

@@ -1,0 +1,269 @@
+"""An engine in a process of its own gives what the same engine gives here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_engine import (
+    BaseEngine,
+    BatchedEngine,
+    DraftModel,
+    EngineStopped,
+    GenerationChunk,
+    GenerationResult,
+    MLXEngineError,
+    ProcessEngine,
+    SamplingParams,
+    SimpleEngine,
+    SpecPrefill,
+    StreamClosed,
+    StreamConsumed,
+    Timings,
+)
+from tests.remote import processors
+
+pytestmark = pytest.mark.anyio
+
+USER = [{"role": "user", "content": "hi"}]
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+NAMED = "tests.remote.processors:"
+_NO_TIME = Timings(0, 0, 0, 0, 0, 0, 0)
+
+Outcome = Callable[[BaseEngine], Awaitable[Any]]
+
+
+@pytest.fixture(scope="module", params=["simple", "batched"])
+def pair(
+    request: pytest.FixtureRequest, tiny_path: Path
+) -> Iterator[tuple[BaseEngine, ProcessEngine]]:
+    """The same engine here and elsewhere; started in a loop that is closed by now."""
+    here: BaseEngine = (SimpleEngine if request.param == "simple" else BatchedEngine)(tiny_path)
+    elsewhere = ProcessEngine(tiny_path, engine=request.param)
+
+    async def start() -> None:
+        await here.start()
+        await elsewhere.start()
+
+    async def stop() -> None:
+        await here.stop()
+        await elsewhere.stop()
+
+    asyncio.run(start())
+    yield here, elsewhere
+    asyncio.run(stop())
+
+
+async def streamed(engine: BaseEngine, chat: bool = False, **options: Any) -> object:
+    """A stream, put together: chunks may be cut in other places elsewhere, but are not."""
+    stream = engine.stream_chat(USER, **options) if chat else engine.stream_generate(**options)
+    async with stream:
+        chunks: list[GenerationChunk] = [chunk async for chunk in stream]
+    return chunks, stream.result
+
+
+OUTCOMES: dict[str, Outcome] = {
+    "text": lambda e: e.generate("Once upon", max_tokens=30),
+    "token ids": lambda e: e.generate([1, 2, 3, 250], max_tokens=30, ignore_eos=True),
+    "unicode": lambda e: e.generate("żółć 🙂 \x00", max_tokens=5),
+    "sampled with a seed": lambda e: e.generate(
+        "a", max_tokens=40, temperature=0.9, top_p=0.9, seed=2**64 - 1, ignore_eos=True
+    ),
+    "bias, penalties and bounds": lambda e: e.generate(
+        "a",
+        SamplingParams(logit_bias={7: 3.5}, repetition_penalty=1.2, min_p=0.05, top_k=9),
+        max_tokens=20,
+        stop_token_ids=[40],
+    ),
+    "log-probabilities": lambda e: e.generate("abc", max_tokens=5, logprobs=3),
+    "stop strings": lambda e: e.generate(
+        "x", logits_processors=[NAMED + "SayStop"], stop=["STOP"], max_tokens=50
+    ),
+    "a chat with reasoning and a call": lambda e: e.chat(
+        USER, tools=[TOOL], logits_processors=[NAMED + "SayToolCall"]
+    ),
+    "a malformed call": lambda e: e.chat(USER, logits_processors=[NAMED + "SayBadToolCall"]),
+    "template options": lambda e: e.chat(
+        USER,
+        chat_template_kwargs={"enable_thinking": "open", "odd": [1, {"a": None}]},
+        max_tokens=9,
+    ),
+    "a stream": lambda e: streamed(e, prompt="Once", max_tokens=30, logprobs=1),
+    "a streamed chat": lambda e: streamed(
+        e, chat=True, tools=[TOOL], logits_processors=[NAMED + "SayToolCall"]
+    ),
+    "a batch with a fault": lambda e: e.generate_batch(
+        ["a", [999_999], "c"], [None, None, SamplingParams(seed=1, temperature=1)], max_tokens=9
+    ),
+    "opting out": lambda e: e.generate("a", prefill=None, decode=None, max_tokens=3),
+    # errors
+    "a token that is none": lambda e: e.generate([999_999]),
+    "an empty prompt": lambda e: e.generate(""),
+    "a prompt of another type": lambda e: e.generate(3.5),  # type: ignore[arg-type]
+    "too long": lambda e: e.generate([1] * 20_000),
+    "far too long": lambda e: e.generate("x" * 4_000_000),
+    "no such option": lambda e: e.generate("a", max_tokns=3),  # type: ignore[call-arg]
+    "out of range": lambda e: e.generate("a", temperature=-1),
+    "a processor that fails": lambda e: e.generate("a", logits_processors=[NAMED + "fail"]),
+    "a streamed fault": lambda e: streamed(e, prompt="a", logits_processors=[NAMED + "fail"]),
+    "a processor that is not there": lambda e: e.generate("a", logits_processors=["no.such:one"]),
+    "a name that is none": lambda e: e.generate("a", logits_processors=["nonsense"]),
+    "no strategy": lambda e: e.generate("a", prefill=SpecPrefill(keep=0.5)),
+    "a bad message": lambda e: e.chat([{"role": "user"}]),
+    "a bad priority": lambda e: e.generate("a", priority="high"),  # type: ignore[arg-type]
+    "not text": lambda e: e.generate("\udcff"),
+    "no progress callback": lambda e: e.generate("a", on_progress=3),  # type: ignore[arg-type]
+    "no cache file": lambda e: e.load_prompt_cache("/no/such/file"),
+}
+
+
+def comparable(value: Any) -> Any:
+    """Without times and names."""
+    if isinstance(value, GenerationResult):
+        usage = replace(value.usage, cached_tokens=0)
+        return replace(value, timings=_NO_TIME, request_id="", usage=usage)
+    if isinstance(value, list | tuple):
+        return type(value)(comparable(one) for one in value)
+    if isinstance(value, MLXEngineError):
+        return type(value), str(value), {k: v for k, v in vars(value).items() if k != "__notes__"}
+    return value
+
+
+async def told(outcome: Outcome, engine: BaseEngine) -> Any:
+    try:
+        return comparable(await outcome(engine))
+    except MLXEngineError as error:
+        return comparable(error)
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+async def test_the_outcome_is_the_same(pair: tuple[BaseEngine, ProcessEngine], name: str) -> None:
+    here, elsewhere = pair
+    expected = await told(OUTCOMES[name], here)
+    assert await told(OUTCOMES[name], elsewhere) == expected
+    assert elsewhere.has_chat_template == here.has_chat_template
+    assert elsewhere.context_length == here.context_length
+
+
+async def test_what_cannot_travel_is_refused(pair: tuple[BaseEngine, ProcessEngine]) -> None:
+    _, engine = pair
+    with pytest.raises(ValueError, match=r"logits_processors: .*cannot go to another process"):
+        engine.stream_generate("a", logits_processors=[processors.slow])
+    with pytest.raises(ValueError, match=r"func: a function cannot go"):
+        await engine.run_blocking(print)
+    with pytest.raises(ValueError, match=r"messages: .*cannot go to another process"):
+        await engine.chat(USER, chat_template_kwargs={"odd": object()})
+    assert (await engine.generate("a", max_tokens=2)).finish_reason == "length"
+
+
+async def test_a_stream_is_read_once_and_closed(pair: tuple[BaseEngine, ProcessEngine]) -> None:
+    _, engine = pair
+    stream = engine.stream_generate("a", max_tokens=5000, ignore_eos=True)
+    async for chunk in stream:
+        assert chunk.tokens
+        break
+    with pytest.raises(StreamConsumed):
+        aiter(stream)
+    await stream.aclose()
+    await stream.aclose()
+    assert stream.result.finish_reason == "cancelled"
+    assert 1 <= len(stream.result.tokens) < 5000
+    assert stream.result.request_id == stream.request_id
+    with pytest.raises(StreamClosed):
+        await anext(stream)
+    while (stats := engine.stats()).running:
+        await asyncio.sleep(0.001)
+    assert stats.waiting == 0
+
+
+async def test_cancel_keeps_what_there_is(pair: tuple[BaseEngine, ProcessEngine]) -> None:
+    _, engine = pair
+    seen: list[GenerationChunk] = []
+    async with engine.stream_generate("a", max_tokens=5000, ignore_eos=True) as stream:
+        async for chunk in stream:
+            seen.append(chunk)
+            if len(seen) == 3:
+                stream.cancel()
+    assert seen[-1].finish_reason == "cancelled"
+    assert tuple(token for chunk in seen for token in chunk.tokens) == stream.result.tokens
+
+
+async def test_progress_of_a_prefill_is_told(pair: tuple[BaseEngine, ProcessEngine]) -> None:
+    _, engine = pair
+    told: list[int] = []
+    await engine.generate([5] * 3000, max_tokens=1, on_progress=lambda p: told.append(p.done))
+    await asyncio.sleep(0)
+    assert told == sorted(told)
+    assert told[-1] >= 2048
+    done: list[tuple[int, int | None]] = []
+    await engine.generate_batch(
+        ["a", "b", "c"], max_tokens=1, on_progress=lambda p: done.append((p.done, p.total))
+    )
+    assert done[-1] == (3, 3)
+
+
+async def test_the_prompt_cache_is_kept_on_disk(
+    pair: tuple[BaseEngine, ProcessEngine], tmp_path: Path
+) -> None:
+    here, elsewhere = pair
+    prompt = [9] * 700
+    await elsewhere.generate(prompt, max_tokens=2)
+    assert await elsewhere.save_prompt_cache(tmp_path / "cache") >= 1
+    assert await here.load_prompt_cache(tmp_path / "cache") >= 0
+    again = await elsewhere.generate(prompt, max_tokens=2)
+    assert again.usage.cached_tokens > 600
+    assert elsewhere.stats().prompt_cache.hits >= 1
+
+
+async def test_many_at_once(pair: tuple[BaseEngine, ProcessEngine]) -> None:
+    here, elsewhere = pair
+    prompts = [f"number {i}" for i in range(24)]
+    expected = await here.generate_batch(prompts, max_tokens=12)
+    got = await asyncio.gather(*(elsewhere.generate(p, max_tokens=12) for p in prompts))
+    assert [r.tokens for r in got] == [r.tokens for r in expected if not isinstance(r, Exception)]
+
+
+@pytest.mark.parametrize("kind", ["simple", "batched"])
+async def test_options_are_checked_before_a_process_is_started(kind: Any, tiny_path: Path) -> None:
+    bad: list[tuple[str, dict[str, Any]]] = [
+        ("prefill_step_size", {"prefill_step_size": 0}),
+        ("nonsense", {"nonsense": 1}),
+        ("decode", {"decode": "fast"}),
+        ("queue_limit", {"queue_limit": -1}),
+        ("watchdog", {"watchdog": 3}),
+        ("on_progress", {"on_progress": 3}),
+    ]
+    bad.append(("max_batch_size", {"max_batch_size": 0}))
+    if kind == "batched":
+        bad.append(("kv_bits", {"kv_bits": 4}))
+    for option, options in bad:
+        with pytest.raises(ValueError, match=f"^{option}: "):
+            ProcessEngine(tiny_path, engine=kind, **options)
+    with pytest.raises(ValueError, match=r"^engine: "):
+        ProcessEngine(tiny_path, engine="fast")  # type: ignore[arg-type]
+
+
+async def test_strategies_travel(tiny_path: Path) -> None:
+    prompt = "abc" * 40
+    async with SimpleEngine(tiny_path) as here:
+        expected = (await here.generate(prompt, max_tokens=40, ignore_eos=True)).tokens
+    async with ProcessEngine(
+        tiny_path,
+        decode=DraftModel(tiny_path, num_draft_tokens=3),
+        prefill=SpecPrefill(tiny_path, threshold=16, keep=0.5),
+    ) as engine:
+        full = await engine.generate(prompt, max_tokens=40, ignore_eos=True, prefill=None)
+        assert full.tokens == expected
+        assert full.timings.draft_tokens > 0
+        other = SpecPrefill(keep=0.3, threshold=16)
+        sparse = await engine.generate("xyz" * 99, max_tokens=4, prefill=other)
+        assert sparse.usage.kept_tokens is not None
+        with pytest.raises(ValueError, match=r"^decode: "):
+            await engine.generate("a", decode="fast")  # type: ignore[arg-type]
+    with pytest.raises(EngineStopped):
+        await engine.generate("a")
