@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mlx_engine.turn import Interrupted
 
+_LEASH = Path(__file__).with_name("leash.py")
 _POLL = 0.05  # seconds
 _GRACE = 2.0  # seconds between terminate and kill
 
@@ -23,6 +27,8 @@ def run_child(
 ) -> int:
     """Run ``command`` and give its exit code.
 
+    It ends when this process does, however that ends.
+
     Args:
         stdout, stderr: files for its output; ``on_tick`` may read them as they grow.
         on_tick: called every 0.05 s, and once after the end.
@@ -35,8 +41,8 @@ def run_child(
     """
     with stdout.open("wb") as out, stderr.open("wb") as err:
         process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-P", str(_LEASH), *command],
+            stdin=subprocess.PIPE,
             stdout=out,
             stderr=err,
             env=env,
@@ -65,11 +71,13 @@ def last_lines(log: Path, count: int = 5) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is not None:
-        return
-    process.terminate()
-    try:
-        process.wait(timeout=_GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    assert process.stdin is not None
+    with process.stdin:  # its end would end the child as well
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=_GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
