@@ -290,8 +290,8 @@ class Connection:
             ending.stderr,
         )
         with waking_together():
+            self._on_exit(self.exit)  # callers who are told find the engine in its new state
             self.calls.lost(self.exit.error)
-        self._on_exit(self.exit)
 
     def _kind(self, ending: Ending) -> ExitKind:
         if self._verdict is not None:

@@ -29,12 +29,16 @@ class IOThread:
         self._pid = 0
 
     def call(self, func: Callable[..., object], *args: object) -> None:
-        """Call ``func`` in the loop, soon. From any thread; nothing happens at exit."""
+        """Call ``func`` in the loop, soon. From any thread; nothing happens at exit.
+
+        Raises:
+            RuntimeError: this process was forked from one that uses engines elsewhere.
+        """
+        loop = self._running_loop()
         try:
-            self._running_loop().call_soon_threadsafe(func, *args)
+            loop.call_soon_threadsafe(func, *args)
         except RuntimeError:
-            if self._pid != os.getpid():
-                raise
+            pass  # it was closed: the interpreter is shutting down
 
     async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run a coroutine function in the loop, and wait for it in the caller's.
@@ -44,9 +48,12 @@ class IOThread:
 
         Raises:
             RuntimeError: this process was forked from one that uses engines elsewhere.
+            EngineDead: the interpreter is shutting down.
             BaseException: whatever the coroutine raises.
         """
         loop = self._running_loop()
+        if loop.is_closed():
+            raise EngineDead("the interpreter is shutting down")
         tasks: list[asyncio.Task[T]] = []
 
         def cancel() -> None:
@@ -85,8 +92,6 @@ class IOThread:
                     "process with the 'spawn' method instead"
                 )
             assert self._loop is not None
-            if self._loop.is_closed():
-                raise EngineDead("the interpreter is shutting down")
             return self._loop
 
     def _start(self) -> None:

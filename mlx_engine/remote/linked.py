@@ -380,7 +380,10 @@ def _abandoned(connection: Connection) -> None:
     """Its engine became garbage: nobody will ever stop it."""
     if connection.exit is not None:
         return
-    connection.kill()
+    try:
+        connection.kill()
+    except RuntimeError:
+        return  # in a process that was forked from the engine's own: it is not ours
     warnings.warn(
         "an engine was dropped without being stopped; use 'async with', or await stop()",
         ResourceWarning,

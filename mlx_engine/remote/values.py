@@ -12,6 +12,7 @@ from mlx_engine.asks import Ask, ChatPrompt, TextPrompt
 from mlx_engine.config import MTP, DraftModel, SpecPrefill
 from mlx_engine.errors import GenerationError, InvalidRequest, MLXEngineError
 from mlx_engine.params import SamplingParams
+from mlx_engine.remote.frames import MAX_FRAME
 from mlx_engine.remote.messages import Failed, Generate, encode_strictly
 from mlx_engine.turn import what_it_says
 
@@ -45,13 +46,18 @@ def ask_to_wire(number: int, ask: Ask, *, stream: bool, progress: bool) -> bytes
         progress=progress,
     )
     try:
-        return encode_strictly([message])
+        payload = encode_strictly([message])
     except UnicodeEncodeError as error:
         raise InvalidRequest(option, f"is not valid Unicode text ({error})") from error
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidRequest(
             option, f"has something in it that cannot go to another process: {error}"
         ) from error
+    if len(payload) > MAX_FRAME:
+        raise InvalidRequest(
+            option, f"takes {len(payload)} bytes, of which {MAX_FRAME} may go to another process"
+        )
+    return payload
 
 
 def check_processors(params: SamplingParams) -> None:

@@ -642,6 +642,27 @@ def test_it_works_from_a_script_on_standard_input(tiny_path: Path, tmp_path: Pat
     assert (done.returncode, done.stdout) == (0, "9\n"), done.stderr
 
 
+def test_it_works_in_a_notebook(tiny_path: Path) -> None:
+    """Cells with ``await`` in a loop that runs already; there is no file of the program."""
+    cells = f"""
+from mlx_engine import ProcessEngine
+engine = ProcessEngine({str(tiny_path)!r})
+await engine.start()
+result = await engine.generate("hello", max_tokens=9)
+await engine.stop()
+print("tokens:", len(result.tokens))
+"""
+    done = subprocess.run(
+        [sys.executable, "-m", "asyncio"],
+        input=cells,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        cwd=ROOT,
+    )
+    assert "tokens: 9" in done.stdout, done.stderr
+
+
 def test_the_parent_needs_no_mlx(tiny_path: Path) -> None:
     body = """
         asyncio.run(main())

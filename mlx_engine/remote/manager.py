@@ -1,0 +1,395 @@
+"""Several engines as one: requests go to the one that suits them, and those that end come back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Self, TypeVar, Unpack
+
+from mlx_engine.asks import Ask
+from mlx_engine.config import AsEngine, BatchedOptions, SpecPrefill
+from mlx_engine.engine.base import BaseEngine
+from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
+from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
+from mlx_engine.outputs import EngineStats, ProgressCallback, ShutdownReport
+from mlx_engine.remote.beat import Watchdog
+from mlx_engine.remote.fleet import Fleet
+from mlx_engine.remote.flight import Flight
+from mlx_engine.remote.health import Health
+from mlx_engine.remote.options import EngineKind
+from mlx_engine.remote.process_engine import ProcessEngine
+from mlx_engine.remote.ray_engine import RayEngine
+from mlx_engine.remote.replica import Factory, Replica, ReplicaInfo
+from mlx_engine.remote.restarts import RestartPolicy
+from mlx_engine.remote.routed import RoutedRequest
+from mlx_engine.remote.supervisor import Supervisor
+from mlx_engine.remote.tasks import all_results
+from mlx_engine.stream import Producer
+from mlx_engine.turn import first_cancellation
+
+T = TypeVar("T")
+
+
+class EngineManager(BaseEngine):
+    """Keeps replicas of an engine alive, each in a process of its own, and is used as one.
+
+    A replica that ends by itself is started again, by ``restart``; one that cannot be kept
+    alive is given up, with an error in the log. When none is left the manager is ``FAILED`` and
+    requests get ``EngineDead``. A crash, a stall and a start that fails count; a graceful end
+    that nobody here has asked for (somebody has sent SIGTERM) does not: the replica comes back
+    after the first wait, however often.
+
+    A request goes where the beginning of its prompt has been, unless the load there outweighs
+    that. It waits while all replicas restart. If its replica ends before anything of the answer
+    has been given to the caller, it is done again on another one, from the beginning; after two
+    such ends it gets ``EngineDead``, since it may be what kills them. If a replica is busy the
+    others are asked before ``EngineBusy`` is raised.
+
+    Requests may come from several event loops. ``start``, ``scale`` and ``shutdown`` belong to
+    one: the one in which it was started, and in which the replicas are watched.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        replicas: int = 1,
+        engine: EngineKind = "simple",
+        restart: RestartPolicy = RestartPolicy(),  # noqa: B008 - it never changes
+        watchdog: Watchdog | None = Watchdog(),  # noqa: B008 - it never changes
+        on_progress: ProgressCallback | None = None,
+        **options: Unpack[BatchedOptions],
+    ) -> None:
+        """Make a manager; no process is started before the manager is.
+
+        Args:
+            model: a folder in mlx-lm's layout, a Hugging Face repository id, or ``"demo"``.
+            replicas: how many engines there are to be.
+            engine: ``"simple"`` or ``"batched"``, what each of them is.
+            restart: when they are started again.
+            watchdog: when they count as stuck and are killed; ``None``: never.
+            on_progress: told of download and loading by each of them.
+            options: as for ``ProcessEngine``, for each of them.
+
+        Raises:
+            InvalidRequest: an argument is of the wrong type, out of its range, contradicts
+                another one, or is not for this kind of engine.
+        """
+
+        def process(name: str) -> ProcessEngine:
+            return ProcessEngine(
+                model,
+                engine=engine,
+                watchdog=watchdog,
+                name=name,
+                on_progress=on_progress,
+                **options,
+            )
+
+        self._set_up(process, replicas, restart)
+
+    @classmethod
+    def on_ray(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        replicas: int = 1,
+        engine: EngineKind = "simple",
+        num_cpus: float = 1,
+        resources: Mapping[str, float] | None = None,
+        scheduling_strategy: Any = "SPREAD",
+        env_vars: Mapping[str, str] | None = None,
+        restart: RestartPolicy = RestartPolicy(),  # noqa: B008 - it never changes
+        watchdog: Watchdog | None = Watchdog(),  # noqa: B008 - it never changes
+        on_progress: ProgressCallback | None = None,
+        **options: Unpack[BatchedOptions],
+    ) -> Self:
+        """A manager whose replicas are on the nodes of a Ray cluster: ``ray.init()`` first.
+
+        Args:
+            model: a folder that is on each node, a Hugging Face repository id, or ``"demo"``.
+            replicas: how many engines there are to be.
+            engine: ``"simple"`` or ``"batched"``, what each of them is.
+            num_cpus, resources: what a node must have left for a replica; give each machine a
+                resource of its own kind, e.g. ``{"mac": 1}``, to have one replica on each.
+            scheduling_strategy: passed on to Ray; by default replicas are spread over nodes.
+            env_vars: environment variables for the engines' processes.
+            restart, watchdog, on_progress, options: as for the manager itself.
+
+        Raises:
+            InvalidRequest: as for the manager itself.
+        """
+
+        def actor(name: str) -> RayEngine:
+            return RayEngine(
+                model,
+                engine=engine,
+                num_cpus=num_cpus,
+                resources=resources,
+                scheduling_strategy=scheduling_strategy,
+                env_vars=env_vars,
+                watchdog=watchdog,
+                name=name,
+                on_progress=on_progress,
+                **options,
+            )
+
+        return cls._of(actor, replicas, restart)
+
+    @classmethod
+    def _of(
+        cls,
+        factory: Factory,
+        replicas: int = 1,
+        restart: RestartPolicy = RestartPolicy(),  # noqa: B008 - it never changes
+    ) -> Self:
+        """A manager of engines of any kind; ``factory(name)`` makes one that is not started."""
+        manager = cls.__new__(cls)
+        manager._set_up(factory, replicas, restart)
+        return manager
+
+    def _set_up(self, factory: Factory, replicas: int, restart: RestartPolicy) -> None:
+        if not isinstance(restart, RestartPolicy):
+            raise InvalidRequest("restart", f"must be RestartPolicy(...), not {restart!r}")
+        self._wanted = _checked_count(replicas)
+        # Never started: it checks the options now, and the arguments of requests later.
+        self._prototype = factory("prototype")
+        self._lifecycle = Lifecycle()
+        self._fleet = Fleet()
+        self._supervisor = Supervisor(self._fleet, factory, restart, self._lifecycle.fail)
+        self._home: asyncio.AbstractEventLoop | None = None
+        self._scaling = asyncio.Lock()
+        self._deadline: float | None = None  # of the shutdown, by time.monotonic
+        self._has_chat_template = False
+        self._context_length: int | None = None
+
+    @property
+    def state(self) -> EngineState:
+        """Where the manager is in its life. From any thread."""
+        return self._lifecycle.state
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``chat`` can be used; known while the manager runs, from any thread."""
+        return self._has_chat_template
+
+    @property
+    def context_length(self) -> int | None:
+        """As for every engine; known while the manager runs, from any thread."""
+        return self._context_length
+
+    @property
+    def replicas(self) -> tuple[ReplicaInfo, ...]:
+        """What is known of each replica, oldest first. From any thread."""
+        return tuple(replica.info for replica in self._supervisor.everyone)
+
+    def stats(self) -> EngineStats:
+        """The counters of all replicas together, those that are gone included.
+
+        ``state`` is the manager's, and ``waiting`` has those that wait until a replica is up. A
+        request that was done again counts in both replicas.
+        """
+        stats = self._supervisor.stats(self.state.value)
+        return replace(stats, waiting=stats.waiting + self._fleet.waiting)
+
+    def replica_stats(self) -> dict[str, EngineStats]:
+        """The counters of each replica, over all its restarts, by its name."""
+        return {replica.name: replica.stats() for replica in self._supervisor.everyone}
+
+    def check_health(self) -> dict[str, Health]:
+        """The health of each replica, by its name. Cheap; from any thread."""
+        everyone = self._supervisor.everyone
+        return {replica.name: replica.engine.check_health() for replica in everyone}
+
+    async def start(self) -> None:
+        """Start all replicas at once. No-op when the manager runs.
+
+        Cancellation: nothing stays behind, and it can be started again.
+
+        Raises:
+            ModelLoadError: a replica cannot load the model; all are stopped again, as with
+                every error of a first start.
+            InvalidRequest: an option does not suit the model.
+            EngineDead: a replica ended while it started.
+            EngineStopped: the manager is being shut down.
+        """
+        loop = asyncio.get_running_loop()
+
+        def abort(_: MLXEngineError) -> bool:
+            self._supervisor.cancel_jobs()
+            return True
+
+        ticket = Ticket(self._lifecycle.new_id("start"), loop=loop)
+        if not await self._lifecycle.begin_start(ticket, abort):
+            return
+        try:
+            self._home, self._scaling, self._deadline = loop, asyncio.Lock(), None
+            await self._supervisor.grow(self._wanted)
+            for one in self._fleet:
+                self._has_chat_template = one.engine.has_chat_template
+                self._context_length = one.engine.context_length
+            self._supervisor.watch()
+            if not self._lifecycle.start_succeeded():
+                raise EngineStopped("the manager was stopped while its replicas were starting")
+        except BaseException as error:
+            with first_cancellation(error):
+                await self._release()
+            raise
+        finally:
+            self._lifecycle.start_failed()
+            self._lifecycle.done(ticket)
+
+    async def shutdown(self, timeout: float | None = None) -> ShutdownReport:
+        """Refuse new requests from now on, let those in flight finish, stop all replicas.
+
+        Args:
+            timeout: seconds that requests in flight may take; until then they are served as
+                ever, by replicas that restart as well. Then they are aborted and their callers
+                get ``EngineStopped``, and all replicas are stopped at the same time, or killed:
+                it is over at most 1 s later. ``None`` waits for all requests, 0 for none.
+
+        Returns:
+            Which requests finished, and which were aborted, by the ids that their callers know.
+
+        May be called any number of times, from several tasks: the earliest deadline counts.
+
+        Cancellation: requests still in flight are aborted, the replicas are stopped, then
+        ``CancelledError`` is raised.
+
+        Raises:
+            InvalidRequest: ``timeout`` is not such a number.
+            RuntimeError: called in another event loop than ``start``, while that one lives.
+        """
+        checked_timeout(timeout)
+        self._check_home()
+        if timeout is not None:
+            deadline = time.monotonic() + timeout
+            self._deadline = min(self._deadline or deadline, deadline)
+        return await self._lifecycle.shutdown(timeout, self._release)
+
+    async def scale(self, replicas: int) -> None:
+        """Have so many replicas.
+
+        Those that are new start at once, and take requests when all of them run. Those that are
+        to go, the least loaded ones, take no more requests and finish those that they have;
+        this returns when they are gone. Calls at the same time are done one after another.
+
+        Cancellation: replicas that start are stopped; those that leave go on doing so.
+
+        Raises:
+            InvalidRequest: there must be one at least.
+            ModelLoadError, EngineDead: a new replica does not start. None of the new ones
+                stays, and those that run are untouched.
+            EngineNotStarted, EngineStopped, EngineDead: by the manager's state.
+        """
+        wanted = _checked_count(replicas)
+        self._check_running()
+        self._check_home()
+        async with self._scaling:
+            self._check_running()
+            more = wanted - len(self._fleet)
+            if more > 0:
+                await self._supervisor.grow(more)
+            elif more < 0:
+                await self._supervisor.shrink(-more)
+            self._wanted = wanted
+
+    async def _release(self) -> None:
+        await self._supervisor.release(self._deadline)
+        self._has_chat_template, self._context_length = False, None
+
+    def _check_home(self) -> None:
+        home = self._home
+        if home is None or home.is_closed() or home is asyncio.get_running_loop():
+            return
+        raise RuntimeError("a manager is scaled and shut down in the event loop that started it")
+
+    def _check_running(self) -> None:
+        if self.state is EngineState.FAILED:
+            self._fleet.check()  # which knows more of the reason
+        self._lifecycle.check_running()
+
+    @property
+    def _width(self) -> int:
+        return max(1, sum(replica.engine._width for replica in self._fleet.up()))
+
+    def _producer(self, ask: Ask, on_progress: ProgressCallback | None) -> Producer:
+        self._prototype._producer(ask, on_progress)  # only to see whether it can be done
+        return RoutedRequest(
+            self._lifecycle.new_id(),
+            ask,
+            on_progress,
+            self._lifecycle,
+            self._fleet,
+            self._check_running,
+        )
+
+    def _check_strategies(
+        self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
+    ) -> None:
+        self._prototype._check_strategies(prefill, decode)
+
+    async def save_prompt_cache(self, path: str | os.PathLike[str]) -> int:
+        """Write the prompt cache of the replica whose own is fullest, in bytes.
+
+        Each replica has a prompt cache of its own. Otherwise as for every engine.
+        """
+        return await super().save_prompt_cache(path)
+
+    async def load_prompt_cache(self, path: str | os.PathLike[str]) -> int:
+        """Add the prompts of a file to the prompt cache of each replica that is up.
+
+        Those that are started later, or again, begin with an empty one.
+
+        Returns:
+            The number of prompts added to the one that took most.
+
+        Raises:
+            MLXEngineError: the first error of a replica; others may have added them. Otherwise
+                as for every engine.
+        """
+        return await super().load_prompt_cache(path)
+
+    async def _save_prompt_cache(self, path: Path) -> int:
+        def fullness(one: Replica) -> int:
+            return one.engine.stats().prompt_cache.nbytes
+
+        with self._flight("save") as flight:
+            up = await flight.do(self._fleet.until_up())
+            return await flight.do(max(up, key=fullness).engine.save_prompt_cache(path))
+
+    async def _load_prompt_cache(self, path: Path) -> int:
+        with self._flight("load") as flight:
+            up = await flight.do(self._fleet.until_up())
+            loads = all_results([one.engine.load_prompt_cache(path) for one in up])
+            return max(await flight.do(loads))
+
+    def _flight(self, prefix: str) -> Flight:
+        self._check_running()
+        return Flight(self._lifecycle.new_id(prefix), self._lifecycle, self._fleet.leftovers)
+
+    async def run_blocking(
+        self,
+        func: Callable[..., T],
+        /,
+        *args: Any,
+        on_cancel: Callable[[], None] | None = None,
+        **kwargs: Any,
+    ) -> T:
+        """Not possible: a function cannot go to another process.
+
+        Raises:
+            InvalidRequest: always.
+        """
+        return await self._prototype.run_blocking(func, *args, on_cancel=on_cancel, **kwargs)
+
+
+def _checked_count(replicas: int) -> int:
+    if not isinstance(replicas, Integral) or isinstance(replicas, bool) or replicas < 1:
+        raise InvalidRequest("replicas", f"must be an integer, 1 or more, not {replicas!r}")
+    return int(replicas)

@@ -1,0 +1,168 @@
+"""One replica: the engine that it has now, those that it had, and how it gets the next."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlx_engine.errors import EngineDead
+from mlx_engine.lifecycle import EngineState
+from mlx_engine.outputs import EngineStats
+from mlx_engine.remote.exits import Exit
+from mlx_engine.remote.linked import LinkedEngine
+from mlx_engine.remote.restarts import GiveUp, Restart, RestartHistory, RestartPolicy
+from mlx_engine.remote.totals import bygone, total
+from mlx_engine.turn import outlast, what_it_says
+
+Factory = Callable[[str], LinkedEngine]
+ReplicaState = Literal["starting", "running", "restarting", "leaving"]
+
+_GENTLE = 5.0  # seconds that an engine may take to stop when there is no deadline
+_GRACE = 0.6  # seconds after a deadline until what has not stopped is killed
+_KILL = 0.3  # seconds until what was killed is gone, at most
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """What a manager tells of a replica.
+
+    Attributes:
+        name: it keeps its name when it is restarted.
+        state: ``leaving`` takes no requests any more, and finishes those it has.
+        restarts: how often it was restarted, or that was tried.
+        last_exit: how it ended the last time; ``None`` if it never has.
+    """
+
+    name: str
+    state: ReplicaState
+    restarts: int
+    last_exit: Exit | None
+
+
+class Replica:
+    """A place in a manager that one engine after another fills. For one event loop.
+
+    Attributes:
+        engine: the one of the moment; while it restarts, the old one or the next.
+        task: what the monitor waits for: the exit of the engine, or the restart.
+    """
+
+    def __init__(self, name: str, factory: Factory, policy: RestartPolicy) -> None:
+        self.name = name
+        self.engine = factory(name)
+        self.task: asyncio.Task[Any] | None = None
+        self._factory = factory
+        self._history = RestartHistory(policy)
+        self._state: ReplicaState = "starting"
+        self._restarts = 0
+        self._last_exit: Exit | None = None
+        self._past: tuple[EngineStats, ...] = ()
+
+    @property
+    def info(self) -> ReplicaInfo:
+        """A snapshot."""
+        return ReplicaInfo(self.name, self._state, self._restarts, self._last_exit)
+
+    @property
+    def up(self) -> bool:
+        """Whether requests can be given to it. From any thread."""
+        return self._state == "running" and self.engine.state is EngineState.RUNNING
+
+    def stats(self) -> EngineStats:
+        """The counters of all engines that it had. From any thread."""
+        now = self.engine.stats()
+        return total(now.state, (*self._past, now))
+
+    async def start(self) -> None:
+        """Start the engine; raises what that raises, and is cancelled like that."""
+        await self.engine.start()
+
+    def runs(self) -> None:
+        """The engine has been started: wait for its exit from now on, in ``task``."""
+        self._history.started(time.monotonic())
+        self._state = "running"
+        self.task = asyncio.create_task(self.engine.wait_exit(), name=f"{self.name} exit")
+
+    def ended(self, exit: Exit) -> Restart | GiveUp:
+        """The engine has ended by itself, or could not be started again."""
+        self._state = "restarting"
+        self._last_exit = exit
+        return self._history.ended(time.monotonic(), counts=exit.kind != "graceful")
+
+    def restart(self, after: float) -> None:
+        """Get another engine ``after`` so many seconds, in ``task``."""
+        self.task = asyncio.create_task(self._restart(after), name=f"{self.name} restart")
+
+    def failed_restart(self, error: BaseException) -> Exit:
+        """How the engine ended that ``restart`` could not start; never ``graceful``."""
+        last = self.engine.last_exit
+        if last is not None and last.kind != "graceful" and isinstance(error, EngineDead):
+            return last
+        # Its process has told the error and left, which says less than the error does.
+        return Exit("crash", f"it did not start: {what_it_says(error)}", phase="load")
+
+    def leave(self) -> asyncio.Task[Any] | None:
+        """Be watched no more, and not be restarted; gives the task that this may have ended."""
+        self._state = "leaving"
+        task, self.task = self.task, None
+        if task is not None:
+            task.cancel()
+        return task
+
+    async def _restart(self, after: float) -> None:
+        await stop_together([self.engine])
+        await asyncio.sleep(after)
+        self._restarts += 1
+        engine, past = self._factory(self.name), bygone(self.stats())
+        self.engine, self._past = engine, (past,)
+        await self.start()
+
+
+async def start_together(replicas: Sequence[Replica]) -> None:
+    """Start all at once.
+
+    Cancellation: those that run by then are stopped again, nothing stays behind.
+
+    Raises:
+        BaseException: the first error of a start; nothing stays behind either.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            for replica in replicas:
+                group.create_task(replica.start(), name=f"{replica.name} start")
+    except BaseException as error:
+        await outlast(asyncio.create_task(stop_together([one.engine for one in replicas])))
+        if isinstance(error, BaseExceptionGroup):
+            raise error.exceptions[0] from None
+        raise
+
+
+async def stop_together(engines: Iterable[LinkedEngine], deadline: float | None = None) -> None:
+    """Stop all at once; those that are late are killed. Raises no error of theirs.
+
+    Args:
+        deadline: by ``time.monotonic``; it takes at most 1 s longer.
+    """
+    stops = {asyncio.create_task(engine.stop(), name="stop"): engine for engine in engines}
+    if not stops:
+        return
+    left = _GENTLE if deadline is None else max(0.0, deadline - time.monotonic()) + _GRACE
+    try:
+        _, late = await asyncio.wait(stops, timeout=left)
+        for stop in late:
+            stops[stop].kill()
+        if late:
+            await asyncio.wait(late, timeout=_KILL if deadline is not None else None)
+    finally:
+        for stop, engine in stops.items():
+            if not stop.done():
+                engine.kill()
+                stop.cancel()
+            elif not stop.cancelled() and (error := stop.exception()) is not None:
+                log.error("%s: its stop failed", engine.name, exc_info=error)

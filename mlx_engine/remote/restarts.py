@@ -1,0 +1,112 @@
+"""When a replica that has ended is started again, and when that is given up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+from mlx_engine.errors import InvalidRequest
+
+_MOST_DOUBLINGS = 64  # more than that overflows, and no wait is that long
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartPolicy:
+    """How often a replica is started again after crashes, stalls and failed restarts.
+
+    Attributes:
+        max_restarts: restarts within ``window``; the next end is the last one. 0 is none.
+        window: seconds of running after which an end is forgotten. Time in which the replica
+            waits, starts or loads does not count, so that a model that takes minutes to load
+            and then crashes is given up as well.
+        backoff: seconds before the first restart; they double with each end in the window.
+        max_backoff: most seconds before a restart.
+
+    Raises:
+        InvalidRequest: a value is out of its range.
+    """
+
+    max_restarts: int = 5
+    window: float = 600.0
+    backoff: float = 0.5
+    max_backoff: float = 30.0
+
+    def __post_init__(self) -> None:
+        most = self.max_restarts
+        if not isinstance(most, Integral) or isinstance(most, bool) or most < 0:
+            raise InvalidRequest("max_restarts", f"must be an integer, 0 or more, not {most!r}")
+        if not _is_number(self.window) or not self.window > 0:
+            raise InvalidRequest("window", f"must be seconds, above 0, not {self.window!r}")
+        for name in ("backoff", "max_backoff"):
+            if not _is_number(value := getattr(self, name)) or not 0 <= value < float("inf"):
+                raise InvalidRequest(name, f"must be seconds, 0 or more, not {value!r}")
+        if self.max_backoff < self.backoff:
+            raise InvalidRequest("max_backoff", f"must not be below backoff={self.backoff:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Start it again ``after`` so many seconds."""
+
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """Leave it; ``reason`` says why, in words."""
+
+    reason: str
+
+
+def decide(policy: RestartPolicy, ends: Sequence[float], now: float) -> Restart | GiveUp:
+    """What follows from an end. A pure function.
+
+    Args:
+        ends: the earlier ends, in seconds on the clock of ``now``.
+        now: of this one.
+    """
+    recent = 1 + sum(now - end < policy.window for end in ends)
+    if recent > policy.max_restarts:
+        times = "once" if recent == 1 else f"{recent} times within {policy.window:g} s of running"
+        return GiveUp(f"it ended {times} (RestartPolicy.max_restarts={policy.max_restarts})")
+    doublings = min(recent - 1, _MOST_DOUBLINGS)
+    return Restart(min(policy.max_backoff, policy.backoff * 2.0**doublings))
+
+
+class RestartHistory:
+    """The ends of one replica. Reads no clock: it is told the time.
+
+    Args:
+        policy: what is to follow from them.
+    """
+
+    def __init__(self, policy: RestartPolicy) -> None:
+        self._policy = policy
+        self._ends: list[float] = []  # in seconds of running, all lives together
+        self._ran = 0.0
+        self._since: float | None = None
+
+    def started(self, now: float) -> None:
+        """It runs from now on."""
+        self._since = now
+
+    def ended(self, now: float, *, counts: bool = True) -> Restart | GiveUp:
+        """It has ended, or its start has failed.
+
+        Args:
+            counts: whether that was a failure. One that was not is followed by a restart
+                after the first wait, and is not remembered.
+        """
+        if self._since is not None:
+            self._ran += now - self._since
+            self._since = None
+        if not counts:
+            return Restart(self._policy.backoff)
+        ends = [end for end in self._ends if self._ran - end < self._policy.window]
+        self._ends = [*ends, self._ran]
+        return decide(self._policy, ends, self._ran)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -1,0 +1,135 @@
+"""A request to a manager: it goes to a replica, and to another one if that ends under it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from mlx_engine.asks import Ask
+from mlx_engine.errors import EngineBusy, EngineDead, EngineNotRunning
+from mlx_engine.lifecycle import Lifecycle
+from mlx_engine.outputs import (
+    GenerationChunk,
+    GenerationResult,
+    ProgressCallback,
+    Timings,
+    Usage,
+)
+from mlx_engine.remote.fleet import Fleet, NoneUp
+from mlx_engine.remote.flight import Flight
+from mlx_engine.remote.linked import LinkedEngine
+from mlx_engine.remote.routing import Work
+from mlx_engine.stream import Emit, Producer
+
+MAX_DEATHS = 2  # replicas that end under a request before it counts as the cause of that
+MAX_ATTEMPTS = 3  # with those that were stopped by somebody else
+
+_NOTHING = GenerationResult(
+    text="",
+    tokens=(),
+    finish_reason="cancelled",
+    usage=Usage(0, 0),
+    timings=Timings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+)
+
+
+class RoutedRequest:
+    """What makes the answer to one request, on whatever replica; a ``Producer``.
+
+    While no replica is up it waits for one. If its replica ends before anything of the answer
+    has been given to the caller, it is done again on another one, from the beginning:
+    ``on_progress`` is then told of a second prefill. After ``MAX_DEATHS`` it gets its
+    ``EngineDead``, since it may be what kills them. A replica that is busy is passed over.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        ask: Ask,
+        on_progress: ProgressCallback | None,
+        lifecycle: Lifecycle,
+        fleet: Fleet,
+        check_running: Callable[[], None],
+    ) -> None:
+        self.request_id = request_id
+        self._ask = ask
+        self._on_progress = on_progress
+        self._lifecycle = lifecycle
+        self._fleet = fleet
+        self._check_running = check_running
+        self._producer: Producer | None = None  # of the latest attempt
+        self._emitted = False
+        self._cancelled = False
+
+    async def run(self, emit: Emit | None) -> GenerationResult:
+        """See ``Producer``."""
+        self._check_running()
+        with Flight(self.request_id, self._lifecycle, self._fleet.leftovers) as flight:
+            result = await self._attempts(flight, emit)
+        return self._named(result)
+
+    def cancel(self) -> None:
+        """See ``Producer``."""
+        self._cancelled = True
+        if (producer := self._producer) is not None:
+            producer.cancel()
+
+    def partial_result(self) -> GenerationResult:
+        """See ``Producer``."""
+        producer = self._producer
+        return self._named(_NOTHING if producer is None else producer.partial_result())
+
+    def _named(self, result: GenerationResult) -> GenerationResult:
+        """With the name that the caller knows: the replica has another one."""
+        return replace(result, request_id=self.request_id)
+
+    async def _attempts(self, flight: Flight, emit: Emit | None) -> GenerationResult:
+        work = Work.of(self._ask)
+        busy: dict[str, EngineBusy] = {}
+        attempts = deaths = 0
+        while True:
+            try:
+                with self._fleet.assigned(work, busy) as (name, engine):
+                    return await self._attempt(flight, engine, emit)
+            except NoneUp:
+                if busy and self._fleet.up():
+                    raise min(busy.values(), key=lambda error: error.retry_after) from None
+                busy.clear()
+                await flight.do(self._fleet.until_up())
+            except EngineBusy as error:
+                busy[name] = error
+            except EngineNotRunning as error:
+                if flight.aborted:
+                    raise
+                self._fleet.ended(name, engine)
+                attempts += 1
+                if isinstance(error, EngineDead):
+                    deaths += 1
+                    engine.kill()  # if there is anything left of it: its exit has to follow
+                spent = deaths == MAX_DEATHS or attempts == MAX_ATTEMPTS
+                if spent or self._emitted or self._cancelled:
+                    raise _as_dead(error, name) from error.__cause__
+
+    async def _attempt(
+        self, flight: Flight, engine: LinkedEngine, emit: Emit | None
+    ) -> GenerationResult:
+        def tell(chunk: GenerationChunk) -> None:
+            if emit is not None and not flight.over:
+                self._emitted = True
+                emit(chunk)
+
+        producer = self._producer = engine._producer(self._ask, self._on_progress)
+        if self._cancelled:
+            producer.cancel()
+        return await flight.do(_awaited(producer.run(None if emit is None else tell)))
+
+
+async def _awaited(run: Awaitable[GenerationResult]) -> GenerationResult:
+    return await run
+
+
+def _as_dead(error: EngineNotRunning, name: str) -> EngineDead:
+    """The error of a replica as the manager's, which itself has not been stopped."""
+    if isinstance(error, EngineDead):
+        return error
+    return EngineDead(f"{name} was stopped by somebody else: {error}")

@@ -1,0 +1,174 @@
+"""Which replica gets a request."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlx_engine import SamplingParams
+from mlx_engine.asks import Ask, ChatPrompt, TextPrompt
+from mlx_engine.remote.routing import Router, Work
+
+LONG = "All work and no play makes Jack a dull boy. " * 200  # 8,800 characters, 2,200 tokens
+
+
+def router(*names: str) -> Router:
+    made = Router()
+    for name in names:
+        made.join(name)
+    return made
+
+
+def text(prompt: str | list[int], max_tokens: int | None = 16) -> Work:
+    return Work.of(Ask(TextPrompt(prompt), SamplingParams(max_tokens=max_tokens)))
+
+
+def chat(*contents: str, tools: list[dict[str, object]] | None = None) -> Work:
+    messages = [{"role": "user", "content": content} for content in contents]
+    return Work.of(Ask(ChatPrompt.of(messages, tools), SamplingParams(max_tokens=16)))
+
+
+def cached(work: Work, other: Work) -> int:
+    """Tokens of ``work`` that a replica is thought to have that was given ``other``."""
+    shared = {mark.digest for mark in other.marks}
+    return max((mark.tokens for mark in work.marks if mark.digest in shared), default=0)
+
+
+@pytest.mark.parametrize(
+    ("work", "prompt", "answer"),
+    [
+        (text("x" * 400), 100, 16),
+        (text([1] * 400), 400, 16),
+        (text("x", None), 0, 256),
+        (text("x" * 4, 1000), 1, 1000),
+    ],
+)
+def test_the_size_of_a_request(work: Work, prompt: int, answer: int) -> None:
+    assert (work.prompt_tokens, work.answer_tokens) == (prompt, answer)
+    assert work.tokens == prompt + answer
+
+
+def test_a_chat_is_as_long_as_its_messages_and_tools() -> None:
+    plain = chat("x" * 4000)
+    assert 1000 <= plain.prompt_tokens <= 1020
+    assert chat("x" * 4000, tools=[{"t": "y" * 4000}]).prompt_tokens > 2000
+
+
+@pytest.mark.parametrize(
+    ("length", "tokens"),
+    [(0, []), (255, []), (256, [64]), (511, [64]), (512, [64, 128]), (1100, [64, 128, 256])],
+)
+def test_marks_are_of_powers_of_two_of_blocks(length: int, tokens: list[int]) -> None:
+    assert [mark.tokens for mark in text("é" * length or "x").marks] == tokens
+
+
+def test_marks_of_token_ids() -> None:
+    assert [mark.tokens for mark in text([1] * 300).marks] == [64, 128, 256]
+    assert text([2**70] * 300).marks == ()  # refused elsewhere, not here
+
+
+def test_what_two_prompts_share() -> None:
+    assert cached(text(LONG + "a"), text(LONG + "b")) == 2048
+    assert cached(text(LONG[:2000] + "a" * 9000), text(LONG)) == 256
+    assert cached(text("b" + LONG), text(LONG)) == 0
+    assert cached(text([*range(200), 1]), text([*range(200), 2])) == 128
+
+
+def test_a_text_a_chat_and_token_ids_share_nothing() -> None:
+    assert cached(chat(LONG), text(LONG)) == 0
+    assert cached(text([0] * 512), text("\0" * 4096)) == 0
+
+
+def test_a_conversation_shares_its_earlier_turns() -> None:
+    assert cached(chat(LONG, "and then?"), chat(LONG)) == 2048
+    assert cached(chat(LONG, tools=[{"a": 1}]), chat(LONG)) == 0
+
+
+def test_messages_that_no_json_can_hold_have_no_marks() -> None:
+    ring: dict[str, object] = {"role": "user", "content": LONG}
+    ring["self"] = ring
+    assert chat(LONG).marks
+    work = Work.of(Ask(ChatPrompt([ring], None, {}), SamplingParams()))
+    assert work.marks == ()
+
+
+def test_text_that_is_no_unicode_is_left_to_the_engine() -> None:
+    assert text("\ud800" * 300).marks
+
+
+def test_without_replicas_there_is_no_choice() -> None:
+    assert router().choose(text("x")) is None
+    assert router("a").choose(text("x"), among=()) is None
+
+
+def test_equals_take_turns() -> None:
+    chosen = router("a", "b", "c")
+    names = []
+    for _ in range(7):
+        work = text("short")
+        names.append(name := chosen.choose(work))
+        assert name is not None
+        chosen.done(name, work)
+    assert names == ["a", "b", "c", "a", "b", "c", "a"]
+
+
+def test_the_one_with_fewest_outstanding_tokens() -> None:
+    chosen = router("a", "b")
+    assert chosen.choose(text("x", 1000)) == "a"
+    assert [chosen.choose(text("x", 100)) for _ in range(9)] == ["b"] * 9
+    assert chosen.outstanding("b") == 900
+    chosen.choose(text("x", 100))
+    assert chosen.outstanding("b") == 1000
+    assert chosen.choose(text("x", 100)) == "a"
+
+
+def test_it_goes_where_its_beginning_has_been() -> None:
+    chosen = router("a", "b", "c")
+    names = [chosen.choose(work := text(letter * 8800)) for letter in "xyz"]
+    assert names == ["a", "b", "c"]
+    for name, letter in zip("abc", "xyz", strict=True):
+        chosen.done(name, text(letter * 8800))
+    for name, letter in zip("cab", "zxy", strict=True):
+        work = text(letter * 8800 + "more")
+        assert chosen.choose(work) == name
+        chosen.done(name, work)
+
+
+def test_load_that_costs_more_than_the_prefill_saved_wins() -> None:
+    chosen = router("a", "b")
+    work = text(LONG)
+    assert chosen.choose(work) == "a"
+    chosen.done("a", work)
+    # The prompt cache saves 2,048 tokens there: as many to wait behind are no gain any more.
+    assert chosen.choose(text("x", 2047), among=("a",)) == "a"
+    assert chosen.choose(work) == "a"
+    chosen.done("a", work)
+    chosen.choose(text("x", 1), among=("a",))
+    assert chosen.choose(work) == "b"
+
+
+def test_one_that_leaves_is_forgotten() -> None:
+    chosen = router("a", "b")
+    work = text(LONG)
+    assert chosen.choose(work) == "a"
+    chosen.leave("a")
+    chosen.leave("a")
+    assert "a" not in chosen
+    assert chosen.outstanding("a") == 0
+    chosen.done("a", work)
+    assert chosen.choose(text("x")) == "b"
+    chosen.join("a")
+    assert chosen.outstanding("a") == 0
+    chosen.done("a", work)  # of its life before
+    assert chosen.outstanding("a") == 0
+
+
+def test_what_it_remembers_is_bounded() -> None:
+    chosen = router("a", "b")
+    first = text(LONG)
+    assert chosen.choose(first) == "a"
+    chosen.done("a", first)
+    for number in range(200):
+        work = text(f"{number:04}" + LONG)
+        assert chosen.choose(work, among=("a",)) == "a"
+        chosen.done("a", work)
+    assert chosen.choose(first) == "b"  # a has forgotten it, and b was chosen longer ago
