@@ -51,7 +51,16 @@ if TYPE_CHECKING:
     from mlx_engine.engine.batched import BatchedEngine
     from mlx_engine.engine.simple import SimpleEngine
     from mlx_engine.remote.beat import Watchdog
+    from mlx_engine.remote.exits import Exit
+    from mlx_engine.remote.health import Health
+    from mlx_engine.remote.host import EngineHost
+    from mlx_engine.remote.manager import EngineManager
     from mlx_engine.remote.process_engine import ProcessEngine
+    from mlx_engine.remote.ray_engine import RayEngine
+    from mlx_engine.remote.remote_engine import RemoteEngine
+    from mlx_engine.remote.replica import ReplicaInfo
+    from mlx_engine.remote.restarts import RestartPolicy
+    from mlx_engine.remote.signals import install_signal_handlers
 
 __version__ = "0.1.0"
 
@@ -63,16 +72,20 @@ __all__ = [
     "DraftModel",
     "EngineBusy",
     "EngineDead",
+    "EngineHost",
+    "EngineManager",
     "EngineNotRunning",
     "EngineNotStarted",
     "EngineState",
     "EngineStats",
     "EngineStopped",
+    "Exit",
     "FinishReason",
     "GenerationChunk",
     "GenerationError",
     "GenerationResult",
     "GenerationStream",
+    "Health",
     "InvalidRequest",
     "MLXEngineError",
     "ModelLoadError",
@@ -81,6 +94,10 @@ __all__ = [
     "ProgressCallback",
     "PromptCacheLookup",
     "PromptCacheStats",
+    "RayEngine",
+    "RemoteEngine",
+    "ReplicaInfo",
+    "RestartPolicy",
     "SamplingOptions",
     "SamplingParams",
     "Segment",
@@ -94,15 +111,25 @@ __all__ = [
     "ToolCall",
     "Usage",
     "Watchdog",
+    "install_signal_handlers",
 ]
 
 # What needs MLX, or msgspec, is imported when it is first asked for.
 _LATER = {
     "BaseEngine": "mlx_engine.engine.base",
     "BatchedEngine": "mlx_engine.engine.batched",
+    "EngineHost": "mlx_engine.remote.host",
+    "EngineManager": "mlx_engine.remote.manager",
+    "Exit": "mlx_engine.remote.exits",
+    "Health": "mlx_engine.remote.health",
     "ProcessEngine": "mlx_engine.remote.process_engine",
+    "RayEngine": "mlx_engine.remote.ray_engine",
+    "RemoteEngine": "mlx_engine.remote.remote_engine",
+    "ReplicaInfo": "mlx_engine.remote.replica",
+    "RestartPolicy": "mlx_engine.remote.restarts",
     "SimpleEngine": "mlx_engine.engine.simple",
     "Watchdog": "mlx_engine.remote.beat",
+    "install_signal_handlers": "mlx_engine.remote.signals",
 }
 
 

@@ -41,7 +41,8 @@ async def test_the_other_blocks_run(block: str, tiny_path: Path) -> None:
     for name in ("model", "small"):
         block = block.replace(f'"{name}"', repr(str(tiny_path)))
     code = compile(block, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-    names = {**vars(mlx_engine), "SimpleEngine": SimpleEngine, "prompt": [1, 2, 3] * 100}
+    names: dict[str, object] = {name: getattr(mlx_engine, name) for name in mlx_engine.__all__}
+    names["prompt"] = [1, 2, 3] * 100
     running = eval(code, names)
     if running is not None:
         await running

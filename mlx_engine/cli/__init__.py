@@ -2,6 +2,7 @@
 
     generate    one answer, streamed to standard output
     chat        a conversation in the terminal
+    host        a model for several programs, on a Unix socket
     info        what a model is, without loading its weights
     extract-mtp a model's MTP head, out of its original checkpoint
 

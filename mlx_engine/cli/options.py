@@ -12,7 +12,15 @@ from dataclasses import fields
 from typing import Any
 
 from mlx_engine import __version__
-from mlx_engine.config import DEMO_MODEL, MTP, DraftModel, ModelConfig, SpecPrefill
+from mlx_engine.config import (
+    DEMO_MODEL,
+    MTP,
+    BatchConfig,
+    DraftModel,
+    ModelConfig,
+    QueueConfig,
+    SpecPrefill,
+)
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.params import SamplingParams
 
@@ -25,6 +33,7 @@ _SPELLINGS = {
     "depth": "--mtp",
     "keep": "--prefill-keep",
     "threshold": "--prefill-threshold",
+    "path": "--socket",
 }
 # Options that mean nothing without another one.
 _NEEDS = {
@@ -44,6 +53,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error("argument --system: not allowed with --raw, which sends no messages")
         if "logprobs" in args and not args.json:
             parser.error("argument --logprobs: needs --json, which shows them")
+    if args.command == "host" and args.engine == "simple" and "max_batch_size" in args:
+        parser.error("argument --max-batch-size: not allowed with --engine simple")
     if "mtp" in args and "draft_model" in args:
         parser.error("argument --mtp: not allowed with --draft-model")
     for option, needed in _NEEDS.items():
@@ -69,6 +80,11 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     return _given(args, ModelConfig)
 
 
+def queue_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of an engine that say how many requests it takes."""
+    return _given(args, QueueConfig) | _given(args, BatchConfig)
+
+
 def strategies(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of an engine that say how it prefills and decodes.
 
@@ -88,7 +104,8 @@ def strategies(args: argparse.Namespace) -> dict[str, Any]:
 
 def spelled(error: InvalidRequest) -> str:
     """The error's message, with the option as it is spelled here."""
-    names = {field.name for kind in (SamplingParams, ModelConfig) for field in fields(kind)}
+    kinds = (SamplingParams, ModelConfig, QueueConfig, BatchConfig)
+    names = {field.name for kind in kinds for field in fields(kind)}
     names |= {"num_draft_tokens", "q_bits", "q_group_size", *_SPELLINGS}
     message = str(error)
     if error.option not in names:
@@ -96,7 +113,7 @@ def spelled(error: InvalidRequest) -> str:
     return f"argument {_flag(error.option)}: {message.removeprefix(f'{error.option}: ')}"
 
 
-def _given(args: argparse.Namespace, kind: type[SamplingParams | ModelConfig]) -> dict[str, Any]:
+def _given(args: argparse.Namespace, kind: type[Any]) -> dict[str, Any]:
     given = vars(args)
     return {field.name: given[field.name] for field in fields(kind) if field.name in given}
 
@@ -149,6 +166,18 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--verbose", action="store_true", help="print statistics to standard error"
         )
+
+    host = commands.add_parser(
+        "host",
+        help="serve a model to several programs on a Unix socket",
+        description="Load MODEL once and serve it on a Unix socket, to RemoteEngine(PATH) in the "
+        "programs of the same user. SIGTERM or Ctrl-C lets requests in flight finish; a second "
+        "one aborts them.",
+        parents=[source, cache, paths, _host_options()],
+        allow_abbrev=False,
+    )
+    host.add_argument("model", metavar="MODEL", nargs="?", default=DEMO_MODEL, help=_MODEL_HELP)
+    host.add_argument("--socket", metavar="PATH", required=True, help="where to listen")
 
     info = commands.add_parser(
         "info",
@@ -221,6 +250,27 @@ def _path_options() -> argparse.ArgumentParser:
     return parser
 
 
+def _host_options() -> argparse.ArgumentParser:
+    parser, group = _group("requests")
+    add = group.add_argument
+    add(
+        "--engine",
+        choices=("simple", "batched"),
+        default="batched",
+        help="one request at a time, or many in one batch (default)",
+    )
+    add("--max-batch-size", type=int, metavar="N", help="requests in work at once")
+    add("--queue-limit", type=int, metavar="N", help="requests that may wait; others are refused")
+    add(
+        "--drain",
+        type=_seconds_or_none,
+        default=30.0,
+        metavar="SECONDS",
+        help="for requests in flight to finish at the end; 30 by default, 'none': no limit",
+    )
+    return parser
+
+
 def _sampling_options() -> argparse.ArgumentParser:
     parser, group = _group("sampling")
     add = group.add_argument
@@ -267,6 +317,18 @@ def _count_or_none(text: str) -> int | None:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number or 'none', not {text!r}") from None
+
+
+def _seconds_or_none(text: str) -> float | None:
+    if text.lower() == "none":
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:
+        raise argparse.ArgumentTypeError(f"must be seconds, 0 or more, or 'none', not {text!r}")
+    return seconds
 
 
 def _count_or_auto(text: str) -> int | str:

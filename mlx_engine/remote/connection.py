@@ -95,6 +95,7 @@ class Connection:
         self._deadline: float | None = None  # by time.monotonic
         self._stopped = False
         self._verdict: str | None = None  # of the watchdog
+        self._refusal: str | None = None  # of the other end
         self._start_error: MLXEngineError | None = None
 
     # From any thread
@@ -223,6 +224,7 @@ class Connection:
                 self._start_error = error_from_wire(message)
                 self._set_ready()
             case Refused():
+                self._refusal = message.reason
                 self._start_error = EngineDead(f"the engine refuses: {message.reason}")
                 self._set_ready()
             case Chunk() | Done() | CacheFileDone() | Failed() | Told():
@@ -234,6 +236,7 @@ class Connection:
                 self._lives()
             case Welcome():
                 self.welcome, self.stats = message, message.stats
+                self._heard = True
                 self._lives()
                 self._set_ready()
             case Leaving():
@@ -283,7 +286,7 @@ class Connection:
             timer.cancel()
         self.exit = Exit(
             self._kind(ending),
-            f"{self._verdict}; {ending.detail}" if self._verdict else ending.detail,
+            "; ".join(text for text in (self._verdict, self._refusal, ending.detail) if text),
             ending.exit_code,
             ending.signal_name,
             self.beat.phase,

@@ -1,0 +1,238 @@
+"""An engine of this process for several programs: ``RemoteEngine`` is their side of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from numbers import Real
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from mlx_engine.errors import EngineStopped, InvalidRequest
+from mlx_engine.lifecycle import checked_timeout
+from mlx_engine.outputs import ShutdownReport
+from mlx_engine.remote.connection import BEAT
+from mlx_engine.remote.door import Door
+from mlx_engine.remote.guest import Guest
+from mlx_engine.remote.heart import Heart
+from mlx_engine.remote.messages import Heartbeat, Leaving, Refused, Stopped
+from mlx_engine.remote.session import Session
+from mlx_engine.remote.socket_file import SocketFile, check_free, checked_socket_path
+from mlx_engine.turn import first_cancellation, outlast
+
+if TYPE_CHECKING:
+    from mlx_engine.engine.local import LocalEngine
+
+_MAX_STRANGERS = 64
+_ASKED_TO_END = "the host was asked to end"
+
+
+class EngineHost:
+    """Serves an engine on a Unix socket, in the event loop that starts it.
+
+        async with SimpleEngine("demo") as engine, EngineHost(engine, "/tmp/demo.sock") as host:
+            with install_signal_handlers(host) as handlers:
+                await handlers.wait()
+
+    Only the user who runs it can connect: the socket is created with these permissions. Each
+    client has requests of its own; those of one that goes away are cancelled. One that says
+    what makes no sense, says nothing or does not read is sent away, with a line in the log
+    ``mlx_engine.host``; nobody else notices. Clients cannot have functions imported.
+
+    Attributes:
+        engine: what is served; the application may use it too.
+        path: of the socket.
+        hello_timeout: seconds for a client to say who it is.
+    """
+
+    def __init__(
+        self,
+        engine: LocalEngine,
+        path: str | os.PathLike[str],
+        *,
+        max_clients: int = 64,
+        hello_timeout: float = 10.0,
+    ) -> None:
+        """Make a host; nothing listens before it is started.
+
+        Args:
+            engine: of this process; to be started before the host is.
+            path: of the socket. That of a host that is dead is replaced.
+            max_clients: how many may be connected at once; others are refused.
+            hello_timeout: seconds in which a client must have said who it is.
+
+        Raises:
+            InvalidRequest: an argument is of the wrong type or out of its range; something
+                serves at ``path`` already, or it is a file of another kind.
+        """
+        if not hasattr(engine, "_slot"):
+            raise InvalidRequest("engine", f"must be SimpleEngine or BatchedEngine, not {engine!r}")
+        self.engine = engine
+        self.path = checked_socket_path(path)
+        if isinstance(max_clients, bool) or not isinstance(max_clients, int) or max_clients < 1:
+            raise InvalidRequest(
+                "max_clients", f"must be an integer, 1 or more, not {max_clients!r}"
+            )
+        self.hello_timeout = _above_zero("hello_timeout", hello_timeout)
+        check_free(self.path)  # so that it is known before a model is loaded
+        self._max_clients = max_clients
+        self._heart = Heart()
+        self._guests: set[Guest] = set()  # strangers, who have not said who they are, included
+        self._door: Door | None = None
+        self._beating: asyncio.Task[None] | None = None
+        self._leaving = False
+        self._closing: asyncio.Task[None] | None = None
+
+    @property
+    def clients(self) -> int:
+        """How many are connected."""
+        return sum(guest.served for guest in self._guests)
+
+    @property
+    def pending(self) -> int:
+        """Requests of clients that are not over."""
+        return self._heart.pending
+
+    async def start(self) -> None:
+        """Listen. A host is started once.
+
+        Cancellation: nothing stays behind.
+
+        Raises:
+            EngineNotRunning: the engine does not run, or is being shut down.
+            InvalidRequest: it cannot listen at ``path``, or something serves there already.
+            RuntimeError: it has been started before.
+        """
+        self.engine._check_running()
+        if self._door is not None:
+            raise RuntimeError("a host is started once: make a new one")
+        self._heart.engine = self.engine
+        self._door = Door(await SocketFile.open(self.path), lambda: Guest(self))
+        if self._leaving:  # meanwhile
+            self._door.close()
+            raise EngineStopped(_ASKED_TO_END)
+        self._beating = asyncio.create_task(self._beat_for_ever())
+
+    async def stop(self) -> ShutdownReport:
+        """End everything in flight now: ``shutdown(0)``."""
+        return await self.shutdown(0)
+
+    async def shutdown(self, timeout: float | None = None) -> ShutdownReport:
+        """Shut down the engine, and stop serving.
+
+        The socket is removed at once, so that another host may take its place. Clients learn
+        that no new requests are taken, and get the answers to those in flight.
+
+        Args:
+            timeout: seconds that requests in flight may take; then they are aborted and
+                their callers get ``EngineStopped``. ``None`` waits for all of them, 0 for
+                none.
+
+        Returns:
+            Which requests finished, and which were aborted, by the engine's names for them.
+
+        May be called any number of times, from several tasks: the earliest deadline counts.
+
+        Cancellation: requests still in flight are aborted, clients are told, then
+        ``CancelledError`` is raised.
+
+        Raises:
+            InvalidRequest: ``timeout`` is not such a number.
+        """
+        checked_timeout(timeout)
+        if not self._leaving:
+            self._leaving = True
+            if self._door is not None:
+                self._door.close()
+            for guest in self._guests:
+                guest.put(Leaving(_ASKED_TO_END))
+        report = ShutdownReport()
+        error: BaseException | None = None
+        try:
+            report = await self.engine.shutdown(timeout)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            if self._closing is None:
+                self._closing = asyncio.create_task(self._close(report))
+            with first_cancellation(error):
+                await outlast(self._closing)
+        return report
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with first_cancellation(exc):
+            await self.stop()
+
+    async def _close(self, report: ShutdownReport) -> None:
+        """The engine is stopped: say so to everybody."""
+        if self._door is not None:
+            await self._door.closed()
+        guests = list(self._guests)
+        for guest in guests:
+            if guest.session is None:
+                guest.say_last(Refused(_ASKED_TO_END))
+            else:
+                await guest.session.over()
+                guest.say_last(Stopped(report))
+        if guests:  # those who do not listen are cut off within a second
+            await asyncio.wait({guest.gone for guest in guests})
+        if self._beating is not None:
+            self._beating.cancel()
+
+    async def _beat_for_ever(self) -> None:
+        while True:
+            heartbeat = self.heartbeat()
+            for guest in self._guests:
+                guest.beat(heartbeat)
+            await asyncio.sleep(BEAT)
+
+    # What guests tell
+
+    def arrived(self, guest: Guest) -> str | None:
+        """Somebody has connected; a reason to close the connection without a word."""
+        self._guests.add(guest)
+        if self._leaving:
+            return _ASKED_TO_END
+        if len(self._guests) - self.clients > _MAX_STRANGERS:
+            return f"{_MAX_STRANGERS} others have connected and have not said who they are"
+        return None
+
+    def greeted(self, guest: Guest, session: Session) -> str | None:
+        """It has said who it is; a reason to refuse it."""
+        if self._leaving:
+            return _ASKED_TO_END
+        if self.clients >= self._max_clients:
+            return f"this host serves {self._max_clients} clients already, which is its limit"
+        self._heart.sessions.add(session)
+        return None
+
+    def heartbeat(self) -> Heartbeat:
+        """A sign of life."""
+        return self._heart.beat()
+
+    def request_over(self, guest: Guest) -> None:
+        """A request of its is over: whoever asks for statistics should have them."""
+        self._heart.request_over()
+        guest.put(self.heartbeat())
+
+    def left(self, guest: Guest) -> None:
+        """Its connection is closed, and its requests are over."""
+        self._guests.discard(guest)
+        if guest.session is not None:
+            self._heart.sessions.discard(guest.session)
+
+
+def _above_zero(option: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
+        raise InvalidRequest(option, f"must be seconds, above 0, not {value!r}")
+    return float(value)

@@ -1,0 +1,70 @@
+"""An engine that another program hosts."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+
+from mlx_engine.config import AsEngine, SpecPrefill, Strategies
+from mlx_engine.remote.beat import Watchdog
+from mlx_engine.remote.link import Link
+from mlx_engine.remote.linked import LinkedEngine
+from mlx_engine.remote.messages import Hello, encode
+from mlx_engine.remote.socket_file import checked_socket_path
+from mlx_engine.remote.socket_link import SocketLink
+
+# The model is loaded already: a host that says nothing for that long is stopped or stuck.
+_WATCHDOG = Watchdog(start=30.0)
+
+
+class RemoteEngine(LinkedEngine):
+    """The engine that a program on this machine hosts on a Unix socket, shared with others.
+
+    ``mlx-engine host MODEL --socket PATH``, or ``EngineHost``, serves there. ``start()``
+    connects, and loads nothing. ``stop()`` and ``shutdown()`` end what was asked over this
+    connection and then the connection; the host and its other clients go on. When the host
+    goes away, requests get ``EngineDead``; ``stop()`` and ``start()`` connect again. When it is
+    asked to end, what is in flight may finish, and new requests get ``EngineStopped``.
+
+    Requests are those of a client among others: ``stats`` and ``check_health`` are of the
+    engine as a whole, and files of ``save_prompt_cache`` are written by the host.
+
+    What cannot go there: ``run_blocking``, and logits processors, by name or not.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        watchdog: Watchdog | None = _WATCHDOG,
+        name: str | None = None,
+    ) -> None:
+        """Make an engine; nobody is asked before it is started.
+
+        Args:
+            path: of the socket.
+            watchdog: when the host counts as stuck, so that the connection is closed;
+                ``None``: never. ``start`` is how long it may take to say a first word.
+            name: for logs.
+
+        Raises:
+            InvalidRequest: an argument is of the wrong type; ``path`` is too long for a
+                socket.
+        """
+        self._path = checked_socket_path(path)
+        super().__init__(name or f"engine at {self._path}", watchdog, None)
+
+    def _make_link(self) -> Callable[[], Link]:
+        return functools.partial(SocketLink, self._path)
+
+    def _greeting(self) -> bytes:
+        return encode([Hello()])
+
+    def _check_strategies(
+        self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
+    ) -> None:
+        # What its engine was made with is for the host to check; their kinds are not.
+        Strategies().of_request(
+            "as engine" if isinstance(prefill, SpecPrefill) else prefill, decode
+        )

@@ -1,0 +1,170 @@
+"""A link to an engine that another program hosts on a Unix socket."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+
+from mlx_engine.errors import EngineDead
+from mlx_engine.remote.frames import FrameSplitter, WireError, framed
+from mlx_engine.remote.link import Ending, Link
+
+_PATIENCE = 10.0  # seconds that the host may take to let us in
+_AGAIN = 0.05
+
+
+class SocketLink(Link):
+    """A connection to a host. What is at the other end goes on when this ends.
+
+    Args:
+        path: of the socket.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._flaw: str | None = None
+        self._closed = False  # by us
+
+    async def open(self) -> None:
+        """Connect.
+
+        Raises:
+            EngineDead: nobody serves there, or we may not connect; it says what to do.
+        """
+        sock: socket.socket | None = None
+        try:
+            sock = await self._connected()
+            await self._loop.create_unix_connection(lambda: _Protocol(self), sock=sock)
+        except BaseException as error:
+            if sock is not None and self._transport is None:
+                sock.close()
+            self.kill()
+            if isinstance(error, OSError):
+                raise EngineDead(_why_not(self._path, error)) from error
+            raise
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame, soon, in order."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(framed(frame))
+
+    async def dump_stacks(self) -> None:
+        """Nothing: the host is another program, and serves others."""
+
+    def terminate(self) -> None:
+        """Close the connection, once what is to be sent has been; the host cancels our requests."""
+        self._closed = True
+        if self._transport is None:
+            self._end()
+        else:
+            self._transport.close()
+
+    def kill(self) -> None:
+        """Close the connection at once; the host cancels our requests."""
+        self._closed = True
+        if self._transport is None:
+            self._end()
+        else:
+            self._transport.abort()
+
+    async def _connected(self) -> socket.socket:
+        """By hand: asyncio takes the "try again" of a host with a full backlog for success."""
+        deadline = self._loop.time() + _PATIENCE
+        while True:
+            sock = socket.socket(socket.AF_UNIX)
+            try:
+                sock.setblocking(False)
+                sock.connect(self._path)
+                return sock
+            except BlockingIOError:
+                sock.close()
+                if self._loop.time() > deadline:
+                    raise
+                await asyncio.sleep(_AGAIN)
+            except BaseException:
+                sock.close()
+                raise
+
+    # What happens to the connection
+
+    def connected(self, transport: asyncio.Transport) -> None:
+        """The socket can be written to."""
+        self._transport = transport
+        if self._closed:  # while it was being opened
+            transport.abort()
+
+    def flawed(self, flaw: str) -> None:
+        """What came over the socket makes no sense."""
+        self._flaw = flaw
+        self.kill()
+
+    def disconnected(self, error: Exception | None) -> None:
+        """The connection is closed."""
+        self._end(error)
+
+    def _end(self, error: Exception | None = None) -> None:
+        if self.gone.done():
+            return
+        if self._flaw is not None:
+            detail = f"{self._flaw}; the connection to its host was closed"
+        elif self._closed:
+            detail = "the connection to its host was closed"
+        elif error is not None:
+            detail = f"the connection to its host broke ({error})"
+        else:
+            detail = "its host closed the connection"
+        self.gone.set_result(Ending(detail))
+
+
+class _Protocol(asyncio.Protocol):
+    def __init__(self, link: SocketLink) -> None:
+        self._link = link
+        self._frames = FrameSplitter()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._link.connected(transport)  # type: ignore[arg-type]
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for frame in self._frames.feed(data):
+                self._link.on_frame(frame)
+        except WireError as error:
+            self._link.flawed(f"it said something that makes no sense ({error})")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._link.disconnected(exc)
+
+
+def _why_not(path: str, error: OSError) -> str:
+    """What is wrong, and what to do about it."""
+    start = f"start one with: mlx-engine host MODEL --socket {path}"
+    match error:
+        case FileNotFoundError() | NotADirectoryError():
+            return f"no engine is hosted at {path}, there is no such socket: {start}"
+        case PermissionError():
+            return (
+                f"the socket {path} is for another user: start this program as the user who "
+                "started the host, or a host of your own"
+            )
+        case BlockingIOError():
+            return (
+                f"the host at {path} has let nobody in for {_PATIENCE:.0f} s: it is stuck or "
+                "stopped; start it again"
+            )
+    if not _is_socket(path):
+        return f"{path} is not a socket: choose another path"
+    if isinstance(error, ConnectionRefusedError):
+        return f"no engine is hosted at {path} any more, its host has ended: {start}"
+    return f"cannot connect to {path}: {error.strerror or error}"
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return True  # gone meanwhile, for one

@@ -1,0 +1,200 @@
+"""Who connects to a host and does not behave, or is not wanted: nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from mlx_engine import (
+    BaseEngine,
+    EngineDead,
+    SimpleEngine,
+)
+from mlx_engine.remote import guest
+from mlx_engine.remote.frames import framed
+from mlx_engine.remote.host import EngineHost
+from mlx_engine.remote.messages import (
+    CacheFile,
+    CacheFileDone,
+    Configure,
+    Done,
+    Hello,
+    Leaving,
+    Shutdown,
+    Stopped,
+    encode,
+)
+from mlx_engine.remote.remote_engine import RemoteEngine
+from tests.remote.hosting import (
+    PROMPT,
+    Stranger,
+    client,
+    free,
+    generate,
+    hosted,
+    running,
+    until,
+)
+
+pytestmark = pytest.mark.anyio
+LOG = "mlx_engine.host"
+
+
+@pytest.fixture
+async def host(engine: BaseEngine) -> AsyncIterator[EngineHost]:
+    async with hosted(engine) as host:
+        yield host
+
+
+@pytest.fixture
+async def remote(host: EngineHost) -> AsyncIterator[RemoteEngine]:
+    async with client(host) as remote:
+        yield remote
+
+
+async def test_who_says_nothing_is_sent_away(
+    engine: BaseEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with hosted(engine, hello_timeout=0.2) as host, Stranger.at(host) as stranger:
+        assert "nothing was said within 0.2 s" in await stranger.refusal()
+        async with client(host) as remote:
+            await asyncio.sleep(0.3)
+            assert (await remote.generate(PROMPT, max_tokens=1)).tokens
+    assert [(r.name, r.levelno) for r in caplog.records] == [(LOG, logging.WARNING)]
+
+
+async def test_another_version_is_told_who_has_to_upgrade(host: EngineHost) -> None:
+    newer = [["hello", "mlx_engine", 2, {"compression": True}], ["something", "new"]]
+    for version, said in ((2, "upgrade the host"), (0, "upgrade the client")):
+        newer[0][2] = version  # type: ignore[index]
+        async with Stranger.at(host) as stranger:
+            await stranger.send(framed(encode(newer)))
+            reason = await stranger.refusal()
+        assert f"speaks version 1, the client speaks {version}: {said}" in reason
+
+
+async def test_a_client_of_another_version_raises_that_at_its_start(
+    host: EngineHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RemoteEngine, "_greeting", lambda self: encode([Hello(version=7)]))
+    with pytest.raises(EngineDead, match="the client speaks 7: upgrade the host"):
+        await RemoteEngine(host.path).start()
+
+
+async def test_no_more_clients_than_allowed_until_one_leaves(engine: BaseEngine) -> None:
+    async with hosted(engine, max_clients=2) as host, client(host):
+        async with client(host) as second:
+            with pytest.raises(EngineDead, match="2 clients already"):
+                await RemoteEngine(host.path).start()
+            assert (await second.generate(PROMPT, max_tokens=1)).tokens
+        await until(lambda: host.clients == 1)
+        async with client(host) as third:
+            assert (await third.generate(PROMPT, max_tokens=1)).tokens
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([Hello()], "a client does not say Hello here"),
+        ([Configure("simple", "x", {}, [], 1.0)], "a client does not say Configure here"),
+        ([generate(1)], "request 1 is under way already"),
+        ([CacheFile(1, "save", "/none")], "request 1 is under way already"),
+        ([Done.__struct_fields__], "no messages"),
+    ],
+)
+async def test_what_a_client_does_not_say_costs_it_its_connection_and_requests(
+    host: EngineHost,
+    remote: RemoteEngine,
+    messages: list[object],
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with Stranger.at(host, hello=True) as stranger:
+        await stranger.say(generate(1))
+        await running(host)
+        await stranger.say(*messages)
+        assert reason in await stranger.refusal()
+    await free(host)
+    assert host.clients == 1
+    assert [record.name for record in caplog.records] == [LOG]
+    assert reason in caplog.text
+    assert (await remote.generate(PROMPT, max_tokens=2)).tokens
+
+
+async def test_a_client_that_does_not_read_is_dropped_and_slows_nobody(
+    host: EngineHost,
+    remote: RemoteEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(guest, "MAX_UNSENT", 50_000)
+    async with Stranger.at(host, hello=True) as stranger:
+        stranger.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await stranger.say(*(generate(n, stream=True) for n in range(1, 5)))
+        await until(lambda: host.clients == 1, "it is dropped", limit=30)
+        await free(host)
+    assert "does not read" in caplog.text
+    assert (await remote.generate(PROMPT, max_tokens=2)).tokens
+
+
+async def test_a_stopped_client_is_not_told_more_and_more_heartbeats(
+    host: EngineHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guest, "_MAX_UNSENT_BEFORE_BEAT", 5000)
+    async with Stranger.at(host, hello=True):
+        (one,) = host._guests
+        while not (size := one._transport.get_write_buffer_size()) > 5000:
+            one.beat(host._heart.beat())
+            await asyncio.sleep(0)
+        for _ in range(1000):
+            one.beat(host._heart.beat())
+        await asyncio.sleep(0.01)
+        assert one._transport.get_write_buffer_size() == size
+        assert host.clients == 1
+
+
+async def test_a_cancelled_save_is_answered(host: EngineHost, tmp_path: Path) -> None:
+    async with Stranger.at(host, hello=True) as stranger:
+        await stranger.say(generate(1), CacheFile(2, "save", str(tmp_path / "cache")))
+        await running(host, 2)
+        await stranger.say(Shutdown(0))
+        *_, stopped = told = await stranger.end()
+    assert isinstance(stopped, Stopped)
+    assert {type(m) for m in told if getattr(m, "number", 0) == 2} <= {CacheFileDone}
+
+
+async def test_clients_hear_that_the_host_leaves_before_they_hear_that_it_has(
+    host: EngineHost,
+) -> None:
+    async with Stranger.at(host, hello=True) as stranger, Stranger.at(host) as mute:
+        await until(lambda: len(host._guests) == 2)
+        shutdown = asyncio.create_task(host.shutdown(0))
+        _, leaving, stopped = await stranger.end()
+        assert isinstance(leaving, Leaving)
+        assert isinstance(stopped, Stopped)
+        assert await mute.refusal() == "the host was asked to end"
+    await shutdown
+
+
+async def test_who_comes_in_at_the_last_moment_is_sent_away_too(
+    tiny_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for delay in range(4):
+        async with (
+            SimpleEngine(tiny_path) as engine,
+            hosted(engine) as host,
+            Stranger.at(host) as one,
+            Stranger.at(host) as two,
+        ):
+            for _ in range(delay):
+                await asyncio.sleep(0)
+            shutdown = asyncio.create_task(host.shutdown(0))
+            assert len(await one.end() + await two.end()) <= 2
+            await shutdown
+            assert not host._guests
+    assert {record.name for record in caplog.records} <= {LOG}
