@@ -53,13 +53,13 @@ if TYPE_CHECKING:
     from mlx_engine.remote.beat import Watchdog
     from mlx_engine.remote.exits import Exit
     from mlx_engine.remote.health import Health
-    from mlx_engine.remote.host import EngineHost
-    from mlx_engine.remote.manager import EngineManager
     from mlx_engine.remote.process_engine import ProcessEngine
     from mlx_engine.remote.ray_engine import RayEngine
     from mlx_engine.remote.remote_engine import RemoteEngine
-    from mlx_engine.remote.replica import ReplicaInfo
-    from mlx_engine.remote.restarts import RestartPolicy
+    from mlx_engine.remote.replicas.manager import EngineManager
+    from mlx_engine.remote.replicas.replica import ReplicaInfo
+    from mlx_engine.remote.replicas.restarts import RestartPolicy
+    from mlx_engine.remote.serving.host import EngineHost
     from mlx_engine.remote.signals import install_signal_handlers
 
 __version__ = "0.1.0"
@@ -118,15 +118,15 @@ __all__ = [
 _LATER = {
     "BaseEngine": "mlx_engine.engine.base",
     "BatchedEngine": "mlx_engine.engine.batched",
-    "EngineHost": "mlx_engine.remote.host",
-    "EngineManager": "mlx_engine.remote.manager",
+    "EngineHost": "mlx_engine.remote.serving.host",
+    "EngineManager": "mlx_engine.remote.replicas.manager",
     "Exit": "mlx_engine.remote.exits",
     "Health": "mlx_engine.remote.health",
     "ProcessEngine": "mlx_engine.remote.process_engine",
     "RayEngine": "mlx_engine.remote.ray_engine",
     "RemoteEngine": "mlx_engine.remote.remote_engine",
-    "ReplicaInfo": "mlx_engine.remote.replica",
-    "RestartPolicy": "mlx_engine.remote.restarts",
+    "ReplicaInfo": "mlx_engine.remote.replicas.replica",
+    "RestartPolicy": "mlx_engine.remote.replicas.restarts",
     "SimpleEngine": "mlx_engine.engine.simple",
     "Watchdog": "mlx_engine.remote.beat",
     "install_signal_handlers": "mlx_engine.remote.signals",

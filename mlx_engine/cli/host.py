@@ -20,7 +20,7 @@ from mlx_engine.engine.simple import SimpleEngine
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.lifecycle import EngineState
 from mlx_engine.outputs import ShutdownReport
-from mlx_engine.remote.host import EngineHost
+from mlx_engine.remote.serving.host import EngineHost
 from mlx_engine.remote.signals import SignalHandlers, install_signal_handlers
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.line import Line
 from mlx_engine.outputs import GenerationChunk, GenerationResult, Progress, ProgressCallback
-from mlx_engine.remote.messages import (
+from mlx_engine.remote.wire.messages import (
     CacheFileDone,
     Cancel,
     Chunk,
@@ -18,7 +18,7 @@ from mlx_engine.remote.messages import (
     Told,
     encode,
 )
-from mlx_engine.remote.values import error_from_wire
+from mlx_engine.remote.wire.values import error_from_wire
 from mlx_engine.stream import Emit
 from mlx_engine.turn import Pending, Stage
 

@@ -14,10 +14,10 @@ from mlx_engine.outputs import EngineStats, Progress, ProgressCallback
 from mlx_engine.remote.beat import Beat, Watchdog, judge
 from mlx_engine.remote.calls import Calls
 from mlx_engine.remote.exits import Exit, ExitKind
-from mlx_engine.remote.frames import WireError
 from mlx_engine.remote.io_thread import io_thread
-from mlx_engine.remote.link import Ending, Link
-from mlx_engine.remote.messages import (
+from mlx_engine.remote.links.link import Ending, Link
+from mlx_engine.remote.wire.frames import WireError
+from mlx_engine.remote.wire.messages import (
     CacheFileDone,
     Chunk,
     Done,
@@ -33,7 +33,7 @@ from mlx_engine.remote.messages import (
     decode_from_server,
     encode,
 )
-from mlx_engine.remote.values import error_from_wire
+from mlx_engine.remote.wire.values import error_from_wire
 from mlx_engine.turn import waking_together
 
 BEAT = 0.25  # seconds between two heartbeats

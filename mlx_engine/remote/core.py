@@ -23,9 +23,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
 from mlx_engine.outputs import Progress
-from mlx_engine.remote.frames import FrameSplitter, framed
-from mlx_engine.remote.heart import Heart
-from mlx_engine.remote.messages import (
+from mlx_engine.remote.serving.heart import Heart
+from mlx_engine.remote.serving.session import Session
+from mlx_engine.remote.wire.frames import FrameSplitter, framed
+from mlx_engine.remote.wire.messages import (
     Configure,
     Hello,
     Leaving,
@@ -35,10 +36,9 @@ from mlx_engine.remote.messages import (
     ToServer,
     decode_from_client,
 )
-from mlx_engine.remote.options import options_from_wire
-from mlx_engine.remote.outbox import Outbox
-from mlx_engine.remote.session import Session
-from mlx_engine.remote.values import error_to_wire
+from mlx_engine.remote.wire.options import options_from_wire
+from mlx_engine.remote.wire.outbox import Outbox
+from mlx_engine.remote.wire.values import error_to_wire
 
 if TYPE_CHECKING:
     from mlx_engine.engine.local import LocalEngine

@@ -34,9 +34,9 @@ from mlx_engine.remote.connection import Connection
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.health import Health, health_of
 from mlx_engine.remote.io_thread import io_thread
-from mlx_engine.remote.link import Link
-from mlx_engine.remote.messages import CacheFile, encode_strictly
-from mlx_engine.remote.values import ask_to_wire, check_processors
+from mlx_engine.remote.links.link import Link
+from mlx_engine.remote.wire.messages import CacheFile, encode_strictly
+from mlx_engine.remote.wire.values import ask_to_wire, check_processors
 from mlx_engine.stream import Emit
 from mlx_engine.turn import Pending, first_cancellation, outlast
 

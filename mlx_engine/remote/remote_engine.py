@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from mlx_engine.config import AsEngine, SpecPrefill, Strategies
 from mlx_engine.remote.beat import Watchdog
-from mlx_engine.remote.link import Link
 from mlx_engine.remote.linked import LinkedEngine
-from mlx_engine.remote.messages import Hello, encode
-from mlx_engine.remote.socket_file import checked_socket_path
-from mlx_engine.remote.socket_link import SocketLink
+from mlx_engine.remote.links.link import Link
+from mlx_engine.remote.links.socket_file import checked_socket_path
+from mlx_engine.remote.links.socket_link import SocketLink
+from mlx_engine.remote.wire.messages import Hello, encode
 
 # The model is loaded already: a host that says nothing for that long is stopped or stuck.
 _WATCHDOG = Watchdog(start=30.0)

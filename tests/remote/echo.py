@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 from mlx_engine.errors import MLXEngineError
-from mlx_engine.remote.link import Ending, Link
+from mlx_engine.remote.links.link import Ending, Link
 
 CHILD = Path(__file__).with_name("echo_child.py")
 LENGTH = struct.Struct(">I")

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_engine import BaseEngine, GenerationResult
-from mlx_engine.remote.frames import FrameSplitter, framed
-from mlx_engine.remote.host import EngineHost
-from mlx_engine.remote.messages import (
+from mlx_engine.remote.remote_engine import RemoteEngine
+from mlx_engine.remote.serving.host import EngineHost
+from mlx_engine.remote.wire.frames import FrameSplitter, framed
+from mlx_engine.remote.wire.messages import (
     Generate,
     Heartbeat,
     Hello,
@@ -24,7 +25,6 @@ from mlx_engine.remote.messages import (
     decode_from_server,
     encode,
 )
-from mlx_engine.remote.remote_engine import RemoteEngine
 
 PROMPT = [1, 2, 3]
 ENDLESS = 16000  # tokens

@@ -22,15 +22,15 @@ from mlx_engine import (
     SimpleEngine,
 )
 from mlx_engine.remote.beat import Watchdog
-from mlx_engine.remote.host import EngineHost
-from mlx_engine.remote.messages import (
+from mlx_engine.remote.remote_engine import RemoteEngine
+from mlx_engine.remote.serving.host import EngineHost
+from mlx_engine.remote.wire.messages import (
     CacheFile,
     Done,
     Failed,
     Shutdown,
     Stopped,
 )
-from mlx_engine.remote.remote_engine import RemoteEngine
 from tests.conftest import ROOT
 from tests.remote.hosting import (
     ENDLESS,

@@ -23,8 +23,8 @@ from mlx_engine import (
     InvalidRequest,
     ModelLoadError,
 )
-from mlx_engine.remote.manager import EngineManager
-from mlx_engine.remote.restarts import RestartPolicy
+from mlx_engine.remote.replicas.manager import EngineManager
+from mlx_engine.remote.replicas.restarts import RestartPolicy
 from tests.conftest import other_tasks
 from tests.remote.scripted import Scripted, ScriptedRequest, World, until
 

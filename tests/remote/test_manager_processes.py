@@ -16,8 +16,8 @@ import pytest
 
 from mlx_engine import EngineDead, EngineState, EngineStopped, InvalidRequest, ModelLoadError
 from mlx_engine.remote.beat import Watchdog
-from mlx_engine.remote.manager import EngineManager
-from mlx_engine.remote.restarts import RestartPolicy
+from mlx_engine.remote.replicas.manager import EngineManager
+from mlx_engine.remote.replicas.restarts import RestartPolicy
 from tests.conftest import other_tasks
 
 pytestmark = pytest.mark.anyio

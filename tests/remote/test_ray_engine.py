@@ -21,8 +21,8 @@ from mlx_engine import (
     RestartPolicy,
     Watchdog,
 )
+from mlx_engine.remote.links.ray_link import RayLink
 from mlx_engine.remote.ray_engine import RayEngine
-from mlx_engine.remote.ray_link import RayLink
 from tests.remote.conftest import RayCluster
 
 pytestmark = [pytest.mark.anyio, pytest.mark.ray]

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from mlx_engine import EngineDead, MLXEngineError
-from mlx_engine.remote import ray_link
-from mlx_engine.remote.frames import FrameSplitter, framed
-from mlx_engine.remote.link import Ending
+from mlx_engine.remote.links import ray_link
+from mlx_engine.remote.links.link import Ending
+from mlx_engine.remote.links.ray_link import BATCH_BYTES, Gatherer, RayLink, Relay, batches
 from mlx_engine.remote.ray_engine import RayEngine
-from mlx_engine.remote.ray_link import BATCH_BYTES, Gatherer, RayLink, Relay, batches
+from mlx_engine.remote.wire.frames import FrameSplitter, framed
 from tests.conftest import ROOT
 from tests.remote.conftest import RayCluster
 from tests.remote.echo import EchoLink

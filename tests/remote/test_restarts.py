@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from mlx_engine import InvalidRequest
-from mlx_engine.remote.restarts import GiveUp, Restart, RestartHistory, RestartPolicy, decide
+from mlx_engine.remote.replicas.restarts import (
+    GiveUp,
+    Restart,
+    RestartHistory,
+    RestartPolicy,
+    decide,
+)
 
 POLICY = RestartPolicy(max_restarts=3, window=100.0, backoff=0.5, max_backoff=1.5)
 

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_engine import SamplingParams
 from mlx_engine.asks import Ask, ChatPrompt, TextPrompt
-from mlx_engine.remote.routing import Router, Work
+from mlx_engine.remote.replicas.routing import Router, Work
 
 LONG = "All work and no play makes Jack a dull boy. " * 200  # 8,800 characters, 2,200 tokens
 

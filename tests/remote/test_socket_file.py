@@ -18,8 +18,8 @@ from mlx_engine import (
     InvalidRequest,
 )
 from mlx_engine.remote.beat import Watchdog
-from mlx_engine.remote.host import EngineHost
 from mlx_engine.remote.remote_engine import RemoteEngine
+from mlx_engine.remote.serving.host import EngineHost
 from tests.remote.hosting import (
     PROMPT,
     client,

@@ -15,10 +15,11 @@ from mlx_engine import (
     EngineDead,
     SimpleEngine,
 )
-from mlx_engine.remote import guest
-from mlx_engine.remote.frames import framed
-from mlx_engine.remote.host import EngineHost
-from mlx_engine.remote.messages import (
+from mlx_engine.remote.remote_engine import RemoteEngine
+from mlx_engine.remote.serving import guest
+from mlx_engine.remote.serving.host import EngineHost
+from mlx_engine.remote.wire.frames import framed
+from mlx_engine.remote.wire.messages import (
     CacheFile,
     CacheFileDone,
     Configure,
@@ -29,7 +30,6 @@ from mlx_engine.remote.messages import (
     Stopped,
     encode,
 )
-from mlx_engine.remote.remote_engine import RemoteEngine
 from tests.remote.hosting import (
     PROMPT,
     Stranger,

@@ -16,11 +16,11 @@ import msgspec
 import pytest
 
 from mlx_engine import BatchedEngine, InvalidRequest
-from mlx_engine.remote import values
-from mlx_engine.remote.frames import MAX_FRAME, framed
-from mlx_engine.remote.host import EngineHost
-from mlx_engine.remote.messages import Cancel, Generate, Hello, Shutdown, encode
 from mlx_engine.remote.remote_engine import RemoteEngine
+from mlx_engine.remote.serving.host import EngineHost
+from mlx_engine.remote.wire import values
+from mlx_engine.remote.wire.frames import MAX_FRAME, framed
+from mlx_engine.remote.wire.messages import Cancel, Generate, Hello, Shutdown, encode
 from tests.remote.hosting import PROMPT, Stranger, client, generate, hosted, until
 
 pytestmark = pytest.mark.anyio

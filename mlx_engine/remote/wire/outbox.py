@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_engine.errors import GenerationError
-from mlx_engine.remote.frames import MAX_FRAME
-from mlx_engine.remote.messages import Done, encode
-from mlx_engine.remote.values import error_to_wire
+from mlx_engine.remote.wire.frames import MAX_FRAME
+from mlx_engine.remote.wire.messages import Done, encode
+from mlx_engine.remote.wire.values import error_to_wire
 from mlx_engine.turn import what_it_says
 
 _GAP = 0.002  # seconds between two frames, at least

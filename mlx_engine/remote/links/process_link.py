@@ -20,8 +20,8 @@ from pathlib import Path
 
 import mlx_engine
 from mlx_engine.errors import EngineDead
-from mlx_engine.remote.frames import FrameSplitter, WireError, framed
-from mlx_engine.remote.link import Ending, Link
+from mlx_engine.remote.links.link import Ending, Link
+from mlx_engine.remote.wire.frames import FrameSplitter, WireError, framed
 
 _LINES = 60  # of standard error that are kept
 _WIDTH = 500  # characters of each

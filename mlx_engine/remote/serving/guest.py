@@ -13,8 +13,9 @@ import msgspec
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped
 from mlx_engine.outputs import ShutdownReport
-from mlx_engine.remote.frames import FrameSplitter, WireError, framed
-from mlx_engine.remote.messages import (
+from mlx_engine.remote.serving.session import Session
+from mlx_engine.remote.wire.frames import FrameSplitter, WireError, framed
+from mlx_engine.remote.wire.messages import (
     MAGIC,
     VERSION,
     CacheFile,
@@ -28,9 +29,8 @@ from mlx_engine.remote.messages import (
     decode_from_client,
     encode,
 )
-from mlx_engine.remote.outbox import Outbox
-from mlx_engine.remote.session import Session
-from mlx_engine.remote.values import error_to_wire
+from mlx_engine.remote.wire.outbox import Outbox
+from mlx_engine.remote.wire.values import error_to_wire
 
 MAX_UNSENT = 64 * 2**20  # bytes that may wait for a client to read them
 _MAX_UNSENT_BEFORE_BEAT = 2**20  # bytes; a client that is stopped need not hear more beats

@@ -26,10 +26,10 @@ from importlib import import_module
 from typing import Any, ClassVar, Final
 
 from mlx_engine.errors import EngineDead, MLXEngineError
-from mlx_engine.remote.frames import FrameSplitter, framed
-from mlx_engine.remote.link import Ending, Link
-from mlx_engine.remote.process_link import ProcessLink
-from mlx_engine.remote.relay import Place, Relay, batches
+from mlx_engine.remote.links.link import Ending, Link
+from mlx_engine.remote.links.process_link import ProcessLink
+from mlx_engine.remote.links.relay import Place, Relay, batches
+from mlx_engine.remote.wire.frames import FrameSplitter, framed
 
 STACKS_TIME: Final = 0.5  # seconds: 0.2 for the core to write them, 0.3 for the way
 KILL_TIME: Final = 0.5  # seconds for the actor to end the core and to tell how that went

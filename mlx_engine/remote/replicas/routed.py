@@ -15,10 +15,10 @@ from mlx_engine.outputs import (
     Timings,
     Usage,
 )
-from mlx_engine.remote.fleet import Fleet, NoneUp
-from mlx_engine.remote.flight import Flight
 from mlx_engine.remote.linked import LinkedEngine
-from mlx_engine.remote.routing import Work
+from mlx_engine.remote.replicas.fleet import Fleet, NoneUp
+from mlx_engine.remote.replicas.flight import Flight
+from mlx_engine.remote.replicas.routing import Work
 from mlx_engine.stream import Emit, Producer
 
 MAX_DEATHS = 2  # replicas that end under a request before it counts as the cause of that

@@ -15,8 +15,8 @@ from mlx_engine.config import (
     path_text,
 )
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.remote.messages import encode_strictly
-from mlx_engine.remote.values import option_from_wire, option_to_wire
+from mlx_engine.remote.wire.messages import encode_strictly
+from mlx_engine.remote.wire.values import option_from_wire, option_to_wire
 
 EngineKind = Literal["simple", "batched"]
 

@@ -8,8 +8,8 @@ import socket
 import stat
 
 from mlx_engine.errors import EngineDead
-from mlx_engine.remote.frames import FrameSplitter, WireError, framed
-from mlx_engine.remote.link import Ending, Link
+from mlx_engine.remote.links.link import Ending, Link
+from mlx_engine.remote.wire.frames import FrameSplitter, WireError, framed
 
 _PATIENCE = 10.0  # seconds that the host may take to let us in
 _AGAIN = 0.05

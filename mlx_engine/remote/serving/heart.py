@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from mlx_engine.outputs import Progress
 from mlx_engine.remote.beat import Phase
-from mlx_engine.remote.messages import Heartbeat
-from mlx_engine.remote.session import Session
+from mlx_engine.remote.serving.session import Session
+from mlx_engine.remote.wire.messages import Heartbeat
 
 if TYPE_CHECKING:
     from mlx_engine.engine.local import LocalEngine

@@ -11,8 +11,8 @@ from typing import Any
 from mlx_engine.errors import EngineDead
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.linked import LinkedEngine
-from mlx_engine.remote.replica import Replica
-from mlx_engine.remote.routing import Router, Work
+from mlx_engine.remote.replicas.replica import Replica
+from mlx_engine.remote.replicas.routing import Router, Work
 from mlx_engine.turn import wake
 
 

@@ -12,12 +12,12 @@ from mlx_engine.errors import EngineStopped, InvalidRequest
 from mlx_engine.lifecycle import checked_timeout
 from mlx_engine.outputs import ShutdownReport
 from mlx_engine.remote.connection import BEAT
-from mlx_engine.remote.door import Door
-from mlx_engine.remote.guest import Guest
-from mlx_engine.remote.heart import Heart
-from mlx_engine.remote.messages import Heartbeat, Leaving, Refused, Stopped
-from mlx_engine.remote.session import Session
-from mlx_engine.remote.socket_file import SocketFile, check_free, checked_socket_path
+from mlx_engine.remote.links.socket_file import SocketFile, check_free, checked_socket_path
+from mlx_engine.remote.serving.door import Door
+from mlx_engine.remote.serving.guest import Guest
+from mlx_engine.remote.serving.heart import Heart
+from mlx_engine.remote.serving.session import Session
+from mlx_engine.remote.wire.messages import Heartbeat, Leaving, Refused, Stopped
 from mlx_engine.turn import first_cancellation, outlast
 
 if TYPE_CHECKING:

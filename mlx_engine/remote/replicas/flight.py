@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.lifecycle import Lifecycle, Ticket
-from mlx_engine.remote.tasks import cancel, look_at
+from mlx_engine.remote.replicas.tasks import cancel, look_at
 from mlx_engine.turn import outlast, wake
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from mlx_engine.outputs import (
     TokenLogprob,
 )
 from mlx_engine.remote.beat import Phase
-from mlx_engine.remote.frames import WireError
+from mlx_engine.remote.wire.frames import WireError
 
 VERSION = 1
 MAGIC = "mlx_engine"

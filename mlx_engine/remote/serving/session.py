@@ -9,8 +9,8 @@ from pathlib import Path
 
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.outputs import GenerationChunk, GenerationResult, Progress
-from mlx_engine.remote.frames import WireError
-from mlx_engine.remote.messages import (
+from mlx_engine.remote.wire.frames import WireError
+from mlx_engine.remote.wire.messages import (
     CacheFile,
     CacheFileDone,
     Cancel,
@@ -21,8 +21,8 @@ from mlx_engine.remote.messages import (
     ToServer,
     Welcome,
 )
-from mlx_engine.remote.outbox import Outbox
-from mlx_engine.remote.values import ask_from_wire, error_to_wire
+from mlx_engine.remote.wire.outbox import Outbox
+from mlx_engine.remote.wire.values import ask_from_wire, error_to_wire
 from mlx_engine.stream import Emit, Producer
 
 

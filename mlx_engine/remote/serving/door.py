@@ -8,7 +8,7 @@ import logging
 import socket
 from collections.abc import Callable
 
-from mlx_engine.remote.socket_file import SocketFile
+from mlx_engine.remote.links.socket_file import SocketFile
 
 _PAUSE = 1.0  # seconds until the next try, when there are no file descriptors left
 

@@ -12,8 +12,8 @@ from mlx_engine.asks import Ask, ChatPrompt, TextPrompt
 from mlx_engine.config import MTP, DraftModel, SpecPrefill
 from mlx_engine.errors import GenerationError, InvalidRequest, MLXEngineError
 from mlx_engine.params import SamplingParams
-from mlx_engine.remote.frames import MAX_FRAME
-from mlx_engine.remote.messages import Failed, Generate, encode_strictly
+from mlx_engine.remote.wire.frames import MAX_FRAME
+from mlx_engine.remote.wire.messages import Failed, Generate, encode_strictly
 from mlx_engine.turn import what_it_says
 
 _STRATEGIES = {kind.__name__: kind for kind in (DraftModel, MTP, SpecPrefill)}

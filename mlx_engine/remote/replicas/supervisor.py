@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 from mlx_engine.errors import EngineStopped
 from mlx_engine.outputs import EngineStats
 from mlx_engine.remote.exits import Exit
-from mlx_engine.remote.fleet import Fleet
-from mlx_engine.remote.replica import Factory, Replica, start_together, stop_together
-from mlx_engine.remote.restarts import GiveUp, RestartPolicy
-from mlx_engine.remote.tasks import cancel_from_anywhere, until_done
-from mlx_engine.remote.totals import bygone, total
+from mlx_engine.remote.replicas.fleet import Fleet
+from mlx_engine.remote.replicas.replica import Factory, Replica, start_together, stop_together
+from mlx_engine.remote.replicas.restarts import GiveUp, RestartPolicy
+from mlx_engine.remote.replicas.tasks import cancel_from_anywhere, until_done
+from mlx_engine.remote.replicas.totals import bygone, total
 from mlx_engine.turn import outlast, what_it_says
 
 T = TypeVar("T")

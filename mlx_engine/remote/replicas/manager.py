@@ -18,17 +18,17 @@ from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
 from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
 from mlx_engine.outputs import EngineStats, ProgressCallback, ShutdownReport
 from mlx_engine.remote.beat import Watchdog
-from mlx_engine.remote.fleet import Fleet
-from mlx_engine.remote.flight import Flight
 from mlx_engine.remote.health import Health
-from mlx_engine.remote.options import EngineKind
 from mlx_engine.remote.process_engine import ProcessEngine
 from mlx_engine.remote.ray_engine import RayEngine
-from mlx_engine.remote.replica import Factory, Replica, ReplicaInfo
-from mlx_engine.remote.restarts import RestartPolicy
-from mlx_engine.remote.routed import RoutedRequest
-from mlx_engine.remote.supervisor import Supervisor
-from mlx_engine.remote.tasks import all_results
+from mlx_engine.remote.replicas.fleet import Fleet
+from mlx_engine.remote.replicas.flight import Flight
+from mlx_engine.remote.replicas.replica import Factory, Replica, ReplicaInfo
+from mlx_engine.remote.replicas.restarts import RestartPolicy
+from mlx_engine.remote.replicas.routed import RoutedRequest
+from mlx_engine.remote.replicas.supervisor import Supervisor
+from mlx_engine.remote.replicas.tasks import all_results
+from mlx_engine.remote.wire.options import EngineKind
 from mlx_engine.stream import Producer
 from mlx_engine.turn import first_cancellation
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlx_engine.errors import MLXEngineError
-from mlx_engine.remote.frames import FrameSplitter, framed
-from mlx_engine.remote.link import Ending, Link
+from mlx_engine.remote.links.link import Ending, Link
+from mlx_engine.remote.wire.frames import FrameSplitter, framed
 
 # An answer costs half a millisecond whatever its size, so frames travel together: the first one
 # after a pause at once, the next when there are so many or so much time (seconds) has passed.

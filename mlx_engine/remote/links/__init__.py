@@ -1,0 +1,1 @@
+"""Ways to what serves an engine: a child process, a socket, an actor on another machine."""

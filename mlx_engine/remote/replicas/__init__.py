@@ -1,0 +1,1 @@
+"""Several engines as one, and those who keep them alive."""

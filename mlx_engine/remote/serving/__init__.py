@@ -1,0 +1,1 @@
+"""The other side: an engine in this process for those who use it from elsewhere."""
