@@ -5,6 +5,7 @@
     python -m benchmarks.throughput        tokens/s of 1 to 32 requests at once, against mlx_lm's
     python -m benchmarks.join_stall        how long streams stand still when a long prompt joins
     python -m benchmarks.prompt_cache      time to first token with and without the prompt cache
+    python -m benchmarks.remote            what an engine in another process costs and spares
     python -m benchmarks.soak              minutes of everything at once: right tokens, no growth
 
 Run from the root of the repository. Each prints Markdown tables and writes JSON, and a plot

@@ -13,7 +13,7 @@ from mlx_engine.remote.wire.messages import Done, encode
 from mlx_engine.remote.wire.values import error_to_wire
 from mlx_engine.turn import what_it_says
 
-_GAP = 0.002  # seconds between two frames, at least
+_GAP = 0.004  # seconds between two frames, at least
 
 
 class Outbox:
@@ -22,8 +22,9 @@ class Outbox:
     A decode step has a chunk for each request of a batch; the loop gets to them when the MLX
     thread lets go of the GIL, so that they travel together without waiting for each other.
 
-    What comes within two milliseconds after a frame waits for that long: at a millisecond a
-    token, a frame for each would cost more than the tokens' own Python.
+    What comes within four milliseconds after a frame waits for that long: a frame costs both
+    sides a wake-up, 0.1 ms each, which at a millisecond a token is more than the tokens' own
+    Python.
 
     Args:
         write: sends the payload of a frame; in the running event loop.
