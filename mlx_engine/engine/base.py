@@ -346,8 +346,13 @@ class BaseEngine(abc.ABC):
         """
 
     @abc.abstractmethod
-    def _producer(self, ask: Ask, on_progress: ProgressCallback | None) -> Producer:
+    def _producer(
+        self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
+    ) -> Producer:
         """What will do a request, once its ``run`` is awaited.
+
+        Args:
+            request_id: its name, if its caller has given it one; no other in flight has it.
 
         Raises:
             InvalidRequest: it asks for what this engine was not made for.

@@ -58,11 +58,13 @@ class LocalEngine(EngineLife, BaseEngine):
     def _width(self) -> int:
         return 1
 
-    def _producer(self, ask: Ask, on_progress: ProgressCallback | None) -> _Producer:
+    def _producer(
+        self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
+    ) -> _Producer:
         request = Request(
             ask.source,
             ask.params,
-            self._lifecycle.new_id(),
+            request_id or self._lifecycle.new_id(),
             on_progress,
             ask.priority,
             self.strategies.of_request(ask.prefill, ask.decode),

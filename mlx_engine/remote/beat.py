@@ -101,7 +101,7 @@ def seconds_since_step(now: float, last_beat: float, beat: Beat) -> float:
 
 # What there has not been in a phase, and the limit on how long that may last; idle has none.
 _STEPS: dict[Phase, tuple[str, str]] = {
-    "start": ("no progress in starting the process", "start"),
+    "start": ("no progress in starting", "start"),
     "load": ("no progress in loading the model", "start"),
     "prefill": ("no prefill chunk", "prefill"),
     "decode": ("no decode step", "decode"),

@@ -246,9 +246,11 @@ class LinkedEngine(BaseEngine):
         welcome = self._connection.welcome if self._connection else None
         return 1 if welcome is None else welcome.width
 
-    def _producer(self, ask: Ask, on_progress: ProgressCallback | None) -> RemoteProducer:
+    def _producer(
+        self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
+    ) -> RemoteProducer:
         self._check_strategies(ask.prefill, ask.decode)
-        return RemoteProducer(self, ask, on_progress)
+        return RemoteProducer(self, ask, on_progress, request_id or self._lifecycle.new_id())
 
     async def _save_prompt_cache(self, path: Path) -> int:
         return await self._cache_file("save", path)
@@ -301,9 +303,13 @@ class RemoteProducer:
     """A request as its caller or stream sees it."""
 
     def __init__(
-        self, engine: LinkedEngine, ask: Ask, on_progress: ProgressCallback | None
+        self,
+        engine: LinkedEngine,
+        ask: Ask,
+        on_progress: ProgressCallback | None,
+        request_id: str,
     ) -> None:
-        self.request_id = engine._lifecycle.new_id()
+        self.request_id = request_id
         self._engine = engine
         self._ask = ask
         self._on_progress = on_progress
@@ -316,7 +322,11 @@ class RemoteProducer:
 
         def frame(number: int) -> bytes:
             return ask_to_wire(
-                number, self._ask, stream=emit is not None, progress=self._on_progress is not None
+                number,
+                self._ask,
+                name=self.request_id,
+                stream=emit is not None,
+                progress=self._on_progress is not None,
             )
 
         def emit_and_keep(chunk: GenerationChunk) -> None:

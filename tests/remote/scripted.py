@@ -211,9 +211,11 @@ class Scripted(BaseEngine):
     async def run_blocking(self, func: Any, /, *args: Any, **kwargs: Any) -> Any:
         raise InvalidRequest("func", "cannot go to another process")
 
-    def _producer(self, ask: Ask, on_progress: ProgressCallback | None) -> ScriptedRequest:
+    def _producer(
+        self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
+    ) -> ScriptedRequest:
         self._check_strategies(ask.prefill, ask.decode)
-        return ScriptedRequest(self, ask)
+        return ScriptedRequest(self, ask, request_id or "own")
 
     def _check_strategies(self, prefill: Any, decode: Any) -> None:
         Strategies().of_request(prefill, decode)
@@ -247,10 +249,10 @@ class Scripted(BaseEngine):
 
 
 class ScriptedRequest:
-    def __init__(self, engine: Scripted, ask: Ask) -> None:
+    def __init__(self, engine: Scripted, ask: Ask, request_id: str) -> None:
         self.engine = engine
         self.ask = ask
-        self.request_id = "of the replica"
+        self.request_id = request_id
         self.emit: Emit | None = None
         self.tokens: list[int] = []
         self.cancelled = False
@@ -300,4 +302,6 @@ class ScriptedRequest:
     def result(self, reason: Any) -> GenerationResult:
         text = f"{self.engine.name}: " + "x" * len(self.tokens)
         usage = Usage(1, len(self.tokens))
-        return GenerationResult(text, tuple(self.tokens), reason, usage, _TIMINGS, request_id="own")
+        return GenerationResult(
+            text, tuple(self.tokens), reason, usage, _TIMINGS, request_id=self.request_id
+        )

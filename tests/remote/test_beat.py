@@ -29,7 +29,7 @@ def beat(phase: Phase, age: float, pending: int = 0) -> Beat:
         # A limit is reached only beyond it, and the age grows while no beat comes.
         (10.0, beat("load", 590.0), LIMITS, None),
         (11.0, beat("load", 590.0), LIMITS, "loading the model for 601 s (Watchdog.start=600)"),
-        (10.0, beat("start", 591.0), LIMITS, "starting the process for 601 s (Watchdog.start=600)"),
+        (10.0, beat("start", 591.0), LIMITS, "starting for 601 s (Watchdog.start=600)"),
         (0.0, beat("prefill", 500.0, 1), LIMITS, None),
         (
             0.25,

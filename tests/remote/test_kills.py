@@ -31,7 +31,7 @@ from tests.remote.test_process_engine import children
 
 pytestmark = pytest.mark.anyio
 
-KILLS = int(os.environ.get("MLX_ENGINE_KILLS", "12"))
+KILLS = int(os.environ.get("MLX_ENGINE_KILLS", "6"))
 SEED = int(os.environ.get("MLX_ENGINE_SEED", "0")) or random.SystemRandom().randrange(10**6)
 MOMENTS = ("start", "load", "idle", "prefill", "decode", "drain")
 PROMPTS: list[Any] = ["short", [7] * 3000, "another one", [9] * 6000]

@@ -18,7 +18,8 @@ import pytest
 from mlx_engine import EngineDead, MLXEngineError
 from mlx_engine.remote.links import ray_link
 from mlx_engine.remote.links.link import Ending
-from mlx_engine.remote.links.ray_link import BATCH_BYTES, Gatherer, RayLink, Relay, batches
+from mlx_engine.remote.links.ray_link import RayLink
+from mlx_engine.remote.links.relay import BATCH_BYTES, Gatherer, Relay, batches
 from mlx_engine.remote.ray_engine import RayEngine
 from mlx_engine.remote.wire.frames import FrameSplitter, framed
 from tests.conftest import ROOT

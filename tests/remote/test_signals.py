@@ -112,10 +112,12 @@ async def test_from_the_second_signal_on_they_do_what_they_did_before() -> None:
 async def test_handlers_are_put_back_once() -> None:
     mine = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, mine)
+    sigterm = signal.getsignal(signal.SIGTERM)
     with install_signal_handlers(Fake()):
         assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) is not sigterm
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is sigterm
 
 
 async def test_what_the_parent_has_ignored_stays_ignored() -> None:

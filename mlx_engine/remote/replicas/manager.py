@@ -318,10 +318,12 @@ class EngineManager(BaseEngine):
     def _width(self) -> int:
         return max(1, sum(replica.engine._width for replica in self._fleet.up()))
 
-    def _producer(self, ask: Ask, on_progress: ProgressCallback | None) -> Producer:
+    def _producer(
+        self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
+    ) -> Producer:
         self._prototype._producer(ask, on_progress)  # only to see whether it can be done
         return RoutedRequest(
-            self._lifecycle.new_id(),
+            request_id or self._lifecycle.new_id(),
             ask,
             on_progress,
             self._lifecycle,

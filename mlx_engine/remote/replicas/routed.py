@@ -65,8 +65,7 @@ class RoutedRequest:
         """See ``Producer``."""
         self._check_running()
         with Flight(self.request_id, self._lifecycle, self._fleet.leftovers) as flight:
-            result = await self._attempts(flight, emit)
-        return self._named(result)
+            return await self._attempts(flight, emit)
 
     def cancel(self) -> None:
         """See ``Producer``."""
@@ -77,11 +76,9 @@ class RoutedRequest:
     def partial_result(self) -> GenerationResult:
         """See ``Producer``."""
         producer = self._producer
-        return self._named(_NOTHING if producer is None else producer.partial_result())
-
-    def _named(self, result: GenerationResult) -> GenerationResult:
-        """With the name that the caller knows: the replica has another one."""
-        return replace(result, request_id=self.request_id)
+        if producer is None:
+            return replace(_NOTHING, request_id=self.request_id)
+        return producer.partial_result()
 
     async def _attempts(self, flight: Flight, emit: Emit | None) -> GenerationResult:
         work = Work.of(self._ask)
@@ -118,7 +115,7 @@ class RoutedRequest:
                 self._emitted = True
                 emit(chunk)
 
-        producer = self._producer = engine._producer(self._ask, self._on_progress)
+        producer = self._producer = engine._producer(self._ask, self._on_progress, self.request_id)
         if self._cancelled:
             producer.cancel()
         return await flight.do(_awaited(producer.run(None if emit is None else tell)))

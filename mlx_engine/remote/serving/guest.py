@@ -220,6 +220,7 @@ class Guest(asyncio.Protocol):
             self._outbox,
             may_import=False,
             on_over=lambda: self._host.request_over(self),
+            client=f"@{self.name.replace(' ', '-')}",
         )
         reason = self._host.greeted(self, session)
         if reason is not None:

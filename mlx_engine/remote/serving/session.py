@@ -34,6 +34,7 @@ class Session:
         outbox: answers go there.
         may_import: whether the client may name logits processors to import.
         on_over: called after each request.
+        client: what tells the names of its requests from those of other clients.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class Session:
         *,
         may_import: bool,
         on_over: Callable[[], None],
+        client: str = "",
     ) -> None:
         self._engine = engine
         self._outbox = outbox
         self._may_import = may_import
         self._tasks: dict[int, asyncio.Task[GenerationResult | int]] = {}
         self._on_over = on_over
+        self._client = client
 
     @property
     def pending(self) -> int:
@@ -105,16 +108,24 @@ class Session:
         emit = functools.partial(self._emit, number) if message.stream else None
         try:
             ask = ask_from_wire(message, may_import=self._may_import)
-            producer = self._engine._producer(ask, progress)
+            producer = self._engine._producer(ask, progress, self._name(message))
         except Exception as error:  # noqa: BLE001 - the border: the client is told
             self._outbox.put(error_to_wire(number, error))
             return
         self._start(number, asyncio.ensure_future(_run(producer, emit)), producer)
 
+    def _name(self, message: Generate) -> str | None:
+        """What the engine is to call a request; ``None`` leaves that to the engine."""
+        name = f"{message.name}{self._client}"
+        taken = any(task.get_name() == name for task in self._tasks.values())
+        return None if taken or not message.name else name
+
     def _start(
         self, number: int, task: asyncio.Task[GenerationResult | int], producer: Producer | None
     ) -> None:
         self._tasks[number] = task
+        if producer is not None:
+            task.set_name(producer.request_id)
         task.add_done_callback(functools.partial(self._over, number, producer))
 
     def _over(

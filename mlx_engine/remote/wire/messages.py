@@ -63,6 +63,7 @@ class Generate(_Message):
         prefill: ``"as engine"``, ``None``, or fields of ``SpecPrefill``.
         stream: whether chunks are wanted.
         progress: whether its progress is to be told.
+        name: what its caller calls it; for messages.
     """
 
     number: int
@@ -74,6 +75,7 @@ class Generate(_Message):
     decode: str | None
     stream: bool
     progress: bool
+    name: str = ""
 
 
 class Cancel(_Message):

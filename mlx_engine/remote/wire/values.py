@@ -20,7 +20,7 @@ _STRATEGIES = {kind.__name__: kind for kind in (DraftModel, MTP, SpecPrefill)}
 _PLAIN = (str, int, float, bool, type(None))
 
 
-def ask_to_wire(number: int, ask: Ask, *, stream: bool, progress: bool) -> bytes:
+def ask_to_wire(number: int, ask: Ask, *, name: str, stream: bool, progress: bool) -> bytes:
     """The payload of a frame with a request.
 
     Raises:
@@ -44,6 +44,7 @@ def ask_to_wire(number: int, ask: Ask, *, stream: bool, progress: bool) -> bytes
         decode=ask.decode,
         stream=stream,
         progress=progress,
+        name=name,
     )
     try:
         payload = encode_strictly([message])
