@@ -10,6 +10,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from numbers import Real
 
 from mlx_engine.errors import (
@@ -91,7 +92,7 @@ class Lifecycle:
         self._starter: Ticket | None = None
         self._releasing = False
         self._report = ShutdownReport()
-        self._reason = ""  # why it has failed
+        self._failure: Callable[[], EngineDead] = _unknown
 
     @property
     def state(self) -> EngineState:
@@ -115,14 +116,14 @@ class Lifecycle:
             self._state = to
             self._notify()
 
-    def fail(self, reason: str) -> None:
+    def fail(self, failure: str | Callable[[], EngineDead]) -> None:
         """Be FAILED, unless the engine is being shut down, which then goes on.
 
         Args:
-            reason: what new requests are told.
+            failure: what new requests are told, or what makes the error that they get.
         """
         with self._lock:
-            self._reason = reason
+            self._failure = partial(EngineDead, failure) if isinstance(failure, str) else failure
             if self._state is EngineState.RUNNING:
                 self.move(EngineState.FAILED)
 
@@ -140,7 +141,7 @@ class Lifecycle:
             case EngineState.DRAINING | EngineState.STOPPED:
                 raise EngineStopped(f"the engine is {self._state.value}: no new requests")
             case EngineState.FAILED:
-                raise EngineDead(self._reason)
+                raise self._failure()
             case EngineState.RUNNING:
                 return
 
@@ -217,7 +218,7 @@ class Lifecycle:
             timeout: seconds that work in flight may go on; ``None`` is for ever.
             release: frees what the engine holds; called once, when nothing is in flight.
         """
-        checked_timeout(timeout)
+        timeout = checked_timeout(timeout)
         with self._lock:
             if self._state is EngineState.STOPPED:
                 return self._report
@@ -327,4 +328,8 @@ def checked_timeout(timeout: float | None) -> float | None:
         or timeout < 0
     ):
         raise InvalidRequest("timeout", f"must be seconds, 0 or more, or None, not {timeout!r}")
-    return timeout
+    return None if timeout is None else float(timeout)
+
+
+def _unknown() -> EngineDead:
+    return EngineDead("the engine has failed")

@@ -143,7 +143,7 @@ class GenerationStream:
             MLXEngineError: the error with which the request failed.
         """
         if self._outcome.error is not None:
-            raise self._outcome.error
+            raise self._outcome.error.with_traceback(None)  # or it would grow each time
         if self._outcome.result is not None:
             return self._outcome.result
         if self._closed and self._task is None:
@@ -227,7 +227,7 @@ class GenerationStream:
         if chunk is not None:
             return chunk
         if self._outcome.error is not None:
-            raise self._outcome.error
+            raise self._outcome.error.with_traceback(None)
         raise StopAsyncIteration
 
     def _start(self) -> _Channel:

@@ -48,11 +48,17 @@ class Call(Pending[Answer]):
         on_progress: ProgressCallback | None = None,
     ) -> None:
         super().__init__(on_cancel, on_done)
-        self.frame = frame
+        self._frame: Callable[[int], bytes] | None = frame
         self.emit = emit
         self.on_progress = on_progress
         self.number = 0
         self.partial: GenerationResult | None = None
+
+    def take_frame(self, number: int) -> bytes:
+        """The payload that asks for it. Once, as what makes it holds the prompt."""
+        frame, self._frame = self._frame, None
+        assert frame is not None
+        return frame(number)
 
 
 class Calls(Line[Call]):
@@ -81,7 +87,7 @@ class Calls(Line[Call]):
 
     def _enter(self, call: Call) -> None:
         call.number = next(self._numbers)
-        frame = call.frame(call.number)
+        frame = call.take_frame(call.number)
         with self._changed:
             if self._lost is not None:
                 raise self._lost()
@@ -94,8 +100,14 @@ class Calls(Line[Call]):
 
     def ask_to_cancel(self, call: Call) -> None:
         """Tell the other end that nobody wants it any more. From any thread."""
-        if call.number in self._calls:
+        if self._calls.get(call.number) is call:  # not one of an earlier connection
             self._send(encode([Cancel(call.number)]))
+
+    def cancel_orphans(self) -> None:
+        """Those whose event loop is closed: nobody waits for them any more."""
+        for call in list(self._calls.values()):
+            if call.orphaned:
+                self._cancel(call)
 
     def answered(self, message: Told | Chunk | Done | CacheFileDone | Failed) -> None:
         """The other end has said something about one of them. On the I/O thread."""
@@ -142,4 +154,5 @@ class Calls(Line[Call]):
                 return
             call.stage = Stage.DONE
             call.ended = time.perf_counter()
+        call.emit = call.on_progress = None
         call.announce()

@@ -39,6 +39,7 @@ from mlx_engine.turn import waking_together
 BEAT = 0.25  # seconds between two heartbeats
 _TERMINATE_AFTER = 0.35  # seconds from the deadline of a shutdown
 _KILL_AFTER = 0.65
+_LATE = 0.05  # seconds that a watchdog's own sleep may be late
 
 _log = logging.getLogger("mlx_engine.remote")
 
@@ -90,13 +91,15 @@ class Connection:
         self._ready: asyncio.Future[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._timers: list[asyncio.TimerHandle] = []
-        self._heard = False  # a heartbeat
+        self._heard = False  # from its engine
+        self._unwanted = False  # before it was opened
         self._ending = False  # it was asked to end, by us
         self._deadline: float | None = None  # by time.monotonic
         self._stopped = False
         self._verdict: str | None = None  # of the watchdog
         self._refusal: str | None = None  # of the other end
         self._start_error: MLXEngineError | None = None
+        io_thread.tell_at_exit(self)
 
     # From any thread
 
@@ -124,6 +127,8 @@ class Connection:
         Raises:
             MLXEngineError: the engine could not be started, or its process has ended.
         """
+        if self._unwanted:
+            raise EngineDead("the engine was stopped before its process was started")
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
         link = self._link = self._make_link()
@@ -181,9 +186,18 @@ class Connection:
     def _kill(self) -> None:
         if self._link is not None:
             self._link.kill()
+        else:
+            self._unwanted = True
 
     def _end_by(self, deadline: float | None) -> None:
-        if self._link is None or self.exit is not None:
+        if self._link is None:
+            self._unwanted = True
+            return
+        if self.exit is not None:
+            return
+        if self.welcome is None:  # still loading: nobody wants the model any more
+            self._ending = True
+            self._link.kill()
             return
         if deadline is None:
             if not self._ending:
@@ -233,10 +247,11 @@ class Connection:
                 self.beat = Beat(message.progress, message.phase, message.age, message.pending)
                 self.stats = message.stats or self.stats
                 self._heard = True
+                self.calls.cancel_orphans()
                 self._lives()
             case Welcome():
                 self.welcome, self.stats = message, message.stats
-                self._heard = True
+                self.beat, self._heard = Beat(phase="idle"), True
                 self._lives()
                 self._set_ready()
             case Leaving():
@@ -260,8 +275,8 @@ class Connection:
             began = time.monotonic()
             await asyncio.sleep(tick)
             late = time.monotonic() - began - tick
-            if late > tick:  # it is we who were stopped, or had no processor
-                self.last_beat += late
+            if late > max(tick, _LATE):  # it is we who were stopped, or had no processor
+                self.last_beat = min(time.monotonic(), self.last_beat + late)
                 continue
             valid = limits if self._heard else before_the_first_beat
             verdict = judge(time.monotonic(), self.last_beat, self.beat, valid)
@@ -278,8 +293,17 @@ class Connection:
                 _log.warning("%s: %s", self._name, verdict)
                 await link.dump_stacks()  # they go to the log of what the process says
 
+    def interpreter_exits(self) -> None:
+        """Nobody will hear of its end later than now."""
+        if self.exit is None and self._link is not None:
+            self._ended(Ending("the interpreter is shutting down"))
+            self._link.kill()
+
     def _gone(self, gone: asyncio.Future[Ending]) -> None:
-        ending = gone.result()
+        if self.exit is None:
+            self._ended(gone.result())
+
+    def _ended(self, ending: Ending) -> None:
         if self._watch is not None:
             self._watch.cancel()
         for timer in self._timers:
@@ -301,7 +325,7 @@ class Connection:
             return "stalled"
         if self._stopped or ending.signal_name == "SIGTERM":
             return "graceful"
-        if self._ending and ending.exit_code == 0:
+        if self._ending and (ending.exit_code == 0 or self.welcome is None):
             return "graceful"
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._verdict = "it did not end by the deadline of its shutdown"

@@ -19,9 +19,11 @@ import signal
 import socket
 import sys
 import termios
+import time
 from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
+from mlx_engine.errors import MLXEngineError, ModelLoadError
 from mlx_engine.outputs import Progress
 from mlx_engine.remote.serving.heart import Heart
 from mlx_engine.remote.serving.session import Session
@@ -39,6 +41,7 @@ from mlx_engine.remote.wire.messages import (
 from mlx_engine.remote.wire.options import options_from_wire
 from mlx_engine.remote.wire.outbox import Outbox
 from mlx_engine.remote.wire.values import error_to_wire
+from mlx_engine.turn import what_it_says
 
 if TYPE_CHECKING:
     from mlx_engine.engine.local import LocalEngine
@@ -48,8 +51,11 @@ EXIT_FAILED = 1
 
 def main() -> NoReturn:
     """Be the process of an engine."""
+    # An application may have blocked or ignored signals, which is inherited.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the parent
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # an application under nohup ignores it
     faulthandler.enable()  # what native code was doing when it crashed goes to standard error
     faulthandler.register(signal.SIGUSR1)
     descriptors = [int(text) for text in sys.argv[2:]]
@@ -104,6 +110,8 @@ class _Core(asyncio.Protocol):
         try:
             self._engine = await self._started(configure)
         except Exception as error:  # noqa: BLE001 - the border: the parent raises it
+            if not isinstance(error, MLXEngineError):
+                error = ModelLoadError(f"the engine cannot be started: {what_it_says(error)}")
             self._outbox.put(error_to_wire(0, error))
             await self._leave(EXIT_FAILED)
         loop.add_signal_handler(signal.SIGTERM, self._asked_to_leave)
@@ -200,7 +208,11 @@ class _Core(asyncio.Protocol):
             if os.getppid() != self._parent:
                 leave(0)  # somebody else holds our socket open: a fork of the parent's
             self._outbox.put(self._heart.beat())
+            began = time.monotonic()
             await asyncio.sleep(interval)
+            late = time.monotonic() - began - interval
+            if late > interval:
+                self._heart.stood_still(late)
 
     def _request_over(self) -> None:
         self._heart.request_over()

@@ -35,6 +35,7 @@ from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.health import Health, health_of
 from mlx_engine.remote.io_thread import io_thread
 from mlx_engine.remote.links.link import Link
+from mlx_engine.remote.totals import bygone
 from mlx_engine.remote.wire.messages import CacheFile, encode_strictly
 from mlx_engine.remote.wire.values import ask_to_wire, check_processors
 from mlx_engine.stream import Emit
@@ -55,6 +56,8 @@ class LinkedEngine(BaseEngine):
     ) -> None:
         if watchdog is not None and not isinstance(watchdog, Watchdog):
             raise InvalidRequest("watchdog", f"must be Watchdog(...) or None, not {watchdog!r}")
+        if not isinstance(name, str) or not name.isprintable():
+            raise InvalidRequest("name", f"must be a printable string, not {name!r}")
         self.name = name
         self._watchdog = watchdog
         self._on_progress = checked_callback(on_progress)
@@ -99,8 +102,11 @@ class LinkedEngine(BaseEngine):
 
         Cheap; from any thread.
         """
-        told = self._connection.stats if self._connection else None
-        return replace(told or _NOTHING_YET, state=self.state.value)
+        connection = self._connection
+        told = (connection.stats if connection else None) or _NOTHING_YET
+        if connection is not None and connection.exit is not None:
+            told = bygone(told)
+        return replace(told, state=self.state.value)
 
     def check_health(self) -> Health:
         """Whether its latest step is recent, if there is anything to do. From any thread."""
@@ -156,6 +162,9 @@ class LinkedEngine(BaseEngine):
                 raise connection.exit.error()
             self._finalizer = weakref.finalize(self, _abandoned, connection)
             self._finalizer.atexit = False
+        except GeneratorExit:  # the coroutine is being destroyed, its loop is gone
+            connection.kill()
+            raise
         except BaseException as error:
             with first_cancellation(error):
                 await self._release(connection, patience=0.0)
@@ -186,7 +195,7 @@ class LinkedEngine(BaseEngine):
         Raises:
             InvalidRequest: ``timeout`` is not such a number.
         """
-        checked_timeout(timeout)
+        timeout = checked_timeout(timeout)
         connection = self._connection
         if connection is not None:
             connection.end_by(None if timeout is None else time.monotonic() + timeout)
@@ -232,7 +241,7 @@ class LinkedEngine(BaseEngine):
         """Wait until what runs the engine is gone; not to be cut short."""
         if self._finalizer is not None:
             self._finalizer.detach()
-        if connection is None:
+        if connection is None or connection.exit is not None:
             return
         await outlast(
             asyncio.ensure_future(io_thread.run(functools.partial(connection.closed, patience)))
@@ -383,7 +392,7 @@ _draining: set[asyncio.Task[ShutdownReport]] = set()
 
 def _end(lifecycle: Lifecycle, exit: Exit) -> None:
     """What ran it is gone."""
-    lifecycle.fail(str(exit.error()))
+    lifecycle.fail(exit.error)
 
 
 def _abandoned(connection: Connection) -> None:

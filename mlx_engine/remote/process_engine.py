@@ -78,5 +78,14 @@ class ProcessEngine(LinkedEngine):
 
 def greeting(plan: EnginePlan) -> bytes:
     """The first frame for the process of an engine: which one to be."""
-    paths = [os.path.abspath(path) for path in sys.path]
+    paths = [path for entry in sys.path if (path := _absolute(entry)) is not None]
     return encode_strictly([Hello(), Configure(plan.kind, plan.model, plan.options, paths, BEAT)])
+
+
+def _absolute(entry: object) -> str | None:
+    """An entry of ``sys.path``, if it can travel; applications put all kinds of things there."""
+    try:
+        path = os.path.abspath(os.fspath(entry))  # type: ignore[call-overload]
+        return path if isinstance(path, str) and path.encode() else None
+    except (TypeError, ValueError, OSError):  # or the current folder is gone
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -41,12 +42,34 @@ class SayBadToolCall(_Saying):
     text = "Well.<tool_call>{nonsense</tool_call>"
 
 
+class SayHugeCall(_Saying):
+    text = '<tool_call>{"name": "add", "arguments": {"a": ' + "9" * 30 + "}}</tool_call>"
+
+
 class SayStop(_Saying):
     text = "one two STOP three"
 
 
 def fail(tokens: mx.array, logits: mx.array) -> mx.array:
     raise LookupError("the processor has failed")
+
+
+def fail_oddly(tokens: mx.array, logits: mx.array) -> mx.array:
+    raise ValueError("bad \ud800 text")
+
+
+def exit_3(tokens: mx.array, logits: mx.array) -> mx.array:
+    raise SystemExit(3)
+
+
+def make_noise(tokens: mx.array, logits: mx.array) -> mx.array:
+    subprocess.Popen(["timeout", "6", "yes"], stdout=2)
+    raise LookupError("it writes now")
+
+
+def very_slow(tokens: mx.array, logits: mx.array) -> mx.array:
+    time.sleep(0.3)
+    return logits
 
 
 def slow(tokens: mx.array, logits: mx.array) -> mx.array:

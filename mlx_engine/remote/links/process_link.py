@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import fcntl
 import logging
 import os
 import pty
@@ -25,12 +26,14 @@ from mlx_engine.remote.wire.frames import FrameSplitter, WireError, framed
 
 _LINES = 60  # of standard error that are kept
 _WIDTH = 500  # characters of each
+_READS = 4  # pieces of it at a time
 _DUMP = 0.2  # seconds for the stacks to be written
 _CODE_WAIT = 1.0  # seconds from the end of the connection to the exit code
 _REST_WAIT = 0.25  # seconds from the exit code to the end of the connection
 
 _log = logging.getLogger("mlx_engine.core")
 _living: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()
+_links: weakref.WeakSet[ProcessLink] = weakref.WeakSet()
 
 
 class ProcessLink(Link):
@@ -68,11 +71,11 @@ class ProcessLink(Link):
         """Start the child."""
         try:
             ours = self._spawn()
-            await self._loop.create_unix_connection(lambda: _Protocol(self), sock=ours)
-        except OSError as error:
-            self.kill()
+        except (OSError, RuntimeError, ValueError) as error:
             self._end(f"its process could not be started: {error}")
             raise EngineDead(f"the engine's process could not be started: {error}") from error
+        try:
+            await self._loop.create_unix_connection(lambda: _Protocol(self), sock=ours)
         except BaseException:
             self.kill()
             raise
@@ -98,13 +101,20 @@ class ProcessLink(Link):
     def _spawn(self) -> socket.socket:
         if not sys.executable:
             raise OSError("sys.executable does not tell which Python to start")
-        ours, theirs = socket.socketpair()
-        self._errors, errors = os.pipe()
-        self._lifeline, terminal = _terminal()
-        passed = [theirs.fileno(), *([] if terminal is None else [terminal])]
         # -P: the folder in which the application was started must not shadow anything.
         command = [sys.executable, "-P", "-m", "mlx_engine.remote.core", self._name]
-        try:
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as childs:
+            ours, theirs = socket.socketpair()
+            undo.callback(ours.close)
+            childs.callback(theirs.close)
+            self._errors, errors = os.pipe()
+            os.set_blocking(self._errors, False)
+            childs.callback(os.close, errors)
+            self._lifeline, terminal = _terminal()
+            passed = [_above_two(theirs.fileno(), childs)]
+            if terminal is not None:
+                childs.callback(os.close, terminal)
+                passed.append(_above_two(terminal, childs))
             process = subprocess.Popen(
                 [*command, *map(str, passed)],
                 stdin=subprocess.DEVNULL,
@@ -114,26 +124,26 @@ class ProcessLink(Link):
                 env=_environment(),
                 start_new_session=True,  # Ctrl-C in a terminal is for us
             )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(errors)
-            if terminal is not None:
-                os.close(terminal)
+            undo.callback(_kill, process)
+            threading.Thread(
+                target=_wait,
+                args=(process, self._loop, self._exited),
+                name="mlx-engine wait",
+                daemon=True,
+            ).start()
+            undo.pop_all()
         self._process = process
         _living.add(process)
-        os.set_blocking(self._errors, False)
+        _links.add(self)
         self._loop.add_reader(self._errors, self._read_errors)
-        threading.Thread(
-            target=_wait,
-            args=(process, self._loop, self._exited),
-            name="mlx-engine wait",
-            daemon=True,
-        ).start()
         ours.setblocking(False)
         return ours
+
+    def forget_lifeline(self) -> None:
+        """In a fork of this process: it must not keep the child alive when this one ends."""
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+            self._lifeline = None
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None and self._code is None:
@@ -199,7 +209,7 @@ class ProcessLink(Link):
     def _read_errors(self) -> None:
         """Keep the last lines of the child's standard error."""
         assert self._errors is not None
-        while True:
+        for _ in range(_READS):  # one that writes without a pause must not stop all others
             try:
                 data = os.read(self._errors, 65536)
             except BlockingIOError:
@@ -269,13 +279,34 @@ def _environment() -> dict[str, str]:
     return environment
 
 
+def _above_two(descriptor: int, stack: contextlib.ExitStack) -> int:
+    """The same, but not where the child's standard streams go: ours may be closed."""
+    if descriptor > 2:
+        return descriptor
+    copy = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    stack.callback(os.close, copy)
+    return copy
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(1)
+
+
 def _kill_the_living() -> None:
     """At exit: children of engines that nobody stopped."""
     for process in list(_living):
         if process.poll() is None:
-            process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(1)
+            _kill(process)
+
+
+def _forked() -> None:
+    """In a fork of this process: its children are not ours."""
+    _living.clear()
+    for link in list(_links):
+        link.forget_lifeline()
 
 
 atexit.register(_kill_the_living)
+os.register_at_fork(after_in_child=_forked)

@@ -15,6 +15,8 @@ from mlx_engine.remote.replicas.replica import Replica
 from mlx_engine.remote.replicas.routing import Router, Work
 from mlx_engine.turn import wake
 
+_RECHECK = 1.0  # seconds after which to look whether an event loop was closed meanwhile
+
 
 class NoneUp(Exception):
     """No replica can be asked now; never leaves this package."""
@@ -25,6 +27,7 @@ class Fleet:
 
     Attributes:
         leftovers: tasks of requests that were aborted; see ``Flight``.
+        home: the event loop in which replicas are watched and restarted, once it is known.
     """
 
     def __init__(self) -> None:
@@ -35,6 +38,7 @@ class Fleet:
         self._watchers: list[asyncio.Future[None]] = []
         self._waiting = 0
         self._end: tuple[str, Exit | None] | None = None
+        self.home: asyncio.AbstractEventLoop | None = None
 
     def __iter__(self) -> Iterator[Replica]:
         """Those that are there now, oldest first; one that leaves is not."""
@@ -95,7 +99,11 @@ class Fleet:
             self._notify()
 
     def check(self) -> None:
-        """Raise ``EngineDead``, with what is known of the last end, if the fleet is closed."""
+        """Raise ``EngineDead``, with what is known of the last end, if the fleet is closed, or
+        if nobody is left to bring replicas back.
+        """
+        if self.home is not None and self.home.is_closed() and not self.up():
+            raise EngineDead("no replica is up, and the manager's event loop is closed")
         if (end := self._end) is None:
             return
         reason, last = end
@@ -161,7 +169,7 @@ class Fleet:
                     self.check()
                     if up := self.up():
                         return up
-                    await changed
+                    await asyncio.wait({changed}, timeout=_RECHECK)
         finally:
             with self._lock:
                 self._waiting -= 1

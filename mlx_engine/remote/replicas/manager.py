@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from numbers import Integral
@@ -163,6 +165,7 @@ class EngineManager(BaseEngine):
         self._fleet = Fleet()
         self._supervisor = Supervisor(self._fleet, factory, restart, self._lifecycle.fail)
         self._home: asyncio.AbstractEventLoop | None = None
+        self._finalizer: weakref.finalize[[Supervisor], EngineManager] | None = None
         self._scaling = asyncio.Lock()
         self._deadline: float | None = None  # of the shutdown, by time.monotonic
         self._has_chat_template = False
@@ -218,10 +221,10 @@ class EngineManager(BaseEngine):
             EngineDead: a replica ended while it started.
             EngineStopped: the manager is being shut down.
         """
-        loop = asyncio.get_running_loop()
+        loop, supervisor = asyncio.get_running_loop(), self._supervisor
 
-        def abort(_: MLXEngineError) -> bool:
-            self._supervisor.cancel_jobs()
+        def abort(_: MLXEngineError) -> bool:  # is kept, and must not keep this manager
+            supervisor.cancel_jobs()
             return True
 
         ticket = Ticket(self._lifecycle.new_id("start"), loop=loop)
@@ -234,6 +237,8 @@ class EngineManager(BaseEngine):
                 self._has_chat_template = one.engine.has_chat_template
                 self._context_length = one.engine.context_length
             self._supervisor.watch()
+            self._finalizer = weakref.finalize(self, _abandoned, self._supervisor)
+            self._finalizer.atexit = False
             if not self._lifecycle.start_succeeded():
                 raise EngineStopped("the manager was stopped while its replicas were starting")
         except BaseException as error:
@@ -300,6 +305,8 @@ class EngineManager(BaseEngine):
             self._wanted = wanted
 
     async def _release(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer.detach()
         await self._supervisor.release(self._deadline)
         self._has_chat_template, self._context_length = False, None
 
@@ -389,6 +396,16 @@ class EngineManager(BaseEngine):
             InvalidRequest: always.
         """
         return await self._prototype.run_blocking(func, *args, on_cancel=on_cancel, **kwargs)
+
+
+def _abandoned(supervisor: Supervisor) -> None:
+    """Its manager became garbage: nobody will ever stop it."""
+    supervisor.abandon()
+    warnings.warn(
+        "a manager was dropped without being stopped; use 'async with', or await stop()",
+        ResourceWarning,
+        stacklevel=2,
+    )
 
 
 def _checked_count(replicas: int) -> int:

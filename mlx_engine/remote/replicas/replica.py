@@ -15,7 +15,7 @@ from mlx_engine.outputs import EngineStats
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.replicas.restarts import GiveUp, Restart, RestartHistory, RestartPolicy
-from mlx_engine.remote.replicas.totals import bygone, total
+from mlx_engine.remote.totals import bygone, total
 from mlx_engine.turn import outlast, what_it_says
 
 Factory = Callable[[str], LinkedEngine]

@@ -16,7 +16,7 @@ from mlx_engine.remote.replicas.fleet import Fleet
 from mlx_engine.remote.replicas.replica import Factory, Replica, start_together, stop_together
 from mlx_engine.remote.replicas.restarts import GiveUp, RestartPolicy
 from mlx_engine.remote.replicas.tasks import cancel_from_anywhere, until_done
-from mlx_engine.remote.replicas.totals import bygone, total
+from mlx_engine.remote.totals import bygone, total
 from mlx_engine.turn import outlast, what_it_says
 
 T = TypeVar("T")
@@ -64,6 +64,7 @@ class Supervisor:
 
     def watch(self) -> None:
         """Run ``monitor_engine_liveness`` from now on."""
+        self._fleet.home = asyncio.get_running_loop()
         self._monitor = asyncio.create_task(self.monitor_engine_liveness(), name="monitor")
         self._monitor.add_done_callback(self._monitor_ended)
 
@@ -107,6 +108,15 @@ class Supervisor:
         """Stop replicas that start, or leave. From any thread."""
         for job in list(self._jobs):
             cancel_from_anywhere(job)
+
+    def abandon(self) -> None:
+        """Its manager became garbage: kill everything. From any thread."""
+        monitor, self._monitor = self._monitor, None
+        if monitor is not None:
+            cancel_from_anywhere(monitor)
+        self.cancel_jobs()
+        for replica in self.everyone:
+            replica.engine.kill()
 
     async def release(self, deadline: float | None) -> None:
         """Stop everything, all at the same time; not to be cut short.

@@ -45,6 +45,10 @@ class Heart:
         """A request is over, which is a step too."""
         self._answered += 1
 
+    def stood_still(self, seconds: float) -> None:
+        """This process was stopped, or had no processor: that counts for nothing."""
+        self._since = min(time.monotonic(), self._since + seconds)
+
     def beat(self) -> Heartbeat:
         """What there is to tell now."""
         pending, steps, stats = 0, self._loaded, None

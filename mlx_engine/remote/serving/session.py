@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlx_engine.engine.base import BaseEngine
+from mlx_engine.errors import GenerationError
 from mlx_engine.outputs import GenerationChunk, GenerationResult, Progress
 from mlx_engine.remote.wire.frames import WireError
 from mlx_engine.remote.wire.messages import (
@@ -24,6 +25,7 @@ from mlx_engine.remote.wire.messages import (
 from mlx_engine.remote.wire.outbox import Outbox
 from mlx_engine.remote.wire.values import ask_from_wire, error_to_wire
 from mlx_engine.stream import Emit, Producer
+from mlx_engine.turn import what_it_says
 
 
 class Session:
@@ -165,4 +167,7 @@ class Session:
 
 
 async def _run(producer: Producer, emit: Emit | None) -> GenerationResult:
-    return await producer.run(emit)
+    try:
+        return await producer.run(emit)
+    except (SystemExit, KeyboardInterrupt) as error:  # of a processor; asyncio would let it out
+        raise GenerationError(f"the request failed: {what_it_says(error)}") from error

@@ -61,7 +61,7 @@ class EnginePlan:
             raise InvalidRequest(name, _unknown(name, kind))
         wired = {name: option_to_wire(value) for name, value in options.items()}
         try:
-            encode_strictly([wired])
+            encode_strictly([config.model, wired])
         except (TypeError, ValueError, OverflowError) as error:  # an integer too big, say
             raise InvalidRequest("options", f"cannot go to another process: {error}") from error
         return cls(kind, config.model, wired, strategies)

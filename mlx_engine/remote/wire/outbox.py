@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from mlx_engine.errors import GenerationError
+from mlx_engine.outputs import GenerationResult
 from mlx_engine.remote.wire.frames import MAX_FRAME
-from mlx_engine.remote.wire.messages import Done, encode
+from mlx_engine.remote.wire.messages import Done, Failed, encode
 from mlx_engine.remote.wire.values import error_to_wire
 from mlx_engine.turn import what_it_says
 
@@ -75,7 +77,7 @@ class Outbox:
 
 
 def _one(message: Any) -> bytes:
-    """A message by itself; if it cannot travel, the error that says so."""
+    """A message by itself; if it cannot travel, what says so to whoever waits for it."""
     try:
         payload = encode([message])
         problem = f"it would take {len(payload)} bytes"
@@ -83,7 +85,16 @@ def _one(message: Any) -> bytes:
             return payload
     except Exception as error:  # noqa: BLE001
         problem = what_it_says(error)
-    if not isinstance(message, Done):
-        return encode([])
-    refusal = GenerationError(f"the result cannot go to another process: {problem}")
+        if isinstance(message, Done) and any(c.arguments for c in message.result.tool_calls):
+            return _one(Done(message.number, _without_arguments(message.result, problem)))
+    if not isinstance(message, Done | Failed):
+        return encode([])  # nobody waits for it
+    refusal = GenerationError(f"the answer cannot go to another process: {problem}")
     return encode([error_to_wire(message.number, refusal)])
+
+
+def _without_arguments(result: GenerationResult, problem: str) -> GenerationResult:
+    """Its tool calls as the model has written them: an integer, say, is too large to travel."""
+    reason = f"the arguments cannot go to another process: {problem}"
+    calls = [replace(call, arguments=None, error=reason) for call in result.tool_calls]
+    return replace(result, tool_calls=tuple(calls))

@@ -49,6 +49,7 @@ def ask_to_wire(number: int, ask: Ask, *, name: str, stream: bool, progress: boo
     try:
         payload = encode_strictly([message])
     except UnicodeEncodeError as error:
+        option = "stop" if error.object in ask.params.stop else option
         raise InvalidRequest(option, f"is not valid Unicode text ({error})") from error
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidRequest(
@@ -118,9 +119,9 @@ def error_to_wire(number: int, error: BaseException) -> Failed:
     return Failed(
         number=number,
         kind=type(error).__name__,
-        message=str(error),
-        state={k: v for k, v in vars(error).items() if isinstance(v, _PLAIN)},
-        cause=None if cause is None else what_it_says(cause),
+        message=_text(str(error)),
+        state={k: _text(v) for k, v in vars(error).items() if isinstance(v, _PLAIN)},
+        cause=None if cause is None else _text(what_it_says(cause)),
     )
 
 
@@ -137,6 +138,11 @@ def error_from_wire(failed: Failed) -> MLXEngineError:
 
 class RemoteCause(Exception):
     """The error in another process from which one of ours was raised, in words."""
+
+
+def _text(value: Any) -> Any:
+    """A string without what no UTF-8 has, and anything else as it is."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _fields(value: Any) -> dict[str, Any]:

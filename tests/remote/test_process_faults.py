@@ -1,0 +1,327 @@
+"""Faults that were found by trying to break engines in processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_engine import (
+    EngineDead,
+    EngineManager,
+    EngineState,
+    EngineStopped,
+    GenerationError,
+    ProcessEngine,
+    Watchdog,
+)
+from mlx_engine.remote.io_thread import io_thread
+from tests.conftest import ROOT
+from tests.remote.test_process_engine import LONG, NAMED, children, ends, is_alive, program
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+async def test_a_stop_just_after_the_start_began_is_not_lost(tiny_path: Path, turns: int) -> None:
+    engine = ProcessEngine(tiny_path)
+    start = asyncio.create_task(engine.start())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    began = time.monotonic()
+    await engine.stop()
+    assert time.monotonic() - began < 0.5, "it has waited for the load"
+    with pytest.raises(EngineStopped):
+        await start
+    assert not children()
+
+
+async def test_a_name_that_no_process_can_have(tiny_path: Path) -> None:
+    for name in ("a\0b", "\ud800", 5):
+        with pytest.raises(ValueError, match=r"^name: must be a printable string"):
+            ProcessEngine(tiny_path, name=name)  # type: ignore[arg-type]
+
+
+async def test_no_thread_can_be_started(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ProcessEngine(tiny_path)
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    io_thread.call(gc.collect)  # its own thread runs by now
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(EngineDead, match="can't start new thread"):
+        await engine.start()
+    assert not children()
+
+
+@pytest.mark.parametrize("kind", ["simple", "batched"])
+async def test_a_processor_that_raises_what_cannot_be_written_or_ends_programs(
+    tiny_path: Path, kind: Any
+) -> None:
+    async with ProcessEngine(tiny_path, engine=kind) as engine:
+        with pytest.raises(GenerationError, match=r"bad \\ud800 text"):
+            await engine.generate("a", logits_processors=[NAMED + "fail_oddly"])
+        with pytest.raises(GenerationError, match="SystemExit: 3"):
+            await engine.generate("a", logits_processors=[NAMED + "exit_3"])
+        with pytest.raises(ValueError, match=r"^stop: is not valid Unicode"):
+            await engine.generate("a", stop="\ud800")
+        assert (await engine.generate("a", max_tokens=2)).tokens
+
+
+async def test_an_integer_too_large_to_travel_costs_no_answer(tiny_path: Path) -> None:
+    user = [{"role": "user", "content": "hi"}]
+    async with ProcessEngine(tiny_path) as engine:
+        result = await engine.chat(user, logits_processors=[NAMED + "SayHugeCall"])
+        (call,) = result.tool_calls
+        assert call.arguments is None
+        assert call.error is not None
+        assert "9" * 30 in call.raw
+
+
+async def test_a_late_cancel_of_a_stream_touches_no_other_request(tiny_path: Path) -> None:
+    async with ProcessEngine(tiny_path) as engine:
+        stream = engine.stream_generate("a", max_tokens=2)
+        async for _ in stream:
+            pass
+        await engine.stop()
+        await engine.start()
+        other = asyncio.create_task(engine.generate("b", max_tokens=200, ignore_eos=True))
+        await asyncio.sleep(0.05)
+        stream.cancel()
+        assert (await other).finish_reason == "length"
+
+
+def test_a_request_whose_loop_was_closed_is_cancelled(tiny_path: Path) -> None:
+    engine = ProcessEngine(tiny_path)
+    asyncio.run(engine.start())
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(engine.generate("a", **LONG))
+    loop.run_until_complete(asyncio.sleep(0.1))
+    loop.close()
+
+    async def next_one() -> float:
+        began = time.monotonic()
+        await engine.generate("b", max_tokens=2)
+        return time.monotonic() - began
+
+    assert asyncio.run(next_one()) < 2
+    asyncio.run(engine.stop())
+    task.get_coro().close()
+    del task
+    gc.collect()
+
+
+async def test_one_that_writes_without_a_pause_does_not_stop_the_others(tiny_path: Path) -> None:
+    async with ProcessEngine(tiny_path) as noisy, ProcessEngine(tiny_path) as other:
+        with pytest.raises(GenerationError):
+            await noisy.generate("a", logits_processors=[NAMED + "make_noise"])
+        for _ in range(3):
+            async with asyncio.timeout(5):
+                await other.generate("b", max_tokens=3)
+        began = time.monotonic()
+        noisy.kill()
+        await noisy.wait_exit()
+        assert time.monotonic() - began < 2, "its grandchild holds its standard error"
+
+
+@pytest.mark.parametrize("blocked", [True, False])
+def test_inherited_signal_masks_do_not_matter(tiny_path: Path, blocked: bool) -> None:
+    body = f"""
+        import signal
+        if {blocked}:
+            signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+        async def run():
+            engine = ProcessEngine({str(tiny_path)!r})
+            await engine.start()
+            print(engine._connection._link.pid, flush=True)
+            await engine.generate("a", logits_processors=["{NAMED}hold_the_gil"])
+
+        asyncio.run(run())
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", program(body, tiny_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdout is not None
+    with process:
+        pid = int(process.stdout.readline())
+        time.sleep(0.3)
+        process.kill()
+    asyncio.run(ends(pid))
+
+
+def test_standard_streams_that_are_closed(tiny_path: Path) -> None:
+    body = """
+        try:
+            asyncio.run(main())
+        finally:
+            os._exit(0 if "done" in globals() else 1)
+    """
+    code = program(body, tiny_path).replace(
+        "print(len(tokens), flush=True)", "globals()['done'] = 1"
+    )
+    command = f'{sys.executable} -c "$CODE" 0<&- 1>&- 2>&-'
+    done = subprocess.run(["sh", "-c", command], env={**os.environ, "CODE": code}, cwd=ROOT)
+    assert done.returncode == 0
+
+
+def test_a_fork_that_exits_leaves_the_engine_alone(tiny_path: Path) -> None:
+    body = f"""
+        engine = ProcessEngine({str(tiny_path)!r})
+        asyncio.run(engine.start())
+        if os.fork() == 0:
+            sys.exit(0)
+        os.wait()
+        print(len(asyncio.run(engine.generate("hello", max_tokens=9)).tokens), flush=True)
+        asyncio.run(engine.stop())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program(body, tiny_path)],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        cwd=ROOT,
+    )
+    assert (done.returncode, done.stdout) == (0, "9\n"), done.stderr
+
+
+@pytest.mark.parametrize("late", ["stop", "generate"])
+def test_used_while_the_interpreter_exits(tiny_path: Path, late: str) -> None:
+    body = f"""
+        import atexit
+        loop = asyncio.new_event_loop()
+        engine = ProcessEngine({str(tiny_path)!r})
+
+        async def use():
+            try:
+                await (engine.stop() if {late!r} == "stop" else engine.generate("a"))
+            except EngineDead as error:
+                print("shutting down" in str(error), flush=True)
+            else:
+                print(True, flush=True)
+
+        atexit.register(lambda: loop.run_until_complete(use()))
+        loop.run_until_complete(engine.start())
+        task = loop.create_task(engine.generate("a", max_tokens=9999, ignore_eos=True))
+        task.add_done_callback(lambda task: task.exception())
+        loop.run_until_complete(asyncio.sleep(0.1))
+    """
+    source = "from mlx_engine import EngineDead\n" + program(body, tiny_path)
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=30, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+async def test_a_signal_handler_may_kill_an_engine(tiny_path: Path) -> None:
+    engine = ProcessEngine(tiny_path)
+    await engine.start()
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: engine.kill())
+    try:
+        for count in range(200):
+            engine.stats()
+            if count == 100:
+                os.kill(os.getpid(), signal.SIGUSR2)
+        assert (await engine.wait_exit()).signal == "SIGKILL"
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+        await engine.stop()
+
+
+async def test_what_is_known_of_a_death_is_told_to_those_who_come_later(tiny_path: Path) -> None:
+    async with ProcessEngine(tiny_path) as engine:
+        task = asyncio.create_task(engine.generate("a", **LONG))
+        while not engine.stats().running:
+            await asyncio.sleep(0.01)
+        engine.kill()
+        with pytest.raises(EngineDead):
+            await task
+        with pytest.raises(EngineDead) as caught:
+            await engine.generate("b")
+        assert (caught.value.exit_code, caught.value.signal) == (-9, "SIGKILL")
+        assert engine.stats().running == engine.stats().waiting == engine.stats().batch_size == 0
+        assert not engine.check_health().healthy
+
+
+def test_a_pause_of_both_processes_is_no_stall(tiny_path: Path) -> None:
+    """As when a laptop sleeps, or a container is frozen."""
+    body = f"""
+        async def run():
+            async with ProcessEngine(
+                {str(tiny_path)!r}, watchdog=Watchdog(decode=1, silence=1)
+            ) as engine:
+                print(engine._connection._link.pid, flush=True)
+                result = await engine.generate(
+                    "a", max_tokens=8, ignore_eos=True, logits_processors=["{NAMED}very_slow"]
+                )
+                print(len(result.tokens), flush=True)
+
+        asyncio.run(run())
+    """
+    source = "from mlx_engine import Watchdog\n" + program(body, tiny_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", source], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    with process:
+        pid = int(process.stdout.readline())
+        time.sleep(0.7)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for one in (pid, process.pid):
+                os.kill(one, number)
+            if number is signal.SIGSTOP:
+                time.sleep(2.5)
+        assert process.stdout.read() == "8\n"
+
+
+def test_a_manager_whose_loop_is_closed_says_so(tiny_path: Path) -> None:
+    manager = EngineManager(tiny_path)
+
+    async def start() -> None:
+        await manager.start()
+
+    asyncio.run(start())
+    for line in children():
+        os.kill(int(line.split()[0]), signal.SIGKILL)
+    with pytest.raises(EngineDead):
+        asyncio.run(asyncio.wait_for(manager.generate("a"), 10))
+    asyncio.run(manager.stop())
+    gc.collect()
+
+
+async def test_a_manager_that_is_dropped_ends_its_replicas(tiny_path: Path) -> None:
+    manager = EngineManager(tiny_path)
+    await manager.start()
+    (pid,) = [int(line.split()[0]) for line in children()]
+    gone = weakref.ref(manager)
+    with pytest.warns(ResourceWarning, match="dropped without being stopped"):
+        del manager
+        gc.collect()
+    assert gone() is None
+    await ends(pid)
+    assert not is_alive(pid)
+
+
+async def test_odd_entries_of_the_path_of_imports(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, None, b"bytes", "\ud800", ""])
+    async with ProcessEngine(tiny_path, watchdog=Watchdog()) as engine:
+        assert engine.state is EngineState.RUNNING
+    with pytest.raises(ValueError, match="must be seconds"):
+        await engine.shutdown(float("nan"))
