@@ -137,13 +137,8 @@ class BaseEngine(abc.ABC):
             EngineNotStarted, EngineStopped, EngineDead: by the engine's state.
             GenerationError: this request failed; others go on.
         """
-        ask = Ask(
-            TextPrompt(prompt),  # type: ignore[arg-type]
-            SamplingParams.of(params, **options),
-            priority,
-            prefill,
-            decode,
-        )
+        source = TextPrompt(prompt)  # type: ignore[arg-type]
+        ask = Ask(source, SamplingParams.of(params, **options), priority, prefill, decode)
         return await self._producer(ask, checked_callback(on_progress)).run(None)
 
     def stream_generate(
@@ -162,13 +157,8 @@ class BaseEngine(abc.ABC):
         The request starts, and its state and queue errors are raised, when the stream is
         entered or first read.
         """
-        ask = Ask(
-            TextPrompt(prompt),  # type: ignore[arg-type]
-            SamplingParams.of(params, **options),
-            priority,
-            prefill,
-            decode,
-        )
+        source = TextPrompt(prompt)  # type: ignore[arg-type]
+        ask = Ask(source, SamplingParams.of(params, **options), priority, prefill, decode)
         return GenerationStream(self._producer(ask, checked_callback(on_progress)))
 
     async def chat(
@@ -201,13 +191,8 @@ class BaseEngine(abc.ABC):
         Cancellation and errors are those of ``generate``; a model without a chat template,
         or a template without tools, is an ``InvalidRequest``.
         """
-        ask = Ask(
-            ChatPrompt.of(messages, tools, chat_template_kwargs),
-            SamplingParams.of(params, **options),
-            priority,
-            prefill,
-            decode,
-        )
+        source = ChatPrompt.of(messages, tools, chat_template_kwargs)
+        ask = Ask(source, SamplingParams.of(params, **options), priority, prefill, decode)
         return await self._producer(ask, checked_callback(on_progress)).run(None)
 
     def stream_chat(
@@ -224,13 +209,8 @@ class BaseEngine(abc.ABC):
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream:
         """Answer a conversation as a stream; arguments and errors are those of ``chat``."""
-        ask = Ask(
-            ChatPrompt.of(messages, tools, chat_template_kwargs),
-            SamplingParams.of(params, **options),
-            priority,
-            prefill,
-            decode,
-        )
+        source = ChatPrompt.of(messages, tools, chat_template_kwargs)
+        ask = Ask(source, SamplingParams.of(params, **options), priority, prefill, decode)
         return GenerationStream(self._producer(ask, checked_callback(on_progress)))
 
     async def generate_batch(

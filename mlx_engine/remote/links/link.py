@@ -8,6 +8,8 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mlx_engine.remote.wire.frames import FrameSplitter, WireError
+
 
 @dataclass(frozen=True, slots=True)
 class Ending:
@@ -79,6 +81,46 @@ class Link(abc.ABC):
     @abc.abstractmethod
     def kill(self) -> None:
         """End the other end (SIGKILL); ``gone`` is done soon, whatever it was doing."""
+
+
+class SocketEnd(Link):
+    """A link over a socket of this machine; ``FrameProtocol`` tells it what happens there."""
+
+    @abc.abstractmethod
+    def connected(self, transport: asyncio.Transport) -> None:
+        """The socket can be written to."""
+
+    @abc.abstractmethod
+    def flawed(self, flaw: str) -> None:
+        """What came over the socket makes no sense."""
+
+    @abc.abstractmethod
+    def disconnected(self, error: Exception | None) -> None:
+        """The socket has ended."""
+
+
+class FrameProtocol(asyncio.Protocol):
+    """Cuts what comes over a socket into frames, for its link."""
+
+    def __init__(self, link: SocketEnd) -> None:
+        self._link = link
+        self._frames = FrameSplitter()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See ``asyncio.Protocol``."""
+        self._link.connected(transport)  # type: ignore[arg-type]
+
+    def data_received(self, data: bytes) -> None:
+        """See ``asyncio.Protocol``."""
+        try:
+            for frame in self._frames.feed(data):
+                self._link.on_frame(frame)
+        except WireError as error:
+            self._link.flawed(f"it said something that makes no sense ({error})")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See ``asyncio.Protocol``."""
+        self._link.disconnected(exc)
 
 
 def _ignore(frame: bytes) -> None:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import mlx_engine
 from mlx_engine.errors import EngineDead
-from mlx_engine.remote.links.link import Ending, Link
-from mlx_engine.remote.wire.frames import FrameSplitter, WireError, framed
+from mlx_engine.remote.links.link import Ending, FrameProtocol, SocketEnd
+from mlx_engine.remote.wire.frames import framed
 
 _LINES = 60  # of standard error that are kept
 _WIDTH = 500  # characters of each
@@ -36,7 +36,7 @@ _living: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()
 _links: weakref.WeakSet[ProcessLink] = weakref.WeakSet()
 
 
-class ProcessLink(Link):
+class ProcessLink(SocketEnd):
     """A child process that runs ``mlx_engine.remote.core``. Never forked: a new interpreter.
 
     Its end is noticed by a thread that waits for it, and by the end of its socket; nothing is
@@ -52,7 +52,7 @@ class ProcessLink(Link):
         self._name = name
         self._loop = asyncio.get_running_loop()
         self._process: subprocess.Popen[bytes] | None = None
-        self._transport: asyncio.WriteTransport | None = None
+        self._transport: asyncio.Transport | None = None
         self._errors: int | None = None  # file descriptors
         self._lifeline: int | None = None
         self._lines: deque[str] = deque(maxlen=_LINES)
@@ -75,7 +75,7 @@ class ProcessLink(Link):
             self._end(f"its process could not be started: {error}")
             raise EngineDead(f"the engine's process could not be started: {error}") from error
         try:
-            await self._loop.create_unix_connection(lambda: _Protocol(self), sock=ours)
+            await self._loop.create_unix_connection(lambda: FrameProtocol(self), sock=ours)
         except BaseException:
             self.kill()
             raise
@@ -158,17 +158,19 @@ class ProcessLink(Link):
         else:  # what it has said at last may still be on its way
             self._set_timer(_REST_WAIT, self._finish)
 
-    def connected(self, transport: asyncio.WriteTransport) -> None:
+    def connected(self, transport: asyncio.Transport) -> None:
         """The socket can be written to."""
         self._transport = transport
 
-    def disconnected(self, flaw: str | None = None) -> None:
-        """The socket has ended, or what came over it makes no sense."""
+    def flawed(self, flaw: str) -> None:
+        """What came over the socket makes no sense."""
+        _log.error("%s: %s; its process is ended", self._name, flaw)
+        self._flaw = flaw
+        self.kill()
+
+    def disconnected(self, error: Exception | None) -> None:
+        """The socket has ended."""
         self._closed = True
-        self._flaw = self._flaw or flaw
-        if flaw is not None:
-            _log.error("%s: %s; its process is ended", self._name, flaw)
-            self.kill()
         if self._code is not None:
             self._finish()
         else:
@@ -227,25 +229,6 @@ class ProcessLink(Link):
         if text:
             self._lines.append(text)
             _log.info("%s: %s", self._name, text)
-
-
-class _Protocol(asyncio.Protocol):
-    def __init__(self, link: ProcessLink) -> None:
-        self._link = link
-        self._frames = FrameSplitter()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._link.connected(transport)  # type: ignore[arg-type]
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            for frame in self._frames.feed(data):
-                self._link.on_frame(frame)
-        except WireError as error:
-            self._link.disconnected(f"it said something that makes no sense ({error})")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._link.disconnected()
 
 
 def _wait(

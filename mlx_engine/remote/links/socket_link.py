@@ -8,14 +8,14 @@ import socket
 import stat
 
 from mlx_engine.errors import EngineDead
-from mlx_engine.remote.links.link import Ending, Link
-from mlx_engine.remote.wire.frames import FrameSplitter, WireError, framed
+from mlx_engine.remote.links.link import Ending, FrameProtocol, SocketEnd
+from mlx_engine.remote.wire.frames import framed
 
 _PATIENCE = 10.0  # seconds that the host may take to let us in
 _AGAIN = 0.05
 
 
-class SocketLink(Link):
+class SocketLink(SocketEnd):
     """A connection to a host. What is at the other end goes on when this ends.
 
     Args:
@@ -39,7 +39,7 @@ class SocketLink(Link):
         sock: socket.socket | None = None
         try:
             sock = await self._connected()
-            await self._loop.create_unix_connection(lambda: _Protocol(self), sock=sock)
+            await self._loop.create_unix_connection(lambda: FrameProtocol(self), sock=sock)
         except BaseException as error:
             if sock is not None and self._transport is None:
                 sock.close()
@@ -119,25 +119,6 @@ class SocketLink(Link):
         else:
             detail = "its host closed the connection"
         self.gone.set_result(Ending(detail))
-
-
-class _Protocol(asyncio.Protocol):
-    def __init__(self, link: SocketLink) -> None:
-        self._link = link
-        self._frames = FrameSplitter()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._link.connected(transport)  # type: ignore[arg-type]
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            for frame in self._frames.feed(data):
-                self._link.on_frame(frame)
-        except WireError as error:
-            self._link.flawed(f"it said something that makes no sense ({error})")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._link.disconnected(exc)
 
 
 def _why_not(path: str, error: OSError) -> str:
