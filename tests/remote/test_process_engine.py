@@ -587,12 +587,8 @@ PROGRAMS = {
         asyncio.run(main())
     """,
     "uvloop": """
-        try:
-            import uvloop
-        except ImportError:
-            asyncio.run(main())
-        else:
-            uvloop.run(main())
+        import uvloop
+        uvloop.run(main())
     """,
     "never stopped": """
         async def forget():
