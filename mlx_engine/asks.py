@@ -27,8 +27,9 @@ class TextPrompt:
     prompt: str | list[int]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.prompt, str):
-            object.__setattr__(self, "prompt", _token_ids(self.prompt))
+        given = self.prompt  # NumPy's strings have a type of their own
+        prompt = str(given) if isinstance(given, str) else _token_ids(given)
+        object.__setattr__(self, "prompt", prompt)
         if len(self.prompt) == 0:
             raise InvalidRequest("prompt", "must not be empty")
 

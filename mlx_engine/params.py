@@ -223,7 +223,7 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
                 f"must be a non-empty string or a list of them, not {string!r}; "
                 "leave it out to stop at the end of the answer only",
             )
-    return strings  # type: ignore[return-value]
+    return tuple(str(string) for string in strings)  # NumPy's strings have a type of their own
 
 
 def _logit_bias(bias: object) -> dict[int, float]:

@@ -91,6 +91,8 @@ class Admission:
         return sum(work.waiting for work, where in self._inside.values() if where is line)
 
     def _check_room(self, line: Line[Any]) -> None:
+        if self._limits.queue_limit is None and self._limits.max_wait != 0:
+            return
         waiting, limit = max(0, self._waiting(line) - line.free), self._limits.queue_limit
         full = limit is not None and waiting >= limit
         if (full or self._limits.max_wait == 0) and line.busy:

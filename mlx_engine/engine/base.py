@@ -373,4 +373,6 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     """``path``, if it can be one; raises ``InvalidRequest`` if not."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise InvalidRequest("path", f"must be the path of a file, not {path!r}")
+    if "\0" in str(path):
+        raise InvalidRequest("path", f"must not have a NUL character in it: {path!r}")
     return Path(path).expanduser()

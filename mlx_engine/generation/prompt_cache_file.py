@@ -57,7 +57,10 @@ def save(path: Path, cache: PromptCache, fingerprint: str) -> int:
     Raises:
         InvalidRequest: it cannot be written; the file that was there is as it was.
     """
-    path = path.resolve()  # a symbolic link stays one
+    try:
+        path = path.resolve()  # a symbolic link stays one
+    except (OSError, RuntimeError) as error:  # a ring of them, say
+        raise InvalidRequest("path", f"{path}: {error}; give another path") from error
     found: dict[str, mx.array] = {}
     entries = [
         {
@@ -101,7 +104,11 @@ def load(path: Path, cache: PromptCache, fingerprint: str, template: Cache) -> i
         InvalidRequest: there is no such file, or it is broken, of another version, of
             another model, or of an engine with other KV cache options.
     """
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError:  # its name is too long, say
+        there = False
+    if not there:
         raise InvalidRequest("path", f"{path}: there is no such file; save a prompt cache first")
     try:
         with path.open("rb"):

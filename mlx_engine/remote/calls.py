@@ -18,7 +18,7 @@ from mlx_engine.remote.wire.messages import (
     Told,
     encode,
 )
-from mlx_engine.remote.wire.values import error_from_wire
+from mlx_engine.remote.wire.values import error_from_wire, result_from_wire
 from mlx_engine.stream import Emit
 from mlx_engine.turn import Pending, Stage
 
@@ -130,7 +130,7 @@ class Calls(Line[Call]):
                 if call.on_progress is not None:
                     call.on_progress(Progress(message.phase, message.done, message.total))
             case Done():
-                call.value = call.partial = message.result
+                call.value = call.partial = result_from_wire(message)
                 self._end(call)
             case CacheFileDone():
                 call.value = message.prompts

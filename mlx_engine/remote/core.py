@@ -116,7 +116,7 @@ class _Core(asyncio.Protocol):
             await self._leave(EXIT_FAILED)
         loop.add_signal_handler(signal.SIGTERM, self._asked_to_leave)
         self._session = Session(
-            self._engine, self._outbox, may_import=True, on_over=self._request_over
+            self._engine, self._outbox, trusted=True, on_over=self._request_over
         )
         self._heart.sessions.add(self._session)
         self._heart.engine = self._engine
@@ -216,7 +216,7 @@ class _Core(asyncio.Protocol):
 
     def _request_over(self) -> None:
         self._heart.request_over()
-        self._outbox.put(self._heart.beat())  # so that whoever asks for statistics has them
+        self._outbox.put_last(self._heart.beat)  # so that whoever asks for statistics has them
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from mlx_engine.asks import Ask
 from mlx_engine.engine.base import BaseEngine, checked_callback
@@ -36,7 +36,8 @@ from mlx_engine.remote.health import Health, health_of
 from mlx_engine.remote.io_thread import io_thread
 from mlx_engine.remote.links.link import Link
 from mlx_engine.remote.totals import bygone
-from mlx_engine.remote.wire.messages import CacheFile, encode_strictly
+from mlx_engine.remote.wire.frames import MAX_FRAME
+from mlx_engine.remote.wire.messages import CacheFile, Welcome, encode_strictly
 from mlx_engine.remote.wire.values import ask_to_wire, check_processors
 from mlx_engine.stream import Emit
 from mlx_engine.turn import Pending, first_cancellation, outlast
@@ -49,7 +50,10 @@ class LinkedEngine(BaseEngine):
 
     Attributes:
         name: for logs, and among the arguments of its process.
+        frame_limit: bytes that a request may take.
     """
+
+    frame_limit: ClassVar[int] = MAX_FRAME
 
     def __init__(
         self, name: str, watchdog: Watchdog | None, on_progress: ProgressCallback | None
@@ -81,16 +85,14 @@ class LinkedEngine(BaseEngine):
     @property
     def has_chat_template(self) -> bool:
         """Whether ``chat`` can be used. ``False`` while no model is loaded. From any thread."""
-        welcome = self._connection.welcome if self._connection else None
-        return welcome is not None and welcome.has_chat_template
+        return self._welcome is not None and self._welcome.has_chat_template
 
     @property
     def context_length(self) -> int | None:
         """Tokens that prompt and answer may have together; ``None`` if there is no limit, or
         no model is loaded. From any thread.
         """
-        welcome = self._connection.welcome if self._connection else None
-        return None if welcome is None else welcome.context_length
+        return None if self._welcome is None else self._welcome.context_length
 
     @property
     def last_exit(self) -> Exit | None:
@@ -100,7 +102,7 @@ class LinkedEngine(BaseEngine):
     def stats(self) -> EngineStats:
         """The latest that the engine has told: after each request, and four times a second.
 
-        Cheap; from any thread.
+        They begin again at 0 with each ``start``. Cheap; from any thread.
         """
         connection = self._connection
         told = (connection.stats if connection else None) or _NOTHING_YET
@@ -252,8 +254,13 @@ class LinkedEngine(BaseEngine):
 
     @property
     def _width(self) -> int:
-        welcome = self._connection.welcome if self._connection else None
-        return 1 if welcome is None else welcome.width
+        return 1 if self._welcome is None else self._welcome.width
+
+    @property
+    def _welcome(self) -> Welcome | None:
+        """What the engine has said of itself, as long as it is there."""
+        connection = self._connection
+        return None if connection is None or connection.exit is not None else connection.welcome
 
     def _producer(
         self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
@@ -269,7 +276,10 @@ class LinkedEngine(BaseEngine):
 
     async def _cache_file(self, action: Any, path: Path) -> int:
         def frame(number: int) -> bytes:
-            return encode_strictly([CacheFile(number, action, str(path.absolute()))])
+            try:
+                return encode_strictly([CacheFile(number, action, str(path.absolute()))])
+            except (UnicodeEncodeError, OSError) as error:
+                raise InvalidRequest("path", f"cannot go to another process: {error}") from error
 
         answer = await self._ask(Ticket(self._lifecycle.new_id(action)), frame)
         assert isinstance(answer, int)
@@ -334,6 +344,7 @@ class RemoteProducer:
                 number,
                 self._ask,
                 name=self.request_id,
+                limit=self._engine.frame_limit,
                 stream=emit is not None,
                 progress=self._on_progress is not None,
             )

@@ -12,6 +12,7 @@ from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.links.link import Link
 from mlx_engine.remote.links.socket_file import checked_socket_path
 from mlx_engine.remote.links.socket_link import SocketLink
+from mlx_engine.remote.wire.frames import MAX_GUEST_FRAME
 from mlx_engine.remote.wire.messages import Hello, encode
 
 # The model is loaded already: a host that says nothing for that long is stopped or stuck.
@@ -30,8 +31,11 @@ class RemoteEngine(LinkedEngine):
     Requests are those of a client among others: ``stats`` and ``check_health`` are of the
     engine as a whole, and files of ``save_prompt_cache`` are written by the host.
 
-    What cannot go there: ``run_blocking``, and logits processors, by name or not.
+    What cannot go there: ``run_blocking``, logits processors, by name or not, and chat templates
+    among ``chat_template_kwargs``.
     """
+
+    frame_limit = MAX_GUEST_FRAME
 
     def __init__(
         self,

@@ -6,9 +6,13 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mlx_engine import (
@@ -279,3 +283,43 @@ async def test_strategies_travel(tiny_path: Path) -> None:
             await engine.generate("a", decode="fast")  # type: ignore[arg-type]
     with pytest.raises(EngineStopped):
         await engine.generate("a")
+
+
+async def test_values_of_other_types_are_the_same_or_are_refused(
+    pair: tuple[BaseEngine, ProcessEngine],
+) -> None:
+    class Word(str):
+        pass
+
+    same: list[Outcome] = [
+        lambda e: e.generate(Word("hello"), max_tokens=np.int64(4), stop=[np.str_("zz")]),
+        lambda e: e.generate(np.array([1, 2, 3]), max_tokens=3),  # type: ignore[arg-type]
+        lambda e: e.chat([MappingProxyType({"role": "user", "content": Word("hi")})], max_tokens=3),
+        lambda e: e.chat(USER, chat_template_kwargs={"odd": np.float32(0.5)}, max_tokens=3),
+    ]
+    for outcome in same:
+        here, elsewhere = pair
+        assert await told(outcome, elsewhere) == await told(outcome, here)
+    for odd in (Decimal("1.5"), {1, 2}, datetime.now(UTC)):
+        with pytest.raises(ValueError, match=r"^messages: .* cannot go to another process"):
+            await pair[1].chat(USER, tools=[{**TOOL, "x": odd}])
+    with pytest.raises(ValueError, match=r"^top_k: .* cannot go to another process"):
+        await pair[1].generate("a", top_k=2**70)
+
+
+async def test_options_of_numpy_and_relative_paths(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_path.parent)
+    engine = ProcessEngine(tiny_path.name, context_length=np.int64(100), queue_limit=np.int32(3))
+    monkeypatch.chdir("/")
+    async with engine:
+        assert engine.context_length == 100
+        with pytest.raises(ValueError, match=r"^path: must not have a NUL"):
+            await engine.save_prompt_cache("a\0b")
+        with pytest.raises(ValueError, match=r"^path: .*no such file"):
+            await engine.load_prompt_cache("x" * 300)
+    assert engine.context_length is None
+    assert not engine.has_chat_template
+    with pytest.raises(ValueError, match=r"^prompt_cache_bytes: cannot go to another process"):
+        ProcessEngine(tiny_path, prompt_cache_bytes=2**70)

@@ -35,7 +35,7 @@ def no_process_is_left() -> Iterator[None]:
 
 
 def children() -> list[str]:
-    command = ["ps", "-o", "ppid=,stat=,args=", "-A"]
+    command = ["ps", "-ww", "-A", "-o", "ppid=,stat=,args="]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [
         line

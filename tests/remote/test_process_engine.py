@@ -84,7 +84,10 @@ def no_process_is_left() -> Iterator[None]:
 
 def children() -> list[str]:
     done = subprocess.run(
-        ["ps", "-o", "pid=,ppid=,stat=,args=", "-A"], capture_output=True, text=True, check=True
+        ["ps", "-ww", "-A", "-o", "pid=,ppid=,stat=,args="],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return [
         line

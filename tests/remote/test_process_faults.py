@@ -84,9 +84,7 @@ async def test_an_integer_too_large_to_travel_costs_no_answer(tiny_path: Path) -
     async with ProcessEngine(tiny_path) as engine:
         result = await engine.chat(user, logits_processors=[NAMED + "SayHugeCall"])
         (call,) = result.tool_calls
-        assert call.arguments is None
-        assert call.error is not None
-        assert "9" * 30 in call.raw
+        assert call.arguments == {"a": int("9" * 30)}
 
 
 async def test_a_late_cancel_of_a_stream_touches_no_other_request(tiny_path: Path) -> None:

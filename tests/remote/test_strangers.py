@@ -12,9 +12,14 @@ import pytest
 
 from mlx_engine import (
     BaseEngine,
+    EngineBusy,
     EngineDead,
+    GenerationResult,
+    InvalidRequest,
+    SamplingParams,
     SimpleEngine,
 )
+from mlx_engine.asks import Ask, TextPrompt
 from mlx_engine.remote.remote_engine import RemoteEngine
 from mlx_engine.remote.serving import guest
 from mlx_engine.remote.serving.host import EngineHost
@@ -198,3 +203,21 @@ async def test_who_comes_in_at_the_last_moment_is_sent_away_too(
             await shutdown
             assert not host._guests
     assert {record.name for record in caplog.records} <= {LOG}
+
+
+async def test_what_a_client_says_reaches_no_other_client(host: EngineHost) -> None:
+    """Templates are programs, names show in texts, and a client has so many requests at once."""
+    user = [{"role": "user", "content": "hi"}]
+    async with client(host) as remote, client(host) as other:
+        with pytest.raises(InvalidRequest, match=r"^chat_template_kwargs: .* no chat templates"):
+            await remote.chat(user, chat_template_kwargs={"chat_template": "{{ 1 }}"})
+        ask = Ask(TextPrompt("a"), SamplingParams(max_tokens=1))
+        result = await other._producer(ask, None, "n" * 100_000).run(None)
+        assert result.tokens
+        assert len(str(host.engine.stats())) < 5000
+        many = [remote.generate("a", max_tokens=1) for _ in range(1100)]
+        ends = await asyncio.gather(*many, return_exceptions=True)
+        busy = [end for end in ends if isinstance(end, EngineBusy)]
+        assert 1 <= len(busy) <= 76
+        assert all(isinstance(end, EngineBusy | GenerationResult) for end in ends)
+        assert (await other.generate("a", max_tokens=1)).tokens

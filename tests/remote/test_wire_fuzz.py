@@ -18,7 +18,6 @@ import pytest
 from mlx_engine import BatchedEngine, InvalidRequest
 from mlx_engine.remote.remote_engine import RemoteEngine
 from mlx_engine.remote.serving.host import EngineHost
-from mlx_engine.remote.wire import values
 from mlx_engine.remote.wire.frames import MAX_FRAME, framed
 from mlx_engine.remote.wire.messages import Cancel, Generate, Hello, Shutdown, encode
 from tests.remote.hosting import PROMPT, Stranger, client, generate, hosted, until
@@ -265,7 +264,7 @@ async def test_those_who_only_connect_do_not_keep_others_out(host: EngineHost) -
 async def test_a_request_that_is_too_long_for_a_frame_is_an_error_not_a_silence(
     host: EngineHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(values, "MAX_FRAME", 5000)
+    monkeypatch.setattr(RemoteEngine, "frame_limit", 5000)
     async with client(host) as remote:
         with pytest.raises(InvalidRequest, match=r"^prompt: .*5000"):
             await remote.generate("x" * 6000)

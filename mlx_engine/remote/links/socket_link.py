@@ -6,6 +6,8 @@ import asyncio
 import os
 import socket
 import stat
+import struct
+import sys
 
 from mlx_engine.errors import EngineDead
 from mlx_engine.remote.links.link import Ending, FrameProtocol, SocketEnd
@@ -72,6 +74,15 @@ class SocketLink(SocketEnd):
         else:
             self._transport.abort()
 
+    def _check_owner(self, sock: socket.socket) -> None:
+        """Prompts go to a host of the same user, or of root, and to nobody else."""
+        owner = _peer_uid(sock)
+        if owner not in (None, 0, os.getuid()):
+            raise EngineDead(
+                f"the host at {self._path} is of another user (uid {owner}): choose a path in a "
+                "folder where nobody else can write"
+            )
+
     async def _connected(self) -> socket.socket:
         """By hand: asyncio takes the "try again" of a host with a full backlog for success."""
         deadline = self._loop.time() + _PATIENCE
@@ -80,6 +91,7 @@ class SocketLink(SocketEnd):
             try:
                 sock.setblocking(False)
                 sock.connect(self._path)
+                self._check_owner(sock)
                 return sock
             except BlockingIOError:
                 sock.close()
@@ -142,6 +154,17 @@ def _why_not(path: str, error: OSError) -> str:
     if isinstance(error, ConnectionRefusedError):
         return f"no engine is hosted at {path} any more, its host has ended: {start}"
     return f"cannot connect to {path}: {error.strerror or error}"
+
+
+def _peer_uid(sock: socket.socket) -> int | None:
+    """Whose process listens at the other side; ``None`` where the system does not tell."""
+    if sys.platform == "darwin":  # LOCAL_PEERCRED gives a struct xucred: version, uid, groups
+        _, uid = struct.unpack_from("II", sock.getsockopt(0, 1, 76))
+        return int(uid)
+    if sys.platform == "linux":
+        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return int(uid)
+    return None
 
 
 def _is_socket(path: str) -> bool:

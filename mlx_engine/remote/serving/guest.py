@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, cast
 
 import msgspec
 
 from mlx_engine.engine.base import BaseEngine
-from mlx_engine.errors import EngineStopped
+from mlx_engine.errors import EngineBusy, EngineStopped
 from mlx_engine.outputs import ShutdownReport
 from mlx_engine.remote.serving.session import Session
-from mlx_engine.remote.wire.frames import FrameSplitter, WireError, framed
+from mlx_engine.remote.wire.frames import MAX_GUEST_FRAME, FrameSplitter, WireError, framed
 from mlx_engine.remote.wire.messages import (
     MAGIC,
     VERSION,
@@ -36,6 +36,7 @@ MAX_UNSENT = 64 * 2**20  # bytes that may wait for a client to read them
 _MAX_UNSENT_BEFORE_BEAT = 2**20  # bytes; a client that is stopped need not hear more beats
 _MAX_HELLO = 4096  # bytes
 _MANY = 0xDD  # the first byte of a list of more than 65,535 messages in msgpack
+_MOST_REQUESTS = 1024  # of one client at a time
 _LINGER = 1.0  # seconds for a client to read the last word
 
 _log = logging.getLogger("mlx_engine.host")
@@ -84,7 +85,7 @@ class Guest(asyncio.Protocol):
         self.gone: asyncio.Future[None] = loop.create_future()
         self._loop = loop
         self._host = host
-        self._frames = FrameSplitter()
+        self._frames = FrameSplitter(MAX_GUEST_FRAME)
         self._over = False  # the last word is said, or there is nobody to say it to
         self._timers: list[asyncio.TimerHandle] = []
         self._deadline: float | None = None  # of its own shutdown, by the loop's clock
@@ -95,6 +96,11 @@ class Guest(asyncio.Protocol):
     def served(self) -> bool:
         """Whether it has said who it is, and may still ask."""
         return self.session is not None and not self._over
+
+    def put_last(self, make: Callable[[], object]) -> None:
+        """Tell it what ``make`` makes, after what there is to tell now; once for many calls."""
+        if self.session is not None:
+            self._outbox.put_last(make)
 
     def put(self, message: object) -> None:
         """Tell it something, once it has said who it is; in the order of what it is told."""
@@ -218,7 +224,7 @@ class Guest(asyncio.Protocol):
         session = Session(
             self._host.engine,
             self._outbox,
-            may_import=False,
+            trusted=False,
             on_over=lambda: self._host.request_over(self),
             client=f"@{self.name.replace(' ', '-')}",
         )
@@ -237,6 +243,11 @@ class Guest(asyncio.Protocol):
             case Generate() | CacheFile() if self._leaving:
                 stopped = EngineStopped("the client is leaving: no new requests")
                 self._outbox.put(error_to_wire(message.number, stopped))
+            case Generate() if session.pending >= _MOST_REQUESTS:
+                busy = EngineBusy(
+                    f"this client has {_MOST_REQUESTS} requests under way already", retry_after=1.0
+                )
+                self._outbox.put(error_to_wire(message.number, busy))
             case _:
                 session.take(message)
 

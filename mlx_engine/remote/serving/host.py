@@ -30,14 +30,15 @@ _ASKED_TO_END = "the host was asked to end"
 class EngineHost:
     """Serves an engine on a Unix socket, in the event loop that starts it.
 
-        async with SimpleEngine("demo") as engine, EngineHost(engine, "/tmp/demo.sock") as host:
+        async with SimpleEngine("demo") as engine, EngineHost(engine, "demo.sock") as host:
             with install_signal_handlers(host) as handlers:
                 await handlers.wait()
 
     Only the user who runs it can connect: the socket is created with these permissions. Each
     client has requests of its own; those of one that goes away are cancelled. One that says
     what makes no sense, says nothing or does not read is sent away, with a line in the log
-    ``mlx_engine.host``; nobody else notices. Clients cannot have functions imported.
+    ``mlx_engine.host``. Clients cannot have functions imported, nor give chat templates, which
+    are programs. They share the engine: the long prompt of one delays the others.
 
     Attributes:
         engine: what is served; the application may use it too.
@@ -223,7 +224,7 @@ class EngineHost:
     def request_over(self, guest: Guest) -> None:
         """A request of its is over: whoever asks for statistics should have them."""
         self._heart.request_over()
-        guest.put(self.heartbeat())
+        guest.put_last(self.heartbeat)
 
     def left(self, guest: Guest) -> None:
         """Its connection is closed, and its requests are over."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,16 +17,17 @@ from mlx_engine.remote.wire.messages import (
     CacheFileDone,
     Cancel,
     Chunk,
-    Done,
     Generate,
     Told,
     ToServer,
     Welcome,
 )
 from mlx_engine.remote.wire.outbox import Outbox
-from mlx_engine.remote.wire.values import ask_from_wire, error_to_wire
+from mlx_engine.remote.wire.values import ask_from_wire, error_to_wire, result_to_wire
 from mlx_engine.stream import Emit, Producer
 from mlx_engine.turn import what_it_says
+
+_NAME = re.compile(r"[\w.@-]{1,64}")  # of a request; it shows in texts
 
 
 class Session:
@@ -34,7 +36,7 @@ class Session:
     Args:
         engine: the engine; it may serve others too.
         outbox: answers go there.
-        may_import: whether the client may name logits processors to import.
+        trusted: whether the client may name functions to import, and give chat templates.
         on_over: called after each request.
         client: what tells the names of its requests from those of other clients.
     """
@@ -44,14 +46,15 @@ class Session:
         engine: BaseEngine,
         outbox: Outbox,
         *,
-        may_import: bool,
+        trusted: bool,
         on_over: Callable[[], None],
         client: str = "",
     ) -> None:
         self._engine = engine
         self._outbox = outbox
-        self._may_import = may_import
+        self._trusted = trusted
         self._tasks: dict[int, asyncio.Task[GenerationResult | int]] = {}
+        self._names: set[str] = set()
         self._on_over = on_over
         self._client = client
 
@@ -109,7 +112,7 @@ class Session:
         progress = functools.partial(self._tell, number) if message.progress else None
         emit = functools.partial(self._emit, number) if message.stream else None
         try:
-            ask = ask_from_wire(message, may_import=self._may_import)
+            ask = ask_from_wire(message, trusted=self._trusted)
             producer = self._engine._producer(ask, progress, self._name(message))
         except Exception as error:  # noqa: BLE001 - the border: the client is told
             self._outbox.put(error_to_wire(number, error))
@@ -119,15 +122,15 @@ class Session:
     def _name(self, message: Generate) -> str | None:
         """What the engine is to call a request; ``None`` leaves that to the engine."""
         name = f"{message.name}{self._client}"
-        taken = any(task.get_name() == name for task in self._tasks.values())
-        return None if taken or not message.name else name
+        valid = _NAME.fullmatch(message.name) and name not in self._names
+        return name if valid else None
 
     def _start(
         self, number: int, task: asyncio.Task[GenerationResult | int], producer: Producer | None
     ) -> None:
         self._tasks[number] = task
         if producer is not None:
-            task.set_name(producer.request_id)
+            self._names.add(producer.request_id)
         task.add_done_callback(functools.partial(self._over, number, producer))
 
     def _over(
@@ -137,17 +140,21 @@ class Session:
         task: asyncio.Task[GenerationResult | int],
     ) -> None:
         del self._tasks[number]
+        if producer is not None:
+            self._names.discard(producer.request_id)
         self._on_over()
         if task.cancelled():
             # Nobody waits for the number of prompts of a cancelled save or load.
             partial = None if producer is None else producer.partial_result()
-            self._outbox.put(CacheFileDone(number, 0) if partial is None else Done(number, partial))
+            self._outbox.put(
+                CacheFileDone(number, 0) if partial is None else result_to_wire(number, partial)
+            )
         elif (error := task.exception()) is not None:
             self._outbox.put(error_to_wire(number, error))
         elif isinstance(outcome := task.result(), int):
             self._outbox.put(CacheFileDone(number, outcome))
         else:
-            self._outbox.put(Done(number, outcome))
+            self._outbox.put(result_to_wire(number, outcome))
 
     def _emit(self, number: int, chunk: GenerationChunk) -> None:
         """On the MLX thread."""

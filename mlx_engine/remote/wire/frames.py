@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-MAX_FRAME = 128 * 2**20  # bytes; a prompt of a million token ids takes five million
+MAX_FRAME = 128 * 2**20  # bytes
+MAX_GUEST_FRAME = 8 * 2**20  # of a host's clients; a prompt of a million token ids takes 5 MB
 
 _HEADER = 4
 
@@ -25,9 +26,14 @@ def framed(payload: bytes) -> bytes:
 
 
 class FrameSplitter:
-    """Cuts what arrives into frames."""
+    """Cuts what arrives into frames.
 
-    def __init__(self) -> None:
+    Args:
+        limit: bytes that a frame may have.
+    """
+
+    def __init__(self, limit: int = MAX_FRAME) -> None:
+        self._limit = limit
         self._buffer = bytearray()
         self._needed = _HEADER
 
@@ -40,8 +46,8 @@ class FrameSplitter:
         self._buffer += data
         while len(self._buffer) >= self._needed:
             size = int.from_bytes(self._buffer[:_HEADER], "big")
-            if size > MAX_FRAME:
-                raise WireError(f"a frame of {size} bytes is announced; {MAX_FRAME} is the most")
+            if size > self._limit:
+                raise WireError(f"a frame of {size} bytes is announced; {self._limit} is the most")
             end = _HEADER + size
             if len(self._buffer) < end:
                 self._needed = end

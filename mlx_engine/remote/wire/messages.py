@@ -134,10 +134,15 @@ class Chunk(_Message):
 
 
 class Done(_Message):
-    """A request is over, and this is its result; after ``Cancel``, what there was by then."""
+    """A request is over, and this is its result; after ``Cancel``, what there was by then.
+
+    Attributes:
+        arguments: of each of its tool calls, as JSON; the result is without them.
+    """
 
     number: int
     result: GenerationResult
+    arguments: list[str | None]
 
 
 class CacheFileDone(_Message):

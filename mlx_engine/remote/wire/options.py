@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -48,11 +49,12 @@ class EnginePlan:
         """
         if kind not in _KINDS:
             raise InvalidRequest("engine", f"must be one of {_KINDS}, not {kind!r}")
+        model = _settled(model)
+        if options.get("adapter_path") is not None:
+            options = {**options, "adapter_path": _settled(options["adapter_path"])}
         left = dict(options)
         strategies = Strategies.of(left.pop("prefill", None), left.pop("decode", None))
-        if left.get("adapter_path") is not None:
-            left["adapter_path"] = path_text(left["adapter_path"])
-        config = ModelConfig(model=path_text(model), **_taken(left, ModelConfig))
+        config = ModelConfig(model=model, **_taken(left, ModelConfig))
         QueueConfig(**_taken(left, QueueConfig))
         if kind == "batched":
             BatchConfig(**_taken(left, BatchConfig))
@@ -60,16 +62,26 @@ class EnginePlan:
         for name in left:
             raise InvalidRequest(name, _unknown(name, kind))
         wired = {name: option_to_wire(value) for name, value in options.items()}
-        try:
-            encode_strictly([config.model, wired])
-        except (TypeError, ValueError, OverflowError) as error:  # an integer too big, say
-            raise InvalidRequest("options", f"cannot go to another process: {error}") from error
+        for name, value in {"model": config.model, **wired}.items():
+            try:
+                encode_strictly([value])
+            except (TypeError, ValueError, OverflowError) as error:  # an integer too big, say
+                raise InvalidRequest(name, f"cannot go to another process: {error}") from error
         return cls(kind, config.model, wired, strategies)
 
 
 def options_from_wire(options: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of an engine, as they arrive in its process."""
     return {name: option_from_wire(name, value) for name, value in options.items()}
+
+
+def _settled(path: Any) -> Any:
+    """The path of a folder that is there, wherever the process that needs it is started."""
+    text = path_text(path)
+    try:
+        return os.path.abspath(text) if os.path.isdir(text) else text
+    except (TypeError, ValueError, OSError):
+        return text  # to be refused where it is checked, or the current folder is gone
 
 
 def _taken(options: dict[str, Any], kind: type[Any]) -> dict[str, Any]:

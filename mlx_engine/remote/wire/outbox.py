@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from mlx_engine.errors import GenerationError
-from mlx_engine.outputs import GenerationResult
 from mlx_engine.remote.wire.frames import MAX_FRAME
 from mlx_engine.remote.wire.messages import Done, Failed, encode
 from mlx_engine.remote.wire.values import error_to_wire
@@ -36,18 +34,28 @@ class Outbox:
         self._loop = asyncio.get_running_loop()
         self._write = write
         self._waiting: deque[Any] = deque()
+        self._last: Callable[[], object] | None = None
         self._scheduled = False
         self._flushed = 0.0  # when, by the loop's clock
 
     def put(self, message: object) -> None:
         """Send a message, soon, in order. From any thread."""
         self._waiting.append(message)
-        if not self._scheduled:
-            self._scheduled = True
-            try:
-                self._loop.call_soon_threadsafe(self._flush_soon)
-            except RuntimeError:
-                pass  # the loop is closed: nobody is left to be told
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._scheduled:
+            return
+        self._scheduled = True
+        try:
+            self._loop.call_soon_threadsafe(self._flush_soon)
+        except RuntimeError:
+            pass  # the loop is closed: nobody is left to be told
+
+    def put_last(self, make: Callable[[], object]) -> None:
+        """Have what ``make`` makes end the next frame, however often it is asked for."""
+        self._last = make
+        self._schedule()
 
     def _flush_soon(self) -> None:
         wait = self._flushed + _GAP - self._loop.time()
@@ -63,6 +71,9 @@ class Outbox:
         messages = []
         while self._waiting:
             messages.append(self._waiting.popleft())
+        if self._last is not None:
+            make, self._last = self._last, None
+            messages.append(make())
         if not messages:
             return
         try:
@@ -85,16 +96,7 @@ def _one(message: Any) -> bytes:
             return payload
     except Exception as error:  # noqa: BLE001
         problem = what_it_says(error)
-        if isinstance(message, Done) and any(c.arguments for c in message.result.tool_calls):
-            return _one(Done(message.number, _without_arguments(message.result, problem)))
     if not isinstance(message, Done | Failed):
         return encode([])  # nobody waits for it
     refusal = GenerationError(f"the answer cannot go to another process: {problem}")
     return encode([error_to_wire(message.number, refusal)])
-
-
-def _without_arguments(result: GenerationResult, problem: str) -> GenerationResult:
-    """Its tool calls as the model has written them: an integer, say, is too large to travel."""
-    reason = f"the arguments cannot go to another process: {problem}"
-    calls = [replace(call, arguments=None, error=reason) for call in result.tool_calls]
-    return replace(result, tool_calls=tuple(calls))

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+from numbers import Integral, Real
 from typing import Any
 
 from mlx_engine import errors
 from mlx_engine.asks import Ask, ChatPrompt, TextPrompt
 from mlx_engine.config import MTP, DraftModel, SpecPrefill
 from mlx_engine.errors import GenerationError, InvalidRequest, MLXEngineError
+from mlx_engine.outputs import GenerationResult
 from mlx_engine.params import SamplingParams
 from mlx_engine.remote.wire.frames import MAX_FRAME
-from mlx_engine.remote.wire.messages import Failed, Generate, encode_strictly
+from mlx_engine.remote.wire.messages import Done, Failed, Generate, encode_strictly
 from mlx_engine.turn import what_it_says
 
 _STRATEGIES = {kind.__name__: kind for kind in (DraftModel, MTP, SpecPrefill)}
 _PLAIN = (str, int, float, bool, type(None))
 
 
-def ask_to_wire(number: int, ask: Ask, *, name: str, stream: bool, progress: bool) -> bytes:
+def ask_to_wire(
+    number: int, ask: Ask, *, name: str, stream: bool, progress: bool, limit: int = MAX_FRAME
+) -> bytes:
     """The payload of a frame with a request.
+
+    Args:
+        limit: bytes that it may have.
 
     Raises:
         InvalidRequest: it has something in it that cannot go to another process.
@@ -30,7 +39,7 @@ def ask_to_wire(number: int, ask: Ask, *, name: str, stream: bool, progress: boo
     source = ask.source
     if isinstance(source, ChatPrompt):
         option, prompt = "messages", None
-        chat = (source.messages, source.tools, source.template_kwargs)
+        chat = _plain([source.messages, source.tools, source.template_kwargs])
     else:
         option, prompt, chat = "prompt", source.prompt, None
     prefill = ask.prefill
@@ -46,20 +55,25 @@ def ask_to_wire(number: int, ask: Ask, *, name: str, stream: bool, progress: boo
         progress=progress,
         name=name,
     )
+    for name, value in (*message.params.items(), ("priority", ask.priority)):
+        _encoded(name, value)
+    payload = _encoded(option, message)
+    if len(payload) > limit:
+        raise InvalidRequest(
+            option, f"takes {len(payload)} bytes, of which {limit} may go to another process"
+        )
+    return payload
+
+
+def _encoded(option: str, value: Any) -> bytes:
     try:
-        payload = encode_strictly([message])
+        return encode_strictly([value])
     except UnicodeEncodeError as error:
-        option = "stop" if error.object in ask.params.stop else option
         raise InvalidRequest(option, f"is not valid Unicode text ({error})") from error
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidRequest(
             option, f"has something in it that cannot go to another process: {error}"
         ) from error
-    if len(payload) > MAX_FRAME:
-        raise InvalidRequest(
-            option, f"takes {len(payload)} bytes, of which {MAX_FRAME} may go to another process"
-        )
-    return payload
 
 
 def check_processors(params: SamplingParams) -> None:
@@ -73,21 +87,26 @@ def check_processors(params: SamplingParams) -> None:
             )
 
 
-def ask_from_wire(message: Generate, *, may_import: bool) -> Ask:
+def ask_from_wire(message: Generate, *, trusted: bool) -> Ask:
     """The request that a client has sent.
 
     Args:
-        may_import: whether it may name functions to import.
+        trusted: whether it may name functions to import, and give chat templates, which are
+            programs.
 
     Raises:
         InvalidRequest: it is not acceptable.
     """
     if message.chat is not None:
         source: TextPrompt | ChatPrompt = ChatPrompt.of(*message.chat)
+        if "chat_template" in message.chat[2] and not trusted:
+            raise InvalidRequest(
+                "chat_template_kwargs", "this engine takes no chat templates from its clients"
+            )
     else:
         source = TextPrompt(message.prompt)  # type: ignore[arg-type]
     params = SamplingParams.of(None, **message.params)
-    if params.logits_processors and not may_import:
+    if params.logits_processors and not trusted:
         raise InvalidRequest(
             "logits_processors", "this engine does not import functions for its clients"
         )
@@ -101,7 +120,31 @@ def option_to_wire(value: Any) -> Any:
     """An option of an engine: strategies become a pair of their name and fields."""
     if isinstance(value, tuple(_STRATEGIES.values())):
         return [type(value).__name__, _fields(value)]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    return os.fspath(value) if isinstance(value, os.PathLike) else _simple(value)
+
+
+def result_to_wire(number: int, result: GenerationResult) -> Done:
+    """A result; what the model has written as arguments of tool calls goes as JSON."""
+    arguments = [
+        None if call.arguments is None else json.dumps(call.arguments, default=repr)
+        for call in result.tool_calls
+    ]
+    calls = tuple(
+        replace(call, name=_text(call.name), id=_text(call.id), raw=_text(call.raw), arguments=None)
+        for call in result.tool_calls
+    )
+    return Done(number, replace(result, tool_calls=calls), arguments)
+
+
+def result_from_wire(done: Done) -> GenerationResult:
+    """The other way round."""
+    if not done.arguments:
+        return done.result
+    calls = tuple(
+        call if text is None else replace(call, arguments=json.loads(text))
+        for call, text in zip(done.result.tool_calls, done.arguments, strict=True)
+    )
+    return replace(done.result, tool_calls=calls)
 
 
 def option_from_wire(name: str, value: Any) -> Any:
@@ -143,6 +186,39 @@ class RemoteCause(Exception):
 def _text(value: Any) -> Any:
     """A string without what no UTF-8 has, and anything else as it is."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has a form for, in plain types; all else would be another prompt there.
+
+    Raises:
+        InvalidRequest: something else is in it.
+    """
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    value = _simple(value)
+    if not isinstance(value, _PLAIN):
+        raise InvalidRequest(
+            "messages",
+            "has something in it that cannot go to another process, of the type "
+            f"{type(value).__name__}",
+        )
+    return value
+
+
+def _simple(value: Any) -> Any:
+    """A number or string of a derived type, NumPy's among them, as one of Python's own."""
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def _fields(value: Any) -> dict[str, Any]:
