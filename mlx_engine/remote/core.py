@@ -101,7 +101,7 @@ class _Core(asyncio.Protocol):
         """Serve the parent at the other end of ``sock``; it does not return."""
         loop = asyncio.get_running_loop()
         self._configured: asyncio.Future[Configure] = loop.create_future()
-        self._end: asyncio.Future[int] = loop.create_future()
+        self._end: asyncio.Future[None] = loop.create_future()
         self._outbox = Outbox(self._write)
         sock.setblocking(False)
         await loop.create_unix_connection(lambda: self, sock=sock)
@@ -121,7 +121,8 @@ class _Core(asyncio.Protocol):
         self._heart.sessions.add(self._session)
         self._heart.engine = self._engine
         self._outbox.put(self._session.welcome())
-        await self._leave(await self._end)
+        await self._end
+        await self._leave(0)
 
     async def _leave(self, code: int) -> NoReturn:
         """Say what is left to be said, and end when it is on its way."""
@@ -171,9 +172,7 @@ class _Core(asyncio.Protocol):
                 pass  # it is of the same version: it was started from the same files
             case Configure():
                 self._configured.set_result(message)
-            case Shutdown():
-                if self._session is None:  # still loading
-                    leave(0)
+            case Shutdown():  # not while it loads: then the parent kills it
                 self._drain(message.remaining)
             case _:
                 if self._session is not None:
@@ -199,7 +198,7 @@ class _Core(asyncio.Protocol):
         await self._session.over()
         if not self._end.done():
             self._outbox.put(Stopped(report))
-            self._end.set_result(0)
+            self._end.set_result(None)
 
     # The heart
 

@@ -20,13 +20,9 @@ from mlx_engine.errors import EngineNotRunning, EngineStopped, InvalidRequest, M
 from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
 from mlx_engine.outputs import (
     EngineStats,
-    GenerationChunk,
-    GenerationResult,
     ProgressCallback,
     PromptCacheStats,
     ShutdownReport,
-    Timings,
-    Usage,
 )
 from mlx_engine.remote.beat import Beat, Watchdog
 from mlx_engine.remote.calls import Answer, Call
@@ -35,10 +31,10 @@ from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.health import Health, health_of
 from mlx_engine.remote.io_thread import io_thread
 from mlx_engine.remote.links.link import Link
+from mlx_engine.remote.remote_request import RemoteRequest
 from mlx_engine.remote.totals import bygone
 from mlx_engine.remote.wire.frames import MAX_FRAME
 from mlx_engine.remote.wire.messages import CacheFile, Welcome, encode_strictly
-from mlx_engine.remote.wire.values import ask_to_wire, check_processors
 from mlx_engine.stream import Emit
 from mlx_engine.turn import Pending, first_cancellation, outlast
 
@@ -113,14 +109,8 @@ class LinkedEngine(BaseEngine):
     def check_health(self) -> Health:
         """Whether its latest step is recent, if there is anything to do. From any thread."""
         connection, now = self._connection, time.monotonic()
-        last_beat, beat = (
-            (now, Beat())
-            if connection is None
-            else (
-                connection.last_beat,
-                connection.beat,
-            )
-        )
+        last_beat = now if connection is None else connection.last_beat
+        beat = Beat() if connection is None else connection.beat
         return health_of(
             self.state, now, last_beat, beat, self._watchdog or Watchdog(), self.last_exit
         )
@@ -264,9 +254,9 @@ class LinkedEngine(BaseEngine):
 
     def _producer(
         self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
-    ) -> RemoteProducer:
+    ) -> RemoteRequest:
         self._check_strategies(ask.prefill, ask.decode)
-        return RemoteProducer(self, ask, on_progress, request_id or self._lifecycle.new_id())
+        return RemoteRequest(self, ask, on_progress, request_id or self._lifecycle.new_id())
 
     async def _save_prompt_cache(self, path: Path) -> int:
         return await self._cache_file("save", path)
@@ -318,74 +308,7 @@ class LinkedEngine(BaseEngine):
         return await connection.calls.run(call)  # type: ignore[no-any-return]
 
 
-class RemoteProducer:
-    """A request as its caller or stream sees it."""
-
-    def __init__(
-        self,
-        engine: LinkedEngine,
-        ask: Ask,
-        on_progress: ProgressCallback | None,
-        request_id: str,
-    ) -> None:
-        self.request_id = request_id
-        self._engine = engine
-        self._ask = ask
-        self._on_progress = on_progress
-        self._call: Call | None = None
-        self._chunks: list[GenerationChunk] = []
-        check_processors(ask.params)
-
-    async def run(self, emit: Emit | None) -> GenerationResult:
-        """Have it done, and give its result."""
-
-        def frame(number: int) -> bytes:
-            return ask_to_wire(
-                number,
-                self._ask,
-                name=self.request_id,
-                limit=self._engine.frame_limit,
-                stream=emit is not None,
-                progress=self._on_progress is not None,
-            )
-
-        def emit_and_keep(chunk: GenerationChunk) -> None:
-            assert emit is not None
-            self._chunks.append(chunk)
-            emit(chunk)
-
-        result = await self._engine._ask(
-            Ticket(self.request_id),
-            frame,
-            None if emit is None else emit_and_keep,
-            self._on_progress,
-            self._keep_call,
-        )
-        assert isinstance(result, GenerationResult)
-        return replace(result, request_id=self.request_id)
-
-    def cancel(self) -> None:
-        """Ask it to stop. From any thread; returns at once."""
-        connection = self._engine._connection
-        if self._call is not None and connection is not None:
-            connection.calls.ask_to_cancel(self._call)
-
-    def partial_result(self) -> GenerationResult:
-        """What there is of the answer, once it has been cancelled and is over."""
-        partial = None if self._call is None else self._call.partial
-        if partial is None:  # the engine is gone
-            tokens = tuple(token for chunk in self._chunks for token in chunk.tokens)
-            text = "".join(chunk.text for chunk in self._chunks if chunk.segment == "content")
-            usage = Usage(prompt_tokens=0, completion_tokens=len(tokens))
-            partial = GenerationResult(text, tokens, "cancelled", usage, _NO_TIMINGS)
-        return replace(partial, request_id=self.request_id)
-
-    def _keep_call(self, call: Call) -> None:
-        self._call = call
-
-
 _STOPPED_LOADING = "the engine was stopped while it was loading"
-_NO_TIMINGS = Timings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 _NOTHING_YET = EngineStats(
     "created", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0, 0, PromptCacheStats()
 )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from tests.conftest import ROOT
+from tests.processes import is_alive
 
 PROGRAM = """
 import os, sys
@@ -22,14 +22,6 @@ run_child(
     on_tick=lambda: None, should_stop=None,
 )
 """
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_a_program_ends_with_the_process_that_runs_it(tmp_path: Path) -> None:

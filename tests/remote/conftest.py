@@ -1,17 +1,31 @@
-"""Fixtures: a Ray cluster of two nodes on this machine."""
+"""Fixtures: a host and a client of it, and a Ray cluster of two nodes on this machine."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from mlx_engine import BaseEngine, EngineHost, RemoteEngine
 from tests.conftest import ROOT
+from tests.remote.hosting import client, hosted
 
 STORE = 80 * 2**20  # bytes of Ray's object store on each node; 78 MiB is the least
+
+
+@pytest.fixture
+async def host(engine: BaseEngine) -> AsyncIterator[EngineHost]:
+    async with hosted(engine) as host:
+        yield host
+
+
+@pytest.fixture
+async def remote(host: EngineHost) -> AsyncIterator[RemoteEngine]:
+    async with client(host) as remote:
+        yield remote
 
 
 @dataclass

@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,6 @@ from tests.remote.hosting import (
     endless,
     free,
     generate,
-    hosted,
     running,
     short_folder,
     until,
@@ -48,18 +46,6 @@ from tests.remote.hosting import (
 
 pytestmark = pytest.mark.anyio
 LOG = "mlx_engine.host"
-
-
-@pytest.fixture
-async def host(engine: BaseEngine) -> AsyncIterator[EngineHost]:
-    async with hosted(engine) as host:
-        yield host
-
-
-@pytest.fixture
-async def remote(host: EngineHost) -> AsyncIterator[RemoteEngine]:
-    async with client(host) as remote:
-        yield remote
 
 
 # ── clients ─────────────────────────────────────────────────────────────────────────────────

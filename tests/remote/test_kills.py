@@ -27,7 +27,7 @@ from mlx_engine import (
     SimpleEngine,
 )
 from tests.conftest import other_tasks
-from tests.remote.test_process_engine import children
+from tests.processes import children
 
 pytestmark = pytest.mark.anyio
 

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import os
 import signal
-import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from mlx_engine.remote.beat import Watchdog
 from mlx_engine.remote.replicas.manager import EngineManager
 from mlx_engine.remote.replicas.restarts import RestartPolicy
 from tests.conftest import other_tasks
+from tests.processes import children
 
 pytestmark = pytest.mark.anyio
 
@@ -32,16 +32,6 @@ def no_process_is_left() -> Iterator[None]:
     yield
     gc.collect()
     assert not children()
-
-
-def children() -> list[str]:
-    command = ["ps", "-ww", "-A", "-o", "ppid=,stat=,args="]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [
-        line
-        for line in listed.splitlines()
-        if "mlx_engine.remote.core" in line and int(line.split()[0]) == os.getpid()
-    ]
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from mlx_engine import (
 )
 from mlx_engine.remote.io_thread import io_thread
 from tests.conftest import ROOT
+from tests.processes import children, is_alive
 from tests.remote.processors import GATE
 
 pytestmark = pytest.mark.anyio
@@ -43,14 +44,6 @@ def pid_of(engine: ProcessEngine) -> int:
     assert engine._connection is not None
     pid: int = engine._connection._link.pid  # type: ignore[union-attr]
     return pid
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 async def ends(pid: int, within: float = 3.0) -> None:
@@ -80,20 +73,6 @@ def no_process_is_left() -> Iterator[None]:
     while left := children():
         assert time.monotonic() < end, f"processes left behind: {left}"
         time.sleep(0.01)
-
-
-def children() -> list[str]:
-    done = subprocess.run(
-        ["ps", "-ww", "-A", "-o", "pid=,ppid=,stat=,args="],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [
-        line
-        for line in done.stdout.splitlines()
-        if "mlx_engine.remote.core" in line and int(line.split()[1]) == os.getpid()
-    ]
 
 
 # The states

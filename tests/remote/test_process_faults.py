@@ -27,7 +27,8 @@ from mlx_engine import (
 )
 from mlx_engine.remote.io_thread import io_thread
 from tests.conftest import ROOT
-from tests.remote.test_process_engine import LONG, NAMED, children, ends, is_alive, program
+from tests.processes import children, is_alive
+from tests.remote.test_process_engine import LONG, NAMED, ends, program
 
 pytestmark = pytest.mark.anyio
 

@@ -134,11 +134,11 @@ async def test_a_crash_of_the_process_there_tells_its_last_words(
 
 
 async def test_a_graceful_end_is_told_apart(engines: tuple[RayEngine, RayEngine]) -> None:
-    task = asyncio.create_task(engines[0].generate("a", max_tokens=50, ignore_eos=True))
-    await asyncio.sleep(0.05)
-    report = await engines[0].shutdown(10)
-    assert len(report.finished) == 1
-    assert len((await task).tokens) == 50
+    async with engines[0].stream_generate("a", max_tokens=1000, ignore_eos=True) as stream:
+        await anext(stream)
+        report = await engines[0].shutdown(20)
+    assert report.finished == (stream.request_id,)
+    assert len(stream.result.tokens) == 1000
     assert engines[0].last_exit is not None
     assert (engines[0].last_exit.kind, engines[0].last_exit.exit_code) == ("graceful", 0)
 

@@ -6,7 +6,6 @@ import asyncio
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -22,25 +21,11 @@ from mlx_engine.remote.remote_engine import RemoteEngine
 from mlx_engine.remote.serving.host import EngineHost
 from tests.remote.hosting import (
     PROMPT,
-    client,
-    hosted,
     short_folder,
 )
 
 pytestmark = pytest.mark.anyio
 LOG = "mlx_engine.host"
-
-
-@pytest.fixture
-async def host(engine: BaseEngine) -> AsyncIterator[EngineHost]:
-    async with hosted(engine) as host:
-        yield host
-
-
-@pytest.fixture
-async def remote(host: EngineHost) -> AsyncIterator[RemoteEngine]:
-    async with client(host) as remote:
-        yield remote
 
 
 async def test_only_its_owner_can_connect_to_the_socket(host: EngineHost) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -48,18 +47,6 @@ from tests.remote.hosting import (
 
 pytestmark = pytest.mark.anyio
 LOG = "mlx_engine.host"
-
-
-@pytest.fixture
-async def host(engine: BaseEngine) -> AsyncIterator[EngineHost]:
-    async with hosted(engine) as host:
-        yield host
-
-
-@pytest.fixture
-async def remote(host: EngineHost) -> AsyncIterator[RemoteEngine]:
-    async with client(host) as remote:
-        yield remote
 
 
 async def test_who_says_nothing_is_sent_away(

@@ -12,10 +12,9 @@ from mlx_engine.outputs import (
     GenerationChunk,
     GenerationResult,
     ProgressCallback,
-    Timings,
-    Usage,
 )
 from mlx_engine.remote.linked import LinkedEngine
+from mlx_engine.remote.remote_request import NOTHING
 from mlx_engine.remote.replicas.fleet import Fleet, NoneUp
 from mlx_engine.remote.replicas.flight import Flight
 from mlx_engine.remote.replicas.routing import Work
@@ -23,14 +22,6 @@ from mlx_engine.stream import Emit, Producer
 
 MAX_DEATHS = 2  # replicas that end under a request before it counts as the cause of that
 MAX_ATTEMPTS = 3  # with those that were stopped by somebody else
-
-_NOTHING = GenerationResult(
-    text="",
-    tokens=(),
-    finish_reason="cancelled",
-    usage=Usage(0, 0),
-    timings=Timings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-)
 
 
 class RoutedRequest:
@@ -77,7 +68,7 @@ class RoutedRequest:
         """See ``Producer``."""
         producer = self._producer
         if producer is None:
-            return replace(_NOTHING, request_id=self.request_id)
+            return replace(NOTHING, request_id=self.request_id)
         return producer.partial_result()
 
     async def _attempts(self, flight: Flight, emit: Emit | None) -> GenerationResult:

@@ -6,7 +6,7 @@ unpickled. The first message of a client is ``Hello``, in every version.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -20,6 +20,8 @@ from mlx_engine.outputs import (
 )
 from mlx_engine.remote.beat import Phase
 from mlx_engine.remote.wire.frames import WireError
+
+T = TypeVar("T")
 
 VERSION = 1
 MAGIC = "mlx_engine"
@@ -220,10 +222,7 @@ def decode_from_client(payload: bytes) -> list[ToServer]:
     Raises:
         WireError: it is not what a client says.
     """
-    try:
-        return _from_client.decode(payload)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise WireError(f"no messages: {error}") from error
+    return _decoded(_from_client, payload)
 
 
 def decode_from_server(payload: bytes) -> list[ToClient]:
@@ -232,8 +231,12 @@ def decode_from_server(payload: bytes) -> list[ToClient]:
     Raises:
         WireError: it is not what a server says.
     """
+    return _decoded(_from_server, payload)
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[T], payload: bytes) -> T:
     try:
-        return _from_server.decode(payload)
+        return decoder.decode(payload)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise WireError(f"no messages: {error}") from error
 

@@ -22,6 +22,7 @@ from mlx_engine.turn import what_it_says
 
 _STRATEGIES = {kind.__name__: kind for kind in (DraftModel, MTP, SpecPrefill)}
 _PLAIN = (str, int, float, bool, type(None))
+_UNWRITABLE = (TypeError, ValueError, OverflowError, RecursionError)
 
 
 def ask_to_wire(
@@ -35,7 +36,6 @@ def ask_to_wire(
     Raises:
         InvalidRequest: it has something in it that cannot go to another process.
     """
-    check_processors(ask.params)
     source = ask.source
     if isinstance(source, ChatPrompt):
         option, prompt = "messages", None
@@ -47,7 +47,7 @@ def ask_to_wire(
         number=number,
         prompt=prompt,
         chat=chat,
-        params=_changed(ask.params, SamplingParams()),
+        params=_changed(ask.params),
         priority=ask.priority,
         prefill=_fields(prefill) if isinstance(prefill, SpecPrefill) else prefill,
         decode=ask.decode,
@@ -55,9 +55,12 @@ def ask_to_wire(
         progress=progress,
         name=name,
     )
-    for name, value in (*message.params.items(), ("priority", ask.priority)):
-        _encoded(name, value)
-    payload = _encoded(option, message)
+    try:
+        payload = encode_strictly([message])
+    except _UNWRITABLE:
+        for part, value in (*message.params.items(), ("priority", ask.priority)):
+            _encoded(part, value)  # it may be this that cannot be written
+        payload = _encoded(option, message)
     if len(payload) > limit:
         raise InvalidRequest(
             option, f"takes {len(payload)} bytes, of which {limit} may go to another process"
@@ -70,7 +73,7 @@ def _encoded(option: str, value: Any) -> bytes:
         return encode_strictly([value])
     except UnicodeEncodeError as error:
         raise InvalidRequest(option, f"is not valid Unicode text ({error})") from error
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+    except _UNWRITABLE as error:
         raise InvalidRequest(
             option, f"has something in it that cannot go to another process: {error}"
         ) from error
@@ -228,10 +231,13 @@ def _fields(value: Any) -> dict[str, Any]:
     }
 
 
-def _changed(value: Any, default: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are not as they are in ``default``."""
-    ours, others = _fields(value), _fields(default)
-    return {name: ours[name] for name in ours if ours[name] != others[name]}
+def _changed(params: SamplingParams) -> dict[str, Any]:
+    """The fields that are not at their defaults."""
+    fields = _fields(params)
+    return {name: value for name, value in fields.items() if value != _DEFAULTS[name]}
+
+
+_DEFAULTS = _fields(SamplingParams())
 
 
 def _made(kind: type[Any], option: str, values: Mapping[str, Any]) -> Any:

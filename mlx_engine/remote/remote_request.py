@@ -1,0 +1,91 @@
+"""A request to an engine elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mlx_engine.asks import Ask
+from mlx_engine.lifecycle import Ticket
+from mlx_engine.outputs import GenerationChunk, GenerationResult, ProgressCallback, Timings, Usage
+from mlx_engine.remote.calls import Call
+from mlx_engine.remote.wire.values import ask_to_wire, check_processors
+from mlx_engine.stream import Emit
+
+if TYPE_CHECKING:
+    from mlx_engine.remote.linked import LinkedEngine
+
+# What there is of an answer of which nothing is known.
+NOTHING = GenerationResult(
+    text="",
+    tokens=(),
+    finish_reason="cancelled",
+    usage=Usage(0, 0),
+    timings=Timings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+)
+
+
+class RemoteRequest:
+    """A request as its caller or stream sees it."""
+
+    def __init__(
+        self,
+        engine: LinkedEngine,
+        ask: Ask,
+        on_progress: ProgressCallback | None,
+        request_id: str,
+    ) -> None:
+        self.request_id = request_id
+        self._engine = engine
+        self._ask = ask
+        self._on_progress = on_progress
+        self._call: Call | None = None
+        self._chunks: list[GenerationChunk] = []
+        check_processors(ask.params)
+
+    async def run(self, emit: Emit | None) -> GenerationResult:
+        """Have it done, and give its result."""
+
+        def frame(number: int) -> bytes:
+            return ask_to_wire(
+                number,
+                self._ask,
+                name=self.request_id,
+                limit=self._engine.frame_limit,
+                stream=emit is not None,
+                progress=self._on_progress is not None,
+            )
+
+        def emit_and_keep(chunk: GenerationChunk) -> None:
+            assert emit is not None
+            self._chunks.append(chunk)
+            emit(chunk)
+
+        result = await self._engine._ask(
+            Ticket(self.request_id),
+            frame,
+            None if emit is None else emit_and_keep,
+            self._on_progress,
+            self._keep_call,
+        )
+        assert isinstance(result, GenerationResult)
+        return replace(result, request_id=self.request_id)
+
+    def cancel(self) -> None:
+        """Ask it to stop. From any thread; returns at once."""
+        connection = self._engine._connection
+        if self._call is not None and connection is not None:
+            connection.calls.ask_to_cancel(self._call)
+
+    def partial_result(self) -> GenerationResult:
+        """What there is of the answer, once it has been cancelled and is over."""
+        partial = None if self._call is None else self._call.partial
+        if partial is None:  # the engine is gone
+            tokens = tuple(token for chunk in self._chunks for token in chunk.tokens)
+            text = "".join(chunk.text for chunk in self._chunks if chunk.segment == "content")
+            usage = Usage(prompt_tokens=0, completion_tokens=len(tokens))
+            partial = replace(NOTHING, text=text, tokens=tokens, usage=usage)
+        return replace(partial, request_id=self.request_id)
+
+    def _keep_call(self, call: Call) -> None:
+        self._call = call
