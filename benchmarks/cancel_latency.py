@@ -19,28 +19,21 @@ from __future__ import annotations
 
 import asyncio
 import random
-import statistics
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
+from benchmarks.drawing import GREY, draw_dots, log_scale, new_figure
 from benchmarks.holding import measure_holding
-from benchmarks.report import (
-    Spread,
-    describe,
-    draw_dots,
-    machine,
-    markdown_table,
-    new_figure,
-    write_json,
-)
+from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
 from benchmarks.setting import Setting, model_folder, parse_setting
 from mlx_engine import BaseEngine, Progress, SimpleEngine
 from mlx_engine.worker import mlx_thread
 
-LONG_PROMPT = 6000
+LONG_PROMPT, QUICK_PROMPT = 6000, 2500
 DECODE_TOKENS = 400
 CHUNKS = (128, 512, 2048)  # 512 is the engine's default
 
@@ -186,16 +179,16 @@ async def decode_pieces(engine: BaseEngine) -> tuple[Work, list[float]]:
     return Work(tokens, True, times[-1] - times[0]), gaps(times)
 
 
-async def prefill_pieces(engine: BaseEngine) -> tuple[Work, list[float]]:
+async def prefill_pieces(length: int, engine: BaseEngine) -> tuple[Work, list[float]]:
     """The prefill to cancel, and the time that each of its whole chunks takes."""
-    tokens = [64 + place % 90 for place in range(LONG_PROMPT)]
+    tokens = [64 + place % 90 for place in range(length)]
     times: list[float] = []  # at the beginning, and after each chunk
 
     def on_progress(progress: Progress) -> None:
         times.append(time.perf_counter())
 
     await engine.generate(tokens, max_tokens=1, on_progress=on_progress)
-    pieces = gaps(times)[: (LONG_PROMPT - 1) // engine.config.prefill_step_size]
+    pieces = gaps(times)[: (length - 1) // engine.config.prefill_step_size]
     return Work(tokens, False, sum(pieces)), pieces
 
 
@@ -206,9 +199,10 @@ def gaps(times: list[float]) -> list[float]:
 async def measure_cancel(model: str, setting: Setting) -> dict[str, Latency]:
     async with SimpleEngine(model, prompt_cache_bytes=0) as engine:
         measured = await measure_phase(engine, setting, "decode", decode_pieces)
+    pieces = partial(prefill_pieces, QUICK_PROMPT if setting.quick else LONG_PROMPT)
     for chunk in CHUNKS:
         async with SimpleEngine(model, prefill_step_size=chunk, prompt_cache_bytes=0) as engine:
-            measured |= await measure_phase(engine, setting, f"prefill by {chunk}", prefill_pieces)
+            measured |= await measure_phase(engine, setting, f"prefill by {chunk}", pieces)
     return measured
 
 
@@ -253,7 +247,7 @@ def latency_table(measured: dict[str, Latency]) -> str:
     return markdown_table([*head, "first token when idle ms", "trials"], rows)
 
 
-def latency_record(latency: Latency) -> dict[str, Any]:
+def latency_record(latency: Latency) -> Record:
     return {
         "lock_free": Spread.of(latency.free).record(),
         "next_first_token": Spread.of(latency.next_token).record(),
@@ -262,7 +256,7 @@ def latency_record(latency: Latency) -> dict[str, Any]:
     }
 
 
-def summary(values: list[float]) -> dict[str, Any]:
+def summary(values: list[float]) -> Record:
     """Without the values: there are thousands of decode steps."""
     spread = Spread.of(values)
     whole = spread.record()
@@ -270,46 +264,41 @@ def summary(values: list[float]) -> dict[str, Any]:
     return {**whole, "p99": spread.percentile(99), "count": len(values)}
 
 
-def plot(setting: Setting, measured: dict[str, Latency]) -> None:
-    made = new_figure(1)
+def draw(record: Record) -> Any:
+    made = new_figure(1, 1, 3.2)
     if made is None:
-        return
+        return None
     figure, (axis,) = made
-    draw_dots(
-        axis,
-        {name: Spread.of(latency.free) for name, latency in measured.items()},
-        "ms until the lock is free; grey: one step or chunk",
-        1e3,
-    )
-    for place, latency in enumerate(measured.values()):
-        piece = statistics.median(latency.piece) * 1e3
-        axis.plot([piece, piece], [place - 0.4, place + 0.4], color="grey", linewidth=3, zorder=0)
-    axis.set_xscale("log")
-    figure.savefig(setting.out / "cancel_latency.png", dpi=150)
+    latencies = record["latency_seconds"]
+    free = {name: Spread.read(latency["lock_free"]) for name, latency in latencies.items()}
+    draw_dots(axis, free, "ms from the cancel until the lock is free; grey: one step or chunk", 1e3)
+    for place, latency in enumerate(latencies.values()):
+        piece = latency["one_step_or_chunk"]["median"] * 1e3
+        axis.plot([piece, piece], [place - 0.4, place + 0.4], color=GREY, linewidth=4, zorder=0)
+    log_scale(axis, "x")
+    return figure
 
 
 async def measure(setting: Setting, model: str) -> None:
     random.seed(0)
-    what = machine()
+    report = Report(setting, f"{setting.repeats} rounds. {INTERVAL}")
     measured = await measure_cancel(model, setting)
+    report.add(latency_table(measured))
     held = await measure_holding(model, setting)
+    for table in held.tables():
+        report.add(table)
     if mlx_thread.locked:
         raise SystemExit("the generation lock is still held after all requests have ended")
-    print(f"{describe(what)}\n{setting.repeats} rounds. Numbers are median [min, max].\n")
-    print(latency_table(measured), held.tables(), sep="\n\n")
-    record = {
-        "machine": what,
-        "quick": setting.quick,
+    found = {
         "rounds": setting.repeats,
         "latency_seconds": {name: latency_record(latency) for name, latency in measured.items()},
         **held.record(),
     }
-    write_json(setting.out, "cancel_latency", record)
-    plot(setting, measured)
+    report.finish(found, draw)
 
 
 def main() -> None:
-    setting = parse_setting(__doc__ or "", repeats=20)
+    setting = parse_setting("cancel_latency", __doc__, repeats=20)
     with model_folder(setting) as model:
         asyncio.run(measure(setting, model))
 

@@ -40,249 +40,35 @@ from __future__ import annotations
 import asyncio
 import random
 import statistics
-import time
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import transformers
-from mlx_lm.generate import generate_step
-from mlx_lm.sample_utils import make_sampler
-
-from benchmarks.report import (
-    Spread,
-    describe,
-    draw_dots,
-    machine,
-    markdown_table,
-    new_figure,
-    write_json,
-)
+from benchmarks.decode_runs import Measured, Run, cpu_seconds, decode_seconds, total_seconds
+from benchmarks.decode_ways import TEXTS, WRONG, Raw, Text, Way, decodes
+from benchmarks.drawing import BLACK, BLUE, GREY, new_figure
+from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
+from benchmarks.setting import Setting, parse_setting
 from benchmarks.trained import KINDS, code_prompts, random_prompts, trained_folder
-from mlx_engine import MTP, DraftModel, SimpleEngine
-from mlx_engine.config import Decode
+from mlx_engine import MTP
 
 PROMPT = 200  # tokens
 NEVER_BELOW = 0.97  # of plain, that auto may come down to
 AT_LEAST = 1.25  # of plain, that the best MTP of the plain model should reach, greedy
 COLD = "MTP auto, cold"
-WRONG = "MTP auto, wrong head"
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """What is to be gone on with, and how.
-
-    Attributes:
-        hostile: random prompts.
-        temperature: 0 is greedy.
-    """
-
-    hostile: bool
-    temperature: float
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """For a request."""
-        return {"temperature": self.temperature, "seed": 7} if self.temperature else {}
-
-
-TEXTS = {
-    "code greedy": Text(hostile=False, temperature=0.0),
-    "code T=0.8": Text(hostile=False, temperature=0.8),
-    "hostile": Text(hostile=True, temperature=1.2),
+# In the picture: the way, and what it is called there.
+SHOWN = {
+    "raw": "raw mlx-lm",
+    "plain": "plain",
+    "draft 2": "DraftModel, 2 tokens",
+    "draft auto": "DraftModel, auto",
+    "MTP 1": "MTP(1)",
+    "MTP 2": "MTP(2)",
+    "MTP 3": "MTP(3)",
+    "MTP auto": "MTP(), auto",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Cycle:
-    """One cycle: proposals, of which accepted, and seconds."""
-
-    depth: int
-    accepted: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One request.
-
-    Attributes:
-        decode: seconds from the first token to the last.
-        total: seconds from the call to its return.
-        cpu: processor seconds of the process over the same time.
-        proposed: tokens.
-        accepted: of them.
-        cycles: of its decoding, but for the last one; none where nothing is proposed ever.
-    """
-
-    decode: float
-    total: float
-    cpu: float
-    proposed: int = 0
-    accepted: int = 0
-    cycles: tuple[Cycle, ...] = ()
-
-
-@dataclass(slots=True)
-class Measured:
-    """Of one model and text: runs by way, one a round and prompt, and plain's beside each."""
-
-    tokens: int
-    runs: dict[str, list[Run]] = field(default_factory=dict)
-    plain: dict[str, list[Run]] = field(default_factory=dict)
-
-    def add(self, name: str, run: Run, plain: Run) -> None:
-        """A run, and plain's of the same round and prompt."""
-        self.runs.setdefault(name, []).append(run)
-        self.plain.setdefault(name, []).append(plain)
-
-    def speed(self, name: str, of: Callable[[Run], float]) -> Spread:
-        """Of plain's, within each round and prompt."""
-        pairs = zip(self.runs[name], self.plain[name], strict=True)
-        return Spread.of(of(plain) / of(run) for run, plain in pairs)
-
-    def rate(self, name: str) -> Spread:
-        """Tokens a second while decoding."""
-        return Spread.of((self.tokens - 1) / run.decode for run in self.runs[name])
-
-    def cycles(self, name: str) -> list[Cycle]:
-        """Of all runs."""
-        return [cycle for run in self.runs[name] for cycle in run.cycles]
-
-    def acceptance(self, name: str) -> float | None:
-        """Accepted of proposed tokens, all runs together."""
-        proposed = sum(run.proposed for run in self.runs[name])
-        accepted = sum(run.accepted for run in self.runs[name])
-        return accepted / proposed if proposed else None
-
-    def per_verification(self, name: str) -> float | None:
-        """Tokens that a cycle with proposals gives."""
-        given = [cycle.accepted + 1 for cycle in self.cycles(name) if cycle.depth]
-        return statistics.mean(given) if given else None
-
-    def by_depth(self, name: str) -> dict[int, list[Cycle]]:
-        """Cycles by how many tokens they proposed."""
-        found: dict[int, list[Cycle]] = {}
-        for cycle in self.cycles(name):
-            found.setdefault(cycle.depth, []).append(cycle)
-        return dict(sorted(found.items()))
-
-
-def decode_seconds(run: Run) -> float:
-    return run.decode
-
-
-def total_seconds(run: Run) -> float:
-    return run.total
-
-
-def cpu_seconds(run: Run) -> float:
-    return run.cpu
-
-
-class Way:
-    """An engine that answers.
-
-    Args:
-        engine: running.
-        name: of the way.
-    """
-
-    def __init__(self, engine: SimpleEngine, name: str) -> None:
-        self._engine = engine
-        self._name = name
-        self._cycles: list[Cycle] = []
-
-    @classmethod
-    async def start(cls, stack: AsyncExitStack, name: str, model: Path, decode: Decode) -> Way:
-        """Start an engine, which stops with the stack."""
-        engine = SimpleEngine(model, decode=decode, prompt_cache_bytes=0)
-        way = cls(await stack.enter_async_context(engine), name)
-        await engine.run_blocking(way._watch)
-        return way
-
-    def _watch(self) -> None:
-        """Note what the engine's chooser of depths is told."""
-        speculation = self._engine._slot.space().equipment.speculation
-        if speculation is None:
-            return
-        tell = speculation.chooser.record
-
-        def record(depth: int, seconds: float, accepted: int) -> None:
-            self._cycles.append(Cycle(depth, accepted, seconds))
-            tell(depth, seconds, accepted)
-
-        speculation.chooser.record = record  # type: ignore[method-assign]
-
-    async def run(self, prompt: list[int], text: Text, count: int) -> tuple[list[int], Run]:
-        """One request: its tokens, and what it took."""
-        self._cycles.clear()
-        cpu, start = time.process_time(), time.perf_counter()
-        result = await self._engine.generate(
-            prompt, max_tokens=count, ignore_eos=True, **text.options
-        )
-        total, cpu = time.perf_counter() - start, time.process_time() - cpu
-        if result.notes and self._name != WRONG:
-            raise SystemExit(f"{self._name}: {' '.join(result.notes)}")
-        timings = result.timings
-        run = Run(
-            timings.decode,
-            total,
-            cpu,
-            timings.draft_tokens,
-            timings.accepted_tokens,
-            tuple(self._cycles),
-        )
-        return list(result.tokens), run
-
-
-class Raw(Way):
-    """mlx_lm's own step, with the very model that the engine uses."""
-
-    async def run(self, prompt: list[int], text: Text, count: int) -> tuple[list[int], Run]:
-        """One request: its tokens, and what it took."""
-        cpu, start = time.process_time(), time.perf_counter()
-        tokens, decode = await self._engine.run_blocking(self._generate, prompt, text, count)
-        total, cpu = time.perf_counter() - start, time.process_time() - cpu
-        return tokens, Run(decode, total, cpu)
-
-    def _generate(self, prompt: list[int], text: Text, count: int) -> tuple[list[int], float]:
-        """On the MLX thread."""
-        tokens: list[int] = []
-        first = last = 0.0
-        for token, _ in generate_step(
-            mx.array(prompt),
-            self._engine._slot.get().model,
-            max_tokens=count,
-            sampler=make_sampler(temp=text.temperature),
-        ):
-            last = time.perf_counter()
-            first = first or last
-            tokens.append(token)
-        mx.synchronize()  # a step more has begun; the next way must not wait for it
-        return tokens, last - first
-
-
-def decodes(folder: Path) -> dict[str, Decode]:
-    """How each way decodes, by its name."""
-    return {
-        "plain": None,
-        "plain again": None,
-        "MTP 1": MTP(1),
-        "MTP 2": MTP(2),
-        "MTP 3": MTP(3),
-        "MTP auto": MTP(),
-        WRONG: MTP(head=folder / "wrong_head.safetensors"),
-        "draft 2": DraftModel(folder / "medium", num_draft_tokens=2),
-        "draft auto": DraftModel(folder / "medium"),
-        "small draft auto": DraftModel(folder / "small"),
-        "itself auto": DraftModel(folder / "model"),
-    }
+PANELS = ("code greedy", "code T=0.8")
 
 
 def check(name: str, text: Text, tokens: list[int], expected: list[int]) -> None:
@@ -296,7 +82,7 @@ def check(name: str, text: Text, tokens: list[int], expected: list[int]) -> None
     )
 
 
-async def measure(folder: Path, text: Text, options: Namespace) -> Measured:
+async def measure(folder: Path, text: Text, rounds: int, options: Namespace) -> Measured:
     """One model and text, with engines of its own, so that each learns from this text alone."""
     measured = Measured(options.tokens)
     model, count = folder / "model", options.tokens
@@ -316,7 +102,7 @@ async def measure(folder: Path, text: Text, options: Namespace) -> Measured:
         expected = [(await ways["plain"].run(prompt, text, count))[0] for prompt in prompts]
         for name, way in ways.items():  # warm-up
             check(name, text, (await way.run(prompts[0], text, count))[0], expected[0])
-        for turn in range(options.rounds):
+        for turn in range(rounds):
             for place, prompt in enumerate(prompts):
                 runs: dict[str, Run] = {}
                 names = [*ways, *([COLD] if place == turn % len(prompts) else [])]
@@ -382,9 +168,9 @@ def cycle_table(models: dict[str, dict[str, Measured]]) -> str:
     return markdown_table(["median ms of a cycle of depth", "0", "1", "2", "3", "4"], rows)
 
 
-def verdicts(models: dict[str, dict[str, Measured]]) -> list[dict[str, Any]]:
+def verdicts(models: dict[str, dict[str, Measured]]) -> list[Record]:
     """The project's targets, met or missed, by median ratios."""
-    found: list[dict[str, Any]] = []
+    found: list[Record] = []
 
     def judge(what: str, target: float, measured: Measured, name: str) -> None:
         for kind, of in (("decode", decode_seconds), ("CPU", cpu_seconds)):
@@ -407,7 +193,7 @@ def verdicts(models: dict[str, dict[str, Measured]]) -> list[dict[str, Any]]:
     return found
 
 
-def verdict_table(found: list[dict[str, Any]]) -> str:
+def verdict_table(found: list[Record]) -> str:
     rows = [
         [
             each["what"],
@@ -420,7 +206,7 @@ def verdict_table(found: list[dict[str, Any]]) -> str:
     return markdown_table(["target (not for the cold one)", "at least", "median", ""], rows)
 
 
-def record_of(measured: Measured) -> dict[str, Any]:
+def record_of(measured: Measured) -> Record:
     return {
         name: {
             "decode_tokens_per_second": measured.rate(name).record(),
@@ -442,64 +228,83 @@ def record_of(measured: Measured) -> dict[str, Any]:
     }
 
 
-def plot(out: Path, models: dict[str, dict[str, Measured]]) -> None:
-    made = new_figure(sum(map(len, models.values())))
+def draw(record: Record) -> Any:
+    models = record["models"]
+    made = new_figure(len(models), len(PANELS), 0.4 + 2.6 * len(models))
     if made is None:
-        return
+        return None
     figure, axes = made
-    panels = [(model, *each) for model, texts in models.items() for each in texts.items()]
-    for axis, (model, title, measured) in zip(axes, panels, strict=True):
-        shown = {name: measured.speed(name, decode_seconds) for name in measured.runs}
-        del shown["plain"]
-        draw_dots(axis, shown, f"decoding speed, of plain: {model}, {title}")
-        for line in (NEVER_BELOW, 1.0):
-            axis.axvline(line, color="grey", linewidth=1)
-    figure.savefig(out / "decode.png", dpi=150)
+    panels = [(model, title) for model in models for title in PANELS]
+    for place, (model, title) in enumerate(panels):
+        axis = axes[place]
+        draw_rates(axis, models[model][title])
+        axis.set_title(f"{model} model, {title}")
+        if place % len(PANELS):
+            axis.set_yticks(range(len(SHOWN)), [""] * len(SHOWN))
+    for axis in axes[-len(PANELS) :]:
+        axis.set_xlabel("tokens/s while decoding")
+    return figure
 
 
-def parse() -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a minute; its numbers are no result")
-    parser.add_argument("--rounds", type=int, metavar="N", help="default 5")
+def draw_rates(axis: Any, ways: Record) -> None:
+    """A bar to the median, a dot for each run, and how many of the proposals were accepted."""
+    rates = [Spread.read(ways[name]["decode_tokens_per_second"]) for name in SHOWN]
+    end = max(max(rate.values) for rate in rates)
+    for place, (name, rate) in enumerate(zip(SHOWN, rates, strict=True)):
+        proposes, accepted = name not in ("raw", "plain"), ways[name]["acceptance_rate"]
+        axis.barh(place, rate.median, 0.62, color=BLUE if proposes else GREY, alpha=0.55)
+        axis.plot(rate.values, [place] * len(rate.values), ".", color=BLACK, alpha=0.5)
+        if proposes:
+            said = "none proposed" if accepted is None else f"{accepted:.0%} accepted"
+            axis.text(end * 1.04, place, said, va="center", fontsize=8)
+    plain = Spread.read(ways["plain"]["decode_tokens_per_second"]).median
+    axis.axvline(plain, color=BLACK, linewidth=1)
+    axis.set_yticks(range(len(SHOWN)), list(SHOWN.values()))
+    axis.set_ylim(len(SHOWN) - 0.5, -0.5)
+    axis.set_xlim(0, end * 1.42)
+    axis.grid(visible=False, axis="y")
+
+
+def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, metavar="N", help="of an answer (default 192)")
     parser.add_argument(
         "--prompts", type=int, metavar="N", help="of each text, up to 6 (default 3)"
     )
     parser.add_argument("--model", choices=[*KINDS, "both"], default="both")
-    results = Path(__file__).resolve().parent / "results"
-    parser.add_argument("--out", type=Path, default=results, metavar="DIR")
-    options = parser.parse_args()
-    for name, quick, usual in (("rounds", 1, 5), ("tokens", 48, 192), ("prompts", 1, 3)):
+
+
+def options_of(setting: Setting) -> Namespace:
+    """Its own options, each with a value."""
+    options = setting.own
+    for name, quick, usual, least in (("tokens", 48, 192, 8), ("prompts", 1, 3, 1)):
         if getattr(options, name) is None:
-            setattr(options, name, quick if options.quick else usual)
-        if getattr(options, name) < (8 if name == "tokens" else 1):
-            parser.error(f"--{name} is too small")
+            setattr(options, name, quick if setting.quick else usual)
+        if getattr(options, name) < least:
+            raise SystemExit(f"--{name} must be {least} or more")
     return options
 
 
 def main() -> None:
-    options = parse()
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    what = machine()
-    print(
-        f"{describe(what)}\n{options.rounds} rounds of {options.prompts} prompts of {PROMPT} "
-        f"tokens, {options.tokens} tokens an answer. Numbers are median [min, max].",
-        flush=True,
+    setting = parse_setting(
+        "decode", __doc__, repeats=5, quick_repeats=1, layers=None, add_own=add_options
     )
+    options = options_of(setting)
+    about = f"{setting.repeats} rounds of {options.prompts} prompts of {PROMPT} tokens"
+    report = Report(setting, f"{about}, {options.tokens} tokens an answer. {INTERVAL}")
     models: dict[str, dict[str, Measured]] = {}
     for kind in KINDS if options.model == "both" else [options.model]:
         models[kind] = {}
         with trained_folder(kind) as folder:
-            for title, text in TEXTS.items():
-                measured = asyncio.run(measure(folder, text, options))
+            for title in PANELS if setting.quick else TEXTS:
+                run = measure(folder, TEXTS[title], setting.repeats, options)
+                measured = asyncio.run(run)
                 models[kind][title] = measured
-                print(f"\n{table(measured, f'{kind}, {title}')}", flush=True)
+                report.add(table(measured, f"{kind}, {title}"))
     judged = verdicts(models)
-    print(f"\n{cycle_table(models)}\n\n{verdict_table(judged)}")
-    record = {
-        "machine": what,
-        "quick": options.quick,
-        "rounds": options.rounds,
+    report.add(cycle_table(models))
+    report.add(verdict_table(judged))
+    found = {
+        "rounds": setting.repeats,
         "prompts": options.prompts,
         "prompt_tokens": PROMPT,
         "tokens": options.tokens,
@@ -509,8 +314,7 @@ def main() -> None:
         },
         "targets": judged,
     }
-    write_json(options.out, "decode", record)
-    plot(options.out, models)
+    report.finish(found, draw)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import anyio
 
-from benchmarks.report import Spread, markdown_table
+from benchmarks.report import Record, Spread, markdown_table
 from benchmarks.setting import Setting
 from mlx_engine import SimpleEngine
 
@@ -40,14 +40,24 @@ class Call(Protocol):
 
 
 class PublishedFix:
-    """A lock around a thread; the worker is shielded, and awaited when a cancel comes."""
+    """A lock around a thread; the worker is shielded, and awaited when a cancel comes.
 
-    def __init__(self) -> None:
-        self._lock = asyncio.Lock()
+    Args:
+        lock: one that is watched, say.
+        in_thread: runs a function in another thread.
+    """
+
+    def __init__(
+        self,
+        lock: asyncio.Lock | None = None,
+        in_thread: Callable[[Callable[[], None]], Coroutine[Any, Any, None]] = asyncio.to_thread,
+    ) -> None:
+        self._lock = lock or asyncio.Lock()
+        self._in_thread = in_thread
 
     async def __call__(self, func: Callable[[], None], /) -> None:
         async with self._lock:
-            task = asyncio.create_task(asyncio.to_thread(func))
+            task = asyncio.create_task(self._in_thread(func))
             try:
                 await asyncio.shield(task)
             except asyncio.CancelledError:
@@ -76,11 +86,18 @@ class RetryingDrain:
 
 async def drain_share(call: Call) -> float:
     """Processor time over wall time while a cancelled anyio scope waits for its worker."""
+    loop, spent = asyncio.get_running_loop(), Stopwatch()
     with anyio.CancelScope() as scope:
-        asyncio.get_running_loop().call_later(0.05, scope.cancel)
-        spent = Stopwatch()
-        asyncio.get_running_loop().call_later(0.1, spent.start)
-        await call(lambda: time.sleep(0.1 + DRAIN))
+
+        def begun() -> None:
+            loop.call_later(0.05, scope.cancel)
+            loop.call_later(0.1, spent.start)
+
+        def work() -> None:
+            loop.call_soon_threadsafe(begun)
+            time.sleep(0.1 + DRAIN)
+
+        await call(work)
     return spent.share()
 
 
@@ -95,14 +112,16 @@ class Stopwatch:
 
 
 async def overlap(
-    call: Call, cancel: Callable[[Call, Callable[[], None]], Awaitable[None]]
+    call: Call, cancel: Callable[[Call, Callable[[], None], asyncio.Event], Awaitable[None]]
 ) -> float:
     """Seconds for which a second function ran while the cancelled first one still did."""
     ended = began = 0.0
-    over = threading.Event()
+    over, begun = threading.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
 
     def first() -> None:
         nonlocal ended
+        loop.call_soon_threadsafe(begun.set)
         time.sleep(HOLD)
         ended = time.perf_counter()
         over.set()
@@ -112,21 +131,24 @@ async def overlap(
         began = time.perf_counter()
 
     async def wait_behind() -> None:
-        await asyncio.sleep(HOLD / 4)  # the first one has the lock by then
+        await begun.wait()
         await call(second)
 
     behind = asyncio.create_task(wait_behind())
-    await cancel(call, first)
+    await cancel(call, first, begun)
     await behind
     await asyncio.to_thread(over.wait)
     return max(0.0, ended - began)
 
 
-async def cancel_times(times: int, call: Call, func: Callable[[], None]) -> None:
+async def cancel_times(
+    times: int, call: Call, func: Callable[[], None], begun: asyncio.Event
+) -> None:
     async def run() -> None:
         await call(func)
 
     task = asyncio.create_task(run())
+    await begun.wait()
     await asyncio.sleep(HOLD / 2)
     for _ in range(times):
         task.cancel()
@@ -135,17 +157,23 @@ async def cancel_times(times: int, call: Call, func: Callable[[], None]) -> None
         await task
 
 
-async def cancel_once(call: Call, func: Callable[[], None]) -> None:
-    await cancel_times(1, call, func)
+async def cancel_once(call: Call, func: Callable[[], None], begun: asyncio.Event) -> None:
+    await cancel_times(1, call, func, begun)
 
 
-async def cancel_twice(call: Call, func: Callable[[], None]) -> None:
-    await cancel_times(2, call, func)
+async def cancel_twice(call: Call, func: Callable[[], None], begun: asyncio.Event) -> None:
+    await cancel_times(2, call, func, begun)
 
 
-async def cancel_scope(call: Call, func: Callable[[], None]) -> None:
-    with anyio.move_on_after(HOLD / 2):
+async def cancel_scope(call: Call, func: Callable[[], None], begun: asyncio.Event) -> None:
+    async def limit(scope: anyio.CancelScope) -> None:
+        await begun.wait()
+        scope.deadline = anyio.current_time() + HOLD / 2
+
+    with anyio.CancelScope() as scope:
+        limiting = asyncio.create_task(limit(scope))
         await call(func)
+    await limiting
 
 
 CANCELS = {"one cancel": cancel_once, "two cancels": cancel_twice, "anyio scope": cancel_scope}
@@ -158,20 +186,18 @@ class Held:
     drains: dict[str, Spread]
     overlaps: dict[str, dict[str, Spread]]
 
-    def tables(self) -> str:
+    def tables(self) -> list[str]:
         drains = [[name, spread.text(2, 100)] for name, spread in self.drains.items()]
         overlaps = [
             [name, *(spread.text(1, 1e3) for spread in by_cancel.values())]
             for name, by_cancel in self.overlaps.items()
         ]
-        return "\n\n".join(
-            (
-                markdown_table(["waiting in a cancelled anyio scope", "% of a core"], drains),
-                markdown_table(["two functions at once, ms", *CANCELS], overlaps),
-            )
-        )
+        return [
+            markdown_table(["two functions at once, ms", *CANCELS], overlaps),
+            markdown_table(["waiting in a cancelled anyio scope", "% of a core"], drains),
+        ]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         return {
             "drain_share_of_a_core": {name: s.record() for name, s in self.drains.items()},
             "overlap_seconds": {

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import statistics
 import time
 from argparse import ArgumentParser
 from collections.abc import AsyncIterator
@@ -41,6 +40,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from benchmarks.drawing import GREY, draw_dots, log_scale, new_figure
 from benchmarks.joining import (
     SLICE,
     Join,
@@ -50,15 +50,7 @@ from benchmarks.joining import (
     measure_chunks,
     raw_join,
 )
-from benchmarks.report import (
-    Spread,
-    describe,
-    draw_dots,
-    machine,
-    markdown_table,
-    new_figure,
-    write_json,
-)
+from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
 from benchmarks.setting import Setting, model_folder, parse_setting, rotated
 from mlx_engine import BatchedEngine
 
@@ -148,7 +140,7 @@ def ms(values: list[float]) -> str:
     return Spread.of(values).text(1, 1e3) if values else "-"
 
 
-def tables(measured: Measured) -> str:
+def tables(measured: Measured) -> list[str]:
     gaps, cancels = [], []
     for name, joins in measured.joins.items():
         gaps.append(
@@ -173,16 +165,14 @@ def tables(measured: Measured) -> str:
         ["all chunks", ms(every)],
         ["first token", ms(measured.alone)],
     ]
-    return "\n\n".join(
-        (
-            markdown_table(head, gaps),
-            markdown_table(["the long prompt alone", "ms"], reference),
-            markdown_table(["cancelled while it joins", "out ms", "slice ms", "trials"], cancels),
-        )
-    )
+    return [
+        markdown_table(head, gaps),
+        markdown_table(["the long prompt alone", "ms"], reference),
+        markdown_table(["cancelled while it joins", "out ms", "slice ms", "trials"], cancels),
+    ]
 
 
-def record_of(measured: Measured) -> dict[str, Any]:
+def record_of(measured: Measured) -> Record:
     return {
         "joins": {
             name: {
@@ -206,31 +196,27 @@ def record_of(measured: Measured) -> dict[str, Any]:
     }
 
 
-def plot(setting: Setting, measured: Measured) -> None:
-    made = new_figure(2)
+def draw(record: Record) -> Any:
+    made = new_figure(1, 2, 2.7)
     if made is None:
-        return
+        return None
     figure, (left, right) = made
-    draw_dots(
-        left,
-        {name: Spread.of(join.gap for join in joins) for name, joins in measured.joins.items()},
-        "longest gap of a running stream, ms; grey: 3 steps + 1 slice",
-        1e3,
-    )
-    for place, joins in enumerate(measured.joins.values()):
-        bound = statistics.median(3 * join.step + join.slice for join in joins) * 1e3
-        left.plot([bound, bound], [place - 0.4, place + 0.4], color="grey", linewidth=3, zorder=0)
-    left.set_xscale("log")
-    draw_dots(
-        right,
-        {
-            name: Spread.of(join.first_token for join in joins)
-            for name, joins in measured.joins.items()
-        },
-        "first token of the long prompt, s; grey: alone",
-    )
-    right.axvline(statistics.median(measured.alone), color="grey", linewidth=1)
-    figure.savefig(setting.out / "join_stall.png", dpi=150)
+    joins = record["joins"]
+    gaps = {name: Spread.read(join["longest_gap_seconds"]) for name, join in joins.items()}
+    draw_dots(left, gaps, "longest gap, ms; grey: 3 steps + 1 slice", 1e3)
+    for place, join in enumerate(joins.values()):
+        bound = (3 * join["step_seconds"]["median"] + join["slice_seconds"]["median"]) * 1e3
+        left.plot([bound, bound], [place - 0.4, place + 0.4], color=GREY, linewidth=4, zorder=0)
+    log_scale(left, "x")
+    left.set_title("The streams that run")
+    first = {name: Spread.read(join["first_token_seconds"]) for name, join in joins.items()}
+    draw_dots(right, first, "first token, s; grey: nothing else runs")
+    alone = record["first_token_alone_seconds"]["median"]
+    right.axvline(alone, color=GREY, linewidth=4, zorder=0)
+    right.set_yticks(range(len(first)), [""] * len(first))
+    right.set_xlim(left=0)
+    right.set_title("The long prompt that joins")
+    return figure
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -245,28 +231,23 @@ async def measure(setting: Setting, model: str) -> None:
         setting.own.prompt or (2000 if setting.quick else 6000),
         1 if setting.quick else 2,
     )
-    what = machine()
+    about = f"{plan.streams} running streams, {plan.long_prompt} tokens join"
+    report = Report(setting, f"{about}, {setting.repeats} rounds. {INTERVAL}")
     measured = await measure_all(model, setting, plan)
-    print(
-        f"{describe(what)}\n{plan.streams} running streams, {plan.long_prompt} tokens join, ",
-        end="",
-    )
-    print(f"{setting.repeats} rounds. Numbers are median [min, max].\n\n{tables(measured)}")
-    record = {
-        "machine": what,
-        "quick": setting.quick,
+    for table in tables(measured):
+        report.add(table)
+    found = {
         "rounds": setting.repeats,
         "streams": plan.streams,
         "long_prompt": plan.long_prompt,
         "prefill_step_size": SLICE,
         **record_of(measured),
     }
-    write_json(setting.out, "join_stall", record)
-    plot(setting, measured)
+    report.finish(found, draw)
 
 
 def main() -> None:
-    setting = parse_setting(__doc__ or "", repeats=7, quick_repeats=2, add_own=add_options)
+    setting = parse_setting("join_stall", __doc__, repeats=7, quick_repeats=2, add_own=add_options)
     with model_folder(setting) as model:
         asyncio.run(measure(setting, model))
 

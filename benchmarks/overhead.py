@@ -37,15 +37,16 @@ from typing import Any
 
 import mlx_lm
 
-from benchmarks.report import (
-    Spread,
-    describe,
+from benchmarks.drawing import (
+    BLACK,
+    MARKERS,
+    SERIES,
     draw_dots,
-    machine,
-    markdown_table,
+    legend_below,
+    log_scale,
     new_figure,
-    write_json,
 )
+from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
 from benchmarks.setting import Setting, model_folder, parse_setting, rotated
 from mlx_engine import BaseEngine, SimpleEngine
 
@@ -245,7 +246,7 @@ def lateness_table(late: dict[str, list[list[float]]]) -> str:
     return markdown_table(["while", "p50 ms", "p99 ms", "max ms", "samples"], rows)
 
 
-def lateness_record(rounds: list[list[float]]) -> dict[str, Any]:
+def lateness_record(rounds: list[list[float]]) -> Record:
     every = Spread.of(value for samples in rounds for value in samples)
     return {
         "p50": every.percentile(50),
@@ -256,38 +257,45 @@ def lateness_record(rounds: list[list[float]]) -> dict[str, Any]:
     }
 
 
-def plot(setting: Setting, runs: dict[str, list[Run]], late: dict[str, list[list[float]]]) -> None:
-    made = new_figure(2)
+def draw(record: Record) -> Any:
+    made = new_figure(1, 2, 2.9)
     if made is None:
-        return
+        return None
     figure, (left, right) = made
-    shown = {name: ratios(runs, name) for name in runs if name != "raw"}
-    draw_dots(left, shown, "tokens/s, end to end, of raw mlx_lm in the same round")
-    left.axvline(1.0, color="grey", linewidth=1)
-    for name, rounds in late.items():
-        values = sorted(value * 1e3 for samples in rounds for value in samples)
-        right.plot(values, [(i + 1) / len(values) for i in range(len(values))], label=name)
-    right.set_xlabel("wait of a callback handed to the event loop, ms")
-    right.set_ylabel("share of samples not later")
-    right.set_xscale("log")
-    right.grid(alpha=0.3)
-    right.legend()
-    figure.savefig(setting.out / "overhead.png", dpi=150)
+    ways = {
+        name: Spread.read(way["ratio_to_raw"])
+        for name, way in record["ways"].items()
+        if name != "raw"
+    }
+    draw_dots(left, ways, "tokens/s, end to end, of raw mlx-lm's")
+    left.axvline(1.0, color=BLACK, linewidth=1)
+    left.set_title("A request")
+    late = record["loop_lateness_seconds"]
+    for place, percentile in enumerate(("p50", "p99", "max")):
+        values = [one[percentile] * 1e3 for one in late.values()]
+        style = MARKERS[place]
+        right.plot(values, range(len(late)), style, color=SERIES[place], label=percentile)
+    right.set_yticks(range(len(late)), list(late))
+    right.set_ylim(len(late) - 0.5, -0.5)
+    log_scale(right, "x")
+    right.set_xlabel("ms that a callback waits in the event loop")
+    right.grid(visible=False, axis="y")
+    right.set_title("The event loop meanwhile")
+    legend_below(figure, right)
+    return figure
 
 
 async def measure(setting: Setting, model: str) -> None:
     count = 100 if setting.quick else 400
-    what = machine()
     async with SimpleEngine(model, prompt_cache_bytes=0) as engine:
         runs = await measure_rates(engine, setting, count)
         late = await measure_lateness(engine, setting, count)
     per_token = statistics.median(1e3 / run.decode_rate for run in runs["raw"])
-    print(f"{describe(what)}\n{count} tokens a run, {setting.repeats} rounds; ", end="")
-    print(f"raw mlx_lm takes {per_token:.2f} ms a token. Numbers are median [min, max].\n")
-    print(rate_table(runs), lateness_table(late), sep="\n\n")
-    record = {
-        "machine": what,
-        "quick": setting.quick,
+    about = f"{count} tokens a run, {setting.repeats} rounds; raw mlx-lm takes {per_token:.2f} ms"
+    report = Report(setting, f"{about} a token. {INTERVAL}")
+    report.add(rate_table(runs))
+    report.add(lateness_table(late))
+    found = {
         "tokens": count,
         "rounds": setting.repeats,
         "raw_ms_per_token": per_token,
@@ -303,12 +311,11 @@ async def measure(setting: Setting, model: str) -> None:
         },
         "loop_lateness_seconds": {name: lateness_record(rounds) for name, rounds in late.items()},
     }
-    write_json(setting.out, "overhead", record)
-    plot(setting, runs, late)
+    report.finish(found, draw)
 
 
 def main() -> None:
-    setting = parse_setting(__doc__ or "", repeats=15, layers=3)
+    setting = parse_setting("overhead", __doc__, repeats=15, layers=3)
     with model_folder(setting) as model:
         asyncio.run(measure(setting, model))
 

@@ -28,15 +28,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.report import (
-    Spread,
-    describe,
-    draw_dots,
-    machine,
-    markdown_table,
-    new_figure,
-    write_json,
-)
+from benchmarks.drawing import BLACK, draw_dots, draw_line, log_scale, new_figure
+from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
 from benchmarks.setting import Setting, model_folder, parse_setting
 from mlx_engine import BaseEngine, BatchedEngine, GenerationResult, SimpleEngine
 
@@ -236,18 +229,20 @@ def prefix_table(kinds: dict[str, Measured]) -> str:
     return markdown_table(head, rows)
 
 
-def pairs_record(pairs: tuple[Pair, ...] | list[Pair]) -> dict[str, Any]:
+def pairs_record(pairs: tuple[Pair, ...] | list[Pair]) -> Record:
+    shorter = Spread.of(pair.plain.first_token / pair.cached.first_token for pair in pairs)
     return {
         "prompt_tokens": pairs[0].cached.prompt,
         "cached_tokens": [pair.cached.cached for pair in pairs],
         "first_token_seconds": Spread.of(pair.cached.first_token for pair in pairs).record(),
         "first_token_seconds_without": Spread.of(p.plain.first_token for p in pairs).record(),
+        "times_shorter_than_without": shorter.record(),
         "total_seconds": Spread.of(pair.cached.total for pair in pairs).record(),
         "total_seconds_without": Spread.of(pair.plain.total for pair in pairs).record(),
     }
 
 
-def record_of(measured: Measured) -> dict[str, Any]:
+def record_of(measured: Measured) -> Record:
     return {
         "conversations": {
             name: [pairs_record(pairs) for pairs in zip(*rounds, strict=True)]
@@ -263,54 +258,53 @@ def record_of(measured: Measured) -> dict[str, Any]:
     }
 
 
-def plot(setting: Setting, kinds: dict[str, Measured]) -> None:
-    made = new_figure(2)
+def draw(record: Record) -> Any:
+    made = new_figure(1, 2, 3.4)
     if made is None:
-        return
+        return None
     figure, (left, right) = made
-    for kind, measured in kinds.items():
-        for name, rounds in measured.conversations.items():
-            turns = list(zip(*rounds, strict=True))
-            for label, side in ((name, "cached"), (f"{name}, no cache", "plain")):
-                middle = [
-                    Spread.of(getattr(pair, side).first_token * 1e3 for pair in pairs).median
-                    for pairs in turns
-                ]
-                style = "o-" if side == "cached" else "x--"
-                left.plot(range(1, len(turns) + 1), middle, style, label=f"{kind}, {label}")
-    left.set_xlabel("turn of the conversation")
-    left.set_ylabel("first token, ms")
-    left.set_yscale("log")
-    left.grid(alpha=0.3)
-    left.legend(fontsize=6)
-    shorter = {
-        f"{kind}, {name}": measured.shorter(name)
-        for kind, measured in kinds.items()
-        for name in measured.prefix
-        if name != "cold"
-    }
-    draw_dots(right, shorter, "first token of a known prefix: times shorter than cold")
-    right.axvline(20, color="grey", linewidth=1)
-    figure.savefig(setting.out / "prompt_cache.png", dpi=150)
+    shorter: dict[str, Spread] = {}
+    for kind, of_kind in record["engines"].items():
+        if kind == "SimpleEngine":
+            draw_conversation(left, of_kind["conversations"]["prompts"])
+        for name, of_prefix in of_kind["prefix"].items():
+            if name != "cold":
+                spread = Spread.read(of_prefix["times_shorter_than_cold"])
+                shorter[f"{kind},\n{name}"] = spread
+    left.set_title("SimpleEngine, a conversation")
+    draw_dots(right, shorter, "first token: times sooner than cold")
+    right.set_title("A long beginning that is known")
+    right.axvline(1, color=BLACK, linewidth=1)
+    log_scale(right, "x")
+    return figure
+
+
+def draw_conversation(axis: Any, turns: list[Record]) -> None:
+    lines = (
+        ("first_token_seconds_without", "without the prompt cache", "--"),
+        ("first_token_seconds", "with it", "-"),
+    )
+    for series, (what, label, style) in enumerate(lines):
+        spreads = [Spread.read(turn[what]) for turn in turns]
+        tokens = [turn["prompt_tokens"] for turn in turns]
+        draw_line(axis, tokens, spreads, label, series=series, style=style, scale=1e3)
+    axis.set_xlabel("prompt tokens, one mark a turn")
+    axis.set_ylabel("time to first token, ms")
+    axis.set_ylim(bottom=0)
+    axis.legend()
 
 
 def main() -> None:
-    setting = parse_setting(__doc__ or "", repeats=7, quick_repeats=2)
-    what = machine()
+    setting = parse_setting("prompt_cache", __doc__, repeats=7, quick_repeats=2)
+    report = Report(setting, f"{setting.repeats} rounds. {INTERVAL}")
     with model_folder(setting) as model:
         kinds = {
             name: asyncio.run(measure_kind(kind, model, setting)) for name, kind in KINDS.items()
         }
-    print(f"{describe(what)}\n{setting.repeats} rounds. Numbers are median [min, max].\n")
-    print(conversation_table(kinds), prefix_table(kinds), sep="\n\n")
-    record = {
-        "machine": what,
-        "quick": setting.quick,
-        "rounds": setting.repeats,
-        "engines": {name: record_of(measured) for name, measured in kinds.items()},
-    }
-    write_json(setting.out, "prompt_cache", record)
-    plot(setting, kinds)
+    report.add(prefix_table(kinds))
+    report.add(conversation_table(kinds))
+    engines = {name: record_of(measured) for name, measured in kinds.items()}
+    report.finish({"rounds": setting.repeats, "engines": engines}, draw)
 
 
 if __name__ == "__main__":

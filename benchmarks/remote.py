@@ -30,26 +30,24 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from benchmarks.batch_ways import Load
+from benchmarks.drawing import (
+    BLACK,
+    draw_dots,
+    draw_line,
+    legend_below,
+    log_scale,
+    new_figure,
+    ticks_at,
+)
 from benchmarks.remote_life import (
-    Kills,
-    Lateness,
     kills_table,
     lateness_record,
     lateness_table,
     measure_kills,
     measure_lateness,
-    p99s,
 )
 from benchmarks.remote_places import HERE, SHAPES, Run, started_everywhere, timed
-from benchmarks.report import (
-    Spread,
-    describe,
-    draw_dots,
-    machine,
-    markdown_table,
-    new_figure,
-    write_json,
-)
+from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
 from benchmarks.setting import Setting, parse_setting, rotated
 from benchmarks.throughput import add_options, make_prompts, models
 
@@ -117,7 +115,7 @@ def has_cpu(runs: Runs) -> bool:
     )
 
 
-def tables(runs: Runs) -> str:
+def tables(runs: Runs) -> list[str]:
     others = [name for name in next(iter(runs.values())) if name != HERE]
 
     def table(
@@ -166,7 +164,7 @@ def tables(runs: Runs) -> str:
     if has_cpu(runs):
         made.append(table("CPU a token, of in process", f"{HERE}, us", cpu_here, cpu_ratio))
         made.append(table("CPU a token but the model's, us", HERE, talk_here, talk_there))
-    return "\n\n".join(made)
+    return made
 
 
 def shortened(spread: Spread) -> Spread:
@@ -174,8 +172,8 @@ def shortened(spread: Spread) -> Spread:
     return Spread.of(float(f"{value:.5g}") for value in spread.values)
 
 
-def record_of(runs: Runs) -> dict[str, Any]:
-    def one(by_name: dict[str, list[Run]], name: str) -> dict[str, Any]:
+def record_of(runs: Runs) -> Record:
+    def one(by_name: dict[str, list[Run]], name: str) -> Record:
         of_place = by_name[name]
         known = {
             "tokens_per_second": Spread.of(map(rate, of_place)),
@@ -196,72 +194,61 @@ def record_of(runs: Runs) -> dict[str, Any]:
     }
 
 
-def plot(
-    setting: Setting, speed: dict[str, Runs], lateness: dict[str, Lateness], kills: Kills
-) -> None:
-    made = new_figure(2 * len(speed) + 1)
+def draw(record: Record) -> Any:
+    models = record["models"]
+    made = new_figure(2, len(models), 5.2)
     if made is None:
-        return
+        return None
     figure, axes = made
-    for axis, (model, runs) in zip(axes, speed.items(), strict=False):
-        draw_ratios(axis, model, runs)
-    for axis, (model, late) in zip(axes[len(speed) :], lateness.items(), strict=False):
-        draw_dots(axis, p99s(late["handed over"]), f"p99 wait of a callback, ms; {model}", 1e3)
-        axis.set_xscale("log")
-    shown = {
-        "first EngineDead": Spread.of(kills.first_error),
-        "last EngineDead": Spread.of(kills.last_error),
-    }
-    draw_dots(axes[-1], shown, "ms from SIGKILL, 8 requests in flight", 1e3)
-    figure.savefig(setting.out / "remote.png", dpi=150)
+    for place, (model, of_model) in enumerate(models.items()):
+        draw_ratios(axes[place], of_model["speed"])
+        axes[place].set_title(f"{model} model, streams")
+        late = of_model["loop_lateness_seconds"]["handed over"]
+        below = axes[len(models) + place]
+        p99s = {name: Spread.read(state["p99"]) for name, state in late.items()}
+        draw_dots(below, p99s, "a callback waits, p99, ms", 1e3)
+        if place:
+            below.set_yticks(range(len(p99s)), [""] * len(p99s))
+        log_scale(below, "x")
+    legend_below(figure, axes[0])
+    return figure
 
 
-def draw_ratios(axis: Any, model: str, runs: Runs) -> None:
-    numbers = [number for number, shape in runs if shape == "streams"]
-    for name in next(iter(runs.values())):
-        for shape, line in (("streams", "o-"), ("whole answers", "s:")):
-            if name == HERE or (shape != "streams" and name.startswith(HERE)):
-                continue
-            spreads = [ratios(runs[number, shape], name, rate) for number in numbers]
-            middle = [spread.median for spread in spreads]
-            low = [spread.median - min(spread.values) for spread in spreads]
-            high = [max(spread.values) - spread.median for spread in spreads]
-            label = f"{name}, {shape}"
-            axis.errorbar(numbers, middle, (low, high), fmt=line, capsize=3, label=label)
-    axis.axhline(1.0, color="grey", linewidth=1)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(numbers, [str(number) for number in numbers])
-    axis.set_xlabel("requests at once")
-    axis.set_ylabel(f"tokens/s, of in process; {model}")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=6)
+def draw_ratios(axis: Any, speed: Record) -> None:
+    cases = {int(case.split()[0]): one for case, one in speed.items() if case.endswith("streams")}
+    names = [name for name in next(iter(cases.values())) if not name.startswith(HERE)]
+    for series, name in enumerate(names):
+        spreads = [Spread.read(one[name]["ratio_to_in_process"]) for one in cases.values()]
+        draw_line(axis, list(cases), spreads, name, series=series)
+    axis.axhline(1.0, color=BLACK, linewidth=1)
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("tokens/s, of in process")
+    ticks_at(axis, list(cases), "requests at once")
 
 
 def main() -> None:
-    setting = parse_setting(__doc__ or "", repeats=9, quick_repeats=2, add_own=add_options)
+    setting = parse_setting("remote", __doc__, repeats=9, quick_repeats=2, add_own=add_options)
     at_once = [1, 8] if setting.quick else list(AT_ONCE)
-    what = machine()
-    print(f"{describe(what)}\n{setting.repeats} rounds. Numbers are median [min, max].")
-    record: dict[str, Any] = {"machine": what, "quick": setting.quick, "rounds": setting.repeats}
-    speed: dict[str, Runs] = {}
-    lateness: dict[str, Lateness] = {}
+    report = Report(setting, f"{setting.repeats} rounds. {INTERVAL}")
+    found: dict[str, Record] = {}
     with models(setting) as folders:
         for name, folder in folders.items():
             count = setting.own.tokens or (16 if setting.quick else 128 if name == "tiny" else 48)
-            speed[name] = asyncio.run(measure_speed(folder, setting, at_once, count))
-            print(f"\nModel: {name}; {count} tokens a request.\n\n{tables(speed[name])}")
-            lateness[name] = asyncio.run(measure_lateness(folder, setting))
-            print(f"\n{lateness_table(lateness[name])}", flush=True)
-            record[name] = {
+            runs = asyncio.run(measure_speed(folder, setting, at_once, count))
+            report.add(f"Model: {name}; {count} tokens a request.")
+            for table in tables(runs):
+                report.add(table)
+            late = asyncio.run(measure_lateness(folder, setting))
+            report.add(lateness_table(late))
+            found[name] = {
                 "tokens_per_request": count,
-                "speed": record_of(speed[name]),
-                "loop_lateness_seconds": lateness_record(lateness[name]),
+                "speed": record_of(runs),
+                "loop_lateness_seconds": lateness_record(late),
             }
         kills = asyncio.run(measure_kills(next(iter(folders.values())), setting))
-    print(f"\n{kills_table(kills)}")
-    record["kill_seconds"] = {what: it.record() for what, it in kills.spreads().items()}
-    write_json(setting.out, "remote", record)
-    plot(setting, speed, lateness, kills)
+    report.add(kills_table(kills))
+    killed = {what: spread.record() for what, spread in kills.spreads().items()}
+    report.finish({"rounds": setting.repeats, "models": found, "kill_seconds": killed}, draw)
 
 
 if __name__ == "__main__":

@@ -144,18 +144,17 @@ def stopped_program(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     It has a session of its own, as an engine's process has: Linux may share processors out
     between sessions.
     """
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        assert process.stdout is not None
-        if not process.stdout.readline():
-            raise SystemExit("a program of the controls has ended at once")
-        process.send_signal(signal.SIGSTOP)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:
+        try:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise SystemExit("a program of the controls has ended at once")
+            process.send_signal(signal.SIGSTOP)
+            yield process
+        finally:
+            process.kill()
 
 
 async def generate_for_ever(model: str) -> None:

@@ -1,18 +1,27 @@
-"""Numbers -> Markdown on standard output, JSON in a folder, and a plot where one can be made."""
+"""Numbers -> Markdown on standard output, JSON in a folder, and a picture where one can be made."""
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.drawing import save_picture
+
+if TYPE_CHECKING:
+    from benchmarks.setting import Setting
+
+Record = dict[str, Any]  # what is in a JSON file
+Draw = Callable[[Record], Any]  # a record -> a matplotlib figure, ``None`` without matplotlib
+
+INTERVAL = "Numbers are median [min, max]."
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +34,11 @@ class Spread:
     def of(cls, values: Iterable[float]) -> Spread:
         """Of at least one value."""
         return cls(tuple(values))
+
+    @classmethod
+    def read(cls, record: Record) -> Spread:
+        """What ``record()`` gave."""
+        return cls(tuple(record["values"]))
 
     @property
     def median(self) -> float:
@@ -44,7 +58,7 @@ class Spread:
         )
         return f"{middle} [{low}, {high}]"
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """For JSON: the summary and every value."""
         return {
             "median": self.median,
@@ -54,7 +68,7 @@ class Spread:
         }
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Record:
     """What the numbers depend on; nothing that tells one machine from another of its kind."""
     mac = platform.mac_ver()[0]
     return {
@@ -66,7 +80,6 @@ def machine() -> dict[str, Any]:
         "mlx": version("mlx"),
         "mlx_lm": version("mlx-lm"),
         "mlx_engine": version("mlx-engine"),
-        "date": datetime.date.today().isoformat(),
     }
 
 
@@ -76,42 +89,62 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def describe(what: dict[str, Any]) -> str:
-    """One line on the machine."""
+def describe(record: Record) -> str:
+    """One line on the machine and the day of a record."""
+    what = record["machine"]
     return (
         f"{what['platform']} {what['architecture']}, {what['processors']} processors "
         f"(load {what['load_before']} before), Python {what['python']}, mlx {what['mlx']}, "
-        f"mlx-lm {what['mlx_lm']}, {what['date']}"
+        f"mlx-lm {what['mlx_lm']}, {record['date']}"
     )
 
 
-def write_json(folder: Path, name: str, record: dict[str, Any]) -> None:
-    """Write ``name``.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1, allow_nan=False)
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+def read_json(path: Path) -> Record:
+    """What a report has written."""
+    record: Record = json.loads(path.read_text(encoding="utf-8"))
+    return record
 
 
-def new_figure(panels: int) -> tuple[Any, list[Any]] | None:
-    """A matplotlib figure with ``panels`` axes side by side; ``None`` without matplotlib."""
-    try:
-        matplotlib = import_module("matplotlib")
-    except ModuleNotFoundError:
-        return None
-    matplotlib.use("Agg")
-    figure, axes = import_module("matplotlib.pyplot").subplots(
-        1, panels, figsize=(5.2 * panels, 3.8), layout="constrained", squeeze=False
-    )
-    return figure, list(axes[0])
+class Report:
+    """What a benchmark finds: printed as it comes, written at the end.
 
+    Args:
+        setting: of the benchmark.
+        about: what was done, in a line or two.
+        picture: name of the picture's file; that of the benchmark by default.
+    """
 
-def draw_dots(axis: Any, rows: dict[str, Spread], label: str, scale: float = 1.0) -> None:
-    """One line a row: a dot for each value, a bar at the median."""
-    for place, spread in enumerate(rows.values()):
-        values = [value * scale for value in spread.values]
-        axis.plot(values, [place] * len(values), "o", alpha=0.4, markersize=5)
-        axis.plot([spread.median * scale], [place], "|", color="black", markersize=22)
-    axis.set_yticks(range(len(rows)), list(rows))
-    axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.set_xlabel(label)
-    axis.grid(axis="x", alpha=0.3)
+    def __init__(self, setting: Setting, about: str, *, picture: str | None = None) -> None:
+        self._setting = setting
+        self._picture = picture or f"{setting.name}.png"
+        self._head: Record = {
+            "benchmark": setting.name,
+            "mode": setting.mode,
+            "date": setting.date,
+            "machine": setting.machine,
+            "about": about,
+        }
+        self._parts: list[str] = []
+        quick = "\nA quick run: to see that it works, its numbers are no result."
+        print(f"{describe(self._head)}{quick if setting.quick else ''}\n{about}", flush=True)
+
+    def add(self, part: str) -> None:
+        """Markdown: a table, or a line. The first one should answer the benchmark's question."""
+        self._parts.append(part)
+        print(f"\n{part}", flush=True)
+
+    def finish(self, found: Record, draw: Draw | None) -> None:
+        """Write JSON, and the picture that ``draw`` makes of it."""
+        record = {
+            **self._head,
+            "seconds": round(time.perf_counter() - self._setting.started, 1),
+            "picture": self._picture if draw else None,
+            "parts": self._parts,
+            **found,
+        }
+        folder = self._setting.out
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(record, indent=1, allow_nan=False)
+        (folder / f"{self._setting.name}.json").write_text(text + "\n", encoding="utf-8")
+        if draw is not None:
+            save_picture(draw(record), folder / self._picture)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-_ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.report import machine
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+QUICK = "quick"  # the folder in that of the results where those of quick runs go
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,48 +27,79 @@ class Setting:
     """How to run a benchmark.
 
     Attributes:
+        name: of the benchmark, and of its files.
         quick: a run of seconds, to see that it works; its numbers are no result.
         repeats: rounds of each measurement.
-        out: folder for JSON and plots.
+        out: folder for JSON and picture; that of quick runs is another one.
         model: folder or name of a model; ``None`` is a random one.
         layers: of the random one.
         own: all arguments, with those that only this benchmark has.
+        machine: as it was before the benchmark began.
+        started: by ``time.perf_counter``.
     """
 
+    name: str
     quick: bool
     repeats: int
     out: Path
     model: str | None
     layers: int
     own: argparse.Namespace
+    machine: dict[str, Any]
+    started: float
+
+    @property
+    def mode(self) -> str:
+        """As it is written down."""
+        return "quick" if self.quick else "full"
+
+    @property
+    def date(self) -> str:
+        """Of today."""
+        return datetime.date.today().isoformat()
+
+
+def folder_of(out: Path, quick: bool) -> Path:
+    """Where results go: those of quick runs never take the place of others."""
+    return out / QUICK if quick else out
 
 
 def parse_setting(
-    description: str,
+    name: str,
+    description: str | None,
     *,
     repeats: int | None,
     quick_repeats: int = 3,
-    layers: int = 2,
+    layers: int | None = 2,
     add_own: Callable[[argparse.ArgumentParser], object] | None = None,
 ) -> Setting:
     """The command line of a benchmark.
 
     Args:
+        name: of the benchmark.
         description: printed by ``--help``.
         repeats: the default; ``None`` for a benchmark of one round, without the option.
         quick_repeats: the default with ``--quick``.
-        layers: of the random model, by default.
+        layers: of the random model, by default; ``None`` for a benchmark with models of its own,
+            without the options.
         add_own: adds the benchmark's own options.
     """
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="a run that is no result; written to OUT/quick"
+    )
     if repeats is not None:
         parser.add_argument("--repeats", type=int, metavar="N", help=f"rounds (default {repeats})")
-    parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results", metavar="DIR")
-    parser.add_argument("--model", metavar="PATH", help="instead of a random model")
-    parser.add_argument("--layers", type=int, metavar="N", help=f"of it (default {layers})")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="OUT", help="default benchmarks/results"
+    )
+    if layers is not None:
+        parser.add_argument("--model", metavar="PATH", help="instead of a random model")
+        parser.add_argument("--layers", type=int, metavar="N", help=f"of it (default {layers})")
     if add_own is not None:
         add_own(parser)
     args = parser.parse_args()
@@ -70,7 +109,17 @@ def parse_setting(
     rounds = 1
     if repeats is not None:
         rounds = args.repeats or (quick_repeats if args.quick else repeats)
-    return Setting(args.quick, rounds, args.out, args.model, args.layers or layers, args)
+    return Setting(
+        name,
+        args.quick,
+        rounds,
+        folder_of(args.out, args.quick),
+        None if layers is None else args.model,
+        0 if layers is None else args.layers or layers,
+        args,
+        machine(),
+        time.perf_counter(),
+    )
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
@@ -85,10 +134,19 @@ def model_folder(setting: Setting) -> Iterator[str]:
     if setting.model is not None:
         yield setting.model
         return
+    with random_model(setting.layers) as folder:  # 2 layers are 0.7 ms a token, 3 about 1 ms
+        yield folder
+
+
+@contextmanager
+def random_model(layers: int, **other: Any) -> Iterator[str]:
+    """One of the tests' kind, with ``other`` entries in its config.json.
+
+    It is made in a process of its own, since making it is MLX work and the benchmark's belongs
+    to the MLX thread.
+    """
     with tempfile.TemporaryDirectory() as parent:
         folder = str(Path(parent, "model"))
-        # The tests' random model: 2 layers are 0.7 ms a token, 3 about 1 ms. In a process of
-        # its own, since making it is MLX work and the benchmark's belongs to the MLX thread.
-        program = [sys.executable, "-m", "tests.tiny", folder, "--layers", str(setting.layers)]
-        subprocess.run(program, cwd=_ROOT, check=True)
+        program = [sys.executable, "-m", "tests.tiny", folder, "--layers", str(layers)]
+        subprocess.run([*program, "--other", json.dumps(other)], cwd=ROOT, check=True)
         yield folder

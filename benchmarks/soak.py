@@ -27,143 +27,29 @@ import asyncio
 import faulthandler
 import gc
 import os
-import statistics
-import subprocess
 import sys
 import threading
 import time
 from argparse import ArgumentParser
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import mlx.core as mx
-
-from benchmarks.report import Spread, describe, machine, markdown_table, new_figure, write_json
+from benchmarks.drawing import MARKERS, SERIES, new_figure
+from benchmarks.report import Record, Report, Spread, markdown_table
 from benchmarks.setting import Setting, model_folder, parse_setting
 from benchmarks.soak_load import Load, Tally, make_known
+from benchmarks.soak_samples import MEASURES, Sampler, Samples
 from mlx_engine import BatchedEngine
 
 USERS = 48
 ROWS = 16
 CACHE_BYTES = 16 * 2**20  # of the prompt cache: reached within seconds
 SAMPLES = 60  # in the whole run, but not more often than one a second
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """Something that is sampled.
-
-    Attributes:
-        unit: shown in the table.
-        scale: of the value shown.
-        slack: growth that is allowed beyond 10 %; ``None``: it may do as it likes.
-    """
-
-    unit: str
-    scale: float = 1.0
-    slack: float | None = None
-
-
-MIB = 1 / 2**20
-MEASURES = {
-    "active": Measure("MLX active memory, MiB", MIB, 8 * 2**20),
-    "cache": Measure("MLX cached memory, MiB", MIB, 64 * 2**20),
-    "resident": Measure("resident memory, MiB", MIB, 20 * 2**20),
-    "tasks": Measure("asyncio tasks", 1, 20),
-    "threads": Measure("threads", 1, 1),
-    "objects": Measure("Python objects, thousands", 1e-3, 5000),
-    "prompt_cache": Measure("prompt cache, MiB", MIB),
-    "kv": Measure("KV caches of running requests, MiB", MIB),
-    "running": Measure("running requests"),
-    "batch": Measure("requests that decode together"),
-    "waiting": Measure("waiting requests"),
-    "rate": Measure("requests a second"),
-    "decode_rate": Measure("tokens a second of decode"),
-}
-
-
-@dataclass(slots=True)
-class Samples:
-    """What was sampled: seconds since the beginning, and a list a measure."""
-
-    times: list[float] = field(default_factory=list)
-    values: dict[str, list[float]] = field(default_factory=lambda: {m: [] for m in MEASURES})
-    stats: list[dict[str, Any]] = field(default_factory=list)
-
-    def thirds(self, name: str) -> tuple[float, float, float]:
-        """Medians."""
-        values = self.values[name]
-        size = max(1, len(values) // 3)
-        parts = (values[:size], values[size:-size] or values, values[-size:])
-        first, second, last = map(statistics.median, parts)
-        return first, second, last
-
-    def grown(self, name: str) -> bool:
-        slack = MEASURES[name].slack
-        _, second, last = self.thirds(name)
-        return slack is not None and last > 1.1 * second + slack
-
-
-def resident_bytes() -> int:
-    """Of this process, now."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    shown = subprocess.run(
-        ["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True
-    )
-    return int(shown.stdout) * 1024
-
-
-class Sampler:
-    """Takes the samples."""
-
-    def __init__(self, engine: BatchedEngine, tally: Tally) -> None:
-        self._engine = engine
-        self._tally = tally
-        self._start = self._last = time.monotonic()
-        self._requests = 0
-        self._decoded = (0, 0.0)
-        self.samples = Samples()
-
-    async def sample(self) -> None:
-        active, cache = await self._engine.run_blocking(_mlx_memory)
-        now = time.monotonic()
-        stats = asdict(self._engine.stats())
-        requests = self._tally.requests
-        decoded = stats["completion_tokens"], stats["decode_seconds"]
-        tokens, seconds = (new - old for new, old in zip(decoded, self._decoded, strict=True))
-        found = {
-            "active": active,
-            "cache": cache,
-            "resident": await asyncio.to_thread(resident_bytes),
-            "tasks": len(asyncio.all_tasks()),
-            "threads": threading.active_count(),
-            "objects": len(gc.get_objects()),
-            "prompt_cache": stats["prompt_cache"]["nbytes"],
-            "kv": stats["kv_bytes"],
-            "running": stats["running"],
-            "batch": stats["batch_size"],
-            "waiting": stats["waiting"],
-            "rate": (requests - self._requests) / max(now - self._last, 1e-9),
-            "decode_rate": tokens / seconds if seconds else 0.0,
-        }
-        self._last, self._requests, self._decoded = now, requests, decoded
-        self.samples.times.append(now - self._start)
-        self.samples.stats.append(stats)
-        for name, value in found.items():
-            self.samples.values[name].append(value)
-
-    async def run_until(self, end: float, interval: float) -> None:
-        """Until ``time.monotonic`` says so: while the users go, there is less of everything."""
-        while time.monotonic() + interval < end:
-            await asyncio.sleep(interval)
-            await self.sample()
-
-
-def _mlx_memory() -> tuple[int, int]:
-    return mx.get_active_memory(), mx.get_cache_memory()
+SHOWN = (
+    ("memory, MiB", ("resident", "active", "cache", "prompt_cache", "kv")),
+    ("of this process", ("tasks", "threads", "objects")),
+    ("requests", ("rate", "running", "batch")),
+)
 
 
 @dataclass(slots=True)
@@ -269,7 +155,7 @@ def samples_text(samples: Samples, name: str) -> str:
     return " -> ".join(f"{value * scale:.1f}" for value in samples.thirds(name))
 
 
-def tables(done: Soak) -> str:
+def tables(done: Soak) -> list[str]:
     tally, samples = done.tally, done.samples
     endings = [[ending.value, str(count)] for ending, count in tally.endings.most_common()]
     endings += [
@@ -293,10 +179,10 @@ def tables(done: Soak) -> str:
         row = [f"{spread.percentile(percent) * 1e3:.1f}" for percent in (50, 99, 100)]
         head = ["task.cancel() to CancelledError", "p50 ms", "p99 ms", "max ms"]
         parts.append(markdown_table(head, [[f"{len(tally.cancels)} times", *row]]))
-    return "\n\n".join(parts)
+    return parts
 
 
-def record_of(done: Soak) -> dict[str, Any]:
+def record_of(done: Soak) -> Record:
     tally, samples = done.tally, done.samples
     return {
         "seconds": done.seconds,
@@ -320,26 +206,31 @@ def record_of(done: Soak) -> dict[str, Any]:
     }
 
 
-def plot(setting: Setting, samples: Samples) -> None:
-    made = new_figure(3)
-    if made is None or not samples.times:
-        return
+def draw(record: Record) -> Any:
+    made = new_figure(1, len(SHOWN), 3.6)
+    if made is None:
+        return None
     figure, axes = made
-    shown = (
-        ("resident", "active", "cache", "prompt_cache", "kv"),
-        ("tasks", "threads", "objects"),
-        ("rate", "running", "batch"),
-    )
-    for axis, names in zip(axes, shown, strict=True):
-        for name in names:
+    for axis, (title, names) in zip(axes, SHOWN, strict=True):
+        for series, name in enumerate(names):
             measure = MEASURES[name]
-            values = [value * measure.scale for value in samples.values[name]]
-            axis.plot(samples.times, values, label=measure.unit)
+            values = [value * measure.scale for value in record["samples"][name]]
+            style = MARKERS[series] + "-"
+            label = measure.unit.removesuffix(", MiB")
+            colour = SERIES[series]
+            axis.plot(
+                record["sample_seconds"],
+                values,
+                style,
+                color=colour,
+                label=label,
+                markevery=max(1, len(values) // 8),
+            )
+        axis.set_title(title)
         axis.set_xlabel("seconds")
         axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    figure.savefig(setting.out / "soak.png", dpi=150)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    return figure
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -351,21 +242,15 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def main() -> None:
-    setting = parse_setting(__doc__ or "", repeats=None, add_own=add_options)
+    setting = parse_setting("soak", __doc__, repeats=None, add_own=add_options)
     seconds = 60 * (setting.own.minutes or (0.3 if setting.quick else 3))
-    what = machine()
+    report = Report(setting, f"{USERS} users, {ROWS} rows, {seconds:.0f} s.")
     with model_folder(setting) as model:
         done = asyncio.run(soak(model, setting, seconds))
-    print(f"{describe(what)}\n{USERS} users, {ROWS} rows, {done.seconds:.0f} s.\n\n{tables(done)}")
-    record = {
-        "machine": what,
-        "quick": setting.quick,
-        "seed": setting.own.seed,
-        "kv_memory_mib": setting.own.kv_memory,
-        **record_of(done),
-    }
-    write_json(setting.out, "soak", record)
-    plot(setting, done.samples)
+    for table in tables(done):
+        report.add(table)
+    asked = {"seed": setting.own.seed, "kv_memory_mib": setting.own.kv_memory}
+    report.finish({**asked, **record_of(done)}, draw)
     for problem in done.problems:
         print(f"PROBLEM: {problem}")
     sys.exit(1 if done.problems else 0)

@@ -42,14 +42,8 @@ from typing import Any
 import mlx.core as mx
 
 from benchmarks.batch_ways import ROWS, WAYS, Load, raw
-from benchmarks.report import (
-    Spread,
-    describe,
-    machine,
-    markdown_table,
-    new_figure,
-    write_json,
-)
+from benchmarks.drawing import draw_line, legend_below, new_figure, ticks_at
+from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
 from benchmarks.setting import Setting, model_folder, parse_setting, rotated
 from benchmarks.wide import wide_folder
 from mlx_engine import BatchedEngine
@@ -155,6 +149,12 @@ def cpu(run: Run) -> float:
     return run.cpu
 
 
+# In the picture: the way, what it is called there, its colour and its line.
+SHOWN = (
+    ("raw", "raw mlx-lm BatchGenerator (no text)", 6, "--"),
+    ("generate", "engine.generate", 0, "-"),
+    ("stream", "engine.stream_generate", 1, "-"),
+)
 OTHERS = [name for name in WAYS if name != "raw"]
 
 
@@ -177,7 +177,7 @@ def value_table(runs: Runs, title: str, names: list[str], of: Callable[..., str]
     return markdown_table([f"at once; {title}", *names], rows)
 
 
-def tables(runs: Runs) -> str:
+def tables(runs: Runs) -> list[str]:
     def first(by_way: dict[str, list[Run]], name: str) -> str:
         return Spread.of(map(first_token, by_way[name])).text(1, 1e3)
 
@@ -187,18 +187,16 @@ def tables(runs: Runs) -> str:
     def more(by_way: dict[str, list[Run]], name: str) -> str:
         return added(by_way, name).text(0, 1e6)
 
-    return "\n\n".join(
-        (
-            ratio_table(runs, "end to end", end_to_end),
-            ratio_table(runs, "decode only", decode_only),
-            value_table(runs, "first token, ms", list(WAYS), first),
-            value_table(runs, "added to raw, us a token", OTHERS, more),
-            value_table(runs, "CPU, us a token", list(WAYS), processor),
-        )
-    )
+    return [
+        ratio_table(runs, "end to end", end_to_end),
+        ratio_table(runs, "decode only", decode_only),
+        value_table(runs, "first token, ms", list(WAYS), first),
+        value_table(runs, "added to raw, us a token", OTHERS, more),
+        value_table(runs, "CPU, us a token", list(WAYS), processor),
+    ]
 
 
-def record_of(runs: Runs) -> dict[str, Any]:
+def record_of(runs: Runs) -> Record:
     return {
         str(number): {
             name: {
@@ -216,30 +214,24 @@ def record_of(runs: Runs) -> dict[str, Any]:
     }
 
 
-def plot(setting: Setting, measured: dict[str, Runs]) -> None:
-    made = new_figure(2 * len(measured))
+def draw(record: Record) -> Any:
+    made = new_figure(1, len(record["models"]), 3.4)
     if made is None:
-        return
+        return None
     figure, axes = made
-    for place, (model, runs) in enumerate(measured.items()):
-        absolute, relative = axes[2 * place : 2 * place + 2]
-        for name in WAYS:
-            rates = [Spread.of(map(end_to_end, by_way[name])) for by_way in runs.values()]
-            absolute.plot(list(runs), [rate.median for rate in rates], "o-", label=name)
-            of_raw = [ratios(by_way, name, end_to_end) for by_way in runs.values()]
-            middle = [ratio.median for ratio in of_raw]
-            low = [ratio.median - min(ratio.values) for ratio in of_raw]
-            high = [max(ratio.values) - ratio.median for ratio in of_raw]
-            relative.errorbar(list(runs), middle, (low, high), fmt="o-", capsize=3, label=name)
-        absolute.set_ylabel(f"tokens/s, {model}")
-        relative.set_ylabel(f"of raw BatchGenerator, {model}")
-        for axis in (absolute, relative):
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(list(runs), [str(number) for number in runs])
-            axis.set_xlabel("requests at once")
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
-    figure.savefig(setting.out / "throughput.png", dpi=150)
+    for axis, (model, of_model) in zip(axes, record["models"].items(), strict=True):
+        at_once = of_model["at_once"]
+        places = [int(number) for number in at_once]
+        for name, label, series, style in SHOWN:
+            rates = [Spread.read(ways[name]["tokens_per_second"]) for ways in at_once.values()]
+            draw_line(axis, places, rates, label, series=series, style=style)
+        step = at_once["1"]["raw"]["decode_tokens_per_second"]["median"]
+        axis.set_title(f"{model} model, {1e3 / step:.1f} ms a step alone")
+        axis.set_ylabel("tokens/s, of all requests")
+        axis.set_ylim(bottom=0)
+        ticks_at(axis, places, "requests at once")
+    legend_below(figure, axes[0])
+    return figure
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -266,21 +258,20 @@ def models(setting: Setting) -> Iterator[dict[str, str]]:
 
 
 def main() -> None:
-    setting = parse_setting(__doc__ or "", repeats=5, quick_repeats=2, add_own=add_options)
+    setting = parse_setting("throughput", __doc__, repeats=5, quick_repeats=2, add_own=add_options)
     at_once = [1, 4, 16] if setting.quick else list(AT_ONCE)
-    what = machine()
-    print(f"{describe(what)}\n{setting.repeats} rounds. Numbers are median [min, max].")
-    record: dict[str, Any] = {"machine": what, "quick": setting.quick, "rounds": setting.repeats}
-    measured: dict[str, Runs] = {}
+    report = Report(setting, f"{setting.repeats} rounds. {INTERVAL}")
+    found: dict[str, Record] = {}
     with models(setting) as folders:
         for name, folder in folders.items():
             # The wide model's steps of 32 rows are ten times as long, and need no more of them.
             count = setting.own.tokens or (16 if setting.quick else 128 if name == "tiny" else 48)
-            measured[name] = asyncio.run(measure_model(folder, setting, at_once, count))
-            print(f"\nModel: {name}; {count} tokens a request.\n\n{tables(measured[name])}")
-            record[name] = {"tokens_per_request": count, "at_once": record_of(measured[name])}
-    write_json(setting.out, "throughput", record)
-    plot(setting, measured)
+            runs = asyncio.run(measure_model(folder, setting, at_once, count))
+            report.add(f"Model: {name}; {count} tokens a request.")
+            for table in tables(runs):
+                report.add(table)
+            found[name] = {"tokens_per_request": count, "at_once": record_of(runs)}
+    report.finish({"rounds": setting.repeats, "models": found}, draw)
 
 
 if __name__ == "__main__":

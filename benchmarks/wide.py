@@ -7,13 +7,9 @@ to be what counts, as it is with a model that somebody uses.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager
+
+from benchmarks.setting import random_model
 
 LAYERS = 3
 _WIDTH = {
@@ -23,15 +19,8 @@ _WIDTH = {
     "num_key_value_heads": 2,
     "head_dim": 48,
 }
-_ROOT = Path(__file__).resolve().parent.parent
 
 
-@contextmanager
-def wide_folder(layers: int = LAYERS) -> Iterator[str]:
+def wide_folder(layers: int = LAYERS) -> AbstractContextManager[str]:
     """Such a model, which lives as long as the ``with`` block."""
-    with tempfile.TemporaryDirectory() as parent:
-        folder = str(Path(parent, "wide"))
-        program = [sys.executable, "-m", "tests.tiny", folder, "--layers", str(layers)]
-        # In a process of its own, since making it is MLX work.
-        subprocess.run([*program, "--other", json.dumps(_WIDTH)], cwd=_ROOT, check=True)
-        yield folder
+    return random_model(layers, **_WIDTH)
