@@ -21,7 +21,7 @@ from mlx_engine.errors import (
     MLXEngineError,
 )
 from mlx_engine.outputs import ShutdownReport
-from mlx_engine.turn import outlast, wake
+from mlx_engine.turn import clean_up, to_the_end, wake
 
 
 class EngineState(enum.Enum):
@@ -90,7 +90,7 @@ class Lifecycle:
         self._ids: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
         self._draining: list[Ticket] = []
         self._starter: Ticket | None = None
-        self._releasing = False
+        self._releasing: asyncio.AbstractEventLoop | None = None  # in which that is done
         self._report = ShutdownReport()
         self._failure: Callable[[], EngineDead] = _unknown
 
@@ -234,45 +234,51 @@ class Lifecycle:
         except asyncio.CancelledError as error:
             cancelled = error
         self._abort_all()
-        while True:
-            finish = asyncio.ensure_future(self._finish(release))
-            try:
-                await outlast(finish)
-            except asyncio.CancelledError as error:
-                cancelled = cancelled or error
-            if cancelled is not None or not finish.cancelled():
-                break  # else somebody who cancels all tasks has cancelled that one too
+        report: list[ShutdownReport] = []
+
+        async def finish() -> None:
+            report.append(await self._finish(release))
+
+        await clean_up(cancelled, partial(to_the_end, finish))
         if cancelled is not None:
             try:
                 raise cancelled
             finally:
                 del cancelled
-        return finish.result()
+        return report[-1]
 
     async def _finish(self, release: Callable[[], Awaitable[None]]) -> ShutdownReport:
         await self._idle(None)
+        loop = asyncio.get_running_loop()
         with self._lock:
-            mine = not self._releasing and self._state is EngineState.DRAINING
+            other = self._releasing  # unless it was closed meanwhile, and never will
+            mine = self._state is EngineState.DRAINING and (other is None or other.is_closed())
             if mine:
-                self._releasing = True
+                self._releasing = loop
         if mine:
             try:
                 await release()
             finally:
-                with self._lock:
-                    self._releasing = False
-                    self._report = ShutdownReport(
-                        finished=tuple(t.request_id for t in self._draining if not t.aborted),
-                        aborted=tuple(t.request_id for t in self._draining if t.aborted),
-                    )
-                    self._draining = []
-                    self.move(EngineState.STOPPED)
+                self._released(loop)
         while True:
             with self._lock:
                 if self._state is not EngineState.DRAINING:
                     return self._report
                 changed = self._watch()
             await self._wait(changed, _RECHECK)
+
+    def _released(self, loop: asyncio.AbstractEventLoop) -> None:
+        """It is STOPPED, unless somebody in another loop has taken over from ``loop``."""
+        with self._lock:
+            if self._releasing is not loop:
+                return
+            self._releasing = None
+            self._report = ShutdownReport(
+                finished=tuple(t.request_id for t in self._draining if not t.aborted),
+                aborted=tuple(t.request_id for t in self._draining if t.aborted),
+            )
+            self._draining = []
+            self.move(EngineState.STOPPED)
 
     def _abort_all(self) -> None:
         """Abort what was in flight when the draining began; the release is not."""

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from mlx_engine.errors import StreamClosed, StreamConsumed
 from mlx_engine.outputs import GenerationChunk, GenerationResult
-from mlx_engine.turn import first_cancellation, outlast, wake
+from mlx_engine.turn import clean_up, is_destroyed, outlast, wake
 
 Emit = Callable[[GenerationChunk], None]
 
@@ -96,9 +96,6 @@ class _Outcome:
 
     result: GenerationResult | None = None
     error: BaseException | None = None
-
-
-_tasks: set[asyncio.Task[None]] = set()
 
 
 class GenerationStream:
@@ -196,8 +193,10 @@ class GenerationStream:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with first_cancellation(exc):
-            await self.aclose()
+        if is_destroyed(exc):
+            self._closed = True
+            self.cancel()
+        await clean_up(exc, self.aclose)
 
     def __aiter__(self) -> GenerationStream:
         if self._iterated:
@@ -221,8 +220,7 @@ class GenerationStream:
         try:
             chunk = await channel.get()
         except asyncio.CancelledError as cancelled:
-            with first_cancellation(cancelled):
-                await self.aclose()
+            await clean_up(cancelled, self.aclose)
             raise
         if chunk is not None:
             return chunk
@@ -237,13 +235,13 @@ class GenerationStream:
             raise StreamClosed("the stream has been closed and cannot be started any more")
         loop = asyncio.get_running_loop()
         channel = self._channel = _Channel(loop)
-        # The task knows the channel, not the stream: a dropped stream must become garbage.
+        # The task knows the channel, not the stream: a dropped stream must become garbage. What
+        # the task waits for is held by whoever does it, and holds the task.
         self._task = loop.create_task(
             _produce(self._producer, channel, self._outcome), name=f"{self.request_id} stream"
         )
         ended = functools.partial(_ended, self._producer, channel, self._outcome)
         self._task.add_done_callback(ended)
-        _keep(self._task)
         return channel
 
     def __del__(self) -> None:
@@ -279,12 +277,3 @@ def _ended(
     if outcome.result is None and outcome.error is None:
         outcome.result = producer.partial_result()
     channel.end()
-
-
-def _keep(task: asyncio.Task[None]) -> None:
-    """Event loops hold tasks weakly; a stream that was dropped still has one to finish."""
-    for old in list(_tasks):
-        if old.get_loop().is_closed():
-            _tasks.discard(old)
-    _tasks.add(task)
-    task.add_done_callback(_tasks.discard)

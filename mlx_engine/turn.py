@@ -9,7 +9,7 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -50,6 +50,34 @@ async def outlast(future: asyncio.Future[Any], on_cancel: Callable[[], None] | N
                     except asyncio.CancelledError:
                         continue  # the first one is on its way already
         raise
+
+
+async def to_the_end(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Do ``work()`` in a task of its own, to its end, however often the caller is cancelled.
+
+    Whoever ends an event loop cancels all of its tasks, that one as well: then it is done anew,
+    so it must be possible to do it twice.
+
+    Raises:
+        asyncio.CancelledError: the first one received, when the work is over.
+        BaseException: whatever the work raises.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while True:
+        task = asyncio.ensure_future(work())
+        try:
+            await outlast(task)
+        except asyncio.CancelledError as error:
+            cancelled = cancelled or error
+        if not task.cancelled():
+            break
+    if cancelled is None:
+        return task.result()
+    task.exception()  # nobody gets it
+    try:
+        raise cancelled
+    finally:
+        del cancelled  # no cycle from its traceback to this frame
 
 
 def wake(future: asyncio.Future[None]) -> None:
@@ -96,18 +124,27 @@ def _set_done(*futures: asyncio.Future[None]) -> None:
             future.set_result(None)
 
 
-@contextmanager
-def first_cancellation(error: BaseException | None) -> Iterator[None]:
-    """Around cleaning up after ``error``: if that was a cancellation, it is the one to tell.
+async def clean_up(
+    error: BaseException | None, work: Callable[[], Coroutine[Any, Any, object]]
+) -> None:
+    """Await ``work()`` after ``error``: if that was a cancellation, it is the one to tell.
 
-    A ``CancelledError`` raised inside is dropped when ``error`` is one already, since the
-    caller is about to raise that; otherwise it goes on.
+    A ``CancelledError`` out of the work is dropped when ``error`` is one already, since the
+    caller is about to raise that; otherwise it goes on. In a coroutine that is being destroyed,
+    its event loop being gone, nothing can be awaited, and nothing is done.
     """
+    if is_destroyed(error):
+        return
     try:
-        yield
+        await work()
     except asyncio.CancelledError:
         if not isinstance(error, asyncio.CancelledError):
             raise
+
+
+def is_destroyed(error: BaseException | None) -> bool:
+    """Whether the coroutine that got ``error`` is being destroyed, outside of any event loop."""
+    return isinstance(error, GeneratorExit) and asyncio._get_running_loop() is None
 
 
 def what_it_says(error: BaseException) -> str:

@@ -53,6 +53,18 @@ def engine_type(request: pytest.FixtureRequest) -> type[SimpleEngine] | type[Bat
 
 
 @pytest.fixture
+def simple_type() -> type[BaseEngine]:
+    """An engine that serves one request at a time."""
+    return SimpleEngine
+
+
+@pytest.fixture
+def batched_type() -> type[BaseEngine]:
+    """An engine that serves many at once."""
+    return BatchedEngine
+
+
+@pytest.fixture
 def tiny_engine(tiny_path: Path, engine_type: type[SimpleEngine]) -> BaseEngine:
     """An engine on the tiny model that has not been started."""
     return engine_type(tiny_path)

@@ -4,6 +4,7 @@
     chat        a conversation in the terminal
     host        a model for several programs, on a Unix socket
     info        what a model is, without loading its weights
+    selftest    whether cancelling is safe, on this machine and with this model
     extract-mtp a model's MTP head, out of its original checkpoint
 
 Standard output carries the answer and nothing else; all the rest goes to standard error.

@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from mlx_engine import __version__
+from mlx_engine.cli.values import bias, count_or_auto, count_or_none, seconds_or_none
 from mlx_engine.config import (
     DEMO_MODEL,
     MTP,
@@ -106,7 +107,7 @@ def spelled(error: InvalidRequest) -> str:
     """The error's message, with the option as it is spelled here."""
     kinds = (SamplingParams, ModelConfig, QueueConfig, BatchConfig)
     names = {field.name for kind in kinds for field in fields(kind)}
-    names |= {"num_draft_tokens", "q_bits", "q_group_size", *_SPELLINGS}
+    names |= {"num_draft_tokens", "q_bits", "q_group_size", "seconds", "only", *_SPELLINGS}
     message = str(error)
     if error.option not in names:
         return message
@@ -189,6 +190,27 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", metavar="MODEL", nargs="?", default=DEMO_MODEL, help=_MODEL_HELP)
     info.add_argument("--json", action="store_true", help="print one JSON object")
 
+    selftest = commands.add_parser(
+        "selftest",
+        help="cancel everything, at every moment, and see what becomes of it",
+        description="Cancel requests to MODEL, and its start and stop, in all ways and at as many "
+        "moments as there is time for; print a report in Markdown.",
+        parents=[source, cache, paths],
+        allow_abbrev=False,
+    )
+    add = selftest.add_argument
+    add("model", metavar="MODEL", nargs="?", default=DEMO_MODEL, help=_MODEL_HELP)
+    add("--engine", choices=("simple", "batched", "process"), default="simple")
+    add("--seconds", type=float, metavar="N", default=60.0, help="to spend on it; 60 by default")
+    add("--seed", type=int, metavar="N", default=0, help="of the draw of moments")
+    add("--only", metavar="TEXT", help="an operation, or what a failure says of its place")
+    add(
+        "--exact",
+        action="store_const",
+        const=True,
+        help="requests have the same tokens in every batch, as in float32",
+    )
+
     extract = commands.add_parser(
         "extract-mtp",
         help="take a model's MTP head out of its original checkpoint",
@@ -234,10 +256,10 @@ def _path_options() -> argparse.ArgumentParser:
     parser, group = _group("faster decoding and prefill")
     add = group.add_argument
     add("--draft-model", metavar="MODEL", help="a small model with the same tokenizer proposes")
-    add("--num-draft-tokens", type=_count_or_auto, metavar="N", help="at a time; 'auto' (default)")
+    add("--num-draft-tokens", type=count_or_auto, metavar="N", help="at a time; 'auto' (default)")
     add(
         "--mtp",
-        type=_count_or_auto,
+        type=count_or_auto,
         metavar="N",
         nargs="?",
         const="auto",
@@ -263,7 +285,7 @@ def _host_options() -> argparse.ArgumentParser:
     add("--queue-limit", type=int, metavar="N", help="requests that may wait; others are refused")
     add(
         "--drain",
-        type=_seconds_or_none,
+        type=seconds_or_none,
         default=30.0,
         metavar="SECONDS",
         help="for requests in flight to finish at the end; 30 by default, 'none': no limit",
@@ -276,7 +298,7 @@ def _sampling_options() -> argparse.ArgumentParser:
     add = group.add_argument
     add(
         "--max-tokens",
-        type=_count_or_none,
+        type=count_or_none,
         metavar="N",
         help="most tokens to generate; 'none': as many as the context holds",
     )
@@ -291,7 +313,7 @@ def _sampling_options() -> argparse.ArgumentParser:
     add("--frequency-penalty", type=float, metavar="X", help="subtracted per recent occurrence")
     add(
         "--logit-bias",
-        type=_bias,
+        type=bias,
         action="append",
         metavar="TOKEN=VALUE",
         help="add VALUE to the logit of a token id; may be repeated",
@@ -308,41 +330,3 @@ def _sampling_options() -> argparse.ArgumentParser:
     )
     add("--ignore-eos", action="store_true", help="go on after the end of the answer")
     return parser
-
-
-def _count_or_none(text: str) -> int | None:
-    if text.lower() == "none":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number or 'none', not {text!r}") from None
-
-
-def _seconds_or_none(text: str) -> float | None:
-    if text.lower() == "none":
-        return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not seconds >= 0:
-        raise argparse.ArgumentTypeError(f"must be seconds, 0 or more, or 'none', not {text!r}")
-    return seconds
-
-
-def _count_or_auto(text: str) -> int | str:
-    if text.lower() == "auto":
-        return "auto"
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number or 'auto', not {text!r}") from None
-
-
-def _bias(text: str) -> tuple[int, float]:
-    token, _, value = text.partition("=")
-    try:
-        return int(token), float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be TOKEN=VALUE, not {text!r}") from None

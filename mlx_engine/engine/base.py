@@ -21,7 +21,7 @@ from mlx_engine.lifecycle import EngineState
 from mlx_engine.outputs import EngineStats, GenerationResult, ProgressCallback, ShutdownReport
 from mlx_engine.params import SamplingOptions, SamplingParams
 from mlx_engine.stream import GenerationStream, Producer
-from mlx_engine.turn import first_cancellation
+from mlx_engine.turn import clean_up
 
 T = TypeVar("T")
 
@@ -102,8 +102,7 @@ class BaseEngine(abc.ABC):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with first_cancellation(exc):
-            await self.stop()
+        await clean_up(exc, self.stop)
 
     async def generate(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import time
@@ -10,26 +9,25 @@ from pathlib import Path
 from typing import Unpack
 
 from mlx_engine.config import BatchConfig, EngineOptions, check_batchable_options
-from mlx_engine.engine.admission import RequestTicket
+from mlx_engine.engine.bursts import BurstLife
 from mlx_engine.engine.local import LocalEngine
 from mlx_engine.engine.seats import Seat, Seats
 from mlx_engine.engine.slot import ModelSlot
-from mlx_engine.errors import EngineDead, MLXEngineError
+from mlx_engine.errors import EngineDead
 from mlx_engine.generation.batch import Batch
 from mlx_engine.generation.batch_check import check_batchable
 from mlx_engine.generation.budget import MemoryBudget
 from mlx_engine.generation.kv_cache import measure_kv
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.workspace import Workspace, memory_for_caches
-from mlx_engine.outputs import GenerationResult
-from mlx_engine.turn import Pending, drop_frames, what_it_says
+from mlx_engine.turn import drop_frames, what_it_says
 from mlx_engine.worker import mlx_thread
 
 _QUANTUM = 0.02  # seconds that a burst has at least while others wait for the MLX thread
 _LOOK = 0.002  # seconds for prompts that are far back in the queue, between two steps
 
 
-class BatchedEngine(LocalEngine):
+class BatchedEngine(BurstLife[Request], LocalEngine):
     """Serves many requests at once: each decode step gives all of them a token.
 
     Requests join and leave at any step. The MLX thread works in bursts, each of which is one
@@ -73,18 +71,12 @@ class BatchedEngine(LocalEngine):
         super().__init__(model, **options)
         check_batchable_options(self.config)
         self._seats = Seats(max_batch_size)
-        self._driving = threading.Lock()
         # Others' time on the MLX thread when the last burst made way for them, if it did.
         self._gave_way: float | None = None
 
     def _new_slot(self) -> ModelSlot:
         self._batch_slot = BatchSlot(self.batch_config)
         return self._batch_slot
-
-    async def _serve(self, request: Request, ticket: RequestTicket) -> GenerationResult:
-        seat = Seat(request, functools.partial(self._admission.over, ticket), self._drive)
-        with self._admission.enter(ticket, seat, self._seats):
-            return await self._seats.run(seat)  # type: ignore[no-any-return]
 
     @property
     def _width(self) -> int:
@@ -94,31 +86,6 @@ class BatchedEngine(LocalEngine):
         loaded = super()._load(path)
         self._batch_slot.batch().make_room()
         return loaded
-
-    def _drive(self) -> None:
-        """See to it that a burst is under way, or in the queue of the MLX thread, if needed.
-
-        Nobody waits for a burst: if an event loop had to ask for the next one, all requests
-        would depend on that loop. From any thread.
-        """
-        with self._driving:
-            if self._seats.burst is not None or not self._seats.pending:
-                return
-            try:
-                self._seats.burst = self._run_unattended(self._burst, self._burst_over)
-                return
-            except MLXEngineError as error:
-                gone = error
-        self._seats.end_all(gone)
-
-    def _burst_over(self, turn: Pending[None]) -> None:
-        """It has made way for others, or there was nothing left to do."""
-        with self._driving:
-            self._seats.burst = None
-        if isinstance(turn.aborted_with, MLXEngineError):  # the MLX thread is gone
-            self._seats.end_all(turn.aborted_with)
-        else:
-            self._drive()
 
     # on the MLX thread
 
@@ -171,7 +138,7 @@ class BatchedEngine(LocalEngine):
                 batch.add(seat.request)
         return self._seats.pending
 
-    def _prepare(self, seat: Seat, batch: Batch) -> None:
+    def _prepare(self, seat: Seat[Request], batch: Batch) -> None:
         try:
             seat.request.prepare(self._slot.get())
             batch.check(seat.request)

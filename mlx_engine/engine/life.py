@@ -2,125 +2,69 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import functools
-import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from mlx_engine.config import (
-    Decode,
-    ModelConfig,
-    QueueConfig,
-    SpecPrefill,
-    Strategies,
-    path_text,
-)
+from mlx_engine.config import QueueConfig
 from mlx_engine.engine.admission import Admission, RequestTicket
-from mlx_engine.engine.base import checked_callback
-from mlx_engine.engine.crossing import in_this_loop, off_loop
-from mlx_engine.engine.slot import ModelSlot, empty_abandoned
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
 from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket
-from mlx_engine.models.loading import find_model
-from mlx_engine.outputs import (
-    EngineStats,
-    ProgressCallback,
-    ShutdownReport,
-)
-from mlx_engine.turn import Interrupted, Pending, Turn, first_cancellation, outlast
+from mlx_engine.meter import Meter
+from mlx_engine.outputs import EngineStats, PromptCacheStats, ShutdownReport
+from mlx_engine.turn import Interrupted, Pending, Turn, clean_up, is_destroyed, to_the_end
 from mlx_engine.worker import mlx_thread
 
 T = TypeVar("T")
 
 
-class EngineLife:
-    """Loads a model, lets work take its turn on the MLX thread, and lets go of the model."""
+class Slot(Protocol):
+    """Where an engine keeps its model; filled, used and emptied on the MLX thread.
 
-    def __init__(
-        self,
-        model: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        adapter_path: str | os.PathLike[str] | None = None,
-        trust_remote_code: bool = False,
-        context_length: int | None = None,
-        max_kv_size: int | None = None,
-        kv_bits: int | None = None,
-        kv_group_size: int = 64,
-        quantized_kv_start: int = 0,
-        prefill_step_size: int = 512,
-        prompt_cache_bytes: int | None = None,
-        prefill: SpecPrefill | None = None,
-        decode: Decode = None,
-        queue_limit: int | None = None,
-        max_wait: float | None = None,
-        on_progress: ProgressCallback | None = None,
-    ) -> None:
-        """Make an engine; nothing is loaded before it is started.
+    Attributes:
+        meter: counters of the work done with it. From any thread.
+    """
 
-        Args:
-            model: a folder in mlx-lm's layout, a Hugging Face repository id, or ``"demo"``.
-            revision: branch, tag or commit of the repository.
-            adapter_path: folder of LoRA adapters to apply.
-            trust_remote_code: run Python code that the model brings along.
-            context_length: tokens that prompt and answer may have together; ``None`` takes
-                it from the model's configuration.
-            max_kv_size: tokens that the KV cache keeps at most: the first 4 and the latest.
-            kv_bits: bits of the quantised KV cache (2, 3, 4, 5, 6 or 8); ``None`` keeps full
-                precision.
-            kv_group_size: values that share a scale in it (32, 64 or 128).
-            quantized_kv_start: tokens in the cache from which on it is quantised.
-            prefill_step_size: tokens per prefill chunk; a cancelled request leaves MLX after
-                the chunk that it is in.
-            prompt_cache_bytes: bytes that earlier prompts and answers may take, so that they
-                need no second prefill; 0 switches that off, ``None`` is a quarter of the
-                device's memory that the model leaves, or 1 GiB where that is not known.
-            prefill: ``SpecPrefill(...)`` leaves parts of long prompts out; ``None`` prefills
-                all of them.
-            decode: ``DraftModel(...)`` or ``MTP()`` proposes tokens, several of which the
-                model verifies together; ``"auto"`` is ``MTP()`` where the model has a head;
-                ``None`` decodes one token after another. In ``BatchedEngine`` it is for
-                requests that are alone at the time.
-            queue_limit: requests that may wait for their turn before ``EngineBusy`` is
-                raised; ``None`` is no limit.
-            max_wait: seconds that a request may wait for its turn before ``EngineBusy`` is
-                raised; ``None`` is no limit.
-            on_progress: told of download and loading, in the event loop that starts the
-                engine.
+    meter: Meter
 
-        Raises:
-            InvalidRequest: an argument is of the wrong type, out of its range, or
-                contradicts another one.
-        """
-        self.config = ModelConfig(
-            model=path_text(model),
-            revision=revision,
-            adapter_path=None if adapter_path is None else path_text(adapter_path),
-            trust_remote_code=trust_remote_code,
-            context_length=context_length,
-            max_kv_size=max_kv_size,
-            kv_bits=kv_bits,
-            kv_group_size=kv_group_size,
-            quantized_kv_start=quantized_kv_start,
-            prefill_step_size=prefill_step_size,
-            prompt_cache_bytes=prompt_cache_bytes,
-        )
-        self.strategies = Strategies.of(prefill, decode)
-        self._on_progress = checked_callback(on_progress)
+    @property
+    def filled(self) -> bool:
+        """Whether there is a model in it. From any thread."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model in it has a chat template. From any thread."""
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of prompt and answer together, if limited. From any thread."""
+
+    def prompt_cache_stats(self) -> PromptCacheStats:
+        """Of its prompt cache. From any thread."""
+
+    def empty(self) -> None:
+        """Drop the model. On the MLX thread."""
+
+
+class EngineLife(abc.ABC):
+    """Loads a model, lets work take its turn on the MLX thread, and lets go of the model.
+
+    No MLX here: what kind of model it is, and how it is loaded, is its heirs' affair.
+    """
+
+    def __init__(self, slot: Slot, limits: QueueConfig) -> None:
+        """An engine that is to fill ``slot`` when it starts."""
         self._lifecycle = Lifecycle()
-        self._admission = Admission(
-            self._lifecycle, QueueConfig(queue_limit=queue_limit, max_wait=max_wait)
-        )
-        self._slot = self._new_slot()
+        self._admission = Admission(self._lifecycle, limits)
+        self._slot = slot
         # An engine that is forgotten must not drop its model on a foreign thread.
-        self._finalizer = weakref.finalize(self, empty_abandoned, self._slot)
+        self._finalizer = weakref.finalize(self, empty_abandoned, slot)
         self._finalizer.atexit = False  # the MLX thread's exit job does it then
-
-    def _new_slot(self) -> ModelSlot:
-        return ModelSlot()
 
     @property
     def state(self) -> EngineState:
@@ -183,32 +127,32 @@ class EngineLife:
         if not await self._lifecycle.begin_start(ticket, abort):
             return
         try:
-            progress = in_this_loop(self._on_progress)
-            sources = {}
-            for model in (self.config, *map(self.config.for_draft, self.strategies.drafts)):
-                find = functools.partial(find_model, model, progress, should_stop)
-                sources[model.model] = await off_loop(find, stop)
-            if not ticket.aborted:
-                await self._run_blocking_serialized(
-                    self._slot.fill,
-                    self.config,
-                    self.strategies,
-                    sources,
-                    progress,
-                    should_stop,
-                    on_cancel=stop.set,
-                )
+            await self._load_model(stop, should_stop)
             if not self._lifecycle.start_succeeded():
                 raise Interrupted
         except BaseException as error:
-            with first_cancellation(error):
-                await self._release()
+            if is_destroyed(error):
+                self._release_soon()
+            await clean_up(error, self._release)
             if isinstance(error, Interrupted):  # not by a cancellation, that is another error
                 raise EngineStopped("the engine was stopped while it was loading") from None
             raise
         finally:
             self._lifecycle.start_failed()
             self._lifecycle.done(ticket)
+
+    @abc.abstractmethod
+    async def _load_model(self, stop: threading.Event, should_stop: Callable[[], bool]) -> None:
+        """Find the model, and put it into the slot on the MLX thread.
+
+        Args:
+            stop: set when the load should end early; to be set if it is cancelled.
+            should_stop: whether it should; also if nobody waits any more.
+
+        Raises:
+            Interrupted: it has ended early.
+            Exception: what ``start`` then raises.
+        """
 
     async def shutdown(self, timeout: float | None = None) -> ShutdownReport:
         """Refuse new requests from now on, let those in flight finish, release the model.
@@ -313,14 +257,35 @@ class EngineLife:
         mlx_thread.submit(turn)
         return turn
 
+    def _check_running(self) -> None:
+        self._lifecycle.check_running()
+
     async def _release(self) -> None:
         """Drop the model, on the MLX thread; not to be cut short."""
-        if not self._slot.filled:
-            return
-        ticket = Ticket(self._lifecycle.new_id("work"), abortable=False)
-        release = self._run_blocking_serialized(self._slot.empty, _ticket=ticket)
+
+        async def release() -> None:
+            if self._slot.filled:
+                ticket = Ticket(self._lifecycle.new_id("work"), abortable=False)
+                await self._run_blocking_serialized(self._slot.empty, _ticket=ticket)
+
         try:
-            await outlast(asyncio.ensure_future(release))
+            await to_the_end(release)
         finally:
-            if self._slot.filled:  # the end of the event loop has cancelled that task as well
-                mlx_thread.post(self._slot.empty)
+            self._release_soon()  # if this coroutine is being destroyed, or that has failed
+
+    def _release_soon(self) -> None:
+        """Drop the model, on the MLX thread, if it is still there; nobody waits for it."""
+        if self._slot.filled:
+            mlx_thread.post(self._slot.empty)
+
+
+def empty_abandoned(slot: Slot) -> None:
+    """Its engine became garbage: drop the model where it lives."""
+    if not slot.filled:
+        return
+    mlx_thread.post(slot.empty)
+    warnings.warn(
+        "an engine was dropped without being stopped; use 'async with', or await stop()",
+        ResourceWarning,
+        stacklevel=2,
+    )

@@ -3,23 +3,136 @@
 from __future__ import annotations
 
 import abc
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_engine.asks import Ask
-from mlx_engine.config import AsEngine, SpecPrefill
+from mlx_engine.config import (
+    AsEngine,
+    Decode,
+    ModelConfig,
+    QueueConfig,
+    SpecPrefill,
+    Strategies,
+    path_text,
+)
 from mlx_engine.engine.admission import RequestTicket
-from mlx_engine.engine.base import BaseEngine
-from mlx_engine.engine.crossing import in_this_loop
+from mlx_engine.engine.base import BaseEngine, checked_callback
+from mlx_engine.engine.crossing import in_this_loop, off_loop
 from mlx_engine.engine.life import EngineLife
+from mlx_engine.engine.slot import ModelSlot
+from mlx_engine.errors import GenerationError, MLXEngineError
 from mlx_engine.generation import prompt_cache_file
 from mlx_engine.generation.kv_cache import sample_kv_cache
 from mlx_engine.generation.request import Request
+from mlx_engine.models.loading import find_model
 from mlx_engine.outputs import GenerationResult, ProgressCallback
 from mlx_engine.stream import Emit
+from mlx_engine.turn import Interrupted, drop_frames, what_it_says
 
 
 class LocalEngine(EngineLife, BaseEngine):
     """A model in this process; the MLX thread does its work, one piece at a time."""
+
+    _slot: ModelSlot
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        adapter_path: str | os.PathLike[str] | None = None,
+        trust_remote_code: bool = False,
+        context_length: int | None = None,
+        max_kv_size: int | None = None,
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        quantized_kv_start: int = 0,
+        prefill_step_size: int = 512,
+        prompt_cache_bytes: int | None = None,
+        prefill: SpecPrefill | None = None,
+        decode: Decode = None,
+        queue_limit: int | None = None,
+        max_wait: float | None = None,
+        on_progress: ProgressCallback | None = None,
+    ) -> None:
+        """Make an engine; nothing is loaded before it is started.
+
+        Args:
+            model: a folder in mlx-lm's layout, a Hugging Face repository id, or ``"demo"``.
+            revision: branch, tag or commit of the repository.
+            adapter_path: folder of LoRA adapters to apply.
+            trust_remote_code: run Python code that the model brings along.
+            context_length: tokens that prompt and answer may have together; ``None`` takes
+                it from the model's configuration.
+            max_kv_size: tokens that the KV cache keeps at most: the first 4 and the latest.
+            kv_bits: bits of the quantised KV cache (2, 3, 4, 5, 6 or 8); ``None`` keeps full
+                precision.
+            kv_group_size: values that share a scale in it (32, 64 or 128).
+            quantized_kv_start: tokens in the cache from which on it is quantised.
+            prefill_step_size: tokens per prefill chunk; a cancelled request leaves MLX after
+                the chunk that it is in.
+            prompt_cache_bytes: bytes that earlier prompts and answers may take, so that they
+                need no second prefill; 0 switches that off, ``None`` is a quarter of the
+                device's memory that the model leaves, or 1 GiB where that is not known.
+            prefill: ``SpecPrefill(...)`` leaves parts of long prompts out; ``None`` prefills
+                all of them.
+            decode: ``DraftModel(...)`` or ``MTP()`` proposes tokens, several of which the
+                model verifies together; ``"auto"`` is ``MTP()`` where the model has a head;
+                ``None`` decodes one token after another. In ``BatchedEngine`` it is for
+                requests that are alone at the time.
+            queue_limit: requests that may wait for their turn before ``EngineBusy`` is
+                raised; ``None`` is no limit.
+            max_wait: seconds that a request may wait for its turn before ``EngineBusy`` is
+                raised; ``None`` is no limit.
+            on_progress: told of download and loading, in the event loop that starts the
+                engine.
+
+        Raises:
+            InvalidRequest: an argument is of the wrong type, out of its range, or
+                contradicts another one.
+        """
+        self.config = ModelConfig(
+            model=path_text(model),
+            revision=revision,
+            adapter_path=None if adapter_path is None else path_text(adapter_path),
+            trust_remote_code=trust_remote_code,
+            context_length=context_length,
+            max_kv_size=max_kv_size,
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
+            prefill_step_size=prefill_step_size,
+            prompt_cache_bytes=prompt_cache_bytes,
+        )
+        self.strategies = Strategies.of(prefill, decode)
+        self._on_progress = checked_callback(on_progress)
+        super().__init__(self._new_slot(), QueueConfig(queue_limit=queue_limit, max_wait=max_wait))
+
+    def _new_slot(self) -> ModelSlot:
+        return ModelSlot()
+
+    async def _load_model(self, stop: threading.Event, should_stop: Callable[[], bool]) -> None:
+        progress = in_this_loop(self._on_progress)
+        sources = {}
+        for model in (self.config, *map(self.config.for_draft, self.strategies.drafts)):
+            find = functools.partial(find_model, model, progress, should_stop)
+            sources[model.model] = await off_loop(find, stop)
+        if stop.is_set():
+            raise Interrupted
+        await self._run_blocking_serialized(
+            self._slot.fill,
+            self.config,
+            self.strategies,
+            sources,
+            progress,
+            should_stop,
+            on_cancel=stop.set,
+        )
 
     async def _save_prompt_cache(self, path: Path) -> int:
         ticket = RequestTicket(self._lifecycle.new_id("save"))
@@ -32,27 +145,26 @@ class LocalEngine(EngineLife, BaseEngine):
     def _save(self, path: Path) -> int:
         """On the MLX thread."""
         space = self._slot.space()
-        return prompt_cache_file.save(
-            path, space.prompt_cache, prompt_cache_file.fingerprint(space.loaded)
-        )
+        with _border("saving the prompt cache"):
+            return prompt_cache_file.save(
+                path, space.prompt_cache, prompt_cache_file.fingerprint(space.loaded)
+            )
 
     def _load(self, path: Path) -> int:
         """On the MLX thread."""
         space = self._slot.space()
-        return prompt_cache_file.load(
-            path,
-            space.prompt_cache,
-            prompt_cache_file.fingerprint(space.loaded),
-            sample_kv_cache(space.loaded.model, space.config),
-        )
+        with _border("loading the prompt cache"):
+            return prompt_cache_file.load(
+                path,
+                space.prompt_cache,
+                prompt_cache_file.fingerprint(space.loaded),
+                sample_kv_cache(space.loaded.model, space.config),
+            )
 
     def _check_strategies(
         self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
     ) -> None:
         self.strategies.of_request(prefill, decode)
-
-    def _check_running(self) -> None:
-        self._lifecycle.check_running()
 
     @property
     def _width(self) -> int:
@@ -78,6 +190,19 @@ class LocalEngine(EngineLife, BaseEngine):
     @abc.abstractmethod
     async def _serve(self, request: Request, ticket: RequestTicket) -> GenerationResult:
         """Do a request that somebody waits for."""
+
+
+@contextmanager
+def _border(what: str) -> Iterator[None]:
+    """What MLX raises inside is told in an error of ours, without the frames that hold arrays."""
+    try:
+        yield
+    except MLXEngineError as error:
+        drop_frames(error)
+        raise
+    except Exception as error:
+        drop_frames(error)
+        raise GenerationError(f"{what} failed: {what_it_says(error)}") from error
 
 
 class _Producer:

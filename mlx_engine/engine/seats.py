@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import heapq
 import itertools
+import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from mlx_engine.errors import MLXEngineError
-from mlx_engine.generation.request import Request
 from mlx_engine.line import Line
 from mlx_engine.outputs import GenerationResult
 from mlx_engine.turn import Pending, Stage, Turn
@@ -20,7 +20,23 @@ _FAIR = 8  # every eighth place goes to whoever has waited longest, whatever the
 _arrivals = itertools.count()
 
 
-class Seat(Pending[GenerationResult]):
+class Seated(Protocol):
+    """A request, as far as its place matters."""
+
+    request_id: str
+    priority: int
+
+    def cancel(self) -> None:
+        """Ask it to stop. From any thread."""
+
+    def result(self) -> GenerationResult:
+        """What has been made so far; final once it is over."""
+
+
+R = TypeVar("R", bound=Seated)
+
+
+class Seat(Pending[GenerationResult], Generic[R]):
     """A request on its way through the queue and the batch.
 
     Args:
@@ -31,7 +47,7 @@ class Seat(Pending[GenerationResult]):
 
     def __init__(
         self,
-        request: Request,
+        request: R,
         on_done: Callable[[Pending[Any]], None],
         on_enter: Callable[[], None],
     ) -> None:
@@ -40,11 +56,11 @@ class Seat(Pending[GenerationResult]):
         self.on_enter = on_enter
         self.rank = (request.priority, next(_arrivals))
 
-    def __lt__(self, other: Seat) -> bool:
+    def __lt__(self, other: Seat[R]) -> bool:
         return self.rank < other.rank
 
 
-class Seats(Line[Seat]):
+class Seats(Line[Seat[R]], Generic[R]):
     """Requests that wait for a place in the batch, and those that have one.
 
     Entered and cancelled from event loops; taken up and ended on the MLX thread.
@@ -54,16 +70,18 @@ class Seats(Line[Seat]):
 
     Attributes:
         burst: the turn in which the batch is worked on, or will be next.
+        driving: held while it is looked whether there is to be one.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
         self.burst: Turn[None] | None = None
-        self._running: dict[str, Seat] = {}
-        self._fresh: list[Seat] = []  # a heap; those that are over are left in it for a while
-        self._ready: list[Seat] = []  # a heap
-        self._by_arrival: list[tuple[int, Seat]] = []  # a heap of those in ``_ready``
+        self.driving = threading.Lock()
+        self._running: dict[str, Seat[R]] = {}
+        self._fresh: list[Seat[R]] = []  # a heap; those that are over are left in it for a while
+        self._ready: list[Seat[R]] = []  # a heap
+        self._by_arrival: list[tuple[int, Seat[R]]] = []  # a heap of those in ``_ready``
         self._taken = 0
 
     @property
@@ -84,7 +102,7 @@ class Seats(Line[Seat]):
         """Whether there is anything to do."""
         return bool(self._queue or self._running)
 
-    def _enter(self, one: Seat) -> None:
+    def _enter(self, one: Seat[R]) -> None:
         mlx_thread.check_outside()
         with self._changed:
             if one.stage is Stage.QUEUED:  # else it was aborted on its way here
@@ -92,7 +110,7 @@ class Seats(Line[Seat]):
                 heapq.heappush(self._fresh, one)
         one.on_enter()
 
-    def unprepared(self) -> Seat | None:
+    def unprepared(self) -> Seat[R] | None:
         """Whose prompt to look at next. It is given once."""
         with self._changed:
             while self._fresh:
@@ -101,13 +119,13 @@ class Seats(Line[Seat]):
                     return seat
         return None
 
-    def prepared(self, seat: Seat) -> None:
+    def prepared(self, seat: Seat[R]) -> None:
         """Its prompt has been looked at: it may have a place."""
         with self._changed:
             heapq.heappush(self._ready, seat)
             heapq.heappush(self._by_arrival, (seat.rank[1], seat))
 
-    def first(self) -> Seat | None:
+    def first(self) -> Seat[R] | None:
         """Who gets the next place: by priority, then in the order of arrival."""
         with self._changed:
             while self._ready and self._ready[0].stage is not Stage.QUEUED:
@@ -119,7 +137,7 @@ class Seats(Line[Seat]):
             oldest = self._taken % _FAIR == _FAIR - 1
             return self._by_arrival[0][1] if oldest else self._ready[0]
 
-    def take(self, seat: Seat) -> bool:
+    def take(self, seat: Seat[R]) -> bool:
         """Give it a place; ``False`` if it has been withdrawn."""
         with self._changed:
             if seat.stage is not Stage.QUEUED:
@@ -131,7 +149,7 @@ class Seats(Line[Seat]):
             self._taken += 1
         return True
 
-    def refuse(self, seat: Seat, error: MLXEngineError) -> None:
+    def refuse(self, seat: Seat[R], error: MLXEngineError) -> None:
         """It gets no place at all."""
         with self._changed:
             if seat.stage is not Stage.QUEUED:
@@ -141,7 +159,7 @@ class Seats(Line[Seat]):
         seat.error = error
         seat.announce()
 
-    def end(self, request: Request, error: BaseException | None) -> None:
+    def end(self, request: R, error: BaseException | None) -> None:
         """A request in the batch is over."""
         with self._changed:
             seat = self._running.pop(request.request_id, None)

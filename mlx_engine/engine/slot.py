@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_engine.config import ModelConfig, Strategies
-from mlx_engine.errors import EngineDead
-from mlx_engine.generation.meter import Meter
+from mlx_engine.errors import EngineDead, MLXEngineError, ModelLoadError
 from mlx_engine.generation.workspace import Workspace, make_workspace
+from mlx_engine.meter import Meter
 from mlx_engine.models.loading import LoadedModel, load_model
 from mlx_engine.outputs import ProgressCallback, PromptCacheStats
-from mlx_engine.turn import drop_frames
+from mlx_engine.turn import Interrupted, drop_frames, what_it_says
 from mlx_engine.worker import mlx_thread
 
 
@@ -77,16 +77,22 @@ class ModelSlot:
             sources: where each of them is, by name.
 
         Raises:
-            what ``load_model`` and ``make_workspace`` do.
+            ModelLoadError, InvalidRequest, Interrupted: as ``load_model`` does.
         """
         load = functools.partial(load_model, on_progress=on_progress, should_stop=should_stop)
         try:
             self._load(config, strategies, sources, load)
             mlx_thread.at_exit(self.empty)
+            if should_stop():
+                raise Interrupted
             self._equip(self.space())
         except Exception as error:
             drop_frames(error)  # this frame stays: nothing here may hold a model
-            raise error from error.__cause__
+            if isinstance(error, MLXEngineError | Interrupted):
+                raise error from error.__cause__
+            raise ModelLoadError(
+                f"{config.model} is loaded, but does not work: {what_it_says(error)}"
+            ) from error
 
     def _load(
         self,
@@ -117,16 +123,5 @@ class ModelSlot:
         self._space = None
         self.meter.kv_bytes = self.meter.batch_size = 0
         mlx_thread.remove_exit_job(self.empty)
-        mx.clear_cache()
-
-
-def empty_abandoned(slot: ModelSlot) -> None:
-    """Its engine became garbage: drop the model where it lives."""
-    if not slot.filled:
-        return
-    mlx_thread.post(slot.empty)
-    warnings.warn(
-        "an engine was dropped without being stopped; use 'async with', or await stop()",
-        ResourceWarning,
-        stacklevel=2,
-    )
+        with contextlib.suppress(Exception):  # the model is gone, and that is what counts
+            mx.clear_cache()

@@ -128,6 +128,9 @@ class Batch:
         began = time.perf_counter()
         try:
             steps = self._decoding.step()
+            self._steps += 1
+            if self._steps % _CLEAR == 0:
+                mx.clear_cache()
         except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
             self._failures += 1
             yield from self._lose_all(error)
@@ -146,10 +149,7 @@ class Batch:
                 except BaseException as error:  # noqa: BLE001 - the border: a tokenizer's fault
                     row.fault = error
         gone += [row for row in self._decoding.rows if row.fault is not None]
-        self._steps += 1
         meter.decode_seconds += time.perf_counter() - began
-        if self._steps % _CLEAR == 0:
-            mx.clear_cache()
         if self._steps % _MEASURE == 0:
             self._measure()
         yield from self._leave(gone)
@@ -230,6 +230,7 @@ class Batch:
         """MLX failed, and nobody knows what the joint cache holds."""
         rows = self._decoding.rows
         self._decoding = DecodeBatch(self._space)
+        self._measure()
         self._recover()
         if self._failures >= _GIVE_UP:
             self.broken = self.broken or error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -53,8 +52,9 @@ def _attempt(request: Request, space: Workspace) -> MLXEngineError | None:
         finally:
             # A step may be under way that nobody waits for any more.
             mx.synchronize(generation_stream)
-    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001
-        # The border: MLX and user code raise anything, a CancelledError that is nobody's too.
+    except BaseException as error:  # noqa: BLE001
+        # The border: MLX and user code raise anything, a CancelledError that is nobody's, or an
+        # exit, which would end the caller's event loop.
         return request.failed(error)
     finally:
         space.meter.kv_bytes = space.meter.batch_size = 0

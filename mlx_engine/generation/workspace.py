@@ -16,10 +16,10 @@ from mlx_engine.generation.kv_cache import (
     make_kv_cache,
     measure_kv,
 )
-from mlx_engine.generation.meter import Meter
 from mlx_engine.generation.prompt_cache import Hit, PromptCache
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.sparse.sparse_cache import SparseKVCache
+from mlx_engine.meter import Meter
 from mlx_engine.models.loading import LoadedModel
 
 _GUESS = 2**30  # bytes of prompt cache where nothing is known of the device's memory

@@ -150,7 +150,9 @@ class Connection:
                 await asyncio.wait({link.gone})
                 assert self.exit is not None
                 raise self.exit.error()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                self._ending = True
             opening.cancel()
             await asyncio.wait({opening})
             if not opening.cancelled():

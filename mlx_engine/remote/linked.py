@@ -36,7 +36,7 @@ from mlx_engine.remote.totals import bygone
 from mlx_engine.remote.wire.frames import MAX_FRAME
 from mlx_engine.remote.wire.messages import CacheFile, Welcome, encode_strictly
 from mlx_engine.stream import Emit
-from mlx_engine.turn import Pending, first_cancellation, outlast
+from mlx_engine.turn import Pending, clean_up, is_destroyed, to_the_end
 
 T = TypeVar("T")
 
@@ -154,12 +154,10 @@ class LinkedEngine(BaseEngine):
                 raise connection.exit.error()
             self._finalizer = weakref.finalize(self, _abandoned, connection)
             self._finalizer.atexit = False
-        except GeneratorExit:  # the coroutine is being destroyed, its loop is gone
-            connection.kill()
-            raise
         except BaseException as error:
-            with first_cancellation(error):
-                await self._release(connection, patience=0.0)
+            if is_destroyed(error):
+                connection.kill()
+            await clean_up(error, functools.partial(self._release, connection, patience=0.0))
             if lifecycle.state is EngineState.DRAINING and isinstance(error, EngineNotRunning):
                 raise EngineStopped(_STOPPED_LOADING) from None
             raise
@@ -235,9 +233,8 @@ class LinkedEngine(BaseEngine):
             self._finalizer.detach()
         if connection is None or connection.exit is not None:
             return
-        await outlast(
-            asyncio.ensure_future(io_thread.run(functools.partial(connection.closed, patience)))
-        )
+        closed = functools.partial(connection.closed, patience)
+        await to_the_end(lambda: io_thread.run(closed))
 
     def _check_running(self) -> None:
         self._lifecycle.check_running()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,10 +35,10 @@ def request(
     )
 
 
-async def test_max_batch_size_is_never_exceeded(tiny_path: Path) -> None:
+async def test_max_batch_size_is_never_exceeded(tiny_path: Path, batched_type: Any) -> None:
     sizes: list[int] = []
 
-    async with BatchedEngine(tiny_path, max_batch_size=3) as engine:
+    async with batched_type(tiny_path, max_batch_size=3) as engine:
         tasks = [request(engine, [n], 10 + n) for n in range(1, 12)]
         while not all(task.done() for task in tasks):
             stats = engine.stats()
@@ -46,8 +47,10 @@ async def test_max_batch_size_is_never_exceeded(tiny_path: Path) -> None:
     assert max(sizes) == 3
 
 
-async def test_queue_limit_counts_those_without_a_place(tiny_path: Path, gate: MakeGate) -> None:
-    async with BatchedEngine(tiny_path, max_batch_size=2, queue_limit=1) as engine:
+async def test_queue_limit_counts_those_without_a_place(
+    tiny_path: Path, batched_type: Any, gate: MakeGate
+) -> None:
+    async with batched_type(tiny_path, max_batch_size=2, queue_limit=1) as engine:
         stop = gate("model", 3)
         tasks = [request(engine), request(engine)]
         await stop.reached()
@@ -63,16 +66,18 @@ async def test_queue_limit_counts_those_without_a_place(tiny_path: Path, gate: M
         assert engine.stats().finished == 3
 
 
-async def test_queue_limit_zero_fills_the_batch(tiny_path: Path) -> None:
-    async with BatchedEngine(tiny_path, max_batch_size=4, queue_limit=0) as engine:
+async def test_queue_limit_zero_fills_the_batch(tiny_path: Path, batched_type: Any) -> None:
+    async with batched_type(tiny_path, max_batch_size=4, queue_limit=0) as engine:
         outcomes = await asyncio.gather(
             *(request(engine) for _ in range(6)), return_exceptions=True
         )
         assert sum(isinstance(o, EngineBusy) for o in outcomes) == 2
 
 
-async def test_max_wait_ends_waiting_not_running(tiny_path: Path, gate: MakeGate) -> None:
-    async with BatchedEngine(tiny_path, max_batch_size=1, max_wait=0.03) as engine:
+async def test_max_wait_ends_waiting_not_running(
+    tiny_path: Path, batched_type: Any, gate: MakeGate
+) -> None:
+    async with batched_type(tiny_path, max_batch_size=1, max_wait=0.03) as engine:
         stop = gate("model", 3)
         running = request(engine)
         await stop.reached()
@@ -84,9 +89,9 @@ async def test_max_wait_ends_waiting_not_running(tiny_path: Path, gate: MakeGate
 
 
 async def test_lower_priorities_go_first_and_equals_in_the_order_of_arrival(
-    tiny_path: Path, gate: MakeGate
+    tiny_path: Path, batched_type: Any, gate: MakeGate
 ) -> None:
-    async with BatchedEngine(tiny_path, max_batch_size=1) as engine:
+    async with batched_type(tiny_path, max_batch_size=1) as engine:
         stop = gate("model", 3)
         first = request(engine)
         await stop.reached()
@@ -102,8 +107,8 @@ async def test_lower_priorities_go_first_and_equals_in_the_order_of_arrival(
     assert order == ["c", "e", "b", "d", "a"]
 
 
-async def test_nobody_starves_behind_better_priorities(tiny_path: Path) -> None:
-    async with BatchedEngine(tiny_path, max_batch_size=1) as engine:
+async def test_nobody_starves_behind_better_priorities(tiny_path: Path, batched_type: Any) -> None:
+    async with batched_type(tiny_path, max_batch_size=1) as engine:
         served = 0
         over = asyncio.Event()
 

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -233,9 +234,9 @@ async def test_a_request_cancelled_by_its_own_caller_is_not_reported_as_aborted(
 
 
 async def test_queue_limit_refuses_and_says_when_to_come_back(
-    tiny_path: Path, gate: MakeGate
+    tiny_path: Path, simple_type: Any, gate: MakeGate
 ) -> None:
-    async with SimpleEngine(tiny_path, queue_limit=2) as engine:
+    async with simple_type(tiny_path, queue_limit=2) as engine:
         stop = gate("model", 3)
         tasks = [request(engine)]
         await stop.reached()
@@ -261,8 +262,10 @@ async def test_queue_limit_refuses_and_says_when_to_come_back(
         assert engine.stats().finished == 3
 
 
-async def test_queue_limit_zero_serves_an_idle_engine(tiny_path: Path, gate: MakeGate) -> None:
-    async with SimpleEngine(tiny_path, queue_limit=0) as engine:
+async def test_queue_limit_zero_serves_an_idle_engine(
+    tiny_path: Path, simple_type: Any, gate: MakeGate
+) -> None:
+    async with simple_type(tiny_path, queue_limit=0) as engine:
         stop = gate("model", 3)
         task = request(engine)
         await stop.reached()
@@ -275,14 +278,17 @@ async def test_queue_limit_zero_serves_an_idle_engine(tiny_path: Path, gate: Mak
 
 async def test_queue_limit_counts_those_who_wait_not_the_one_about_to_run(
     tiny_path: Path,
+    simple_type: Any,
 ) -> None:
-    async with SimpleEngine(tiny_path, queue_limit=1) as engine:
+    async with simple_type(tiny_path, queue_limit=1) as engine:
         for _ in range(20):
             await asyncio.gather(request(engine, 1), request(engine, 1))
 
 
-async def test_max_wait_ends_waiting_not_running(tiny_path: Path, gate: MakeGate) -> None:
-    async with SimpleEngine(tiny_path, max_wait=0.03) as engine:
+async def test_max_wait_ends_waiting_not_running(
+    tiny_path: Path, simple_type: Any, gate: MakeGate
+) -> None:
+    async with simple_type(tiny_path, max_wait=0.03) as engine:
         stop = gate("model", 3)
         running = request(engine)
         await stop.reached()
@@ -295,8 +301,10 @@ async def test_max_wait_ends_waiting_not_running(tiny_path: Path, gate: MakeGate
         assert engine.stats().rejected == 1
 
 
-async def test_max_wait_zero_means_now_or_never(tiny_path: Path, gate: MakeGate) -> None:
-    async with SimpleEngine(tiny_path, max_wait=0) as engine:
+async def test_max_wait_zero_means_now_or_never(
+    tiny_path: Path, simple_type: Any, gate: MakeGate
+) -> None:
+    async with simple_type(tiny_path, max_wait=0) as engine:
         await engine.generate(PROMPT, max_tokens=1)
         stop = gate("model", 3)
         running = request(engine)
@@ -307,8 +315,10 @@ async def test_max_wait_zero_means_now_or_never(tiny_path: Path, gate: MakeGate)
         await running
 
 
-async def test_two_engines_share_the_thread_one_at_a_time(tiny_path: Path) -> None:
-    async with SimpleEngine(tiny_path) as one, SimpleEngine(tiny_path) as two:
+async def test_two_engines_share_the_thread_one_at_a_time(
+    tiny_path: Path, simple_type: Any
+) -> None:
+    async with simple_type(tiny_path) as one, simple_type(tiny_path) as two:
         results = await asyncio.gather(*(request(e, 20) for e in (one, two) * 4))
         assert len({result.tokens for result in results}) == 1
         await one.stop()
@@ -367,26 +377,26 @@ def test_a_loop_that_ends_during_a_shutdown_leaves_no_model(
 def test_a_start_whose_loop_was_closed_does_not_block_the_next(
     tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_engine.engine import life
+    from mlx_engine.engine import local
 
     stopped = threading.Event()
-    original = life.find_model
+    original = local.find_model
 
     def slow(config: object, progress: object, should_stop: Callable[[], bool]) -> Path:
         while not should_stop():
             time.sleep(0.005)
         stopped.set()
-        raise life.Interrupted
+        raise local.Interrupted
 
     engine = SimpleEngine(tiny_path)
-    monkeypatch.setattr(life, "find_model", slow)
+    monkeypatch.setattr(local, "find_model", slow)
     loop = asyncio.new_event_loop()
     task = loop.create_task(engine.start())
     loop.run_until_complete(asyncio.sleep(0.01))
     task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()
     assert engine.state is EngineState.STARTING
-    monkeypatch.setattr(life, "find_model", original)
+    monkeypatch.setattr(local, "find_model", original)
     assert stopped.wait(5)
 
     async def again() -> None:

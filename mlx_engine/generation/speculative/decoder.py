@@ -16,12 +16,12 @@ import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
 from mlx_engine.generation.kv_cache import Cache
-from mlx_engine.generation.meter import Meter
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.speculative.depth import DepthChooser
 from mlx_engine.generation.speculative.drafter import Drafter
 from mlx_engine.generation.speculative.forward import Forward
 from mlx_engine.generation.speculative.rollback import Rollback
+from mlx_engine.meter import Meter
 from mlx_engine.turn import drop_frames, what_it_says
 
 Emitted = tuple[int, mx.array | None]  # a token and its log-probabilities, if asked for

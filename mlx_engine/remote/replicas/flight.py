@@ -93,7 +93,7 @@ class Flight:
                 task.add_done_callback(look_at)
                 task.add_done_callback(self._leftovers.discard)
                 self._leftovers.add(task)
-                task.cancel()
+                cancel(task)
         if self._error is not None:
             raise self._error
         return task.result()

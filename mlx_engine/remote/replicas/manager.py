@@ -32,7 +32,7 @@ from mlx_engine.remote.replicas.supervisor import Supervisor
 from mlx_engine.remote.replicas.tasks import all_results
 from mlx_engine.remote.wire.options import EngineKind
 from mlx_engine.stream import Producer
-from mlx_engine.turn import first_cancellation
+from mlx_engine.turn import clean_up
 
 T = TypeVar("T")
 
@@ -242,8 +242,7 @@ class EngineManager(BaseEngine):
             if not self._lifecycle.start_succeeded():
                 raise EngineStopped("the manager was stopped while its replicas were starting")
         except BaseException as error:
-            with first_cancellation(error):
-                await self._release()
+            await clean_up(error, self._release)
             raise
         finally:
             self._lifecycle.start_failed()

@@ -16,7 +16,7 @@ from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.replicas.restarts import GiveUp, Restart, RestartHistory, RestartPolicy
 from mlx_engine.remote.totals import bygone, total
-from mlx_engine.turn import outlast, what_it_says
+from mlx_engine.turn import to_the_end, what_it_says
 
 Factory = Callable[[str], LinkedEngine]
 ReplicaState = Literal["starting", "running", "restarting", "leaving"]
@@ -137,7 +137,7 @@ async def start_together(replicas: Sequence[Replica]) -> None:
             for replica in replicas:
                 group.create_task(replica.start(), name=f"{replica.name} start")
     except BaseException as error:
-        await outlast(asyncio.create_task(stop_together([one.engine for one in replicas])))
+        await to_the_end(lambda: stop_together([one.engine for one in replicas]))
         if isinstance(error, BaseExceptionGroup):
             raise error.exceptions[0] from None
         raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 
 from mlx_engine.asks import Ask
@@ -109,11 +109,11 @@ class RoutedRequest:
         producer = self._producer = engine._producer(self._ask, self._on_progress, self.request_id)
         if self._cancelled:
             producer.cancel()
-        return await flight.do(_awaited(producer.run(None if emit is None else tell)))
 
+        async def run() -> GenerationResult:
+            return await producer.run(None if emit is None else tell)
 
-async def _awaited(run: Awaitable[GenerationResult]) -> GenerationResult:
-    return await run
+        return await flight.do(run())
 
 
 def _as_dead(error: EngineNotRunning, name: str) -> EngineDead:

@@ -12,8 +12,9 @@ T = TypeVar("T")
 
 
 def cancel(task: asyncio.Task[Any]) -> None:
-    """Cancel a task, as a callback that gives nothing."""
-    task.cancel()
+    """Cancel a task, as a callback that gives nothing; if its loop is closed, it is over."""
+    if not task.get_loop().is_closed():
+        task.cancel()
 
 
 def cancel_from_anywhere(task: asyncio.Task[Any]) -> None:

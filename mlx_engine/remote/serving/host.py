@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from numbers import Real
 from types import TracebackType
@@ -18,7 +19,7 @@ from mlx_engine.remote.serving.guest import Guest
 from mlx_engine.remote.serving.heart import Heart
 from mlx_engine.remote.serving.session import Session
 from mlx_engine.remote.wire.messages import Heartbeat, Leaving, Refused, Stopped
-from mlx_engine.turn import first_cancellation, outlast
+from mlx_engine.turn import clean_up, outlast
 
 if TYPE_CHECKING:
     from mlx_engine.engine.local import LocalEngine
@@ -157,8 +158,7 @@ class EngineHost:
         finally:
             if self._closing is None:
                 self._closing = asyncio.create_task(self._close(report))
-            with first_cancellation(error):
-                await outlast(self._closing)
+            await clean_up(error, functools.partial(outlast, self._closing))
         return report
 
     async def __aenter__(self) -> Self:
@@ -171,8 +171,7 @@ class EngineHost:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with first_cancellation(exc):
-            await self.stop()
+        await clean_up(exc, self.stop)
 
     async def _close(self, report: ShutdownReport) -> None:
         """The engine is stopped: say so to everybody."""

@@ -1,0 +1,47 @@
+"""Values of arguments, out of their text."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def count_or_none(text: str) -> int | None:
+    """A number, or ``None`` for 'none'."""
+    if text.lower() == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or 'none', not {text!r}") from None
+
+
+def seconds_or_none(text: str) -> float | None:
+    """Seconds, or ``None`` for 'none'."""
+    if text.lower() == "none":
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:
+        raise argparse.ArgumentTypeError(f"must be seconds, 0 or more, or 'none', not {text!r}")
+    return seconds
+
+
+def count_or_auto(text: str) -> int | str:
+    """A number, or 'auto'."""
+    if text.lower() == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or 'auto', not {text!r}") from None
+
+
+def bias(text: str) -> tuple[int, float]:
+    """A token id and what is added to its logit."""
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be TOKEN=VALUE, not {text!r}") from None

@@ -1,0 +1,163 @@
+"""What a ``FakeEngine`` is to say: pieces, gates and errors, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from mlx_engine.errors import InvalidRequest, MLXEngineError
+from mlx_engine.outputs import Segment, ToolCall
+from mlx_engine.testing.fake_gate import Gate
+
+if TYPE_CHECKING:
+    from mlx_engine.testing.fake_request import FakeRequest
+
+E = TypeVar("E", bound=Exception)
+
+END = 0  # the end-of-sequence token
+
+Piece = str | Gate | Exception
+
+
+@dataclass(frozen=True, slots=True)
+class FakeAnswer:
+    """One answer. Each piece of text is a token, and a chunk of a stream.
+
+        FakeAnswer("It is sunny.", reasoning="I know that.")
+        FakeAnswer(["It", " is", gate, GenerationError("out of memory")])
+        FakeAnswer(tool_calls=[("weather", {"city": "Paris"})])
+
+    Attributes:
+        text: the content. A string is cut into words. In a list each string is a token; at a
+            ``Gate`` the work is held, and an exception is raised there: an ``MLXEngineError``
+            as it is, others as the cause of a ``GenerationError``. ``EngineDead`` is the end of
+            the engine.
+        reasoning: what comes before, in the same form; in chats only.
+        tool_calls: what comes after, each as ``(name, arguments)`` or, for malformed ones, a
+            ``ToolCall``, and each of one token; in chats only.
+        finish_reason: ``stop`` ends with one more token, of the end of the sequence and without
+            text, as models do; ``length`` ends without it, as if the context were used up.
+
+    Raises:
+        InvalidRequest: a value is of the wrong type.
+    """
+
+    text: str | Sequence[Piece] = ""
+    reasoning: str | Sequence[Piece] = ""
+    tool_calls: Sequence[ToolCall | tuple[str, Mapping[str, Any]]] = ()
+    finish_reason: Literal["stop", "length"] = "stop"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", _pieces("text", self.text))
+        object.__setattr__(self, "reasoning", _pieces("reasoning", self.reasoning))
+        object.__setattr__(self, "tool_calls", tuple(map(_call, self.tool_calls)))
+        if self.finish_reason not in ("stop", "length"):
+            raise InvalidRequest(
+                "finish_reason", f"must be 'stop' or 'length', not {self.finish_reason!r}"
+            )
+
+    @classmethod
+    def of(cls, answer: AnswerLike) -> FakeAnswer:
+        """An answer from its text or pieces."""
+        return answer if isinstance(answer, FakeAnswer) else cls(answer)
+
+    @property
+    def for_chats(self) -> bool:
+        """Whether it has what only chats have."""
+        return bool(self.reasoning or self.tool_calls)
+
+    def __iter__(self) -> Iterator[tuple[Segment, Piece | ToolCall]]:
+        """All of it in order, each with the segment that it belongs to."""
+        yield from (("reasoning", piece) for piece in self.reasoning)
+        yield from (("content", piece) for piece in self.text)
+        yield from (("tool_call", call) for call in self.tool_calls)  # type: ignore[misc]
+
+
+AnswerLike = str | Sequence[Piece] | FakeAnswer
+Answers = (
+    AnswerLike
+    | Mapping[Any, AnswerLike]
+    | Iterator[AnswerLike]
+    | Callable[["FakeRequest"], AnswerLike]
+)
+
+
+def checked_answers(answers: Answers) -> Answers:
+    """``answers``, if they can be some, as far as that can be known now.
+
+    Raises:
+        InvalidRequest: it, or one of them, is of the wrong type.
+    """
+    if isinstance(answers, Mapping):
+        for answer in answers.values():
+            FakeAnswer.of(answer)
+        return answers
+    if isinstance(answers, Iterator):
+        return answers
+    if callable(answers):
+        if asyncio.iscoroutinefunction(answers):
+            raise InvalidRequest("answers", "the engine's thread calls it: no coroutine functions")
+        return answers
+    return FakeAnswer.of(answers)
+
+
+def choose(answers: Answers, request: FakeRequest) -> FakeAnswer:
+    """What to answer.
+
+    Raises:
+        LookupError: nothing is scripted for this request.
+        Exception: what the test's own function raises.
+    """
+    if isinstance(answers, Mapping):
+        try:
+            return FakeAnswer.of(answers[request.question])
+        except KeyError:
+            raise LookupError(f"no answer is scripted for {request.question!r}") from None
+    if isinstance(answers, Iterator):
+        for answer in answers:
+            return FakeAnswer.of(answer)
+        raise LookupError("there are more requests than scripted answers")
+    return FakeAnswer.of(answers(request) if callable(answers) else answers)
+
+
+def words(text: str) -> list[str]:
+    """The text in pieces: words with the spaces before them."""
+    return re.findall(r"\s*\S+|\s+", text)
+
+
+def token_id(text: str) -> int:
+    """The token id of a piece: always the same one, and not that of the end."""
+    return zlib.crc32(text.encode("utf-8", "surrogatepass")) or 1
+
+
+def another(error: E) -> E:
+    """A scripted error to raise, once more: one object would gather the frames of all."""
+    return copy.copy(error) if isinstance(error, MLXEngineError) else error
+
+
+def _pieces(option: str, given: object) -> tuple[Piece, ...]:
+    if isinstance(given, str):
+        return tuple(words(given))
+    if not isinstance(given, Sequence) or not all(isinstance(p, Piece) for p in given):
+        raise InvalidRequest(
+            option, f"must be text, or a list of strings, gates and exceptions, not {given!r}"
+        )
+    return tuple(given)
+
+
+def _call(given: object) -> ToolCall:
+    match given:
+        case ToolCall():
+            return given
+        case (str() as name, Mapping() as arguments):
+            plain = dict(arguments)
+            return ToolCall(name, plain, json.dumps({"name": name, "arguments": plain}))
+    raise InvalidRequest(
+        "tool_calls", f"each must be (name, arguments) or a ToolCall, not {given!r}"
+    )

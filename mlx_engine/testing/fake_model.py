@@ -1,0 +1,208 @@
+"""The model of a ``FakeEngine``: a script, and the steps in which it is played."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
+
+from mlx_engine.errors import EngineDead, InvalidRequest
+from mlx_engine.meter import Meter
+from mlx_engine.outputs import Progress, ProgressCallback, PromptCacheStats
+from mlx_engine.testing.fake_answer import Answers, another, checked_answers, choose
+from mlx_engine.testing.fake_cache import FakePromptCache
+from mlx_engine.testing.fake_gate import Gate
+from mlx_engine.testing.fake_request import FakeRequest
+from mlx_engine.turn import Interrupted
+
+LoadPiece = Gate | Exception
+LoadLike = LoadPiece | Sequence[LoadPiece]
+Load = LoadLike | Iterator[LoadLike]
+
+LOOK = 0.001  # seconds between two looks at a closed gate
+_SLICE = 0.01  # seconds of prefill, or of a load, after which to look whether to stop
+
+
+class FakeModel:
+    """Where a ``FakeEngine`` has its script, in the place of a model. On the engine's thread.
+
+    Attributes:
+        meter: counters of the work done with it. From any thread.
+        dead: why it cannot be used any more.
+    """
+
+    def __init__(
+        self,
+        answers: Answers,
+        load: Load,
+        context_length: int | None,
+        *,
+        seconds_per_token: float,
+        prefill_seconds: float,
+        load_seconds: float,
+    ) -> None:
+        self.meter = Meter()
+        self.dead: EngineDead | None = None
+        self._answers = checked_answers(answers)
+        self._load = load if isinstance(load, Iterator) else _load_pieces(load)
+        self._context_length = context_length
+        self._seconds_per_token = _seconds("seconds_per_token", seconds_per_token)
+        self._prefill_seconds = _seconds("prefill_seconds", prefill_seconds)
+        self._load_seconds = _seconds("load_seconds", load_seconds)
+        self._cache: FakePromptCache | None = None
+
+    @property
+    def filled(self) -> bool:
+        """Whether it has been loaded. From any thread."""
+        return self._cache is not None
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether there can be chats. From any thread."""
+        return self.filled
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of prompt and answer together, if limited. From any thread."""
+        return self._context_length if self.filled else None
+
+    @property
+    def cache(self) -> FakePromptCache:
+        """Its prompt cache."""
+        if self._cache is None:
+            raise EngineDead("the engine has no model any more")
+        return self._cache
+
+    def prompt_cache_stats(self) -> PromptCacheStats:
+        """Of its prompt cache. From any thread."""
+        cache = self._cache
+        return PromptCacheStats() if cache is None else cache.stats()
+
+    def fill(self, on_progress: ProgressCallback | None, should_stop: Callable[[], bool]) -> None:
+        """Play the script of a load.
+
+        Raises:
+            Interrupted: it has ended early.
+            Exception: what is scripted.
+        """
+        load = next(self._load, ()) if isinstance(self._load, Iterator) else self._load
+        for piece in _load_pieces(load):
+            if isinstance(piece, Exception):
+                raise another(piece)
+            piece.arrive()
+            while piece.holds(should_stop()):
+                time.sleep(LOOK)
+        for done, total, seconds in _slices(self._load_seconds):
+            if on_progress is not None:
+                on_progress(Progress("load", done, total))
+            if should_stop():
+                raise Interrupted
+            time.sleep(seconds)
+        if should_stop():
+            raise Interrupted
+        self._cache, self.dead = FakePromptCache(), None
+
+    def empty(self) -> None:
+        """Forget what was seen."""
+        self._cache = None
+        self.meter.batch_size = 0
+
+    def check_alive(self) -> None:
+        """Raise its ``EngineDead`` if it is dead."""
+        if self.dead is not None:
+            raise another(self.dead)
+
+    def play(self, request: FakeRequest) -> Iterator[float | None]:
+        """Do a prepared request, step by step; it is over when this ends.
+
+        Yields:
+            seconds that the step takes; ``None`` while the request is held at a gate.
+
+        Raises:
+            EngineDead: the engine ends here.
+            Exception: what is scripted, or comes of the test's own function.
+        """
+        self.check_alive()
+        request.begin(self.cache.look_up(request.prompt_tokens))
+        self.meter.prompt_tokens += len(request.prompt_tokens)
+        self.meter.cached_tokens += request.result().usage.cached_tokens
+        try:
+            yield from self._steps(request)
+        finally:
+            if self._cache is not None:
+                self._cache.store(request.seen)
+
+    def _steps(self, request: FakeRequest) -> Iterator[float | None]:
+        answer = choose(self._answers, request)
+        if answer.for_chats and request.messages is None:
+            raise ValueError("reasoning and tool calls are of chats; this is a plain prompt")
+        for _, _, seconds in _slices(self._prefill_seconds):
+            self.meter.step("prefill")
+            self.meter.prefill_seconds += seconds
+            yield seconds
+            if self._stops(request):
+                return
+        request.prefilled()
+        while True:
+            for segment, piece in answer:
+                if isinstance(piece, Exception):
+                    raise another(piece)
+                if isinstance(piece, Gate):
+                    over = yield from self._hold(request, piece)
+                else:
+                    over = yield from self._token(request, partial(request.take, segment, piece))
+                if over:
+                    return
+            if answer.finish_reason == "length":
+                request.end("length")
+                return
+            if (yield from self._token(request, request.take_end)):
+                return
+
+    def _hold(self, request: FakeRequest, gate: Gate) -> Generator[None, None, bool]:
+        """Stay at a gate; whether the request is over with that."""
+        gate.arrive()
+        while gate.holds(request.should_stop):
+            yield
+            self.check_alive()
+        return self._stops(request)
+
+    def _token(
+        self, request: FakeRequest, take: Callable[[], bool]
+    ) -> Generator[float, None, bool]:
+        """Make a token; whether the request is over with it."""
+        self.meter.step("decode")
+        self.meter.decode_seconds += self._seconds_per_token / max(1, self.meter.batch_size)
+        yield self._seconds_per_token
+        if self._stops(request):
+            return True
+        self.meter.completion_tokens += 1
+        return take()
+
+    def _stops(self, request: FakeRequest) -> bool:
+        """Whether it has been cancelled, and so is over."""
+        self.check_alive()
+        if request.should_stop:
+            request.end("cancelled")
+            return True
+        return False
+
+
+def _slices(seconds: float) -> Iterator[tuple[int, int, float]]:
+    """Number, count and seconds of the slices into which a time is cut."""
+    count = max(1, math.ceil(seconds / _SLICE))
+    return ((number, count, seconds / count) for number in range(count))
+
+
+def _load_pieces(load: LoadLike) -> tuple[LoadPiece, ...]:
+    pieces = (load,) if isinstance(load, Gate | Exception) else load
+    if not isinstance(pieces, Sequence) or not all(isinstance(p, LoadPiece) for p in pieces):
+        raise InvalidRequest("load", f"must be gates and exceptions, not {load!r}")
+    return tuple(pieces)
+
+
+def _seconds(option: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise InvalidRequest(option, f"must be seconds, 0 or more, not {value!r}")
+    return value

@@ -1,0 +1,1 @@
+"""Whether an engine keeps its promises about cancellation, tried on the machine that it runs on."""

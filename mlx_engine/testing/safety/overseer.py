@@ -1,0 +1,158 @@
+"""Work in a thread of its own, and somebody who sees that it comes to an end."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Final, Generic, TypeVar
+
+T = TypeVar("T")
+
+_LOOK: Final = 0.05  # seconds between two looks
+_GRACE: Final = 5.0  # seconds in which the work may end after it was told to
+
+
+class Hang(Exception):
+    """Something did not come to its end in time.
+
+    Attributes:
+        stacks: of all threads and of the event loop's tasks, at that moment.
+    """
+
+    def __init__(self, message: str, stacks: str) -> None:
+        super().__init__(message)
+        self.stacks = stacks
+
+
+@dataclass
+class _Outcome(Generic[T]):
+    value: list[T] = field(default_factory=list)
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True)
+class _Watch:
+    what: str
+    seconds: float
+    end: float
+    loop: asyncio.AbstractEventLoop | None
+    let_go: Callable[[], object] | None
+
+
+class Overseer:
+    """Runs work in a thread, and breaks off what takes longer than it may.
+
+    Attributes:
+        leaving: set when the work should end early, because nobody wants it any more.
+    """
+
+    def __init__(self) -> None:
+        self.leaving = threading.Event()
+        self._lock = threading.Lock()
+        self._watch: _Watch | None = None
+        self._hang: Hang | None = None
+
+    def run(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives or raises, in a thread; to be called once.
+
+        Raises:
+            Hang: the thread itself is stuck, and has been left behind.
+        """
+        outcome, over = _Outcome[T](), threading.Event()
+
+        def call() -> None:
+            try:
+                outcome.value.append(work())
+            except BaseException as error:  # noqa: BLE001 - raised in the other thread
+                outcome.error = error
+            over.set()
+
+        thread = threading.Thread(target=call, name="cancellation check", daemon=True)
+        thread.start()
+        try:
+            while not over.wait(_LOOK):
+                self._look(over)
+        except Hang:
+            raise
+        except BaseException:  # Ctrl-C
+            self.leaving.set()
+            over.wait(_GRACE)
+            raise
+        thread.join()
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome.value[0]
+
+    @contextmanager
+    def within(
+        self,
+        seconds: float,
+        what: str,
+        loop: asyncio.AbstractEventLoop | None = None,
+        let_go: Callable[[], object] | None = None,
+    ) -> Iterator[None]:
+        """The block is to take so long at most. In the work's thread.
+
+        Args:
+            what: what it does, as a sentence begins.
+            loop: the event loop in which it does that.
+            let_go: ends the block, if it can be ended; from any thread.
+
+        Raises:
+            Hang: it has taken longer.
+        """
+        end = time.monotonic() + seconds if seconds < math.inf else math.inf
+        self._watch = _Watch(what, seconds, end, loop, let_go)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watch = None
+                hang, self._hang = self._hang, None
+            if hang is not None:
+                raise hang
+
+    def _look(self, over: threading.Event) -> None:
+        watch = self._watch
+        if watch is None or time.monotonic() < watch.end:
+            return
+        problem = f"{watch.what} has not come to its end in {watch.seconds:.0f} s"
+        hang = Hang(problem, _stacks(watch))
+        with self._lock:
+            if self._watch is not watch:
+                return  # it has, just now
+            self._hang = hang
+        if watch.let_go is not None:
+            watch.let_go()
+        end = time.monotonic() + _GRACE
+        while self._watch is watch and not over.wait(_LOOK):
+            if time.monotonic() > end:
+                raise hang
+
+
+def _stacks(watch: _Watch) -> str:
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = [
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+        if ident != threading.get_ident()
+    ]
+    for task in asyncio.all_tasks(watch.loop) if watch.loop is not None else ():
+        frames = [line for at in _frames(task.get_coro()) for line in traceback.format_stack(at, 1)]
+        parts.append(f"task {task.get_name()}:\n{''.join(frames)}")
+    return "\n".join(parts)
+
+
+def _frames(coroutine: Any) -> Iterator[FrameType]:
+    """Of a coroutine, of the one that it awaits, and so on."""
+    while (frame := getattr(coroutine, "cr_frame", None)) is not None:
+        yield frame
+        coroutine = coroutine.cr_await

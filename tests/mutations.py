@@ -1,0 +1,187 @@
+"""Breaks the library in known ways, one at a time, and sees that the tests notice each.
+
+    python -m tests.mutations [--only WORDS]
+
+Each mutation is made in a copy, on which the tests of cancellation are run until one fails.
+Exit code 1 if none does, or if a mutation does not fit the code any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TESTS = ("tests/test_worker.py", "tests/test_stream.py", "tests/engine/test_cancellation.py")
+SWEEP = "simple and not draft and not mtp and not specprefill and (generate or stream or run)"
+LIMIT = 300  # seconds for the tests of one mutation
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault, and how to make it: ``old`` is in the file once.
+
+    Attributes:
+        tests: those that should notice; the sweep comes after them.
+    """
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = TESTS
+
+
+MUTATIONS = (
+    Mutation(
+        "a cancelled caller goes on, and the lock is released, while the worker is inside",
+        "line.py",
+        "withdrawn = one.stage is Stage.QUEUED\n            if withdrawn:",
+        "withdrawn = True\n            self._running = None\n            if withdrawn:",
+    ),
+    Mutation(
+        "a plain await in the drain: the second cancellation ends it",
+        "turn.py",
+        """                while not future.done():
+                    try:
+                        await asyncio.wait({future})
+                    except asyncio.CancelledError:
+                        continue  # the first one is on its way already
+""",
+        "                await asyncio.wait({future})\n",
+    ),
+    Mutation(
+        "no shield around the drain: an anyio scope cancels it at every turn of the loop",
+        "turn.py",
+        "with anyio.CancelScope(shield=True):",
+        "with anyio.CancelScope(shield=False):",
+    ),
+    Mutation(
+        "streams are not cleared when the MLX thread ends",
+        "engine/slot.py",
+        "    mx.clear_streams()\n",
+        "",
+        ("tests/engine/test_exit.py",),
+    ),
+    Mutation(
+        "CancelledError is swallowed",
+        "turn.py",
+        "                        continue  # the first one is on its way already\n        raise\n",
+        "                        continue  # the first one is on its way already\n",
+    ),
+    Mutation(
+        "the lock is released twice: when the work is cancelled, and when it is over",
+        "line.py",
+        "            on_cancel = one.take_on_cancel()\n",
+        "            on_cancel = one.take_on_cancel()\n            self._running = None\n",
+    ),
+    Mutation(
+        "work is not told that it was cancelled",
+        "line.py",
+        "            on_cancel = one.take_on_cancel()\n",
+        "            on_cancel = None\n",
+    ),
+    Mutation(
+        "what was withdrawn is done nevertheless",
+        "line.py",
+        "                self._queue.pop(one, None)  # type: ignore[arg-type]\n",
+        "",
+    ),
+    Mutation(
+        "the last one in is served first",
+        "worker.py",
+        "self._queue.popitem(last=False)",
+        "self._queue.popitem(last=True)",
+    ),
+    Mutation(
+        "the lock is free before the function has returned",
+        "worker.py",
+        "                turn.execute()\n",
+        "                self._running = None\n                turn.execute()\n",
+    ),
+    Mutation(
+        "a cancelled reader of a stream does not wait until the work is out",
+        "stream.py",
+        "            await clean_up(cancelled, self.aclose)\n",
+        "            self.cancel()\n",
+    ),
+    Mutation(
+        "work of an event loop that is gone is done",
+        "worker.py",
+        "if turn.orphaned:",
+        "if False:",
+    ),
+    Mutation(
+        "a function that raises no Exception ends the MLX thread",
+        "turn.py",
+        "except BaseException as error:  # noqa: BLE001 - the border: the caller raises it",
+        "except Exception as error:  # noqa: BLE001 - the border: the caller raises it",
+    ),
+)
+
+
+def noticed(mutation: Mutation, folder: Path) -> str | None:
+    """The test that fails on a copy with the mutation; ``None`` if there is none."""
+    for name in ("mlx_engine", "tests"):
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*")
+        )
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    path = folder / "mlx_engine" / mutation.file
+    source = path.read_text()
+    if source.count(mutation.old) != 1:
+        raise SystemExit(
+            f"{mutation.file} has changed: the mutation {mutation.what!r} does not fit"
+        )
+    path.write_text(source.replace(mutation.old, mutation.new))
+    for arguments in ((*mutation.tests,), ("tests/sweep", "-k", SWEEP)):
+        failure = first_failure(folder, *arguments)
+        if failure is not None:
+            return failure
+    return None
+
+
+def first_failure(folder: Path, *arguments: str) -> str | None:
+    """What fails first; ``None`` if all pass."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--timeout", "20", "-rfE", *arguments]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=LIMIT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end within {LIMIT} s"
+    if done.returncode == 0:
+        return None
+    for line in done.stdout.splitlines():
+        if line.startswith(("FAILED ", "ERROR ")):
+            return line.partition(" ")[2].partition(" - ")[0]
+    return f"pytest ended with {done.returncode}"
+
+
+def main() -> None:
+    """Try them all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="those with these words in their description")
+    only = parser.parse_args().only
+    chosen = [mutation for mutation in MUTATIONS if only in mutation.what]
+    missed = 0
+    for mutation in chosen:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            test = noticed(mutation, Path(folder))
+        seconds = time.monotonic() - began
+        missed += test is None
+        print(f"{mutation.what}\n    {'NOT NOTICED' if test is None else test} ({seconds:.0f} s)")
+    print(f"{len(chosen) - missed} of {len(chosen)} mutations are noticed")
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()

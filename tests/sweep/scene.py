@@ -1,0 +1,75 @@
+"""What is run in a sweep: operations, ways of ending them, and who goes first."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_engine.testing.ways import Way
+
+Work = Callable[[], Awaitable[Any]]
+
+
+class Unharmed(Way[Any]):
+    """Nothing happens to it."""
+
+    name = "not at all"
+
+    async def _run(self, operation: Work) -> Any:
+        return await operation()
+
+    def _strike(self) -> None:
+        raise AssertionError("it is not to strike")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Who goes first when both the event loop and a thread could.
+
+    Attributes:
+        per_step: how often threads are let go before each step of the loop; ``None`` draws lots.
+    """
+
+    name: str
+    per_step: int | None
+
+    def advances(self, draw: random.Random) -> int:
+        return draw.choice((0, 0, 1, 2, 5)) if self.per_step is None else self.per_step
+
+
+LOOP_FIRST = Schedule("loop first", 0)
+IN_TURN = Schedule("in turn", 1)
+THREADS_FIRST = Schedule("threads first", 10_000)
+BY_LOT = Schedule("by lot", None)
+SCHEDULES = (LOOP_FIRST, IN_TURN, THREADS_FIRST, BY_LOT)
+
+
+@dataclass
+class Scene:
+    """An operation on an engine, and what must be true of it.
+
+    Attributes:
+        operate: the operation; what it gives is compared with what it gave unharmed.
+        beside: something else that goes on at the same time, and is not cancelled.
+        behind: whether the operation begins after that.
+        reset: called before each run, in no event loop.
+        rested: raises unless all is as it should be after a run. In no event loop.
+        probe: uses the engine after a run, in an event loop of its own, and raises if it does
+            not do what it should.
+        late: model calls that may begin after work has been told to stop.
+        lives: whether it starts or ends the engine.
+    """
+
+    name: str
+    operate: Work
+    beside: Work | None = None
+    behind: bool = False
+    reset: Callable[[], None] = lambda: None
+    rested: Callable[[], None] = lambda: None
+    probe: Callable[[], Awaitable[None]] | None = None
+    late: int = 1
+    lives: bool = False
+    expected: Any = None
+    beside_expected: Any = None
