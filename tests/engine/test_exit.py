@@ -147,6 +147,27 @@ def test_processes_end_with_the_right_code(
         assert "Task was destroyed" not in errors
 
 
+def test_streams_are_cleared_by_the_thread_that_had_them(tiny_path: Path, tmp_path: Path) -> None:
+    """Without that, mlx 0.32.4 aborts some processes at their exit, but not each time."""
+    body = """
+import mlx.core as mx
+def noted(clear=mx.clear_streams):
+    print("cleared by", threading.current_thread().name, flush=True)
+    clear()
+mx.clear_streams = noted
+async def main():
+    await engine.start()
+    await generate()
+asyncio.run(main())
+"""
+    script = tmp_path / "program.py"
+    script.write_text(START.format(path=str(tiny_path), engine="SimpleEngine") + body)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (0, "cleared by mlx\n"), done.stderr
+
+
 def test_a_forked_child_is_told_instead_of_hanging(
     tiny_path: Path, engine_type: type[BaseEngine], tmp_path: Path
 ) -> None:
