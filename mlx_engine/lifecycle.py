@@ -216,7 +216,8 @@ class Lifecycle:
 
         Args:
             timeout: seconds that work in flight may go on; ``None`` is for ever.
-            release: frees what the engine holds; called once, when nothing is in flight.
+            release: frees what the engine holds; called when nothing is in flight, and again
+                if the event loop ends before it is done.
         """
         timeout = checked_timeout(timeout)
         with self._lock:
@@ -228,24 +229,15 @@ class Lifecycle:
                 self._draining = [t for t in self._in_flight.values() if t.abortable]
                 if loading:  # nobody wants the model any more
                     self._abort_all()
-        cancelled: asyncio.CancelledError | None = None
+        finish = partial(self._finish, release)
         try:
             await self._idle(timeout)
-        except asyncio.CancelledError as error:
-            cancelled = error
+        except asyncio.CancelledError as cancelled:
+            self._abort_all()
+            await clean_up(cancelled, partial(to_the_end, finish))
+            raise
         self._abort_all()
-        report: list[ShutdownReport] = []
-
-        async def finish() -> None:
-            report.append(await self._finish(release))
-
-        await clean_up(cancelled, partial(to_the_end, finish))
-        if cancelled is not None:
-            try:
-                raise cancelled
-            finally:
-                del cancelled
-        return report[-1]
+        return await to_the_end(finish)
 
     async def _finish(self, release: Callable[[], Awaitable[None]]) -> ShutdownReport:
         await self._idle(None)

@@ -9,6 +9,7 @@ Exit code 1 if none does, or if a mutation does not fit the code any more.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -151,9 +152,10 @@ def noticed(mutation: Mutation, folder: Path) -> str | None:
 def first_failure(folder: Path, *arguments: str) -> str | None:
     """What fails first; ``None`` if all pass."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--timeout", "20", "-rfE", *arguments]
+    there = {**os.environ, "PYTHONPATH": str(folder)}  # for the programs that tests start
     try:
         done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=LIMIT, check=False
+            command, cwd=folder, env=there, capture_output=True, text=True, timeout=LIMIT
         )
     except subprocess.TimeoutExpired:
         return f"no end within {LIMIT} s"
