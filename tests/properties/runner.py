@@ -382,7 +382,7 @@ class Runner:
         except (ZeroDivisionError, InvalidRequest):
             assert raises
             self._counts["failed"] += 1
-        except RuntimeError:
+        except GenerationError:
             assert "broken" in troubles
             self._counts["failed"] += 1
         else:
@@ -414,21 +414,21 @@ class Runner:
         self._everybody("stopped")
         leaving = asyncio.create_task(self._engine.shutdown(timeout))
         await asyncio.sleep(0)
-        if self._leaving is not None:
-            await self._left()
+        await self._left(another=True)
         self._leaving = leaving
         if wait:
             await self._left()
 
-    async def _left(self) -> None:
-        """The shutdown that is under way, if any, is waited for."""
+    async def _left(self, another: bool = False) -> None:
+        """The shutdown that is under way, if any, is waited for; ``another`` may have begun."""
         leaving, self._leaving = self._leaving, None
         if leaving is None:
             return
         report = await _in_time(leaving)
         assert not set(report.finished) & set(report.aborted)
         # A start may have been begun, and cancelled, just after the engine had stopped.
-        assert self._engine.state in (EngineState.STOPPED, EngineState.CREATED)
+        states = [EngineState.STOPPED, EngineState.CREATED]
+        assert self._engine.state in ([*states, EngineState.DRAINING] if another else states)
         self._state = self._engine.state
 
     async def _start(self, cancelled_after: int | None) -> None:
