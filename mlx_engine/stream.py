@@ -11,7 +11,13 @@ from types import TracebackType
 from typing import Protocol
 
 from mlx_engine.errors import StreamClosed, StreamConsumed
-from mlx_engine.outputs import GenerationChunk, GenerationResult
+from mlx_engine.outputs import (
+    FinishReason,
+    GenerationChunk,
+    GenerationResult,
+    Segment,
+    TokenLogprob,
+)
 from mlx_engine.turn import clean_up, is_destroyed, outlast, wake
 
 Emit = Callable[[GenerationChunk], None]
@@ -277,3 +283,24 @@ def _ended(
     if outcome.result is None and outcome.error is None:
         outcome.result = producer.partial_result()
     channel.end()
+
+
+def emit_pieces(
+    emit: Emit,
+    pieces: list[tuple[Segment, str]],
+    tokens: tuple[int, ...],
+    logprobs: tuple[TokenLogprob, ...] = (),
+    finish_reason: FinishReason | None = None,
+) -> None:
+    """Emit one chunk for each piece, at least one; the token goes with the first."""
+    last = len(pieces) - 1
+    if last <= 0:
+        segment, text = pieces[0] if pieces else ("content", "")
+        emit(GenerationChunk(text, tokens, segment, logprobs, finish_reason))
+        return
+    for index, (segment, text) in enumerate(pieces):
+        reason = finish_reason if index == last else None
+        if index == 0:
+            emit(GenerationChunk(text, tokens, segment, logprobs, reason))
+        else:
+            emit(GenerationChunk(text, (), segment, (), reason))

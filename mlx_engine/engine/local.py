@@ -24,6 +24,7 @@ from mlx_engine.engine.admission import RequestTicket
 from mlx_engine.engine.base import BaseEngine, checked_callback
 from mlx_engine.engine.crossing import in_this_loop, off_loop
 from mlx_engine.engine.life import EngineLife
+from mlx_engine.engine.producer import RequestProducer
 from mlx_engine.engine.slot import ModelSlot
 from mlx_engine.errors import GenerationError, MLXEngineError
 from mlx_engine.generation import prompt_cache_file
@@ -172,7 +173,7 @@ class LocalEngine(EngineLife, BaseEngine):
 
     def _producer(
         self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
-    ) -> _Producer:
+    ) -> RequestProducer:
         request = Request(
             ask.source,
             ask.params,
@@ -181,7 +182,7 @@ class LocalEngine(EngineLife, BaseEngine):
             ask.priority,
             self.strategies.of_request(ask.prefill, ask.decode),
         )
-        return _Producer(self, request)
+        return RequestProducer(request, functools.partial(self._complete, request))
 
     async def _complete(self, request: Request, emit: Emit | None) -> GenerationResult:
         request.submitted(in_this_loop, emit)
@@ -203,21 +204,3 @@ def _border(what: str) -> Iterator[None]:
     except Exception as error:
         drop_frames(error)
         raise GenerationError(f"{what} failed: {what_it_says(error)}") from error
-
-
-class _Producer:
-    """A request as a stream sees it."""
-
-    def __init__(self, engine: LocalEngine, request: Request) -> None:
-        self.request_id = request.request_id
-        self._engine = engine
-        self._request = request
-
-    async def run(self, emit: Emit | None) -> GenerationResult:
-        return await self._engine._complete(self._request, emit)
-
-    def cancel(self) -> None:
-        self._request.cancel()
-
-    def partial_result(self) -> GenerationResult:
-        return self._request.result()

@@ -13,6 +13,7 @@ from typing import Literal
 import mlx.core as mx
 
 from mlx_engine.asks import ChatPrompt, TextPrompt
+from mlx_engine.clock import Clock
 from mlx_engine.config import Strategies
 from mlx_engine.errors import ContextLengthExceeded, GenerationError, MLXEngineError
 from mlx_engine.generation.prompt import encode, option_of
@@ -21,16 +22,14 @@ from mlx_engine.generation.text import Piece, TextAssembler
 from mlx_engine.models.loading import LoadedModel
 from mlx_engine.outputs import (
     FinishReason,
-    GenerationChunk,
     GenerationResult,
     Progress,
     ProgressCallback,
-    Timings,
     TokenLogprob,
     Usage,
 )
 from mlx_engine.params import SamplingParams
-from mlx_engine.stream import Emit
+from mlx_engine.stream import Emit, emit_pieces
 from mlx_engine.turn import call_in, drop_frames, what_it_says
 
 
@@ -74,7 +73,7 @@ class Request:
         self._emit: Emit | None = None
         self._stopped = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._clock = _Clock()
+        self._clock = Clock()
         self._text: TextAssembler | None = None
         self._ends: frozenset[int] = frozenset()  # token ids that end the answer
         self._silent: frozenset[int] = frozenset()  # token ids that are signals, not text
@@ -329,50 +328,3 @@ class Request:
                 option=option_of(self._source),
             )
         return room if wanted is None else wanted
-
-
-def emit_pieces(
-    emit: Emit,
-    pieces: list[Piece],
-    tokens: tuple[int, ...],
-    logprobs: tuple[TokenLogprob, ...] = (),
-    finish_reason: FinishReason | None = None,
-) -> None:
-    """Emit one chunk for each piece, at least one; the token goes with the first."""
-    last = len(pieces) - 1
-    if last <= 0:
-        segment, text = pieces[0] if pieces else ("content", "")
-        emit(GenerationChunk(text, tokens, segment, logprobs, finish_reason))
-        return
-    for index, (segment, text) in enumerate(pieces):
-        reason = finish_reason if index == last else None
-        if index == 0:
-            emit(GenerationChunk(text, tokens, segment, logprobs, reason))
-        else:
-            emit(GenerationChunk(text, (), segment, (), reason))
-
-
-class _Clock:
-    """Moments of a request, by ``time.perf_counter``; 0 has not come."""
-
-    def __init__(self) -> None:
-        self.submitted = time.perf_counter()
-        self.started = 0.0
-        self.prefilled = 0.0
-        self.first_token = 0.0
-        self.last_token = 0.0
-        self.ended = 0.0
-
-    def timings(self, prefilled_tokens: int, completion_tokens: int) -> Timings:
-        end = self.ended or time.perf_counter()
-        prefill = self.prefilled - self.started if self.prefilled else 0.0
-        decode = self.last_token - self.first_token
-        return Timings(
-            queued=(self.started or end) - self.submitted,
-            prefill=prefill,
-            time_to_first_token=self.first_token - self.submitted if self.first_token else 0.0,
-            decode=decode,
-            total=end - self.submitted,
-            prompt_tokens_per_second=prefilled_tokens / prefill if prefill else 0.0,
-            tokens_per_second=(completion_tokens - 1) / decode if decode else 0.0,
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from mlx_engine.engine.admission import RequestTicket
 from mlx_engine.engine.base import BaseEngine, checked_callback
 from mlx_engine.engine.bursts import BurstLife
 from mlx_engine.engine.crossing import in_this_loop
+from mlx_engine.engine.producer import RequestProducer
 from mlx_engine.engine.seats import Seats
 from mlx_engine.errors import EngineDead, InvalidRequest
 from mlx_engine.outputs import GenerationResult, ProgressCallback
@@ -153,14 +155,14 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
 
     def _producer(
         self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
-    ) -> _Producer:
+    ) -> RequestProducer:
         self._check_strategies(ask.prefill, ask.decode)
         if ask.params.logits_processors:
             raise InvalidRequest(
                 "logits_processors", "what a FakeEngine says is scripted: it has no logits"
             )
         request = FakeRequest(ask, request_id or self._lifecycle.new_id(), on_progress)
-        return _Producer(self, request)
+        return RequestProducer(request, functools.partial(self._complete, request))
 
     async def _complete(self, request: FakeRequest, emit: Emit | None) -> GenerationResult:
         request.submitted(emit)
@@ -250,21 +252,3 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
         self._slot.meter.batch_size = len(self._playing)
         if waits:
             time.sleep(max((s for s in waits if s is not None), default=LOOK))
-
-
-class _Producer:
-    """A request as a stream sees it."""
-
-    def __init__(self, engine: FakeEngine, request: FakeRequest) -> None:
-        self.request_id = request.request_id
-        self._engine = engine
-        self._request = request
-
-    async def run(self, emit: Emit | None) -> GenerationResult:
-        return await self._engine._complete(self._request, emit)
-
-    def cancel(self) -> None:
-        self._request.cancel()
-
-    def partial_result(self) -> GenerationResult:
-        return self._request.result()

@@ -8,21 +8,20 @@ import time
 from typing import Any, Literal
 
 from mlx_engine.asks import Ask, ChatPrompt
+from mlx_engine.clock import Clock
 from mlx_engine.engine.crossing import in_this_loop
 from mlx_engine.errors import ContextLengthExceeded, GenerationError, MLXEngineError
 from mlx_engine.outputs import (
     FinishReason,
-    GenerationChunk,
     GenerationResult,
     Progress,
     ProgressCallback,
     Segment,
-    Timings,
     TokenLogprob,
     ToolCall,
     Usage,
 )
-from mlx_engine.stream import Emit
+from mlx_engine.stream import Emit, emit_pieces
 from mlx_engine.testing.fake_answer import END, token_id, words
 from mlx_engine.testing.fake_text import FakeText
 from mlx_engine.turn import drop_frames, what_it_says
@@ -70,8 +69,7 @@ class FakeRequest:
         self._calls: list[ToolCall] = []
         self._cached_tokens = 0
         self._finish_reason: FinishReason = "cancelled"
-        self._submitted = self._started = self._prefilled = 0.0
-        self._first = self._last = self._ended = 0.0
+        self._clock = Clock()
 
     def __repr__(self) -> str:
         return f"<FakeRequest {self.request_id} {self.question!r} {self.outcome}>"
@@ -92,7 +90,9 @@ class FakeRequest:
             tokens=tokens,
             finish_reason=self._finish_reason,
             usage=Usage(len(self.prompt_tokens), len(tokens), self._cached_tokens),
-            timings=self._timings(),
+            timings=self._clock.timings(
+                len(self.prompt_tokens) - self._cached_tokens, len(self._tokens)
+            ),
             reasoning=self._text.so_far("reasoning"),
             tool_calls=tuple(self._calls),
             logprobs=tuple(map(self._logprob, tokens)) if self._wants_logprobs else (),
@@ -108,7 +108,7 @@ class FakeRequest:
 
     def submitted(self, emit: Emit | None) -> None:
         """The caller waits from now on, in this event loop."""
-        self._submitted = time.perf_counter()
+        self._clock.submitted = time.perf_counter()
         self._loop = asyncio.get_running_loop()
         self._on_progress = in_this_loop(self._on_progress)
         self._emit = emit
@@ -146,14 +146,14 @@ class FakeRequest:
 
     def begin(self, cached_tokens: int) -> None:
         """Its work begins, behind so many tokens that need no prefill."""
-        self._started = time.perf_counter()
+        self._clock.started = time.perf_counter()
         self.outcome = "running"
         self._cached_tokens = cached_tokens
         self._progress(cached_tokens)
 
     def prefilled(self) -> None:
         """All of its prompt has been read."""
-        self._prefilled = time.perf_counter()
+        self._clock.prefilled = time.perf_counter()
         self._progress(len(self.prompt_tokens))
 
     def take(self, segment: Segment, piece: str | ToolCall) -> bool:
@@ -179,7 +179,7 @@ class FakeRequest:
 
     def failed(self, error: BaseException) -> MLXEngineError:
         """It ends here; what its caller is told."""
-        self._ended = time.perf_counter()
+        self._clock.ended = time.perf_counter()
         drop_frames(error)
         if isinstance(error, MLXEngineError):
             return error
@@ -214,29 +214,22 @@ class FakeRequest:
         if token is not None:
             self._keep(token)
         self._finish_reason = reason
-        self._ended = time.perf_counter()
+        self._clock.ended = time.perf_counter()
         self._let_out(token, pieces + self._text.finish(), reason)
 
     def _keep(self, token: int) -> None:
-        self._last = time.perf_counter()
-        self._first = self._first or self._last
+        self._clock.last_token = time.perf_counter()
+        self._clock.first_token = self._clock.first_token or self._clock.last_token
         self._tokens.append(token)
 
     def _let_out(
         self, token: int | None, pieces: list[tuple[Segment, str]], reason: FinishReason | None
     ) -> None:
-        """One chunk for each piece, at least one; the token goes with the first."""
         if self._emit is None:
             return
         tokens = () if token is None else (token,)
         logprobs = tuple(map(self._logprob, tokens)) if self._wants_logprobs else ()
-        pieces = pieces or [("content", "")]
-        for index, (segment, text) in enumerate(pieces):
-            ends = reason if index == len(pieces) - 1 else None
-            if index == 0:
-                self._emit(GenerationChunk(text, tokens, segment, logprobs, ends))
-            else:
-                self._emit(GenerationChunk(text, (), segment, (), ends))
+        emit_pieces(self._emit, pieces, tokens, logprobs, reason)
 
     def _logprob(self, token: int) -> TokenLogprob:
         """What is scripted is certain."""
@@ -257,18 +250,3 @@ class FakeRequest:
             parts += [message["role"], *words(str(message.get("content") or ""))]
             parts += [json.dumps(call, default=str) for call in message.get("tool_calls") or ()]
         return [token_id(part) for part in [*parts, "assistant"]]
-
-    def _timings(self) -> Timings:
-        end = self._ended or time.perf_counter()
-        prefill = self._prefilled - self._started if self._prefilled else 0.0
-        decode = self._last - self._first
-        read, made = len(self.prompt_tokens) - self._cached_tokens, len(self._tokens)
-        return Timings(
-            queued=(self._started or end) - self._submitted,
-            prefill=prefill,
-            time_to_first_token=self._first - self._submitted if self._first else 0.0,
-            decode=decode,
-            total=end - self._submitted,
-            prompt_tokens_per_second=read / prefill if prefill else 0.0,
-            tokens_per_second=(made - 1) / decode if decode else 0.0,
-        )

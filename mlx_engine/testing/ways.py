@@ -31,6 +31,7 @@ class Way(abc.ABC, Generic[T]):
         self.struck = False
         self._inner: asyncio.Task[Any] | None = None
 
+    @abc.abstractmethod
     async def run(self, operation: Operation[T]) -> T | None:
         """Run the operation to its end, and make good for this way's own part in it.
 
@@ -41,7 +42,6 @@ class Way(abc.ABC, Generic[T]):
             Dishonest: the operation was cancelled and did not say so, or said so and was not.
             Exception: what the operation raised.
         """
-        return await self._run(operation)
 
     def strike(self) -> None:
         """Cancel it now. In its event loop's thread; nothing happens once it is over."""
@@ -53,9 +53,6 @@ class Way(abc.ABC, Generic[T]):
     def forget(self) -> None:
         """Let go of the operation's task, whose error holds what it held."""
         self._inner = None
-
-    @abc.abstractmethod
-    async def _run(self, operation: Operation[T]) -> T | None: ...
 
     @abc.abstractmethod
     def _strike(self) -> None: ...
@@ -74,7 +71,8 @@ class CancelOnce(Way[T]):
 
     name = "Task.cancel"
 
-    async def _run(self, operation: Operation[T]) -> T | None:
+    async def run(self, operation: Operation[T]) -> T | None:
+        """See ``Way``."""
         task = self._inner = asyncio.ensure_future(_call(operation))
         # Not "await task": whoever cancels this one, at the end of the event loop say, is
         # not to cancel that one a second time.
@@ -113,7 +111,8 @@ class Timeout(Way[T]):
 
     name = "asyncio.timeout"
 
-    async def _run(self, operation: Operation[T]) -> T | None:
+    async def run(self, operation: Operation[T]) -> T | None:
+        """See ``Way``."""
         self._inner = asyncio.current_task()
         try:
             async with asyncio.timeout(None) as self._timeout:
@@ -142,7 +141,8 @@ class TaskGroup(Way[T]):
 
     name = "TaskGroup"
 
-    async def _run(self, operation: Operation[T]) -> T | None:
+    async def run(self, operation: Operation[T]) -> T | None:
+        """See ``Way``."""
         self._fuse: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.TaskGroup() as group:
@@ -166,7 +166,8 @@ class MoveOnAfter(Way[T]):
 
     name = "anyio.move_on_after"
 
-    async def _run(self, operation: Operation[T]) -> T | None:
+    async def run(self, operation: Operation[T]) -> T | None:
+        """See ``Way``."""
         self._inner, result = asyncio.current_task(), None
         with anyio.move_on_after(math.inf) as self._scope:
             try:
@@ -185,7 +186,8 @@ class AnyioGroup(Way[T]):
 
     name = "anyio task group"
 
-    async def _run(self, operation: Operation[T]) -> T | None:
+    async def run(self, operation: Operation[T]) -> T | None:
+        """See ``Way``."""
         results: list[T] = []
 
         async def child() -> None:

@@ -64,13 +64,11 @@ class Driver:
     Attributes:
         quick: whether pauses at joints are left out, so that a thread goes on until it has
             nothing to do.
-        advances: how often a thread was let go.
     """
 
     def __init__(self) -> None:
         self._threads: dict[int, _Driven] = {}
         self.quick = False
-        self.advances = 0
 
     def pause(self, at: str, ready: Ready | None = None) -> None:
         """Stop here, if this is a driven thread, until told to go on.
@@ -134,7 +132,6 @@ class Driver:
         threads = [thread for thread in self._threads.values() if thread.can_go]
         if not threads:
             return False
-        self.advances += 1
         (threads[0] if draw is None else draw.choice(threads)).go()
         return True
 
@@ -142,11 +139,6 @@ class Driver:
         """Let all go on until none has anything to do."""
         while self.advance():
             pass
-
-    @property
-    def places(self) -> list[str]:
-        """Where the threads are."""
-        return [thread.at for thread in self._threads.values()]
 
     def joints(self, *places: tuple[Any, str]) -> Callable[[], None]:
         """Pause before and after methods, given as (class, name); returns what undoes that."""

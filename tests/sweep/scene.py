@@ -17,7 +17,7 @@ class Unharmed(Way[Any]):
 
     name = "not at all"
 
-    async def _run(self, operation: Work) -> Any:
+    async def run(self, operation: Work) -> Any:
         return await operation()
 
     def _strike(self) -> None:

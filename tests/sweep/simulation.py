@@ -146,7 +146,6 @@ class Simulation:
         """Note what is made, who is inside, and who is told to stop; gives what undoes that."""
         init, execute = Pending.__init__, Turn.execute
         take, announce = Pending.take_on_cancel, Pending.announce
-        turn_announce = Turn.announce
 
         def noted_init(pending: Pending[Any], *args: Any, **kwargs: Any) -> None:
             init(pending, *args, **kwargs)
@@ -185,7 +184,6 @@ class Simulation:
             Pending.take_on_cancel = take  # type: ignore[method-assign]
             Pending.announce = announce  # type: ignore[method-assign]
             Turn.execute = execute  # type: ignore[method-assign]
-            Turn.announce = turn_announce  # type: ignore[method-assign]
 
         return undo
 

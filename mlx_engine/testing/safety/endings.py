@@ -14,7 +14,8 @@ class LoopShutdown(Way[Any]):
     name = "loop shutdown"
     closes: ClassVar[bool] = False
 
-    async def _run(self, operation: Operation[Any]) -> Any:
+    async def run(self, operation: Operation[Any]) -> Any:
+        """See ``Way``."""
         self._inner = asyncio.current_task()
         try:
             return await operation()
