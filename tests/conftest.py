@@ -25,6 +25,25 @@ ROOT = Path(__file__).parent.parent
 GUARD.install()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tell ``pytest -n`` what stays together: modules, as their tests share what is dear to make.
+
+    There is one Ray cluster, hence one group. The sweep is long and shares little: one by one.
+    """
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+        elif item.path.parent.name != "sweep":
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how much the sweep has swept, which is told by properties of its tests."""
+    passed = terminalreporter.getreports("passed")
+    if runs := sum(dict(report.user_properties).get("interleavings", 0) for report in passed):
+        terminalreporter.write_line(f"cancellation sweep: {runs} interleavings")
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     """The library is asyncio only."""
@@ -103,9 +122,17 @@ def gate() -> Iterator[Callable[[str, int], Gate]]:
         each.go()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def old_garbage() -> None:
+    """What nobody collects while tests run, since it is older than they."""
+    gc.unfreeze()
+    gc.collect()
+
+
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind() -> Iterator[None]:
+def nothing_is_left_behind(old_garbage: None) -> Iterator[None]:
     """I1 and I6: after every test MLX is free, and no thread or turn has been left."""
+    gc.freeze()  # else to collect what a test leaves takes ever longer, a third of a second at last
     GUARD.violations.clear()
     before = set(threading.enumerate())
     yield

@@ -15,7 +15,7 @@ from mlx_engine.generation.workspace import Workspace, make_workspace
 from mlx_engine.meter import Meter
 from mlx_engine.models.loading import LoadedModel, load_model
 from mlx_engine.outputs import ProgressCallback, PromptCacheStats
-from mlx_engine.turn import Interrupted, drop_frames, what_it_says
+from mlx_engine.turn import Interrupted, checkpoint, drop_frames, stoppable, what_it_says
 from mlx_engine.worker import mlx_thread
 
 
@@ -81,11 +81,11 @@ class ModelSlot:
         """
         load = functools.partial(load_model, on_progress=on_progress, should_stop=should_stop)
         try:
-            self._load(config, strategies, sources, load)
-            mlx_thread.at_exit(self.empty)
-            if should_stop():
-                raise Interrupted
-            self._equip(self.space())
+            with stoppable(should_stop):
+                self._load(config, strategies, sources, load)
+                mlx_thread.at_exit(self.empty)
+                checkpoint()
+                self._equip(self.space())
         except Exception as error:
             drop_frames(error)  # this frame stays: nothing here may hold a model
             if isinstance(error, MLXEngineError | Interrupted):

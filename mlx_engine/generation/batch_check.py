@@ -21,6 +21,7 @@ from mlx_engine.generation.kv_cache import Cache, cache_parts, make_kv_cache, me
 from mlx_engine.generation.prefill import prefill_chunk
 from mlx_engine.generation.same_logits import TOLERANCE, difference
 from mlx_engine.generation.snapshot import snapshot
+from mlx_engine.turn import Interrupted, checkpoint
 
 # Token ids that every model has: a long row, a short one, and one with nothing in its cache.
 _ROWS = (list(range(1, 18)), [2, 1], [7])
@@ -31,6 +32,7 @@ def check_batchable(model: nn.Module, config: ModelConfig) -> None:
 
     Raises:
         InvalidRequest: names what does not work, and says what to do.
+        Interrupted: it should stop.
     """
     for part in cache_parts(make_kv_cache(model, config)):
         if not hasattr(part, "merge") or getattr(part, "keep", None):
@@ -45,6 +47,8 @@ def check_batchable(model: nn.Module, config: ModelConfig) -> None:
         for entry, other in zip(joined, late, strict=True):
             entry.extend(other)
         off = difference(mx.stack(alone), _last_logits(model, joined, _ROWS))
+    except Interrupted:
+        raise
     except Exception as error:
         raise _refused(f"in a batch it fails ({type(error).__name__}: {error})") from error
     if not off <= TOLERANCE:
@@ -62,6 +66,7 @@ def may_pad(model: nn.Module, config: ModelConfig) -> bool:
 
 def _prefilled(model: nn.Module, config: ModelConfig, row: list[int]) -> Cache:
     cache = make_kv_cache(model, config)
+    checkpoint()
     if len(row) > 1:
         prefill_chunk(model, cache, row, 0, len(row) - 1, config)
     return cache
@@ -69,6 +74,7 @@ def _prefilled(model: nn.Module, config: ModelConfig, row: list[int]) -> Cache:
 
 def _last_logits(model: nn.Module, cache: Cache, rows: Sequence[list[int]]) -> mx.array:
     """Of shape (rows, vocabulary)."""
+    checkpoint()
     with mx.stream(generation_stream):
         logits: mx.array = model(mx.array([row[-1:] for row in rows]), cache=cache)[:, -1, :]
     return logits

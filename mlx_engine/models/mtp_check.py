@@ -15,6 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_engine.models.loading import LoadedModel
 from mlx_engine.models.mtp_heads import MTPHead
 from mlx_engine.models.split import SplitModel, check_split
+from mlx_engine.turn import checkpoint
 
 # How this goes on is plain to any language model, trained for chat or not.
 _PROMPT = "The months of the year are January, February, March,"
@@ -29,8 +30,10 @@ def check_head(loaded: LoadedModel, parts: SplitModel, head: MTPHead) -> float:
 
     Raises:
         InvalidRequest: the model cannot be split into trunk and head.
+        Interrupted: it should stop.
     """
     prompt = list(loaded.tokenizer.encode(_PROMPT))
+    checkpoint()
     check_split(parts, prompt)
     return agreement(parts, head, prompt + _greedy(parts, prompt, loaded.eos))
 
@@ -56,6 +59,7 @@ def _greedy(parts: SplitModel, prompt: Sequence[int], eos: frozenset[int]) -> li
     tokens: list[int] = []
     step = list(prompt)
     while len(tokens) < _NEW_TOKENS:
+        checkpoint()
         token = int(parts.model(mx.array([step]), cache=cache)[0, -1].argmax().item())
         if token in eos:
             break

@@ -213,6 +213,19 @@ def check_rest(engine: BaseEngine) -> None:
             check_rest(there)
 
 
+def engine_here(engine: BaseEngine) -> LocalEngine:
+    """The engine that does the work: itself, or the one behind a link that is in this process."""
+    if isinstance(engine, LinkedEngine):
+        assert engine._connection is not None
+        link = engine._connection._link
+        assert isinstance(link, HereLink)
+        assert link._other is not None
+        assert link._other._engine is not None
+        return link._other._engine
+    assert isinstance(engine, LocalEngine)
+    return engine
+
+
 def _told(result: GenerationResult) -> Any:
     return result.text, result.tokens, result.finish_reason
 

@@ -21,20 +21,47 @@ from mlx_engine import (
     SpecPrefill,
 )
 from mlx_engine.engine import slot
-from mlx_engine.engine.local import LocalEngine
 from mlx_engine.testing.safety.endings import ALL_WAYS
 from mlx_engine.turn import Interrupted
 from tests.conftest import make_tiny
 from tests.generation.rigged import made
 from tests.models.mtp_checkpoints import MIMO
 from tests.sweep.elsewhere import Elsewhere
-from tests.sweep.operations import Stage, requests
+from tests.sweep.operations import Stage, engine_here, requests
 from tests.sweep.scene import LOOP_FIRST, SCHEDULES, Scene, Schedule, Unharmed
 from tests.sweep.simulation import Simulation
 
-LONG = [1 + 7 * n % 250 for n in range(150)]
-SMALL: dict[str, Any] = {"prefill_step_size": 8, "prompt_cache_bytes": 0}
-WIDE: dict[str, Any] = {"prefill_step_size": 64, "prompt_cache_bytes": 0}
+Options = Callable[[Path], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How tokens are made.
+
+    Attributes:
+        options: of an engine, by the model's folder.
+        late: see ``Stage``, in an engine of one request at a time and in one with batches.
+        long: a long prompt is needed.
+    """
+
+    options: Options
+    late: tuple[int, int]
+    long: bool = False
+
+
+STRATEGIES = {
+    "": Strategy(lambda _: {}, (1, 4)),
+    ", draft": Strategy(lambda folder: {"decode": DraftModel(folder, 2)}, (5, 8)),
+    ", mtp": Strategy(lambda _: {"decode": MTP(2)}, (5, 8)),
+    ", specprefill": Strategy(
+        lambda folder: {
+            "prefill": SpecPrefill(folder, keep=0.5, threshold=64),
+            "prefill_step_size": 64,
+        },
+        (2, 5),
+        long=True,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -42,43 +69,43 @@ class Kind:
     """A kind of engine.
 
     Attributes:
-        make: makes one, of the model in a folder.
-        late: see ``Stage``.
+        where: "simple", "batched", or the same in a process.
+        strategy: a key of ``STRATEGIES``.
+        caches: it has a prompt cache.
     """
 
-    name: str
-    make: Callable[[Path], BaseEngine]
-    late: int = 1
-    prompt: tuple[int, ...] | None = None
-    mtp: bool = False
+    where: str
+    strategy: str = ""
+    caches: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.where}{self.strategy}{', caching' * self.caches}"
 
-def _sparse(folder: Path) -> SpecPrefill:
-    return SpecPrefill(folder, keep=0.5, threshold=64)
+    def make(self, folder: Path) -> BaseEngine:
+        """An engine with the model in this folder."""
+        options: dict[str, Any] = {"prefill_step_size": 8}
+        options |= STRATEGIES[self.strategy].options(folder)
+        if not self.caches:
+            options["prompt_cache_bytes"] = 0
+        if self.where == "simple":
+            return SimpleEngine(folder, **options)
+        if self.where == "batched":
+            return BatchedEngine(folder, **options)
+        inner = "batched" if self.where == "process, batched" else "simple"
+        return Elsewhere(folder, engine=inner, watchdog=None, **options)
 
+    @property
+    def late(self) -> int:
+        """See ``Stage``; what is told to another process comes there a little later."""
+        simple, batched = STRATEGIES[self.strategy].late
+        return {"simple": simple, "process": simple + 1}.get(self.where, batched)
 
-SIMPLE = Kind("simple", lambda f: SimpleEngine(f, **SMALL))
-BATCHED = Kind("batched", lambda f: BatchedEngine(f, **SMALL), late=4)
-CACHING = Kind(
-    "simple, caching", lambda f: SimpleEngine(f, prefill_step_size=8), prompt=(*range(1, 41),)
-)
-CACHING_BATCHED = Kind(
-    "batched, caching", lambda f: BatchedEngine(f, prefill_step_size=8), prompt=(*range(1, 41),)
-)
-PROCESS = Kind("process", lambda f: Elsewhere(f, watchdog=None, **SMALL), late=2)
-PROCESS_BATCHED = Kind(
-    "process, batched", lambda f: Elsewhere(f, engine="batched", watchdog=None, **SMALL), late=4
-)
-STRATEGIES = [
-    Kind("simple, draft", lambda f: SimpleEngine(f, decode=DraftModel(f, 2), **SMALL), 5),
-    Kind("batched, draft", lambda f: BatchedEngine(f, decode=DraftModel(f, 2), **SMALL), 8),
-    Kind("simple, mtp", lambda f: SimpleEngine(f, decode=MTP(2), **SMALL), 5, mtp=True),
-    Kind("batched, mtp", lambda f: BatchedEngine(f, decode=MTP(2), **SMALL), 8, mtp=True),
-    Kind("simple, specprefill", lambda f: SimpleEngine(f, prefill=_sparse(f), **WIDE), 2, (*LONG,)),
-    Kind(
-        "batched, specprefill", lambda f: BatchedEngine(f, prefill=_sparse(f), **WIDE), 5, (*LONG,)
-    ),
-]
+    @property
+    def prompt(self) -> list[int] | None:
+        """What is asked, if that matters."""
+        if STRATEGIES[self.strategy].long:
+            return [1 + 7 * n % 250 for n in range(150)]
+        return list(range(1, 41)) if self.caches else None  # as shorter ones are not stored
 
 
 @dataclass(frozen=True)
@@ -89,21 +116,40 @@ class Play:
     operation: str
 
     def __str__(self) -> str:
-        return f"{self.kind.name}: {self.operation}"
+        return f"{self.kind}: {self.operation}"
 
 
-_EVERYWHERE = ("generate", "generate, behind", "stream", "bare stream", "chat", "batch")
-REQUESTS = [
-    *(Play(kind, name) for kind in (SIMPLE, BATCHED, PROCESS) for name in _EVERYWHERE),
-    *(Play(kind, "stream chat left early") for kind in (SIMPLE, BATCHED, PROCESS)),
-    *(Play(kind, name) for kind in (SIMPLE, BATCHED) for name in ("run blocking", "run deaf")),
-    *(Play(kind, "generate") for kind in (PROCESS_BATCHED,)),
-    *(Play(kind, name) for kind in STRATEGIES for name in ("generate", "stream")),
-    *(Play(kind, name) for kind in (CACHING, CACHING_BATCHED) for name in ("save", "load")),
-]
+_WHERE = ("simple", "batched", "process", "process, batched")
+_REQUESTS = (
+    *("generate", "generate, behind", "stream", "bare stream", "chat", "batch"),
+    "stream chat left early",
+)
+_FUNCTIONS = ("run blocking", "run deaf")
+_FILES = ("save", "load")
 _LIVES = ("start", "start, twice", "whole life", "stop", "drain", "drain a while")
-LIVES = [Play(kind, name) for kind in (SIMPLE, BATCHED, PROCESS) for name in _LIVES]
-# These are played under all schedules, the others under one; MLX_ENGINE_SWEEP=all plays all.
+
+
+def _all_plays() -> Iterator[Play]:
+    for strategy in STRATEGIES:
+        for where in _WHERE:
+            kind, caching = Kind(where, strategy), Kind(where, strategy, caches=True)
+            functions = () if where.startswith("process") else _FUNCTIONS
+            yield from (Play(kind, name) for name in (*_REQUESTS, *functions, *_LIVES))
+            yield from (Play(caching, name) for name in _FILES)
+
+
+def _usual(play: Play) -> bool:
+    """Those that are played each time: all, where strategy or process make no other path."""
+    kind = play.kind
+    if kind.where == "process, batched" or (kind.strategy and kind.where == "process"):
+        return play.operation == "generate"
+    if not kind.strategy or play.operation in ("generate", "stream", "chat", "batch", *_FILES):
+        return True
+    return kind.where == "simple" and play.operation == "start"
+
+
+PLAYS = {str(play): play for play in _all_plays()}
+# These are played under all schedules each time, the others under one.
 _CORE = {
     "simple: generate",
     "simple: stream",
@@ -114,13 +160,15 @@ _CORE = {
     "batched: stream",
     "process: generate",
 }
+# "plays": every play; "all": every one under every schedule.
+_ASKED = os.environ.get("MLX_ENGINE_SWEEP", "")
 CASES = [
     (play, schedule)
-    for play in (*REQUESTS, *LIVES)
+    for play in PLAYS.values()
     for schedule in SCHEDULES
-    if schedule is LOOP_FIRST or str(play) in _CORE or os.environ.get("MLX_ENGINE_SWEEP") == "all"
+    if _ASKED == "all"
+    or ((_ASKED == "plays" or _usual(play)) and (schedule is LOOP_FIRST or str(play) in _CORE))
 ]
-PLAYS = {str(play): play for play in (*REQUESTS, *LIVES)}
 
 
 def sweep(simulation: Simulation, play: Play, schedule: Schedule, folder: Path) -> int:
@@ -144,19 +192,17 @@ def sweep(simulation: Simulation, play: Play, schedule: Schedule, folder: Path) 
 @contextmanager
 def on_stage(simulation: Simulation, play: Play, folder: Path) -> Iterator[Scene]:
     """The scene of a play, on an engine that is there as long as the ``with`` block."""
-    model = folder / ("mtp/converted" if play.kind.mtp else "plain")
+    kind = play.kind
+    model = folder / ("mtp/converted" if kind.strategy == ", mtp" else "plain")
     with loaded_once(simulation):
-        stage = Stage(
-            simulation, functools.partial(play.kind.make, model), folder, late=play.kind.late
-        )
-        if play.kind.prompt is not None:
-            stage.prompt = list(play.kind.prompt)
+        stage = Stage(simulation, functools.partial(kind.make, model), folder, late=kind.late)
+        stage.prompt = kind.prompt or stage.prompt
         if play.operation in _LIVES:
             yield _life(stage, play.operation)
             return
         simulation.in_a_loop(stage.engine.start)
         try:
-            if play.operation in ("save", "load"):
+            if play.operation in _FILES:
                 yield _cache_file(stage, play.operation)
             else:
                 yield requests(stage, play.operation)[play.operation]
@@ -175,7 +221,7 @@ def _life(stage: Stage, operation: str) -> Scene:
             reset=stage.new_engine,
             rested=stage.in_state(states.CREATED, states.RUNNING, states.STOPPED),
             probe=probe,
-            late=8,  # whether the model can be batched is tried at the end of a start
+            late=3,
             lives=True,
         )
     if operation == "whole life":
@@ -186,7 +232,7 @@ def _life(stage: Stage, operation: str) -> Scene:
             rested=stage.in_state(states.CREATED, states.STOPPED),
             probe=probe,
             lives=True,
-            late=8,
+            late=3,
         )
     return Scene(
         operation,
@@ -202,8 +248,6 @@ def _life(stage: Stage, operation: str) -> Scene:
 
 
 def _cache_file(stage: Stage, operation: str) -> Scene:
-    engine = stage.engine
-    assert isinstance(engine, LocalEngine)
     saved = stage.folder / "saved"
 
     async def fill() -> None:
@@ -212,10 +256,11 @@ def _cache_file(stage: Stage, operation: str) -> Scene:
 
     simulation = stage.simulation
     simulation.in_a_loop(fill)
-    in_file = simulation.in_a_loop(lambda: engine.save_prompt_cache(saved))
+    in_file = simulation.in_a_loop(lambda: stage.engine.save_prompt_cache(saved))
+    engine = engine_here(stage.engine)
 
     def reset() -> None:
-        simulation.in_a_loop(lambda: engine.run_blocking(engine._slot.space().prompt_cache.clear))
+        simulation.on_mlx_thread(engine._slot.space().prompt_cache.clear)
         simulation.in_a_loop(stage.generate)
         (stage.folder / "cache").unlink(missing_ok=True)
 

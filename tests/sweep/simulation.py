@@ -115,14 +115,11 @@ class Simulation:
             mlx_thread._changed = driven
 
         self.driver.take(mlx_thread.post, swap)
-        gc.collect()
-        gc.freeze()
         GUARD.hook = self._entered
         try:
             yield self
         finally:
             GUARD.hook = None
-            gc.unfreeze()
             self.driver.quick = True
             self.driver.settle()
             self._io_loop.call_soon(self._io_loop.stop)

@@ -12,7 +12,7 @@ plays one run again, by what a failure has printed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,10 @@ def simulation(folder: Path) -> Iterator[Simulation]:
     ("play", "schedule"), CASES, ids=[f"{play}, {schedule.name}" for play, schedule in CASES]
 )
 def test_every_moment_and_every_way(
-    simulation: Simulation, play: Play, schedule: Schedule, folder: Path
+    simulation: Simulation,
+    play: Play,
+    schedule: Schedule,
+    folder: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    sweep(simulation, play, schedule, folder)
+    record_property("interleavings", sweep(simulation, play, schedule, folder))

@@ -13,6 +13,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_engine.generation.kv_cache import Cache, cache_parts
 from mlx_engine.generation.snapshot import arrays, snapshot, trimmable
 from mlx_engine.generation.sparse.attention_tap import install, plain_attention, tapped
+from mlx_engine.turn import Interrupted, checkpoint
 
 TAIL = 8  # tokens at the end of the prompt whose queries are looked at
 LOOKAHEAD = 8  # tokens that the draft goes on by itself
@@ -178,7 +179,7 @@ def attention_weights(
 def cannot_score(draft: nn.Module) -> str | None:
     """Why the importance of tokens cannot be had from this draft; ``None`` if it can.
 
-    A few tokens are tried. On the MLX thread.
+    A few tokens are tried. On the MLX thread; raises ``Interrupted`` if it should stop.
     """
     cache = make_prompt_cache(draft)
     if not any(type(part) is KVCache for part in cache_parts(cache)):
@@ -189,7 +190,10 @@ def cannot_score(draft: nn.Module) -> str | None:
             draft=draft, cache=cache, held=0, prompt=list(range(1, TAIL + 5)), lookahead=1
         )
         while trial.scores is None:
+            checkpoint()
             trial.step(4)
+    except Interrupted:
+        raise
     except Exception as error:  # noqa: BLE001 - the border: a model raises anything
         return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     return None if np.isfinite(trial.scores).all() else "the attention weights are not finite"

@@ -19,6 +19,7 @@ from mlx_engine.generation.same_logits import TOLERANCE, difference
 from mlx_engine.generation.sparse.attention_tap import install
 from mlx_engine.generation.sparse.row_fold import folded
 from mlx_engine.generation.sparse.sparse_cache import skip_to, sparse
+from mlx_engine.turn import Interrupted, checkpoint
 
 _CHUNK = 4
 _STARTS = [0, 40, 60, 80]  # of the chunks that are tried
@@ -43,7 +44,7 @@ class SparseSupport:
 
 
 def check_sparse(model: nn.Module) -> SparseSupport:
-    """Try it. On the MLX thread."""
+    """Try it. On the MLX thread; raises ``Interrupted`` if it should stop."""
     cache = make_prompt_cache(model)
     odd = {type(entry).__name__ for entry in cache} - {"KVCache", "ArraysCache"}
     if odd:
@@ -57,6 +58,8 @@ def check_sparse(model: nn.Module) -> SparseSupport:
     try:
         expected = _one_by_one(model) if hybrid else _masked(model)
         off = _difference(expected, _runs(model))
+    except Interrupted:
+        raise
     except Exception as error:  # noqa: BLE001 - the border: a model raises anything
         return SparseSupport(f"leaving tokens out fails ({type(error).__name__}: {error})")
     if not off <= TOLERANCE:
@@ -68,6 +71,8 @@ def _rows_fit(model: nn.Module, expected: list[mx.array]) -> bool:
     install(model)
     try:
         return _difference(expected, _rows(model)) <= TOLERANCE
+    except Interrupted:
+        raise
     except Exception:  # noqa: BLE001 - the border: a model raises anything
         return False
 
@@ -123,11 +128,13 @@ def _rows(model: nn.Module) -> list[mx.array]:
 
 
 def _put(model: nn.Module, cache: Cache, tokens: list[list[int]]) -> None:
+    checkpoint()
     mx.eval(model(mx.array(tokens), cache=cache))
 
 
 def _outcome(model: nn.Module, cache: Cache, at: mx.array | None = None) -> list[mx.array]:
     """Logits of the last token; keys and values of each layer, or those ``at`` some places."""
+    checkpoint()
     logits = model(mx.array([_TOKENS[-1:]]), cache=cache)[0, -1]
     stored = [
         array if at is None else array[..., at, :]

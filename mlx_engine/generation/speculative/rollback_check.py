@@ -17,6 +17,7 @@ from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.kv_cache import Cache, check_unbounded, make_kv_cache
 from mlx_engine.generation.same_logits import TOLERANCE, difference
 from mlx_engine.generation.speculative.rollback import Rollback, cannot_roll_back
+from mlx_engine.turn import Interrupted, checkpoint
 
 _PROMPT = (1, 2, 3, 4, 5)  # token ids that every model has
 _RIGHT, _WRONG = (6, 7), (9, 10, 11)
@@ -27,6 +28,7 @@ def check_rollback(model: nn.Module, config: ModelConfig) -> None:
 
     Raises:
         InvalidRequest: says what does not work.
+        Interrupted: it should stop.
     """
     check_unbounded("decode", config)
     cache = make_kv_cache(model, config)
@@ -35,6 +37,8 @@ def check_rollback(model: nn.Module, config: ModelConfig) -> None:
     try:
         expected = _one_by_one(model, make_kv_cache(model, config))
         off = difference(expected, _verified(model, cache))
+    except Interrupted:
+        raise
     except Exception as error:
         raise InvalidRequest(
             "decode", f"this model cannot verify proposals ({type(error).__name__}: {error})"
@@ -64,6 +68,7 @@ def _verified(model: nn.Module, cache: Cache) -> mx.array:
 
 def _put(model: nn.Module, cache: Cache, tokens: Sequence[int]) -> mx.array:
     """Logits of shape (tokens, vocabulary)."""
+    checkpoint()
     with mx.stream(generation_stream):
         logits: mx.array = model(mx.array([tokens]), cache=cache)[0].astype(mx.float32)
         mx.eval(logits, [entry.state for entry in cache])
