@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from mlx_engine import BaseEngine, BatchedEngine, SimpleEngine
 from mlx_engine.turn import Turn
@@ -25,16 +26,21 @@ ROOT = Path(__file__).parent.parent
 GUARD.install()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tell ``pytest -n`` what stays together: modules, as their tests share what is dear to make.
+class _Modules(LoadScopeScheduling):
+    """What stays together with ``pytest -n``: modules, whose tests share what is dear to make.
 
-    There is one Ray cluster, hence one group. The sweep is long and shares little: one by one.
+    There is one Ray cluster. The sweep is long and shares little: its tests go one by one.
     """
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-        elif item.path.parent.name != "sweep":
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        if "/sweep/" in module:
+            return nodeid
+        return "ray" if "/test_ray_" in module else module
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Modules:
+    return _Modules(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -85,10 +85,13 @@ async def kill_at(moment: str, manager: EngineManager, choose: random.Random) ->
 
 
 @pytest.mark.timeout(60 + 8 * KILLS)
-async def test_after_every_kill_everybody_is_told_and_it_serves_again(tiny_path: Path) -> None:
+async def test_after_every_kill_everybody_is_told_and_it_serves_again(
+    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     print(f"MLX_ENGINE_SEED={SEED}")
     choose = random.Random(SEED)
-    files = set(os.listdir(tempfile.gettempdir()))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # of the processes that are killed too
+    monkeypatch.setattr(tempfile, "tempdir", None)
     async with SimpleEngine(tiny_path) as engine:
         expected = [
             (await engine.generate(prompt, max_tokens=TOKENS, ignore_eos=True)).tokens
@@ -132,5 +135,4 @@ async def test_after_every_kill_everybody_is_told_and_it_serves_again(tiny_path:
     while left := other_tasks():
         assert time.monotonic() < end, left
         await asyncio.sleep(0.01)
-    new = set(os.listdir(tempfile.gettempdir())) - files
-    assert not [name for name in new if "mlx" in name]
+    assert set(os.listdir(tmp_path)) <= {"mlx"}, "MLX keeps its compiled kernels there"
