@@ -22,7 +22,7 @@ from tests.sweep.scene import Schedule
 from tests.sweep.simulation import Simulation
 
 pytestmark = [
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(1200),  # to start an MTP engine at every moment takes minutes
     # When an event loop is closed, streams that are in no "async with" warn, and so do the
     # coroutines of tasks that have not begun.
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::RuntimeWarning"),
