@@ -142,7 +142,7 @@ def nothing_is_left_behind(old_garbage: None) -> Iterator[None]:
     GUARD.violations.clear()
     before = set(threading.enumerate())
     yield
-    end = time.monotonic() + 5
+    end = time.monotonic() + 2
     while left := [
         thread
         for thread in threading.enumerate()

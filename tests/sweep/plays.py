@@ -161,13 +161,13 @@ _CORE = {
     "process: generate",
 }
 # "plays": every play; "all": every one under every schedule.
-_ASKED = os.environ.get("MLX_ENGINE_SWEEP", "")
+ASKED = os.environ.get("MLX_ENGINE_SWEEP", "")
 CASES = [
     (play, schedule)
     for play in PLAYS.values()
     for schedule in SCHEDULES
-    if _ASKED == "all"
-    or ((_ASKED == "plays" or _usual(play)) and (schedule is LOOP_FIRST or str(play) in _CORE))
+    if ASKED == "all"
+    or ((ASKED == "plays" or _usual(play)) and (schedule is LOOP_FIRST or str(play) in _CORE))
 ]
 
 

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.sweep.plays import CASES, Play, make_models, sweep
+from tests.sweep.plays import ASKED, CASES, Play, make_models, sweep
 from tests.sweep.scene import Schedule
 from tests.sweep.simulation import Simulation
 
 pytestmark = [
-    pytest.mark.timeout(1200),  # to start an MTP engine at every moment takes minutes
+    # Of the plays that must be asked for, those that start MTP engines take minutes.
+    pytest.mark.timeout(1200 if ASKED else 300),
     # When an event loop is closed, streams that are in no "async with" warn, and so do the
     # coroutines of tasks that have not begun.
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::RuntimeWarning"),
