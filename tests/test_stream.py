@@ -410,3 +410,15 @@ async def test_wake_ups_are_coalesced(
             await asyncio.sleep(0)
         assert len([chunk async for chunk in stream]) == 59
     assert wakes < 10
+
+
+async def test_a_stream_that_is_cancelled_before_it_is_read_has_its_end_only(
+    engine: SimpleEngine,
+) -> None:
+    stream = engine.stream_generate(PROMPT, max_tokens=5000, ignore_eos=True)
+    stream.cancel()
+    async with stream:
+        chunks = [chunk async for chunk in stream]
+    assert [(chunk.tokens, chunk.finish_reason) for chunk in chunks] == [((), "cancelled")]
+    assert stream.result.tokens == ()
+    assert stream.result.finish_reason == "cancelled"

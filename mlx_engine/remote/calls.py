@@ -37,6 +37,7 @@ class Call(Pending[Answer]):
     Attributes:
         number: its name on the wire.
         partial: what there was of a result when it was cancelled.
+        unwanted: the other end is told, or will be, that nobody wants it any more.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Call(Pending[Answer]):
         self.on_progress = on_progress
         self.number = 0
         self.partial: GenerationResult | None = None
+        self.unwanted = False
 
     def take_frame(self, number: int) -> bytes:
         """The payload that asks for it. Once, as what makes it holds the prompt."""
@@ -97,11 +99,15 @@ class Calls(Line[Call]):
             call.started = time.perf_counter()
             self._calls[call.number] = call
             self._send(frame)
+            if call.unwanted:
+                self._send(encode([Cancel(call.number)]))
 
     def ask_to_cancel(self, call: Call) -> None:
         """Tell the other end that nobody wants it any more. From any thread."""
-        if self._calls.get(call.number) is call:  # not one of an earlier connection
-            self._send(encode([Cancel(call.number)]))
+        with self._changed:
+            call.unwanted = True
+            if self._calls.get(call.number) is call:  # not one of an earlier connection
+                self._send(encode([Cancel(call.number)]))
 
     def cancel_orphans(self) -> None:
         """Those whose event loop is closed: nobody waits for them any more."""

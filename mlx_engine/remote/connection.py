@@ -251,6 +251,9 @@ class Connection:
                 self._heard = True
                 self.calls.cancel_orphans()
                 self._lives()
+                if self.stats is not None and self.stats.state == "failed" and not message.pending:
+                    self._verdict = "its engine has failed"  # everybody has been told why
+                    self._kill()
             case Welcome():
                 self.welcome, self.stats = message, message.stats
                 self.beat, self._heard = Beat(phase="idle"), True

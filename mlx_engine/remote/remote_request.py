@@ -40,6 +40,7 @@ class RemoteRequest:
         self._ask = ask
         self._on_progress = on_progress
         self._call: Call | None = None
+        self._cancelled = False
         self._chunks: list[GenerationChunk] = []
         check_processors(ask.params)
 
@@ -69,10 +70,13 @@ class RemoteRequest:
             self._keep_call,
         )
         assert isinstance(result, GenerationResult)
+        if emit is not None and result.finish_reason == "cancelled" and not self._chunks:
+            emit_and_keep(GenerationChunk(text="", finish_reason="cancelled"))  # it never began
         return replace(result, request_id=self.request_id)
 
     def cancel(self) -> None:
         """Ask it to stop. From any thread; returns at once."""
+        self._cancelled = True  # and then the look whether it is under way; see _keep_call
         connection = self._engine._connection
         if self._call is not None and connection is not None:
             connection.calls.ask_to_cancel(self._call)
@@ -88,4 +92,6 @@ class RemoteRequest:
         return replace(partial, request_id=self.request_id)
 
     def _keep_call(self, call: Call) -> None:
-        self._call = call
+        self._call = call  # and then the look whether it is cancelled; see cancel
+        if self._cancelled:
+            self.cancel()

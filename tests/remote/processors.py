@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+from mlx_lm.models import llama
 
 from tests.tiny import make_tokenizer
 
@@ -56,6 +57,14 @@ def fail(tokens: mx.array, logits: mx.array) -> mx.array:
 
 def fail_oddly(tokens: mx.array, logits: mx.array) -> mx.array:
     raise ValueError("bad \ud800 text")
+
+
+def lose_the_device(tokens: mx.array, logits: mx.array) -> mx.array:
+    def lost(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    llama.Model.__call__ = lost
+    return logits
 
 
 def exit_3(tokens: mx.array, logits: mx.array) -> mx.array:

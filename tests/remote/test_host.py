@@ -12,16 +12,19 @@ import pytest
 
 from mlx_engine import (
     BaseEngine,
+    BatchedEngine,
     EngineDead,
     EngineNotStarted,
     EngineState,
     EngineStopped,
+    GenerationError,
     GenerationResult,
     InvalidRequest,
     SimpleEngine,
 )
 from mlx_engine.remote.beat import Watchdog
 from mlx_engine.remote.remote_engine import RemoteEngine
+from mlx_engine.remote.serving import session
 from mlx_engine.remote.serving.host import EngineHost
 from mlx_engine.remote.wire.messages import (
     CacheFile,
@@ -31,6 +34,7 @@ from mlx_engine.remote.wire.messages import (
     Stopped,
 )
 from tests.conftest import ROOT
+from tests.guard import GUARD
 from tests.remote.hosting import (
     ENDLESS,
     PROMPT,
@@ -39,6 +43,7 @@ from tests.remote.hosting import (
     endless,
     free,
     generate,
+    hosted,
     running,
     short_folder,
     until,
@@ -301,6 +306,38 @@ async def test_a_host_that_goes_away_is_a_dead_engine_until_it_is_back(tiny_path
             await process.communicate()
             with pytest.raises(EngineDead, match="any more, its host has ended"):
                 await remote.start()
+
+
+async def test_clients_learn_that_the_engine_has_failed(tiny_path: Path) -> None:
+    def lost(name: str) -> None:
+        if name == "model":
+            raise RuntimeError("the device is lost")
+
+    async with BatchedEngine(tiny_path) as engine, hosted(engine) as host, client(host) as remote:
+        GUARD.hook = lost
+        try:
+            with pytest.raises((GenerationError, EngineDead), match="the device is lost"):
+                await remote.generate("a")
+        finally:
+            GUARD.hook = None
+        await until(lambda: remote.state is EngineState.FAILED, "the client knows")
+        with pytest.raises(EngineDead, match="its engine has failed"):
+            await remote.generate("a")
+
+
+async def test_what_cannot_be_told_of_an_answer_is_told_its_caller(
+    host: EngineHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unspeakable(number: int, result: GenerationResult) -> None:
+        raise ValueError("no words for it")
+
+    async with client(host) as remote:
+        with monkeypatch.context() as patched:
+            patched.setattr(session, "result_to_wire", unspeakable)
+            with pytest.raises(GenerationError, match="no words for it"):
+                await remote.generate("a", max_tokens=2)
+        await free(host)
+        assert (await remote.generate("a", max_tokens=2)).tokens
 
 
 async def test_a_host_that_is_stopped_is_noticed(host: EngineHost) -> None:

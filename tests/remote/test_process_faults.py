@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ from mlx_engine import (
     EngineState,
     EngineStopped,
     GenerationError,
+    MLXEngineError,
     ProcessEngine,
+    ToolCall,
     Watchdog,
 )
 from mlx_engine.remote.io_thread import io_thread
+from mlx_engine.remote.remote_request import NOTHING
+from mlx_engine.remote.wire.messages import Done, decode_from_server, encode
+from mlx_engine.remote.wire.values import result_from_wire, result_to_wire
 from tests.conftest import ROOT
 from tests.processes import children, is_alive
 from tests.remote.test_process_engine import LONG, NAMED, ends, program
@@ -86,6 +92,37 @@ async def test_an_integer_too_large_to_travel_costs_no_answer(tiny_path: Path) -
         result = await engine.chat(user, logits_processors=[NAMED + "SayHugeCall"])
         (call,) = result.tool_calls
         assert call.arguments == {"a": int("9" * 30)}
+
+
+async def test_an_engine_that_has_failed_is_dead_elsewhere_too(tiny_path: Path) -> None:
+    async with ProcessEngine(tiny_path, engine="batched") as engine:
+        errors = list[MLXEngineError]()
+        while engine.state is EngineState.RUNNING:
+            with pytest.raises((GenerationError, EngineDead)) as caught:
+                await engine.generate("a", logits_processors=[NAMED + "lose_the_device"])
+            errors.append(caught.value)
+        assert "the device is lost" in str(errors[0])
+        assert engine.state is EngineState.FAILED
+        health = engine.check_health()
+        assert not health.healthy
+        assert "its engine has failed" in health.reason
+        await engine.stop()
+        await engine.start()
+        assert (await engine.generate("a", max_tokens=2)).tokens
+
+
+def test_arguments_of_a_call_that_are_no_json_cost_that_call_only() -> None:
+    digits = sys.get_int_max_str_digits() + 1
+    odd = [{"x": {(1, 2): 3}}, {b"x": 1}, {"x": 16**digits}]
+    calls = (*(ToolCall("f", each, "f()") for each in odd), ToolCall("g", {"a": [1]}, "g()"))
+    done = result_to_wire(1, replace(NOTHING, tool_calls=calls))
+    (told,) = decode_from_server(encode([done]))
+    assert isinstance(told, Done)
+    *lost, good = result_from_wire(told).tool_calls
+    assert good == calls[-1]
+    for call in lost:
+        assert (call.name, call.arguments, call.raw) == (None, None, "f()")
+        assert "its arguments are no JSON" in str(call.error)
 
 
 async def test_a_late_cancel_of_a_stream_touches_no_other_request(tiny_path: Path) -> None:

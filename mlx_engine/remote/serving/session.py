@@ -17,6 +17,8 @@ from mlx_engine.remote.wire.messages import (
     CacheFileDone,
     Cancel,
     Chunk,
+    Done,
+    Failed,
     Generate,
     Told,
     ToServer,
@@ -143,18 +145,11 @@ class Session:
         if producer is not None:
             self._names.discard(producer.request_id)
         self._on_over()
-        if task.cancelled():
-            # Nobody waits for the number of prompts of a cancelled save or load.
-            partial = None if producer is None else producer.partial_result()
-            self._outbox.put(
-                CacheFileDone(number, 0) if partial is None else result_to_wire(number, partial)
-            )
-        elif (error := task.exception()) is not None:
-            self._outbox.put(error_to_wire(number, error))
-        elif isinstance(outcome := task.result(), int):
-            self._outbox.put(CacheFileDone(number, outcome))
-        else:
-            self._outbox.put(result_to_wire(number, outcome))
+        try:
+            message = _ending(number, producer, task)
+        except Exception as error:  # noqa: BLE001 - else whoever waits for it would do so for ever
+            message = error_to_wire(number, error)
+        self._outbox.put(message)
 
     def _emit(self, number: int, chunk: GenerationChunk) -> None:
         """On the MLX thread."""
@@ -178,3 +173,18 @@ async def _run(producer: Producer, emit: Emit | None) -> GenerationResult:
         return await producer.run(emit)
     except (SystemExit, KeyboardInterrupt) as error:  # of a processor; asyncio would let it out
         raise GenerationError(f"the request failed: {what_it_says(error)}") from error
+
+
+def _ending(
+    number: int, producer: Producer | None, task: asyncio.Task[GenerationResult | int]
+) -> Done | CacheFileDone | Failed:
+    """What is said of a request that is over."""
+    if task.cancelled():
+        # Nobody waits for the number of prompts of a cancelled save or load.
+        partial = None if producer is None else producer.partial_result()
+        return CacheFileDone(number, 0) if partial is None else result_to_wire(number, partial)
+    if (error := task.exception()) is not None:
+        return error_to_wire(number, error)
+    if isinstance(outcome := task.result(), int):
+        return CacheFileDone(number, outcome)
+    return result_to_wire(number, outcome)

@@ -1,6 +1,6 @@
 """What is said between an engine and those who use it from elsewhere.
 
-A frame is a list of messages in msgpack, each with its kind in front. Nothing is ever
+A frame is a list of messages in msgpack, each with its kind in front; nothing in one is ever
 unpickled. The first message of a client is ``Hello``, in every version.
 """
 

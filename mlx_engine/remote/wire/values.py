@@ -14,7 +14,7 @@ from mlx_engine import errors
 from mlx_engine.asks import Ask, ChatPrompt, TextPrompt
 from mlx_engine.config import MTP, DraftModel, SpecPrefill
 from mlx_engine.errors import GenerationError, InvalidRequest, MLXEngineError
-from mlx_engine.outputs import GenerationResult
+from mlx_engine.outputs import GenerationResult, ToolCall
 from mlx_engine.params import SamplingParams
 from mlx_engine.remote.wire.frames import MAX_FRAME
 from mlx_engine.remote.wire.messages import Done, Failed, Generate, encode_strictly
@@ -128,15 +128,19 @@ def option_to_wire(value: Any) -> Any:
 
 def result_to_wire(number: int, result: GenerationResult) -> Done:
     """A result; what the model has written as arguments of tool calls goes as JSON."""
-    arguments = [
-        None if call.arguments is None else json.dumps(call.arguments, default=repr)
-        for call in result.tool_calls
-    ]
-    calls = tuple(
-        replace(call, name=_text(call.name), id=_text(call.id), raw=_text(call.raw), arguments=None)
-        for call in result.tool_calls
-    )
-    return Done(number, replace(result, tool_calls=calls), arguments)
+    calls, arguments = list[ToolCall](), list[str | None]()
+    for call in result.tool_calls:
+        text, error = None, call.error
+        if call.arguments is not None:
+            try:
+                text = json.dumps(call.arguments, default=repr)
+            except (TypeError, ValueError, RecursionError) as failure:  # a key, or a huge number
+                error = f"its arguments are no JSON: {what_it_says(failure)}"
+        name = _text(call.name) if error is None else None
+        ours = {"id": _text(call.id), "raw": _text(call.raw), "error": _text(error)}
+        calls.append(replace(call, name=name, arguments=None, **ours))
+        arguments.append(text)
+    return Done(number, replace(result, tool_calls=tuple(calls)), arguments)
 
 
 def result_from_wire(done: Done) -> GenerationResult:
