@@ -195,18 +195,22 @@ class Lifecycle:
             await self._wait(changed, _RECHECK)
             waited = True
 
-    def start_succeeded(self) -> bool:
-        """Be RUNNING; ``False`` if a shutdown has begun meanwhile."""
+    def is_starter(self, ticket: Ticket) -> bool:
+        """Whether no other start has begun since; one does when this one's event loop is closed."""
+        return self._starter is ticket
+
+    def start_succeeded(self, ticket: Ticket) -> bool:
+        """Be RUNNING; ``False`` if a shutdown, or another start, has begun meanwhile."""
         with self._lock:
-            if self._state is EngineState.STARTING:
+            if self._state is EngineState.STARTING and self.is_starter(ticket):
                 self.move(EngineState.RUNNING)
                 return True
             return False
 
-    def start_failed(self) -> None:
-        """Leave STARTING without success; a shutdown that has begun meanwhile goes on."""
+    def start_failed(self, ticket: Ticket) -> None:
+        """Leave STARTING without success; what has begun meanwhile goes on."""
         with self._lock:
-            if self._state is EngineState.STARTING:
+            if self._state is EngineState.STARTING and self.is_starter(ticket):
                 self.move(EngineState.CREATED)
 
     async def shutdown(

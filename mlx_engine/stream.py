@@ -51,12 +51,13 @@ class _Channel:
 
     No lock, since all Python that runs in the loop keeps the MLX thread from its own: the
     reader first announces that it sleeps and then looks once more, the writer first appends
-    and then looks for a sleeper. So one of the two always sees the other.
+    and then looks for a sleeper. So one of the two always sees the other, and whoever takes
+    the sleeper out of its deque wakes that one.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._sleeper: asyncio.Future[None] | None = None
+        self._sleepers: deque[asyncio.Future[None]] = deque()  # one or none
         self._ended = False
         self.chunks: deque[GenerationChunk] = deque()
         self.pushed = False
@@ -75,25 +76,26 @@ class _Channel:
     async def get(self) -> GenerationChunk | None:
         """The next chunk; ``None`` after the last one. Cancelling it loses no chunk."""
         while True:
-            if self._sleeper is not None:
+            if self._sleepers:
                 raise StreamConsumed("another task is reading this stream")
-            sleeper = self._sleeper = self._loop.create_future()
+            sleeper: asyncio.Future[None] = self._loop.create_future()
+            self._sleepers.append(sleeper)
             try:
                 if not self.chunks and not self._ended:
                     await sleeper
             finally:
-                if self._sleeper is sleeper:
-                    self._sleeper = None
+                if sleeper in self._sleepers:
+                    self._sleepers.remove(sleeper)
             if self.chunks:
                 return self.chunks.popleft()
             if self._ended:
                 return None
 
     def _rouse(self) -> None:
-        sleeper = self._sleeper
-        if sleeper is None:
+        try:
+            sleeper = self._sleepers.pop()
+        except IndexError:
             return
-        self._sleeper = None
         wake(sleeper)
 
 

@@ -170,7 +170,7 @@ async def clean_up(
 
 def is_destroyed(error: BaseException | None) -> bool:
     """Whether the coroutine that got ``error`` is being destroyed, outside of any event loop."""
-    return isinstance(error, GeneratorExit) and asyncio._get_running_loop() is None
+    return error is not None and asyncio._get_running_loop() is None
 
 
 def what_it_says(error: BaseException) -> str:

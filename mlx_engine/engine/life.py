@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import functools
+import inspect
 import threading
 import warnings
 import weakref
@@ -111,6 +112,8 @@ class EngineLife(abc.ABC):
             ModelLoadError: the model cannot be found or loaded; start may be tried again.
             InvalidRequest: an option does not suit the model.
             EngineStopped: the engine is being shut down.
+            EngineNotStarted: the start that another task had begun did not succeed.
+            EngineDead: the engine has failed; ``stop()`` it first.
         """
         stop = threading.Event()
 
@@ -128,17 +131,18 @@ class EngineLife(abc.ABC):
             return
         try:
             await self._load_model(stop, should_stop)
-            if not self._lifecycle.start_succeeded():
+            if not self._lifecycle.start_succeeded(ticket):
                 raise Interrupted
         except BaseException as error:
-            if is_destroyed(error):
-                self._release_soon()
-            await clean_up(error, self._release)
+            if self._lifecycle.is_starter(ticket):  # else the slot is another start's by now
+                if is_destroyed(error):
+                    self._release_soon()
+                await clean_up(error, self._release)
             if isinstance(error, Interrupted):  # not by a cancellation, that is another error
                 raise EngineStopped("the engine was stopped while it was loading") from None
             raise
         finally:
-            self._lifecycle.start_failed()
+            self._lifecycle.start_failed(ticket)
             self._lifecycle.done(ticket)
 
     @abc.abstractmethod
@@ -210,7 +214,7 @@ class EngineLife(abc.ABC):
             EngineBusy, EngineNotStarted, EngineStopped, EngineDead: as in ``generate``.
             BaseException: whatever the function raises.
         """
-        if not callable(func) or asyncio.iscoroutinefunction(func):
+        if not callable(func) or inspect.iscoroutinefunction(func):
             raise InvalidRequest("func", f"must be a synchronous function, not {func!r}")
         ticket = RequestTicket(self._lifecycle.new_id("call"))
         return await self._run_blocking_serialized(

@@ -6,8 +6,7 @@ import abc
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from mlx_engine.asks import Ask
@@ -67,7 +66,8 @@ class LocalEngine(EngineLife, BaseEngine):
             model: a folder in mlx-lm's layout, a Hugging Face repository id, or ``"demo"``.
             revision: branch, tag or commit of the repository.
             adapter_path: folder of LoRA adapters to apply.
-            trust_remote_code: run Python code that the model brings along.
+            trust_remote_code: run Python code that the model brings along, and so do draft
+                models, of which the newest revision is taken.
             context_length: tokens that prompt and answer may have together; ``None`` takes
                 it from the model's configuration.
             max_kv_size: tokens that the KV cache keeps at most: the first 4 and the latest.
@@ -121,6 +121,8 @@ class LocalEngine(EngineLife, BaseEngine):
         progress = in_this_loop(self._on_progress)
         sources = {}
         for model in (self.config, *map(self.config.for_draft, self.strategies.drafts)):
+            if model.model in sources:  # its own draft, of the same revision
+                continue
             find = functools.partial(find_model, model, progress, should_stop)
             sources[model.model] = await off_loop(find, stop)
         if stop.is_set():
@@ -145,22 +147,11 @@ class LocalEngine(EngineLife, BaseEngine):
 
     def _save(self, path: Path) -> int:
         """On the MLX thread."""
-        space = self._slot.space()
-        with _border("saving the prompt cache"):
-            return prompt_cache_file.save(
-                path, space.prompt_cache, prompt_cache_file.fingerprint(space.loaded)
-            )
+        return _at_the_border("saving the prompt cache", _save, self._slot, path)
 
     def _load(self, path: Path) -> int:
         """On the MLX thread."""
-        space = self._slot.space()
-        with _border("loading the prompt cache"):
-            return prompt_cache_file.load(
-                path,
-                space.prompt_cache,
-                prompt_cache_file.fingerprint(space.loaded),
-                sample_kv_cache(space.loaded.model, space.config),
-            )
+        return _at_the_border("loading the prompt cache", _load, self._slot, path)
 
     def _check_strategies(
         self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
@@ -193,11 +184,29 @@ class LocalEngine(EngineLife, BaseEngine):
         """Do a request that somebody waits for."""
 
 
-@contextmanager
-def _border(what: str) -> Iterator[None]:
+def _save(slot: ModelSlot, path: Path) -> int:
+    space = slot.space()
+    return prompt_cache_file.save(
+        path, space.prompt_cache, prompt_cache_file.fingerprint(space.loaded)
+    )
+
+
+def _load(slot: ModelSlot, path: Path) -> int:
+    space = slot.space()
+    return prompt_cache_file.load(
+        path,
+        space.prompt_cache,
+        prompt_cache_file.fingerprint(space.loaded),
+        sample_kv_cache(space.loaded.model, space.config),
+    )
+
+
+def _at_the_border(
+    what: str, work: Callable[[ModelSlot, Path], int], slot: ModelSlot, path: Path
+) -> int:
     """What MLX raises inside is told in an error of ours, without the frames that hold arrays."""
     try:
-        yield
+        return work(slot, path)
     except MLXEngineError as error:
         drop_frames(error)
         raise

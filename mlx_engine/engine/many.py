@@ -54,7 +54,6 @@ async def in_order(
     await outlast(ends, cancel)
     for end in ends.result():
         if end is not None:  # not ours: a bug, or somebody has cancelled all tasks
-            cancel()
             raise end
     return [result for result in results if result is not None]
 

@@ -17,6 +17,7 @@ from mlx_engine.turn import Pending, Stage, Turn
 from mlx_engine.worker import mlx_thread
 
 _FAIR = 8  # every eighth place goes to whoever has waited longest, whatever the priorities
+_SOME = 16  # requests that may be over and still in the heaps, whatever the queue
 _arrivals = itertools.count()
 
 
@@ -107,8 +108,24 @@ class Seats(Line[Seat[R]], Generic[R]):
         with self._changed:
             if one.stage is Stage.QUEUED:  # else it was aborted on its way here
                 self._queue[one] = None
+                self._sweep()
                 heapq.heappush(self._fresh, one)
         one.on_enter()
+
+    def _sweep(self) -> None:
+        """Take those that are over out of the heaps, once most of them are.
+
+        They go by themselves when they come to the top, to which some never do under lasting
+        load.
+        """
+        if len(self._fresh) + len(self._ready) <= 2 * len(self._queue) + _SOME:
+            return
+        self._fresh = [seat for seat in self._fresh if seat.stage is Stage.QUEUED]
+        self._ready = [seat for seat in self._ready if seat.stage is Stage.QUEUED]
+        self._by_arrival = [(seat.rank[1], seat) for seat in self._ready]
+        heaps: tuple[list[Any], ...] = (self._fresh, self._ready, self._by_arrival)
+        for heap in heaps:
+            heapq.heapify(heap)
 
     def unprepared(self) -> Seat[R] | None:
         """Whose prompt to look at next. It is given once."""
@@ -122,6 +139,7 @@ class Seats(Line[Seat[R]], Generic[R]):
     def prepared(self, seat: Seat[R]) -> None:
         """Its prompt has been looked at: it may have a place."""
         with self._changed:
+            self._sweep()
             heapq.heappush(self._ready, seat)
             heapq.heappush(self._by_arrival, (seat.rank[1], seat))
 

@@ -98,7 +98,8 @@ class LinkedEngine(BaseEngine):
     def stats(self) -> EngineStats:
         """The latest that the engine has told: after each request, and four times a second.
 
-        They begin again at 0 with each ``start``. Cheap; from any thread.
+        Counters begin at 0 when what runs the engine starts: with ``start``, or with the host.
+        Cheap; from any thread.
         """
         connection = self._connection
         told = (connection.stats if connection else None) or _NOTHING_YET
@@ -125,6 +126,7 @@ class LinkedEngine(BaseEngine):
             ModelLoadError, InvalidRequest: as raised by the engine itself.
             EngineDead: what runs it has ended, or makes no progress.
             EngineStopped: the engine is being shut down.
+            EngineNotStarted: the start that another task had begun did not succeed.
         """
         lifecycle = self._lifecycle
         ticket = Ticket(lifecycle.new_id("start"), loop=asyncio.get_running_loop())
@@ -147,11 +149,12 @@ class LinkedEngine(BaseEngine):
         try:
             self._connection = connection
             await io_thread.run(connection.open)
-            if not lifecycle.start_succeeded():
-                raise EngineStopped(_STOPPED_LOADING)
             if connection.exit is not None:
-                _end(lifecycle, connection.exit)
                 raise connection.exit.error()
+            if not lifecycle.start_succeeded(ticket):
+                raise EngineStopped(_STOPPED_LOADING)
+            if connection.exit is not None:  # in the last moment: it has been running
+                _end(lifecycle, connection.exit)
             self._finalizer = weakref.finalize(self, _abandoned, connection)
             self._finalizer.atexit = False
         except BaseException as error:
@@ -162,7 +165,7 @@ class LinkedEngine(BaseEngine):
                 raise EngineStopped(_STOPPED_LOADING) from None
             raise
         finally:
-            lifecycle.start_failed()
+            lifecycle.start_failed(ticket)
             lifecycle.done(ticket)
 
     async def shutdown(self, timeout: float | None = None) -> ShutdownReport:

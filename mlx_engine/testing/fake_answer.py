@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
+import inspect
 import json
 import re
 import zlib
@@ -101,7 +101,7 @@ def checked_answers(answers: Answers) -> Answers:
     if isinstance(answers, Iterator):
         return answers
     if callable(answers):
-        if asyncio.iscoroutinefunction(answers):
+        if inspect.iscoroutinefunction(answers):
             raise InvalidRequest("answers", "the engine's thread calls it: no coroutine functions")
         return answers
     return FakeAnswer.of(answers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from mlx_engine import (
     InvalidRequest,
     SimpleEngine,
 )
-from tests.conftest import settled
+from mlx_engine.engine.seats import Seat, Seats
+from tests.conftest import make_tiny, settled
 from tests.guard import Gate
 
 pytestmark = pytest.mark.anyio
@@ -152,6 +154,54 @@ async def test_a_request_that_can_never_fit_is_refused_at_once_with_both_numbers
         as_many_as_fit = await engine.generate([1] * 1000, max_tokens=None, ignore_eos=True)
         assert len(as_many_as_fit.tokens) == 24
         assert as_many_as_fit.finish_reason == "length"
+
+
+async def test_as_many_tokens_as_fit_of_a_model_without_a_limit(tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path / "model", "0")
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    del config["max_position_embeddings"]
+    file.write_text(json.dumps(config))
+    async with BatchedEngine(folder, kv_cache_memory_bytes=1024 * BYTES_A_TOKEN) as engine:
+        assert engine.context_length is None
+        for length in (1024, 1500):
+            with pytest.raises(InvalidRequest, match=f"{length} prompt tokens and up to 1 new"):
+                await engine.generate([1] * length, max_tokens=None)
+        result = await engine.generate([1] * 1020, max_tokens=None, ignore_eos=True)
+        assert len(result.tokens) == 4
+
+
+class Asked:
+    """What a seat needs to know of a request."""
+
+    def __init__(self, request_id: str, priority: int) -> None:
+        self.request_id = request_id
+        self.priority = priority
+
+    def cancel(self) -> None:
+        pass
+
+    def result(self) -> GenerationResult:
+        raise AssertionError("none of them is served")
+
+
+async def test_those_that_left_the_queue_are_forgotten_though_better_ones_wait() -> None:
+    seats = Seats[Asked](1)
+
+    def enter(request: Asked) -> Seat[Asked]:
+        seat = Seat(request, lambda _: None, lambda: None)
+        seats._enter(seat)
+        return seat
+
+    first = enter(Asked("first", 0))
+    for number in range(400):
+        seat = enter(Asked(str(number), 1))
+        while number < 200 and (fresh := seats.unprepared()) is not None:
+            seats.prepared(fresh)
+        seats._cancel(seat)
+    assert len(seats._fresh) + len(seats._ready) < 30
+    assert len(seats._by_arrival) < 30
+    assert seats.first() is first
 
 
 async def test_a_request_that_does_not_fit_now_waits_and_stored_prompts_give_way(

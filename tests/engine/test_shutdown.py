@@ -374,8 +374,9 @@ def test_a_loop_that_ends_during_a_shutdown_leaves_no_model(
         time.sleep(0.001)
 
 
+@pytest.mark.parametrize("collected", ["at the end", "with no loop", "in another loop"])
 def test_a_start_whose_loop_was_closed_does_not_block_the_next(
-    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch, collected: str
 ) -> None:
     from mlx_engine.engine import local
 
@@ -399,10 +400,19 @@ def test_a_start_whose_loop_was_closed_does_not_block_the_next(
     monkeypatch.setattr(local, "find_model", original)
     assert stopped.wait(5)
 
-    async def again() -> None:
-        async with engine:
-            assert (await request(engine, 2)).finish_reason == "length"
+    coroutine = task.get_coro()
+    assert coroutine is not None
 
+    async def again() -> None:
+        if collected == "in another loop":
+            coroutine.close()
+        assert (await request(engine, 2)).finish_reason == "length"
+        await engine.stop()
+
+    asyncio.run(engine.start())
+    if collected == "with no loop":
+        coroutine.close()
+    assert engine.state is EngineState.RUNNING
     asyncio.run(again())
 
 

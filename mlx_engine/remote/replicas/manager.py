@@ -239,13 +239,14 @@ class EngineManager(BaseEngine):
             self._supervisor.watch()
             self._finalizer = weakref.finalize(self, _abandoned, self._supervisor)
             self._finalizer.atexit = False
-            if not self._lifecycle.start_succeeded():
+            if not self._lifecycle.start_succeeded(ticket):
                 raise EngineStopped("the manager was stopped while its replicas were starting")
         except BaseException as error:
-            await clean_up(error, self._release)
+            if self._lifecycle.is_starter(ticket):
+                await clean_up(error, self._release)
             raise
         finally:
-            self._lifecycle.start_failed()
+            self._lifecycle.start_failed(ticket)
             self._lifecycle.done(ticket)
 
     async def shutdown(self, timeout: float | None = None) -> ShutdownReport:
