@@ -79,7 +79,8 @@ class SamplingParams:
             tokens of shape (n,), prompt included, dtype uint32, and logits of shape
             (1, vocabulary); returns the logits to use. Or the name of such a function,
             ``"package.module:function"``, which is imported where the model is; a class is
-            instantiated for each request.
+            instantiated for each request. The next step is begun before the answer is known
+            to end: it may be called once more, with the last token.
 
     Raises:
         InvalidRequest: a value is of the wrong type or out of range.

@@ -44,11 +44,12 @@ class MemoryBudget:
         length = len(request.prompt)
         if request.open_ended and length < most:
             request.limit = min(request.limit or most, most - length)
-        if _total(request) > most:
-            need = self._footprint.nbytes(_total(request))
+        new = 1 if request.limit is None else request.limit
+        if length + new > most:
+            need = self._footprint.nbytes(length + new)
             raise InvalidRequest(
                 "prompt",
-                f"{length} prompt tokens and up to {request.limit} new ones need {need} bytes of "
+                f"{length} prompt tokens and up to {new} new ones need {need} bytes of "
                 f"KV cache, and the engine may use {self._limit} (kv_cache_memory_bytes), which "
                 f"is enough for {most} tokens; shorten the prompt or lower max_tokens",
             )

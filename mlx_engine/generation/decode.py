@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,7 +11,6 @@ from mlx_lm.generate import generate_step
 from mlx_engine.config import ModelConfig
 from mlx_engine.generation.kv_cache import Cache
 from mlx_engine.generation.request import Request
-from mlx_engine.params import LogitsProcessor
 from mlx_engine.turn import Interrupted
 
 
@@ -39,21 +37,19 @@ def decode(
         return sampler(logprobs)
 
     history = mx.array(prompt[:-1], dtype=mx.uint32)
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        # ``generate_step`` knows only the last token of the prompt.
+        return request.process(mx.concatenate([history, tokens]), logits)
+
     return generate_step(  # type: ignore[no-any-return]
         mx.array(prompt[-1:], dtype=mx.uint32),
         model,
         max_tokens=-1 if request.limit is None else request.limit,
         sampler=sample,
-        logits_processors=[partial(_with_history, p, history) for p in sampling.processors],
+        logits_processors=[process] if sampling.processors else None,
         prompt_cache=cache,
         kv_bits=config.kv_bits,
         kv_group_size=config.kv_group_size,
         quantized_kv_start=config.quantized_kv_start,
     )
-
-
-def _with_history(
-    processor: LogitsProcessor, history: mx.array, tokens: mx.array, logits: mx.array
-) -> mx.array:
-    """Show a processor the whole prompt: ``generate_step`` knows only what it was given."""
-    return processor(mx.concatenate([history, tokens]), logits)

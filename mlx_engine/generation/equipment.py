@@ -133,32 +133,38 @@ def make_equipment(
         name: _as_draft(draft, config.for_draft(name), PromptCache(0))
         for name, draft in drafts.items()
     }
-    side_caches = [(draft.prompt_cache, draft.footprint) for draft in side.values()]
+    used: set[str] = set()  # drafts, by name
+    histories: list[tuple[PromptCache, KVFootprint]] = []
     sparse: SparsePrefilling | None = None
     speculation: Speculation | None = None
     prefill, decode = strategies.prefill, strategies.decode
     if prefill is not None:
         try:
             if prefill.draft is None:
-                draft = _as_draft(loaded, config, prompt_cache)
+                itself = _as_draft(loaded, config, prompt_cache)
+                sparse = _sparse_prefilling(loaded, itself, config)
             else:
-                draft = side[path_text(prefill.draft)]
-            sparse = _sparse_prefilling(loaded, draft, config)
+                name = path_text(prefill.draft)
+                sparse = _sparse_prefilling(loaded, side[name], config)
+                used.add(name)
         except InvalidRequest as error:
             notes["prefill"] = _fallback(error, prefill.fallback, "prompts are prefilled in full")
     if decode is not None:
         try:
             check_rollback(loaded.model, config)
             if isinstance(decode, DraftModel):
-                speculation = _with_draft(loaded, side[path_text(decode.model)], decode)
+                name = path_text(decode.model)
+                speculation = _with_draft(loaded, side[name], decode)
+                used.add(name)
             else:
-                speculation, histories, doubt = _with_head(loaded, decode)
-                side_caches.append((histories, speculation.footprint))
+                speculation, history, doubt = _with_head(loaded, decode)
+                histories.append((history, speculation.footprint))
                 if doubt:
                     notes["decode"] = doubt
         except InvalidRequest as error:
             notes["decode"] = _fallback(error, decode.fallback, "decoded one token at a time")
-    return Equipment(speculation, sparse, notes, tuple(side_caches))
+    side_caches = [(side[name].prompt_cache, side[name].footprint) for name in sorted(used)]
+    return Equipment(speculation, sparse, notes, (*side_caches, *histories))
 
 
 def share_out(limit: int, caches: Sequence[tuple[PromptCache, KVFootprint]]) -> None:

@@ -17,8 +17,8 @@ from mlx_engine.generation.kv_cache import Cache
 from mlx_engine.generation.layer_record import can_be_recorded, fits, holds, rebuild, record
 from mlx_engine.generation.prompt_cache import PromptCache
 from mlx_engine.generation.snapshot import arrays
-from mlx_engine.generation.whole_file import replace_safetensors
 from mlx_engine.models.loading import LoadedModel
+from mlx_engine.models.whole_file import replace_safetensors
 
 _FORMAT = 1
 _KEY = "mlx_engine.prompt_cache"  # in the metadata of the safetensors file

@@ -256,6 +256,7 @@ class Request:
     def failed(self, error: BaseException) -> MLXEngineError:
         """It ends here; what its caller is told, without the frames that ``error`` holds."""
         self._clock.ended = time.perf_counter()
+        self.sampling = None
         if isinstance(error, MLXEngineError):
             drop_frames(error)
             return error
@@ -306,6 +307,7 @@ class Request:
                 reason = "stop"  # by a stop string that was held back until now
         self._finish_reason = reason
         self._clock.ended = time.perf_counter()
+        self.sampling = None  # it has arrays, and is dropped where they were made
         if self._emit is not None:
             logprobs = tuple(self._logprobs[-1:]) if tokens else ()
             emit_pieces(self._emit, pieces, tokens, logprobs, reason)

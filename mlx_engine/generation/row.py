@@ -52,6 +52,11 @@ class Row:
         return len(self.request.prompt) - 1 - self.held
 
     @property
+    def stops(self) -> bool:
+        """Whether its cache is to be stored before all of its prompt is in."""
+        return self.checkpoint is not None and self.held < self.checkpoint
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its own KV cache, and its drafter's."""
         own = 0 if self.cache is None else kv_nbytes(self.cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -26,7 +27,8 @@ from mlx_engine.generation.workspace import Workspace
 from mlx_engine.outputs import GenerationResult
 from mlx_engine.turn import Interrupted
 
-_MEASURE = 256  # tokens after which the size of the KV cache is looked at again
+_MEASURE = 256  # steps after which the size of the KV cache is looked at again
+_CLEAR = 256  # steps after which MLX's free buffers are given back, as in mlx_lm
 
 
 def generate_single(request: Request, space: Workspace) -> GenerationResult:
@@ -142,8 +144,11 @@ def _steps(space: Workspace, row: Row) -> Generator[list[Emitted], None, None]:
             raise
         return
     decoder = speculative_decoder(space, row, row.cache)
-    while not request.should_stop:
+    for count in itertools.count():
+        if request.should_stop:
+            raise Interrupted
+        if count % _CLEAR == 0:
+            mx.clear_cache()
         burst = decoder.step()
         row.held = decoder.held
         yield burst
-    raise Interrupted

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import mlx.core as mx
 from mlx_engine.errors import InvalidRequest, ModelLoadError
 from mlx_engine.models.mtp_families import family_of
 from mlx_engine.models.mtp_weights import SIDECAR, Tensors, in_one_form, read_checkpoint
+from mlx_engine.models.whole_file import replace_safetensors
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _GROUP_SIZES = (32, 64, 128)
@@ -120,12 +120,7 @@ def _quantized(tensors: Tensors, bits: int, group_size: int) -> Tensors:
 
 
 def _write(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    """Write a file at once: until it is complete, the old one stays."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
     try:
-        mx.save_safetensors(str(temporary), tensors, metadata)
-        os.replace(temporary, path)
+        replace_safetensors(path, tensors, metadata)
     except (OSError, RuntimeError) as error:
         raise InvalidRequest("out", f"{path} cannot be written ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)

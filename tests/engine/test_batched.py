@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import inspect
 import itertools
+import math
 import random
 import threading
 import time
@@ -476,6 +477,15 @@ async def test_a_cancel_in_prefill_frees_the_place_within_one_slice(
         await settled()
         retry = await engine.generate(prompt_of(2000), max_tokens=2)
         assert retry.usage.cached_tokens == 64, "what was prefilled is not prefilled again"
+
+
+async def test_an_infinite_pause_is_no_limit(tiny_path: Path) -> None:
+    async with BatchedEngine(tiny_path, max_decode_pause_ms=math.inf) as engine:
+        answers = [
+            engine.generate(prompt_of(700, n), max_tokens=40, ignore_eos=True) for n in range(4)
+        ]
+        for result in await asyncio.gather(*answers):
+            assert len(result.tokens) == 40
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlx_engine import BatchedEngine, InvalidRequest, SimpleEngine
+from mlx_engine import BatchedEngine, GenerationResult, InvalidRequest, SimpleEngine
 from tests.conftest import make_tiny, settled
 
 pytestmark = pytest.mark.anyio
@@ -104,3 +105,27 @@ async def test_a_family_whose_cache_cannot_be_batched_is_refused_by_name(
     )
     with pytest.raises(InvalidRequest, match="ChunkedKVCache; use SimpleEngine"):
         await BatchedEngine(folder).start()
+
+
+async def test_a_prompt_that_is_prefilled_beside_others_stores_what_it_shares(
+    tmp_path: Path,
+) -> None:
+    folder = make_tiny(tmp_path / "model", "--other", json.dumps(FAMILIES["sliding windows"]))
+    draw = random.Random(4)
+    system = [draw.randrange(1, 250) for _ in range(60)]
+    go = threading.Event()
+    async with BatchedEngine(folder) as engine:
+
+        def ask(*prompt: int) -> asyncio.Task[GenerationResult]:
+            return asyncio.create_task(engine.generate(prompt, max_tokens=3, ignore_eos=True))
+
+        await ask(*system, *range(1, 31))
+        await settled()
+        turn = asyncio.create_task(engine.run_blocking(go.wait, 10))
+        both = [ask(*system, *range(40, 60)), ask(1, 2, 3)]
+        while engine.stats().waiting < 2:
+            await asyncio.sleep(0.001)
+        go.set()
+        await asyncio.gather(turn, *both)
+        await settled()
+        assert (await ask(*system, *range(70, 90))).usage.cached_tokens == len(system)

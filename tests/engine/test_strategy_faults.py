@@ -175,6 +175,7 @@ async def test_a_draft_with_a_shorter_context_reads_no_further(
         assert "the draft would have to read" in " ".join(long.notes)
         grown = await engine.generate(PROMPT, max_tokens=150, ignore_eos=True)
         assert 0 < grown.timings.draft_tokens < 80
+        assert "a context of 128 tokens only" in " ".join(grown.notes)
         expected = await engine.generate(PROMPT, max_tokens=150, ignore_eos=True, decode=None)
         assert grown.tokens == expected.tokens
 

@@ -44,6 +44,9 @@ class Rigged(Drafter):
     def observe(self, tokens: list[int], start: int, hidden: mx.array) -> None:
         self._real.observe(tokens, start, hidden)
 
+    def ended(self, tokens: list[int]) -> str | None:
+        return self._real.ended(tokens)
+
     def catch_up(self, tokens: list[int]) -> bool:
         return self._real.catch_up(tokens)
 

@@ -347,6 +347,7 @@ async def test_a_draft_with_another_tokenizer_is_refused(
         await engine.start()
     async with engine_type(tiny_path, decode=DraftModel(draft, fallback=True)) as engine:
         result = await engine.generate(PROMPT, max_tokens=5)
+        assert engine._slot.space().equipment.side_caches == (), "what is not used gets no memory"
     assert result.timings.draft_tokens == 0
     assert "another tokenizer" in " ".join(result.notes)
 

@@ -14,6 +14,7 @@ from mlx_lm.generate import stream_generate
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_engine import GenerationError, InvalidRequest, SamplingParams, SimpleEngine
+from mlx_engine.generation import prompt_cache_file
 from mlx_engine.generation.sampling import make_sampling
 from tests.conftest import make_tiny
 
@@ -332,6 +333,40 @@ async def test_an_error_keeps_neither_kv_cache_nor_model_alive(
     gc.collect()
     assert model() is None
     assert "in broken" in kept.__cause__.__notes__[0], "where it failed can still be read"
+
+
+async def test_an_error_of_a_cache_file_keeps_no_model_alive(
+    tiny_path: Path,
+    tmp_path: Path,
+    engine_type: type[SimpleEngine],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> int:
+        raise RuntimeError("the disk is on fire")
+
+    engine = engine_type(tiny_path)
+    await engine.start()
+    model = weakref.ref(engine._slot.get().model)
+    with pytest.raises(InvalidRequest) as missing:
+        await engine.load_prompt_cache(tmp_path / "none")
+    monkeypatch.setattr(prompt_cache_file, "save", broken)
+    with pytest.raises(GenerationError, match=r"saving the prompt cache failed.* on fire") as other:
+        await engine.save_prompt_cache(tmp_path / "file")
+    await engine.stop()
+    gc.collect()
+    assert model() is None, (missing, other)
+
+
+@pytest.mark.parametrize(
+    ("processor", "got"),
+    [(lambda tokens, logits: logits[:, :-1], r"\(1, 261\)"), (lambda *_: None, "NoneType")],
+    ids=["shape", "none"],
+)
+async def test_what_a_logits_processor_returns_is_checked(
+    engine: SimpleEngine, processor: Any, got: str
+) -> None:
+    with pytest.raises(GenerationError, match=rf"must return an mx.array of shape .*not {got}"):
+        await engine.generate(PROMPT, max_tokens=3, logits_processors=[processor])
 
 
 @pytest.mark.parametrize("option", ["logit_bias", "stop_token_ids"])

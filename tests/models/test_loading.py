@@ -12,7 +12,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_engine import EngineState, InvalidRequest, ModelLoadError, SimpleEngine
+from mlx_engine import DraftModel, EngineState, InvalidRequest, ModelLoadError, SimpleEngine
+from mlx_engine.config import ModelConfig
+from mlx_engine.engine import local
 from mlx_engine.turn import Turn
 from mlx_engine.worker import mlx_thread
 from tests.conftest import ROOT
@@ -216,3 +218,20 @@ def test_importing_mlx_lm_does_not_lower_the_limit_of_open_files(
         cwd=ROOT,
     )
     assert done.stdout == f"{after}\n", done.stderr
+
+
+async def test_a_model_that_drafts_for_itself_is_found_once_with_its_revision(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[str, str | None]] = []
+
+    def find(config: ModelConfig, *_: object) -> Path:
+        found.append((config.model, config.revision))
+        return tiny_path
+
+    monkeypatch.setattr(local, "find_model", find)
+    decode = DraftModel("org/model", 2)
+    async with SimpleEngine("org/model", revision="v1", decode=decode) as engine:
+        result = await engine.generate([1, 2, 3], max_tokens=9, ignore_eos=True)
+        assert result.timings.draft_tokens > 0
+    assert found == [("org/model", "v1")]

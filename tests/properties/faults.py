@@ -22,12 +22,13 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, TokenBuffer
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizerFast
 
-from mlx_engine.generation import prompt_cache, sampling, whole_file
+from mlx_engine.generation import prompt_cache, sampling
 from mlx_engine.generation.prompt_cache import PromptCache
 from mlx_engine.generation.sampling import _SeededSampler
 from mlx_engine.generation.sparse.specprefill import SparsePrefill
 from mlx_engine.generation.speculative.drafter import ModelDrafter
 from mlx_engine.generation.speculative.mtp import MTPDrafter
+from mlx_engine.models import whole_file
 from mlx_engine.worker import mlx_thread
 from tests.guard import GUARD
 

@@ -161,6 +161,9 @@ class SpeculativeDecoder:
         """Proposals, of shape (depth,); ``None`` if the drafter only came closer to any."""
         drafter = self._drafter
         assert drafter is not None
+        if (reason := drafter.ended(self.tokens)) is not None:
+            self._go_on_without(reason)
+            return None
         try:
             if drafter.catch_up(self.tokens) or not drafter.ready(self.tokens):
                 return None
@@ -170,17 +173,19 @@ class SpeculativeDecoder:
                 # Computed while the rest is built.
                 mx.async_eval(proposals, self._history)  # type: ignore[no-untyped-call]
         except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
-            self._go_on_without(error)
+            self._drafter_failed(error)
             return None
         return proposals
 
-    def _go_on_without(self, error: Exception) -> None:
-        """The drafter failed: no token depends on it, so the request does not fail with it."""
-        self._drafter = self.fault = None
-        self._request.note(
-            f"decoded one token at a time in the end: the draft failed ({what_it_says(error)})"
-        )
+    def _drafter_failed(self, error: Exception) -> None:
+        """No token depends on it, so the request does not fail with it."""
+        self.fault = None
+        self._go_on_without(f"the draft failed ({what_it_says(error)})")
         drop_frames(error)
+
+    def _go_on_without(self, reason: str) -> None:
+        self._drafter = None
+        self._request.note(f"decoded one token at a time in the end: {reason}")
 
     def _verify(self, proposals: mx.array) -> list[Emitted]:
         place, depth = len(self.tokens) - len(self._request.prompt), proposals.size
@@ -267,7 +272,7 @@ class SpeculativeDecoder:
         try:
             self._drafter.observe(self.tokens, start, hidden)
         except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
-            self._go_on_without(error)
+            self._drafter_failed(error)
 
     def _verified(self, accepted: int) -> None:
         if self._drafter is None:
@@ -275,7 +280,7 @@ class SpeculativeDecoder:
         try:
             self._drafter.verified(accepted)
         except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
-            self._go_on_without(error)
+            self._drafter_failed(error)
 
 
 def _logprobs(logits: mx.array) -> mx.array:

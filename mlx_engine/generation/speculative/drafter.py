@@ -44,6 +44,10 @@ class Drafter(abc.ABC):
     def observe(self, tokens: list[int], start: int, hidden: mx.array) -> None:
         """The model's hidden states, of shape (n, dimension), of tokens from ``start`` on."""
 
+    def ended(self, tokens: list[int]) -> str | None:
+        """Why it will propose nothing any more, for the caller; ``None`` if it may."""
+        return None
+
     @abc.abstractmethod
     def catch_up(self, tokens: list[int]) -> bool:
         """Do a chunk of what is to be done before it can propose what follows ``tokens``;
@@ -94,6 +98,13 @@ class ModelDrafter(Drafter):
     def observe(self, tokens: list[int], start: int, hidden: mx.array) -> None:
         """It does not need them."""
 
+    def ended(self, tokens: list[int]) -> str | None:
+        """Whether its context is full."""
+        most = self._draft.context_length
+        if most is None or len(tokens) + _CLOSE <= most:
+            return None
+        return f"the draft has a context of {most} tokens only"
+
     def catch_up(self, tokens: list[int]) -> bool:
         """Prefill a chunk of what it has not read."""
         if self.cache is None:
@@ -102,7 +113,7 @@ class ModelDrafter(Drafter):
             self._held = hit.cached
             self._rollback = Rollback(self.cache)
         behind = len(tokens) - 1 - self._held
-        if behind <= _CLOSE or not self._has_room(tokens):
+        if behind <= _CLOSE:
             return False
         end = self._held + min(behind, self._config.prefill_step_size)
         prefill_chunk(self._run, self.cache, tokens, self._held, end, self._config)
@@ -110,8 +121,8 @@ class ModelDrafter(Drafter):
         return True
 
     def ready(self, tokens: list[int]) -> bool:
-        """Whether there are tokens that it has not read, and room for more."""
-        return self.cache is not None and self._held < len(tokens) and self._has_room(tokens)
+        """Whether there are tokens that it has not read."""
+        return self.cache is not None and self._held < len(tokens)
 
     def propose(self, tokens: list[int], count: int, sample: Sample) -> mx.array:
         """What it would say next."""
@@ -146,10 +157,6 @@ class ModelDrafter(Drafter):
             return
         if self._held <= len(tokens) or trimmable(self.cache):
             self._prompt_cache.store(tokens[: self._held], self.cache)
-
-    def _has_room(self, tokens: list[int]) -> bool:
-        most = self._draft.context_length
-        return most is None or len(tokens) + _CLOSE <= most
 
     def _run(self, tokens: mx.array, cache: Cache | None) -> mx.array:
         # The large model's matrix may be padded further: MLX would read beyond the small one's.

@@ -106,7 +106,7 @@ class MTPDrafter(Drafter):
 
     def finish(self, tokens: list[int]) -> None:
         """Keep the history, if it begins with the first token."""
-        if not self._whole:
+        if not self._whole or self._ahead:
             return
         while self._waiting and not self._chooser.parked and self._seen < len(tokens):
             mx.eval(self._take_in(tokens))
