@@ -119,6 +119,12 @@ MUTATIONS = (
         "if False:",
     ),
     Mutation(
+        "a start that was cancelled goes on with its trials of the model",
+        "turn.py",
+        "if should_stop is not None and should_stop():",
+        "if False:",
+    ),
+    Mutation(
         "a function that raises no Exception ends the MLX thread",
         "turn.py",
         "except BaseException as error:  # noqa: BLE001 - the border: the caller raises it",

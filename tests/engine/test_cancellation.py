@@ -9,11 +9,23 @@ from pathlib import Path
 
 import anyio
 import pytest
+from mlx_lm.models import mimo
 
-from mlx_engine import BaseEngine, BatchedEngine, EngineState, GenerationResult, SimpleEngine
+from mlx_engine import (
+    MTP,
+    BaseEngine,
+    BatchedEngine,
+    DraftModel,
+    EngineState,
+    GenerationResult,
+    SimpleEngine,
+    SpecPrefill,
+)
 from mlx_engine.worker import mlx_thread
 from tests.conftest import cancel_inside, other_tasks, settled
-from tests.guard import Gate
+from tests.generation.rigged import made
+from tests.guard import GUARD, Gate
+from tests.models.mtp_checkpoints import MIMO
 
 pytestmark = pytest.mark.anyio
 
@@ -49,6 +61,12 @@ async def in_a_chat(engine: BaseEngine) -> GenerationResult:
     return await engine.chat(messages, max_tokens=MAX_TOKENS, ignore_eos=True)
 
 
+TRIALS: dict[str, Callable[[Path], BaseEngine]] = {
+    "batch": BatchedEngine,
+    "draft": lambda model: SimpleEngine(model, decode=DraftModel(model)),
+    "mtp": lambda model: SimpleEngine(model, decode=MTP()),
+    "specprefill": lambda model: SimpleEngine(model, prefill=SpecPrefill(model)),
+}
 OPERATIONS = {f.__name__: f for f in (plain, streamed, bare_iteration, in_a_chat)}
 PHASES = {
     "first chunk": ("model", 1),
@@ -258,6 +276,27 @@ async def test_a_cancelled_start_leaves_nothing_and_can_be_tried_again(
     assert not other_tasks()
     await engine.start()
     assert engine.state is EngineState.RUNNING
+    await engine.stop()
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+async def test_a_cancelled_start_makes_no_more_trials_of_the_model(
+    trial: str,
+    tiny_path: Path,
+    tmp_path: Path,
+    gate: MakeGate,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = GUARD._guarded("model", mimo.Model.__call__)
+    monkeypatch.setattr(mimo.Model, "__call__", whole)
+    model = await made(MIMO, tmp_path) if trial == "mtp" else tiny_path
+    engine = TRIALS[trial](model)
+    stop = gate("model", 2)
+    await cancel_inside(stop, engine.start())
+    assert stop.calls == 2
+    assert engine.state is EngineState.CREATED
+    await engine.start()
+    assert stop.calls >= 2 + 4, "there would have been more"
     await engine.stop()
 
 

@@ -21,6 +21,7 @@ from mlx_engine import (
     SpecPrefill,
 )
 from mlx_engine.engine import slot
+from mlx_engine.generation import equipment
 from mlx_engine.testing.safety.endings import ALL_WAYS
 from mlx_engine.turn import Interrupted
 from tests.conftest import make_tiny
@@ -283,8 +284,9 @@ def _cache_file(stage: Stage, operation: str) -> Scene:
 
 @contextmanager
 def loaded_once(simulation: Simulation) -> Iterator[None]:
-    """Models are loaded the first time only; each load has its moments nevertheless."""
+    """Models and heads are loaded the first time only; a model's load has moments nevertheless."""
     load, models = slot.load_model, {}
+    load_head, heads = equipment.load_head, {}
 
     def load_once(config: Any, path: Path, *, on_progress: Any, should_stop: Any) -> Any:
         for _ in range(2):
@@ -295,13 +297,18 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
             models[path] = load(config, path, on_progress=None, should_stop=lambda: False)
         return models[path]
 
-    slot.load_model = load_once
+    def load_head_once(loaded: Any, path: Path | None) -> Any:
+        if loaded.path not in heads:
+            heads[loaded.path] = load_head(loaded, path)
+        return heads[loaded.path]
+
+    slot.load_model, equipment.load_head = load_once, load_head_once
     try:
         yield
     finally:
-        slot.load_model = load
-        # They go where they were made.
-        simulation.on_mlx_thread(models.clear)
+        slot.load_model, equipment.load_head = load, load_head
+        for loaded in (heads, models):
+            simulation.on_mlx_thread(loaded.clear)  # they go where they were made
 
 
 def make_models(folder: Path) -> None:
