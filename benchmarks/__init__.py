@@ -15,7 +15,7 @@
     python -m benchmarks.soak              minutes of everything at once: right tokens, no growth
 
 Run from the root of the repository. Each prints Markdown tables and writes JSON, and a picture
-where matplotlib is installed (``pip install mlx-engine[bench]``), into ``benchmarks/results``,
+where matplotlib is installed (``pip install '.[bench]'``), into ``benchmarks/results``,
 and with ``--quick`` into ``benchmarks/results/quick``, so that a quick run never takes the place
 of a result. Most use a random model of about 1 ms a token, so that what this library adds can be
 seen at all: with a real model the same microseconds are a far smaller share.

@@ -44,7 +44,7 @@ def run(name: str, out: Path, full: bool) -> bool:
 def draw_all(out: Path) -> None:
     """The pictures and pages of full and quick results."""
     if find_spec("matplotlib") is None:
-        raise SystemExit("pictures need matplotlib: pip install 'mlx-engine[bench]'")
+        raise SystemExit("pictures need matplotlib: pip install '.[bench]'")
     for folder in (folder_of(out, quick=False), folder_of(out, quick=True)):
         for picture in draw_again(folder):
             print(folder / picture)

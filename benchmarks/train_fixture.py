@@ -1,6 +1,6 @@
 """Train the small models with a multi-token-prediction (MTP) head that the benchmarks decode.
 
-    pip install "mlx-engine[train]"
+    pip install '.[train]'
     python benchmarks/train_fixture.py plain OUT
     python benchmarks/train_fixture.py hybrid OUT --minutes 20
 

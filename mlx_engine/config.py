@@ -162,7 +162,8 @@ class ModelConfig:
         model: a folder in mlx-lm's layout, a Hugging Face repository id, or ``"demo"``.
         revision: branch, tag or commit of the repository.
         adapter_path: folder of LoRA adapters to apply.
-        trust_remote_code: run Python code that the model brings along.
+        trust_remote_code: run Python code that the model brings along, and so do draft
+            models, of which the newest revision is taken.
         context_length: tokens that prompt and answer may have together; ``None`` takes it
             from the model's configuration.
         max_kv_size: tokens that the KV cache keeps at most (the first 4 and the latest

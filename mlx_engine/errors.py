@@ -105,7 +105,8 @@ class EngineDead(EngineNotRunning):
         signal: the name of that signal, e.g. ``"SIGKILL"``.
         phase: what it was doing: ``start``, ``load``, ``idle``, ``prefill`` or ``decode``.
         stderr: the last lines of the process's standard error, with the stacks of its threads
-            if it had to be ended because it was stuck.
+            if it had to be ended because it was stuck. Tracebacks show it as a note; it is no
+            part of the message, which may go to a client.
     """
 
     def __init__(
@@ -123,6 +124,8 @@ class EngineDead(EngineNotRunning):
         self.signal = signal
         self.phase = phase
         self.stderr = stderr
+        if stderr:
+            self.add_note(f"its last words:\n{stderr}")
 
 
 class GenerationError(MLXEngineError):

@@ -144,7 +144,8 @@ def test_generate_reads_stdin_and_json_has_the_same_answer(tiny_path: Path) -> N
     code, text, errors = finish(
         "generate", "-", *model, *TWELVE, "--prefill-step-size", "64", stdin=f"{LONG}\n".encode()
     )
-    assert (code, errors) == (0, ""), "no progress bar and no remarks of libraries in a pipe"
+    cut = "mlx-engine: note: cut after 12 tokens, by --max-tokens or the end of the context\n"
+    assert (code, errors) == (0, cut), "no progress bar and no remarks of libraries in a pipe"
     assert text == f"{'a' * 12}\n"
 
     code, output, errors = finish(
@@ -237,7 +238,7 @@ def test_a_terminal_gets_progress_bars_and_the_answer_after_them(tiny_path: Path
         assert terminal.exit_code() == 0
     assert "load:" in terminal.shown
     assert "prefill:" in terminal.shown
-    assert terminal.shown.endswith(f" \r{'a' * 12}\r\n"), "the bar was cleared before it"
+    assert f" \r{'a' * 12}\r\n" in terminal.shown, "the bar was cleared before it"
 
 
 @pytest.mark.demo

@@ -16,7 +16,7 @@ import uvicorn
 
 from mlx_engine import BatchedEngine, EngineStats
 from tests.conftest import ROOT, other_tasks
-from tests.guard import Gate
+from tests.guard import GUARD, Gate
 
 pytestmark = pytest.mark.anyio
 
@@ -251,6 +251,21 @@ async def test_a_full_queue_is_503_and_says_when_to_come_again(
                 for reply in first, second:
                     assert (await reply.head()).status == 200
                     assert [event async for event in reply.events()][-1] == "[DONE]"
+
+
+async def test_a_request_that_fails_in_mlx_is_500(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str) -> None:
+        if name == "model":
+            monkeypatch.undo()  # it is the only one
+            raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(GUARD, "hook", fail)
+    async with site.post({"messages": HELLO}) as reply:
+        assert (await reply.head()).status == 500
+        assert "no memory left" in (await reply.body())["error"]
+    assert await site.answer(max_tokens=1)
 
 
 async def test_an_engine_that_is_being_stopped_is_503(site: Site) -> None:

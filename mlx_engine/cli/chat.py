@@ -14,7 +14,7 @@ import sys
 
 from mlx_engine.cli import interrupts
 from mlx_engine.cli.options import engine_options, sampling_params, strategies
-from mlx_engine.cli.output import AnswerPrinter, ProgressBar, print_answer, say, say_statistics
+from mlx_engine.cli.output import AnswerPrinter, ProgressBar, print_answer, remark, say
 from mlx_engine.engine.simple import SimpleEngine
 from mlx_engine.errors import ContextLengthExceeded, GenerationError
 from mlx_engine.outputs import GenerationResult
@@ -65,16 +65,7 @@ def _talk(conversation: Conversation, runner: asyncio.Runner, verbose: bool) -> 
             case _:
                 result = conversation.ask(line, runner)
                 if result is not None:
-                    _remark(result, verbose)
-
-
-def _remark(result: GenerationResult, verbose: bool) -> None:
-    for note in result.notes:
-        say(f"note: {note}")
-    if result.finish_reason == "length":
-        say("note: the answer was cut at --max-tokens, or at the end of the context")
-    if verbose:
-        say_statistics(result)
+                    remark(result, verbose=verbose)
 
 
 def _read_line(prompt: str) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from mlx_engine.cli import interrupts
 from mlx_engine.cli.options import engine_options, sampling_params, strategies
-from mlx_engine.cli.output import AnswerPrinter, ProgressBar, print_answer, say, say_statistics
+from mlx_engine.cli.output import AnswerPrinter, ProgressBar, print_answer, remark, say
 from mlx_engine.engine.simple import SimpleEngine
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import GenerationResult
@@ -33,10 +33,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write("\n")
     elif not result.text and (result.reasoning or result.tool_calls):
         say("note: the answer has reasoning or tool calls only; --json shows them")
-    for note in result.notes:
-        say(f"note: {note}")
-    if args.verbose:
-        say_statistics(result)
+    remark(result, verbose=args.verbose, whole=args.json)
     return 0
 
 

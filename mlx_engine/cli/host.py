@@ -39,7 +39,8 @@ async def _serve(args: argparse.Namespace, bar: ProgressBar) -> int:
     engine = kind(
         **engine_options(args), **queue_options(args), **strategies(args), on_progress=bar
     )
-    host = EngineHost(engine, args.socket)
+    most = {"max_clients": args.max_clients} if "max_clients" in args else {}
+    host = EngineHost(engine, args.socket, **most)
     program = _Program(engine, host, args.drain)
     with install_signal_handlers(program, timeout=args.drain) as handlers:
         program.handlers = handlers

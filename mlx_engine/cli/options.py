@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from mlx_engine import __version__
-from mlx_engine.cli.values import bias, count_or_auto, count_or_none, seconds_or_none
+from mlx_engine.cli.values import bias, count_or_auto, count_or_none, number_or_none
 from mlx_engine.config import (
     DEMO_MODEL,
     MTP,
@@ -54,8 +54,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error("argument --system: not allowed with --raw, which sends no messages")
         if "logprobs" in args and not args.json:
             parser.error("argument --logprobs: needs --json, which shows them")
-    if args.command == "host" and args.engine == "simple" and "max_batch_size" in args:
-        parser.error("argument --max-batch-size: not allowed with --engine simple")
+    if args.command == "host" and args.engine == "simple":
+        for option in _given(args, BatchConfig):
+            parser.error(f"argument {_flag(option)}: not allowed with --engine simple")
     if "mtp" in args and "draft_model" in args:
         parser.error("argument --mtp: not allowed with --draft-model")
     for option, needed in _NEEDS.items():
@@ -107,7 +108,8 @@ def spelled(error: InvalidRequest) -> str:
     """The error's message, with the option as it is spelled here."""
     kinds = (SamplingParams, ModelConfig, QueueConfig, BatchConfig)
     names = {field.name for kind in kinds for field in fields(kind)}
-    names |= {"num_draft_tokens", "q_bits", "q_group_size", "seconds", "only", *_SPELLINGS}
+    names |= {"num_draft_tokens", "q_bits", "q_group_size", "seconds", "only", "max_clients"}
+    names |= {*_SPELLINGS}
     message = str(error)
     if error.option not in names:
         return message
@@ -117,6 +119,10 @@ def spelled(error: InvalidRequest) -> str:
 def _given(args: argparse.Namespace, kind: type[Any]) -> dict[str, Any]:
     given = vars(args)
     return {field.name: given[field.name] for field in fields(kind) if field.name in given}
+
+
+def _default(kind: type[Any], option: str) -> Any:
+    return next(field.default for field in fields(kind) if field.name == option)
 
 
 def _flag(option: str) -> str:
@@ -200,7 +206,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = selftest.add_argument
     add("model", metavar="MODEL", nargs="?", default=DEMO_MODEL, help=_MODEL_HELP)
-    add("--engine", choices=("simple", "batched", "process"), default="simple")
+    add(
+        "--engine",
+        choices=("simple", "batched", "process"),
+        default="simple",
+        help="one request at a time (default), many in one batch, or in a process of its own",
+    )
     add("--seconds", type=float, metavar="N", default=60.0, help="to spend on it; 60 by default")
     add("--seed", type=int, metavar="N", default=0, help="of the draw of moments")
     add("--only", metavar="TEXT", help="an operation, or what a failure says of its place")
@@ -234,7 +245,7 @@ def _source_options() -> argparse.ArgumentParser:
     parser, group = _group("model")
     add = group.add_argument
     add("--revision", metavar="NAME", help="branch, tag or commit of the repository")
-    add("--trust-remote-code", action="store_true", help="run Python code of the model")
+    add("--trust-remote-code", action="store_true", help="run Python code of the models")
     return parser
 
 
@@ -247,8 +258,19 @@ def _cache_options() -> argparse.ArgumentParser:
     add("--kv-bits", type=int, metavar="N", help="quantise the KV cache: 2, 3, 4, 5, 6 or 8")
     add("--kv-group-size", type=int, metavar="N", help="values that share a scale in it")
     add("--quantized-kv-start", type=int, metavar="N", help="tokens from which on it is quantised")
-    add("--prefill-step-size", type=int, metavar="N", help="tokens per prefill chunk")
-    add("--prompt-cache-bytes", type=int, metavar="N", help="bytes of earlier prompts to keep")
+    step = _default(ModelConfig, "prefill_step_size")
+    add(
+        "--prefill-step-size",
+        type=int,
+        metavar="N",
+        help=f"tokens per prefill chunk; {step} by default",
+    )
+    add(
+        "--prompt-cache-bytes",
+        type=int,
+        metavar="N",
+        help="of earlier prompts to keep; by default a quarter of the memory that is left",
+    )
     return parser
 
 
@@ -267,8 +289,21 @@ def _path_options() -> argparse.ArgumentParser:
     )
     add("--mtp-head", metavar="FILE", help="what extract-mtp wrote, if not in the model's folder")
     add("--prefill-draft", metavar="MODEL", help="SpecPrefill: a small model scores long prompts")
-    add("--prefill-keep", dest="keep", type=float, metavar="X", help="share of them to prefill")
-    add("--prefill-threshold", dest="threshold", type=int, metavar="N", help="tokens of long ones")
+    keep, long = _default(SpecPrefill, "keep"), _default(SpecPrefill, "threshold")
+    add(
+        "--prefill-keep",
+        dest="keep",
+        type=float,
+        metavar="X",
+        help=f"share of them to prefill; {keep} by default",
+    )
+    add(
+        "--prefill-threshold",
+        dest="threshold",
+        type=int,
+        metavar="N",
+        help=f"tokens of long ones; {long} by default",
+    )
     return parser
 
 
@@ -281,11 +316,28 @@ def _host_options() -> argparse.ArgumentParser:
         default="batched",
         help="one request at a time, or many in one batch (default)",
     )
-    add("--max-batch-size", type=int, metavar="N", help="requests in work at once")
+    size, pause = (
+        _default(BatchConfig, name) for name in ("max_batch_size", "max_decode_pause_ms")
+    )
+    add("--max-batch-size", type=int, metavar="N", help=f"requests in work; {size} by default")
+    add(
+        "--max-decode-pause-ms",
+        type=number_or_none,
+        metavar="N",
+        help=f"of prefill between two decode steps; {pause:g} by default, 'none': no limit",
+    )
+    add(
+        "--kv-cache-memory-bytes",
+        type=int,
+        metavar="N",
+        help="of all requests in work and earlier prompts; by default 90 %% of what is left",
+    )
     add("--queue-limit", type=int, metavar="N", help="requests that may wait; others are refused")
+    add("--max-wait", type=float, metavar="SECONDS", help="for a request to wait at most")
+    add("--max-clients", type=int, metavar="N", help="connected at once; others are refused")
     add(
         "--drain",
-        type=seconds_or_none,
+        type=number_or_none,
         default=30.0,
         metavar="SECONDS",
         help="for requests in flight to finish at the end; 30 by default, 'none': no limit",
@@ -296,11 +348,12 @@ def _host_options() -> argparse.ArgumentParser:
 def _sampling_options() -> argparse.ArgumentParser:
     parser, group = _group("sampling")
     add = group.add_argument
+    most = _default(SamplingParams, "max_tokens")
     add(
         "--max-tokens",
         type=count_or_none,
         metavar="N",
-        help="most tokens to generate; 'none': as many as the context holds",
+        help=f"to generate; {most} by default, 'none': as many as the context holds",
     )
     add("--temperature", "--temp", type=float, metavar="X", help="0 is greedy")
     add("--top-p", type=float, metavar="P", help="nucleus sampling; 1 is off")

@@ -138,6 +138,17 @@ async def print_answer(stream: GenerationStream, printer: AnswerPrinter) -> Gene
     return stream.result
 
 
+def remark(result: GenerationResult, *, verbose: bool, whole: bool = False) -> None:
+    """What there is to say of an answer; ``whole``: all of the result has been printed."""
+    for note in result.notes:
+        say(f"note: {note}")
+    if result.finish_reason == "length" and not whole:
+        tokens = result.usage.completion_tokens
+        say(f"note: cut after {tokens} tokens, by --max-tokens or the end of the context")
+    if verbose:
+        say_statistics(result)
+
+
 def say_statistics(result: GenerationResult) -> None:
     """Tokens, and where the time went."""
     usage, timings = result.usage, result.timings

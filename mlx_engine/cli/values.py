@@ -15,17 +15,17 @@ def count_or_none(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"must be a number or 'none', not {text!r}") from None
 
 
-def seconds_or_none(text: str) -> float | None:
-    """Seconds, or ``None`` for 'none'."""
+def number_or_none(text: str) -> float | None:
+    """0 or more, or ``None`` for 'none'."""
     if text.lower() == "none":
         return None
     try:
-        seconds = float(text)
+        number = float(text)
     except ValueError:
-        seconds = -1.0
-    if not seconds >= 0:
-        raise argparse.ArgumentTypeError(f"must be seconds, 0 or more, or 'none', not {text!r}")
-    return seconds
+        number = -1.0
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, or 'none', not {text!r}")
+    return number
 
 
 def count_or_auto(text: str) -> int | str:

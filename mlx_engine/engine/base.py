@@ -65,6 +65,8 @@ class BaseEngine(abc.ABC):
             ModelLoadError: the model cannot be found or loaded; start may be tried again.
             InvalidRequest: an option does not suit the model.
             EngineStopped: the engine is being shut down.
+            EngineNotStarted: the start that another task had begun did not succeed.
+            EngineDead: the engine has failed; ``stop()`` it first.
         """
 
     async def stop(self) -> ShutdownReport:
@@ -153,8 +155,9 @@ class BaseEngine(abc.ABC):
     ) -> GenerationStream:
         """Continue ``prompt`` as a stream; arguments and errors are those of ``generate``.
 
-        The request starts, and its state and queue errors are raised, when the stream is
-        entered or first read.
+        The request starts when the stream is entered or first read. What is plainly wrong with
+        the arguments is raised at once; all else, errors of state and queue included, when the
+        stream is read.
         """
         source = TextPrompt(prompt)  # type: ignore[arg-type]
         ask = Ask(source, SamplingParams.of(params, **options), priority, prefill, decode)
@@ -273,6 +276,7 @@ class BaseEngine(abc.ABC):
 
         Raises:
             InvalidRequest: the file cannot be written.
+            GenerationError: MLX failed meanwhile; the file is the old one.
             EngineBusy, EngineNotStarted, EngineStopped, EngineDead: as in ``generate``.
         """
         return await self._save_prompt_cache(checked_path(path))
@@ -290,6 +294,7 @@ class BaseEngine(abc.ABC):
         Raises:
             InvalidRequest: there is no such file, it is damaged, or of another model or
                 other KV cache options; the prompt cache is as it was.
+            GenerationError: MLX failed meanwhile.
             EngineBusy, EngineNotStarted, EngineStopped, EngineDead: as in ``generate``.
         """
         return await self._load_prompt_cache(checked_path(path))

@@ -33,9 +33,8 @@ class Exit:
 
     def error(self) -> EngineDead:
         """What requests that were in flight are told. A new object each time."""
-        said = f"; its last words:\n{self.stderr}" if self.stderr else ""
         return EngineDead(
-            f"the engine is gone: {self.detail} (while in phase {self.phase!r}){said}",
+            f"the engine is gone: {self.detail} (while in phase {self.phase!r})",
             exit_code=self.exit_code,
             signal=self.signal,
             phase=self.phase,

@@ -25,7 +25,8 @@ class RayEngine(ProcessEngine):
 
     An actor is never restarted, and no request is ever done twice. Whatever is wrong with the
     actor, its node or the engine's process is told as ``EngineDead``; a node that is stopped or
-    cut off is noticed by the watchdog.
+    cut off is noticed by the watchdog. Where Ray is missing, has no cluster or refuses the
+    options, ``start()`` raises ``MLXEngineError``.
     """
 
     def __init__(

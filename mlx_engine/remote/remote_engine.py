@@ -31,8 +31,10 @@ class RemoteEngine(LinkedEngine):
     Requests are those of a client among others: ``stats`` and ``check_health`` are of the
     engine as a whole, and files of ``save_prompt_cache`` are written by the host.
 
-    What cannot go there: ``run_blocking``, logits processors, by name or not, and chat templates
-    among ``chat_template_kwargs``.
+    What cannot go there: ``run_blocking``, logits processors, by name or not, chat templates
+    among ``chat_template_kwargs``, and requests of more than 8 MiB (``InvalidRequest``). Who has
+    1,024 requests under way gets ``EngineBusy``; who leaves 64 MiB of answers unread is cut off
+    (``EngineDead``).
     """
 
     frame_limit = MAX_GUEST_FRAME

@@ -192,6 +192,10 @@ def test_the_options_of_the_queue_are_passed_on() -> None:
     assert (args.engine, args.drain, args.model) == ("batched", 30.0, "m")
     assert queue_options(args) == {"queue_limit": 3, "max_batch_size": 5}
     assert queue_options(parse(["host", "--socket", "s"])) == {}
+    line = "host --socket s --max-wait 2.5 --max-decode-pause-ms none --kv-cache-memory-bytes 9"
+    expected = {"max_wait": 2.5, "max_decode_pause_ms": None, "kv_cache_memory_bytes": 9}
+    assert queue_options(parse(line.split())) == expected
+    assert parse(["host", "--socket", "s", "--max-clients", "2"]).max_clients == 2
     assert parse(["host", "--socket", "s", "--drain", "none"]).drain is None
     assert spelled(InvalidRequest("queue_limit", "no")) == "argument --queue-limit: no"
 
@@ -204,6 +208,7 @@ def test_the_options_of_the_queue_are_passed_on() -> None:
         ("host --socket s --drain nan", "--drain"),
         ("host --socket s --engine fast", "--engine"),
         ("host --socket s --engine simple --max-batch-size 3", "--max-batch-size"),
+        ("host --socket s --engine simple --max-decode-pause-ms 3", "--max-decode-pause-ms"),
         ("host --socket s --max-tokens 3", "--max-tokens"),
     ],
 )

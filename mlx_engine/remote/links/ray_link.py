@@ -258,7 +258,9 @@ def _ray() -> Any:
     try:
         return import_module("ray")
     except ImportError as error:
-        raise MLXEngineError("Ray is not installed: pip install 'mlx-engine[ray]'") from error
+        raise MLXEngineError(
+            "Ray is not installed: install this package with its extra 'ray'"
+        ) from error
 
 
 def _join(ray: Any) -> None:

@@ -243,7 +243,7 @@ class Guest(asyncio.Protocol):
             case Generate() | CacheFile() if self._leaving:
                 stopped = EngineStopped("the client is leaving: no new requests")
                 self._outbox.put(error_to_wire(message.number, stopped))
-            case Generate() if session.pending >= _MOST_REQUESTS:
+            case Generate() | CacheFile() if session.pending >= _MOST_REQUESTS:
                 busy = EngineBusy(
                     f"this client has {_MOST_REQUESTS} requests under way already", retry_after=1.0
                 )

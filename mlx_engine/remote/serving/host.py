@@ -41,8 +41,12 @@ class EngineHost:
     ``mlx_engine.host``. Clients cannot have functions imported, nor give chat templates, which
     are programs. They share the engine: the long prompt of one delays the others.
 
+    A message of a client has 8 MiB at most, a client 1,024 requests under way at a time (more
+    get ``EngineBusy``), and up to 64 MiB may wait for it to be read.
+
     Attributes:
-        engine: what is served; the application may use it too.
+        engine: what is served; the application may use it too, as long as the host serves it:
+            the end of ``async with host``, and ``shutdown()``, end the engine as well.
         path: of the socket.
         hello_timeout: seconds for a client to say who it is.
     """
