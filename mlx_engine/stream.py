@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import warnings
 from collections import deque
@@ -84,7 +85,7 @@ class _Channel:
                 if not self.chunks and not self._ended:
                     await sleeper
             finally:
-                if sleeper in self._sleepers:
+                with contextlib.suppress(ValueError):  # the writer has it
                     self._sleepers.remove(sleeper)
             if self.chunks:
                 return self.chunks.popleft()

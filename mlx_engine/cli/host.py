@@ -1,7 +1,8 @@
 """``mlx-engine host``: one engine for several programs.
 
 Exit codes: 0 after SIGTERM, 130 after Ctrl-C, drained or not. While the model is loaded, the
-first of them ends the load, the second one the process.
+first of them ends the load, the second one the process. If the engine fails for good, the exit
+code is 1: whoever supervises this can start it anew.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from mlx_engine.lifecycle import EngineState
 from mlx_engine.outputs import ShutdownReport
 from mlx_engine.remote.serving.host import EngineHost
 from mlx_engine.remote.signals import SignalHandlers, install_signal_handlers
+
+_LOOK = 0.5  # seconds between two looks whether the engine has failed
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,12 +52,30 @@ async def _serve(args: argparse.Namespace, bar: ProgressBar) -> int:
                 bar.clear()
                 async with host:
                     say(f"serving {args.model} on {host.path}; stop with Ctrl-C")
-                    await handlers.wait()
+                    await _end(engine, handlers)
         except MLXEngineError:  # EngineStopped, or what the load ran into while it was stopped
             if handlers.received is None:
                 raise
             await handlers.wait()
     return 0 if handlers.received is signal.SIGTERM else interrupts.EXIT_INTERRUPTED
+
+
+async def _end(engine: LocalEngine, handlers: SignalHandlers[ShutdownReport]) -> None:
+    """Wait for a signal and what it does, or until the engine has failed for good.
+
+    Raises:
+        EngineDead: it has.
+    """
+    signalled = asyncio.ensure_future(handlers.wait())
+    try:
+        while engine.state is not EngineState.FAILED:
+            done, _ = await asyncio.wait({signalled}, timeout=_LOOK)
+            if done:
+                signalled.result()
+                return
+        engine._check_running()
+    finally:
+        signalled.cancel()
 
 
 class _Program:

@@ -39,6 +39,7 @@ from mlx_engine.turn import waking_together
 BEAT = 0.25  # seconds between two heartbeats
 _TERMINATE_AFTER = 0.35  # seconds from the deadline of a shutdown
 _KILL_AFTER = 0.65
+_FAILED = "its engine has failed"
 _LATE = 0.05  # seconds that a watchdog's own sleep may be late
 
 _log = logging.getLogger("mlx_engine.remote")
@@ -252,7 +253,7 @@ class Connection:
                 self.calls.cancel_orphans()
                 self._lives()
                 if self.stats is not None and self.stats.state == "failed" and not message.pending:
-                    self._verdict = "its engine has failed"  # everybody has been told why
+                    self._verdict = _FAILED  # everybody has been told why
                     self._kill()
             case Welcome():
                 self.welcome, self.stats = message, message.stats
@@ -327,7 +328,7 @@ class Connection:
 
     def _kind(self, ending: Ending) -> ExitKind:
         if self._verdict is not None:
-            return "stalled"
+            return "crash" if self._verdict == _FAILED else "stalled"
         if self._stopped or ending.signal_name == "SIGTERM":
             return "graceful"
         if self._ending and (ending.exit_code == 0 or self.welcome is None):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_engine import EngineStopped
+from mlx_engine import EngineDead, EngineStopped, GenerationError
 from mlx_engine.cli.options import parse, queue_options, spelled
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.remote.remote_engine import RemoteEngine
@@ -65,8 +65,15 @@ class Command:
 
 @asynccontextmanager
 async def started(*args: object) -> AsyncIterator[Command]:
+    async with started_as("-m", "mlx_engine", "host", *map(str, args)) as command:
+        yield command
+
+
+@asynccontextmanager
+async def started_as(*args: str) -> AsyncIterator[Command]:
+    """What this interpreter does with these arguments."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "mlx_engine", "host", *map(str, args)),
+        *(sys.executable, *args),
         cwd=ROOT,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
@@ -100,6 +107,42 @@ async def test_sigterm_lets_requests_finish_and_is_no_failure(tiny_path: Path, p
                 "mlx-engine: waiting up to 30 s for a request in flight; "
                 "another signal aborts what is left\n",
             )
+    assert list(path.parent.iterdir()) == []
+
+
+# The command, with a model that fails once there is a file.
+LOST = """
+import sys
+from pathlib import Path
+from mlx_lm.models import llama
+from mlx_engine.cli import main
+
+def call(self, *args, whole=llama.Model.__call__, **kwargs):
+    if Path(sys.argv[1]).exists():
+        raise RuntimeError("the device is lost")
+    return whole(self, *args, **kwargs)
+
+llama.Model.__call__ = call
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+async def test_a_host_whose_engine_has_failed_ends(
+    tiny_path: Path, tmp_path: Path, path: Path
+) -> None:
+    lost = tmp_path / "lost"
+    arguments = ("-c", LOST, str(lost), "host", str(tiny_path), "--socket", str(path))
+    async with started_as(*arguments) as host, asyncio.timeout(LIMIT):
+        assert "serving" in await host.line()
+        async with RemoteEngine(path) as remote:
+            assert (await remote.generate(PROMPT, max_tokens=2)).tokens
+            lost.touch()
+            with pytest.raises((GenerationError, EngineDead), match="the device is lost"):
+                await remote.generate(PROMPT)
+            code, said = await host.end()
+        assert code == 1
+        assert said.startswith("mlx-engine: error: the engine has failed: ")
+        assert "the device is lost" in said
     assert list(path.parent.iterdir()) == []
 
 

@@ -106,6 +106,7 @@ async def test_an_engine_that_has_failed_is_dead_elsewhere_too(tiny_path: Path) 
         health = engine.check_health()
         assert not health.healthy
         assert "its engine has failed" in health.reason
+        assert (await engine.wait_exit()).kind == "crash"
         await engine.stop()
         await engine.start()
         assert (await engine.generate("a", max_tokens=2)).tokens
