@@ -23,6 +23,7 @@ NOTHING = GenerationResult(
     usage=Usage(0, 0),
     timings=Timings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
 )
+_CANCELLED = GenerationChunk(text="", finish_reason="cancelled")
 
 
 class RemoteRequest:
@@ -46,6 +47,11 @@ class RemoteRequest:
 
     async def run(self, emit: Emit | None) -> GenerationResult:
         """Have it done, and give its result."""
+        if self._cancelled:  # before it was read
+            self._engine._check_running()
+            if emit is not None:
+                emit(_CANCELLED)
+            return self.partial_result()
 
         def frame(number: int) -> bytes:
             return ask_to_wire(
@@ -71,7 +77,7 @@ class RemoteRequest:
         )
         assert isinstance(result, GenerationResult)
         if emit is not None and result.finish_reason == "cancelled" and not self._chunks:
-            emit_and_keep(GenerationChunk(text="", finish_reason="cancelled"))  # it never began
+            emit(_CANCELLED)  # it never began
         return replace(result, request_id=self.request_id)
 
     def cancel(self) -> None:

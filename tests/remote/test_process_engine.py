@@ -287,7 +287,7 @@ async def test_a_crash_tells_its_last_words(
     assert caught.value.exit_code == code
     assert words in caught.value.stderr
     assert words in "".join(traceback.format_exception(caught.value))
-    assert words not in str(caught.value), "a web back end tells that its clients"
+    assert not (words and words in str(caught.value)), "a web back end tells that its clients"
 
 
 async def test_the_death_of_one_does_not_disturb_another(tiny_path: Path) -> None:

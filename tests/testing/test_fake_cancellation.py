@@ -19,6 +19,7 @@ globals().update(
     borrowed(
         test_cancellation,
         "test_a_cancelled_start_leaves_nothing_and_can_be_tried_again",  # of a real model
+        "test_a_cancelled_start_makes_no_more_trials_of_the_model",
     )
 )
 globals().update(engine=test_cancellation.engine)  # a fixture
