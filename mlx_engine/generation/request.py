@@ -239,9 +239,13 @@ class Request:
             raise ValueError(
                 f"a logits processor must return an mx.array of shape {logits.shape}, not {got}"
             )
-        processed = processed.astype(logits.dtype)
+        return processed.astype(logits.dtype)
+
+    def process_now(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        """The same, evaluated if the caller has processors: what fails then is their fault too."""
+        processed = self.process(tokens, logits)
         if self.context is not None:
-            mx.eval(processed)  # what fails only now is its own fault too
+            mx.eval(processed)
         return processed
 
     def drafted(self, proposed: int, accepted: int) -> None:

@@ -86,7 +86,7 @@ class Row:
             self._seen = TokenBuffer(self.in_cache)
         tokens = self._seen.update_and_fetch(token).astype(mx.uint32)
         try:
-            return self.request.process(tokens, logits)
+            return self.request.process_now(tokens, logits)
         except BaseException as error:  # noqa: BLE001 - the border to the caller's code
             self.fault = error
             return logits

@@ -259,7 +259,7 @@ class SpeculativeDecoder:
         if self._request.context is not None:
             mx.eval(logits)  # so that a fault of MLX is not taken for one of theirs
         try:
-            return self._request.process(tokens, logits)
+            return self._request.process_now(tokens, logits)
         except BaseException as error:
             self.fault = error
             raise
