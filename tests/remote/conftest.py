@@ -35,7 +35,11 @@ class RayCluster:
     cluster: Any
 
     def add_node(self, resource: str) -> Any:
-        """A node that can be told from the others by this resource."""
+        """A node that can be told from the others by this resource.
+
+        Each test has a name of its own for it: Ray places actors on a node that has been removed
+        until it has missed its heartbeats, for 15 seconds or so.
+        """
         return self.cluster.add_node(
             num_cpus=2, object_store_memory=STORE, resources={resource: 100}
         )

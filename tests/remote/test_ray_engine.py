@@ -157,17 +157,17 @@ async def test_an_actor_that_cannot_be_placed_has_a_time_limit(
 async def test_replicas_on_nodes_one_of_which_is_lost(
     ray_cluster: RayCluster, tiny_path: Path
 ) -> None:
-    node = ray_cluster.add_node("node_c")
+    node = ray_cluster.add_node("node_d")
     manager = EngineManager.on_ray(
         tiny_path,
         replicas=2,
-        resources={"node_c": 1},
+        resources={"node_d": 1},
         restart=RestartPolicy(backoff=0.05),
         **HERE,
     )
     async with manager:
         one = await manager.generate("hello", max_tokens=20)
-        other = ray_cluster.add_node("node_c")  # where they can go
+        other = ray_cluster.add_node("node_d")  # where they can go
         ray_cluster.remove_node(node)
         async with asyncio.timeout(40):
             again = await manager.generate("hello", max_tokens=20)
