@@ -174,12 +174,13 @@ async def test_a_process_that_is_stuck_is_ended_and_comes_back(manager: EngineMa
 
 
 async def test_somebody_elses_sigterm_lets_requests_finish(manager: EngineManager) -> None:
-    async with manager.stream_generate([1, 2, 3], max_tokens=300, ignore_eos=True) as stream:
+    # Long enough to be at work still when that is told, four times a second.
+    async with manager.stream_generate([1, 2, 3], max_tokens=2000, ignore_eos=True) as stream:
         await anext(stream)
         send(manager, await until_at_work(manager), signal.SIGTERM)
         async for _ in stream:
             pass
-    assert len(stream.result.tokens) == 300
+    assert len(stream.result.tokens) == 2000
     await until_all_run(manager, 1)
     (ended,) = [info for info in manager.replicas if info.restarts]
     assert ended.last_exit is not None
