@@ -271,12 +271,15 @@ async def _produce(producer: Producer, channel: _Channel, outcome: _Outcome) -> 
     """The task behind a stream. It keeps errors for the reader and never raises."""
     try:
         outcome.result = await producer.run(channel.push)
+        cancelled = outcome.result.finish_reason == "cancelled"
     except asyncio.CancelledError:
         outcome.result = producer.partial_result()
-        if not channel.pushed:
-            channel.push(GenerationChunk(text="", finish_reason="cancelled"))
+        cancelled = True
     except BaseException as error:  # noqa: BLE001 - the border: the reader raises it
         outcome.error = error
+        return
+    if cancelled and not channel.pushed:
+        channel.push(GenerationChunk(text="", finish_reason="cancelled"))
 
 
 def _ended(

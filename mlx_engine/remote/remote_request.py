@@ -23,7 +23,6 @@ NOTHING = GenerationResult(
     usage=Usage(0, 0),
     timings=Timings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
 )
-_CANCELLED = GenerationChunk(text="", finish_reason="cancelled")
 
 
 class RemoteRequest:
@@ -49,8 +48,6 @@ class RemoteRequest:
         """Have it done, and give its result."""
         if self._cancelled:  # before it was read
             self._engine._check_running()
-            if emit is not None:
-                emit(_CANCELLED)
             return self.partial_result()
 
         def frame(number: int) -> bytes:
@@ -76,8 +73,6 @@ class RemoteRequest:
             self._keep_call,
         )
         assert isinstance(result, GenerationResult)
-        if emit is not None and result.finish_reason == "cancelled" and not self._chunks:
-            emit(_CANCELLED)  # it never began
         return replace(result, request_id=self.request_id)
 
     def cancel(self) -> None:
