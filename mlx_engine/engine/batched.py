@@ -136,7 +136,7 @@ class BatchedEngine(BurstLife[Request], LocalEngine):
                 break
             if self._seats.take(seat):
                 batch.add(seat.request)
-        return self._seats.pending
+        return self._seats.settle()
 
     def _prepare(self, seat: Seat[Request], batch: Batch) -> None:
         try:

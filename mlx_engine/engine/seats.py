@@ -103,6 +103,12 @@ class Seats(Line[Seat[R]], Generic[R]):
         """Whether there is anything to do."""
         return bool(self._queue or self._running)
 
+    def settle(self) -> bool:
+        """``pending``; if nobody waits, those that are over are let go, on this thread."""
+        with self._changed:
+            self._sweep()
+            return self.pending
+
     def _enter(self, one: Seat[R]) -> None:
         mlx_thread.check_outside()
         with self._changed:
@@ -113,12 +119,12 @@ class Seats(Line[Seat[R]], Generic[R]):
         one.on_enter()
 
     def _sweep(self) -> None:
-        """Take those that are over out of the heaps, once most of them are.
+        """Take those that are over out of the heaps, once most of them are, or all.
 
         They go by themselves when they come to the top, to which some never do under lasting
-        load.
+        load, and others not before the next request.
         """
-        if len(self._fresh) + len(self._ready) <= 2 * len(self._queue) + _SOME:
+        if self._queue and len(self._fresh) + len(self._ready) <= 2 * len(self._queue) + _SOME:
             return
         self._fresh = [seat for seat in self._fresh if seat.stage is Stage.QUEUED]
         self._ready = [seat for seat in self._ready if seat.stage is Stage.QUEUED]
@@ -199,6 +205,7 @@ class Seats(Line[Seat[R]], Generic[R]):
             self.refuse(seat, _another(error))
         for seat in running:
             self.end(seat.request, _another(error))
+        self.settle()
 
     def withdraw_orphans(self) -> None:
         """Drop those in the queue whose event loop is closed."""

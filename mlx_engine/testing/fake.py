@@ -230,7 +230,7 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
                 self._seats.withdraw_orphans()
             elif self._seats.take(seat):
                 self._playing[seat.request] = self._slot.play(seat.request)
-        return self._seats.pending
+        return self._seats.settle()
 
     def _step(self) -> None:
         """A token for each request that is not held at a gate."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,23 +186,42 @@ class Asked:
         raise AssertionError("none of them is served")
 
 
+def enter(seats: Seats[Asked], request: Asked) -> Seat[Asked]:
+    seat = Seat(request, lambda _: None, lambda: None)
+    seats._enter(seat)
+    return seat
+
+
 async def test_those_that_left_the_queue_are_forgotten_though_better_ones_wait() -> None:
     seats = Seats[Asked](1)
-
-    def enter(request: Asked) -> Seat[Asked]:
-        seat = Seat(request, lambda _: None, lambda: None)
-        seats._enter(seat)
-        return seat
-
-    first = enter(Asked("first", 0))
+    first = enter(seats, Asked("first", 0))
     for number in range(400):
-        seat = enter(Asked(str(number), 1))
+        seat = enter(seats, Asked(str(number), 1))
         while number < 200 and (fresh := seats.unprepared()) is not None:
             seats.prepared(fresh)
         seats._cancel(seat)
     assert len(seats._fresh) + len(seats._ready) < 30
     assert len(seats._by_arrival) < 30
     assert seats.first() is first
+
+
+@pytest.mark.parametrize("looked_at", [0, 1, 2])
+async def test_nobody_who_left_the_queue_is_held_when_nobody_is_left_in_it(looked_at: int) -> None:
+    seats = Seats[Asked](1)
+    asked = [Asked("one", 0), Asked("other", 0)]
+    entered = [enter(seats, each) for each in asked]
+    for _ in range(looked_at):
+        fresh = seats.unprepared()
+        assert fresh is not None
+        seats.prepared(fresh)
+    fresh = None
+    assert seats.settle()
+    for seat in entered:
+        seats._cancel(seat)
+    held = [weakref.ref(each) for each in asked]
+    del asked, entered, seat
+    assert not seats.settle()
+    assert [each() for each in held] == [None, None]
 
 
 async def test_a_request_that_does_not_fit_now_waits_and_stored_prompts_give_way(
