@@ -70,6 +70,11 @@ class Driver:
         self._threads: dict[int, _Driven] = {}
         self.quick = False
 
+    @property
+    def drives_me(self) -> bool:
+        """Whether this thread is driven."""
+        return threading.get_ident() in self._threads
+
     def pause(self, at: str, ready: Ready | None = None) -> None:
         """Stop here, if this is a driven thread, until told to go on.
 

@@ -30,19 +30,25 @@ class Schedule:
 
     Attributes:
         per_step: how often threads are let go before each step of the loop; ``None`` draws lots.
+        look: seconds between any two looks at the clock by which work is measured; ``None``
+            draws lots.
     """
 
     name: str
     per_step: int | None
+    look: float | None
 
     def advances(self, draw: random.Random) -> int:
         return draw.choice((0, 0, 1, 2, 5)) if self.per_step is None else self.per_step
 
+    def passes(self, draw: random.Random) -> float:
+        return draw.choice((0.0, 1e-4, 0.003, 0.03)) if self.look is None else self.look
 
-LOOP_FIRST = Schedule("loop first", 0)
-IN_TURN = Schedule("in turn", 1)
-THREADS_FIRST = Schedule("threads first", 10_000)
-BY_LOT = Schedule("by lot", None)
+
+LOOP_FIRST = Schedule("loop first", 0, 1e-4)
+IN_TURN = Schedule("in turn", 1, 0.003)  # a slow machine
+THREADS_FIRST = Schedule("threads first", 10_000, 0.0)  # nothing takes any time
+BY_LOT = Schedule("by lot", None, None)
 SCHEDULES = (LOOP_FIRST, IN_TURN, THREADS_FIRST, BY_LOT)
 
 

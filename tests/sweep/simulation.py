@@ -7,6 +7,8 @@ import contextvars
 import gc
 import os
 import random
+import threading
+import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -92,6 +94,7 @@ class Simulation:
     def __init__(self) -> None:
         self.driver = Driver()
         self._run: _Run | None = None
+        self._now = 0.0  # seconds, by the clock that measures work
         self._inside: list[Turn[Any]] = []
         self._io_loop = SteppedLoop(
             lambda: self.driver.pause("I/O step"),
@@ -100,7 +103,11 @@ class Simulation:
 
     @contextmanager
     def installed(self) -> Iterator[Simulation]:
-        """Within, threads advance only when they are told to."""
+        """Within, threads advance only when they are told to.
+
+        The clock that measures work goes on with each look at it, and garbage is collected only
+        when that is said, so that neither a busy machine nor what ran before makes a difference.
+        """
         asyncio.run(_start_mlx_thread())
         condition, driven = mlx_thread._changed, DrivenCondition(self.driver)
         threads, io_loop, io_pid = crossing.threading, io_thread._loop, io_thread._pid
@@ -116,9 +123,13 @@ class Simulation:
 
         self.driver.take(mlx_thread.post, swap)
         GUARD.hook = self._entered
+        undo_clock = self._own_clock()
+        gc.disable()
         try:
             yield self
         finally:
+            gc.enable()
+            undo_clock()
             GUARD.hook = None
             self.driver.quick = True
             self.driver.settle()
@@ -138,6 +149,23 @@ class Simulation:
     def _io_has_work(self) -> bool:
         loop = self._io_loop
         return bool(loop._ready) or loop.next_timer <= loop.time()
+
+    def _own_clock(self) -> Callable[[], None]:
+        """Replace ``time.perf_counter`` for what is driven here; gives what undoes that."""
+        real, here = time.perf_counter, threading.get_ident()
+
+        def look() -> float:
+            if threading.get_ident() != here and not self.driver.drives_me:
+                return real()
+            run = self._run
+            self._now += 1e-4 if run is None else run.schedule.passes(run.draw)
+            return self._now
+
+        def undo() -> None:
+            time.perf_counter = real
+
+        time.perf_counter = look
+        return undo
 
     def _watch(self) -> Callable[[], None]:
         """Note what is made, who is inside, and who is told to stop; gives what undoes that."""
@@ -264,7 +292,8 @@ class Simulation:
             self._destroy_tasks(loop)
             return
         else:
-            tasks = asyncio.all_tasks(loop)
+            tasks = sorted(asyncio.all_tasks(loop), key=_in_order)
+            run.draw.shuffle(tasks)  # nothing is said about whose turn is first
             for task in tasks:
                 task.cancel()
             loop.run_until_complete(_all(tasks))
@@ -429,7 +458,12 @@ async def _call(work: Callable[[], Awaitable[Any]], after: int) -> Any:
     return await work()
 
 
-async def _all(tasks: set[asyncio.Task[Any]]) -> None:
+def _in_order(task: asyncio.Task[Any]) -> tuple[int, str]:
+    """By name; among those that are alike, by number."""
+    return len(task.get_name()), task.get_name()
+
+
+async def _all(tasks: list[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
