@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import enum
 import functools
+import itertools
 import sys
 import threading
 import time
@@ -209,6 +210,9 @@ class Stage(enum.Enum):
     DONE = enum.auto()  # its work is over, or never will be done
 
 
+_arrivals = itertools.count()
+
+
 class Pending(Generic[T]):
     """Something that a coroutine waits for, and that another thread brings to its end.
 
@@ -221,9 +225,13 @@ class Pending(Generic[T]):
         on_done: called once, from any thread, when it is over, whether or not its event loop
             still lives; it must not block either.
         attended: whether somebody in the running event loop waits for it.
+        priority: lower goes first.
 
     Attributes:
+        rank: its place in an order: by priority, then by arrival.
         stage: written by its line alone, under the line's lock.
+        ready: whether it may be taken up; if not, a ``Preparer`` will say so. As ``stage``.
+        preparing: whether it is on one of the ``Preparer``'s threads. As ``stage``.
         cancelled: whether it was cancelled or aborted before its work was over.
         value: what the work gave.
         error: what the work raised.
@@ -238,12 +246,16 @@ class Pending(Generic[T]):
         on_done: Callable[[Pending[Any]], None] | None = None,
         *,
         attended: bool = True,
+        priority: int = 0,
     ) -> None:
         self._loop = asyncio.get_running_loop() if attended else None
+        self.rank = (priority, next(_arrivals))
         self._on_cancel = on_cancel
         self._on_done = on_done
         self._out: asyncio.Future[None] | None = self._loop.create_future() if self._loop else None
         self.stage = Stage.QUEUED
+        self.ready = True
+        self.preparing = False
         self.cancelled = False
         self.value: T | None = None
         self.error: BaseException | None = None
@@ -331,6 +343,8 @@ class Turn(Pending[T]):
         on_done: called once, from any thread, when the turn is over.
         attended: whether somebody in the running event loop waits for it; if not, the function
             is called with no context variables.
+        lane: turns of one lane go in their order, whether or not the first of them is ready;
+            ``None`` is for those that always are.
     """
 
     def __init__(
@@ -340,8 +354,10 @@ class Turn(Pending[T]):
         on_done: Callable[[Pending[Any]], None] | None = None,
         *,
         attended: bool = True,
+        lane: object = None,
     ) -> None:
         super().__init__(on_cancel, on_done, attended=attended)
+        self.lane = lane
         self._context: contextvars.Context | None = (
             contextvars.copy_context() if attended else contextvars.Context()
         )

@@ -13,16 +13,19 @@ import atexit
 import os
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 from mlx_engine.errors import EngineDead
 from mlx_engine.line import Line
-from mlx_engine.turn import Stage, Turn, current_turn
+from mlx_engine.turn import Pending, Stage, Turn, current_turn
 
 
 class MLXThread(Line[Turn[Any]]):
     """A thread that runs turns one at a time, in the order in which they were entered.
+
+    A turn that is being prepared holds up those behind it that are of its lane, no others.
 
     Every process has one, ``mlx_thread``; it starts with the first turn and ends, after its
     exit jobs, when the interpreter does.
@@ -31,6 +34,8 @@ class MLXThread(Line[Turn[Any]]):
     def __init__(self) -> None:
         super().__init__()
         self._running: Turn[Any] | None = None
+        # What is queued, by lane, each in the order of arrival.
+        self._lanes: dict[object, OrderedDict[Turn[Any], None]] = {}
         self._thread: threading.Thread | None = None
         self._pid = 0
         self._closing = False
@@ -42,6 +47,12 @@ class MLXThread(Line[Turn[Any]]):
     def locked(self) -> bool:
         """Whether a function is on the thread now, in other words inside MLX."""
         return self._running is not None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a turn is queued that could be taken up now."""
+        with self._changed:
+            return self._first() is not None
 
     @property
     def busy(self) -> bool:
@@ -118,7 +129,30 @@ class MLXThread(Line[Turn[Any]]):
                 self._start()
             if turn.stage is Stage.QUEUED:  # else it was aborted on its way here
                 self._queue[turn] = None
+                self._lanes.setdefault(turn.lane, OrderedDict())[turn] = None
                 self._changed.notify()
+
+    def _first(self) -> Turn[Any] | None:
+        """The turn to take up next: of those that are first in their lanes. Under the lock."""
+        heads = (next(iter(lane)) for lane in self._lanes.values())
+        return min((turn for turn in heads if turn.ready), key=_arrival, default=None)
+
+    def _withdraw(self, one: Pending[Any]) -> None:
+        super()._withdraw(one)
+        self._leave_lane(one)
+
+    def _leave_lane(self, one: Pending[Any]) -> None:
+        name = getattr(one, "lane", None)
+        lane = self._lanes.get(name)
+        if lane is None:
+            return
+        lane.pop(one, None)  # type: ignore[call-overload]
+        if not lane:
+            del self._lanes[name]
+
+    def _moved(self, one: Pending[Any]) -> None:
+        with self._changed:
+            self._changed.notify()
 
     def _enter(self, turn: Turn[Any]) -> None:
         self.check_outside()
@@ -157,15 +191,18 @@ class MLXThread(Line[Turn[Any]]):
     def _serve(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._chores or self._closing)
+                self._changed.wait_for(lambda: self._first() or self._chores or self._closing)
                 chores, self._chores = self._chores, []
             _call_all(chores)
             with self._changed:
-                if not self._queue:
+                first = self._first()
+                if first is None:
                     if self._closing:
                         return
                     continue
-                turn = self._running = self._queue.popitem(last=False)[0]
+                turn = self._running = first
+                del self._queue[turn], first
+                self._leave_lane(turn)
                 turn.stage = Stage.RUNNING
             if turn.orphaned:
                 turn.cancelled = True
@@ -190,6 +227,10 @@ class MLXThread(Line[Turn[Any]]):
         for turn in turns:
             self.abort(turn, EngineDead("the interpreter is shutting down"))
         self._thread.join()
+
+
+def _arrival(turn: Turn[Any]) -> int:
+    return turn.rank[1]
 
 
 def _call_all(jobs: list[Callable[[], None]]) -> None:

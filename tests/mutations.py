@@ -43,8 +43,8 @@ MUTATIONS = (
     Mutation(
         "a cancelled caller goes on, and the lock is released, while the worker is inside",
         "line.py",
-        "withdrawn = one.stage is Stage.QUEUED\n            if withdrawn:",
-        "withdrawn = True\n            self._running = None\n            if withdrawn:",
+        "            withdrawn = queued and not one.preparing\n",
+        "            withdrawn = True\n            self._running = None\n",
     ),
     Mutation(
         "a plain await in the drain: the second cancellation ends it",
@@ -90,15 +90,27 @@ MUTATIONS = (
     ),
     Mutation(
         "what was withdrawn is done nevertheless",
-        "line.py",
-        "                self._queue.pop(one, None)  # type: ignore[arg-type]\n",
-        "",
+        "worker.py",
+        "        super()._withdraw(one)\n        self._leave_lane(one)\n",
+        "        super()._withdraw(one)\n",
     ),
     Mutation(
         "the last one in is served first",
         "worker.py",
-        "self._queue.popitem(last=False)",
-        "self._queue.popitem(last=True)",
+        "next(iter(lane))",
+        "next(reversed(lane))",
+    ),
+    Mutation(
+        "whoever is prepared first is served first",
+        "worker.py",
+        "heads = (next(iter(lane)) for lane in self._lanes.values())",
+        "heads = iter(self._queue)",
+    ),
+    Mutation(
+        "a caller is told that it is cancelled while its prompt is still being prepared",
+        "line.py",
+        "            withdrawn = queued and not one.preparing\n",
+        "            withdrawn = queued\n",
     ),
     Mutation(
         "the lock is free before the function has returned",

@@ -59,13 +59,13 @@ class Admission:
             self._check_room(line)
             self._lifecycle.admit(ticket, abort)
             self._inside[ticket.request_id] = work, line
-        max_wait, timer = self._limits.max_wait, None
-        if max_wait:
-            timer = asyncio.get_running_loop().call_later(max_wait, self._expire, work, line)
+        timers: list[asyncio.TimerHandle] = []  # one or none
+        if self._limits.max_wait:
+            self._limit_wait(timers, work, line)
         try:
             yield
         finally:
-            if timer is not None:
+            for timer in timers:
                 timer.cancel()
 
     def over(self, ticket: Ticket, work: Pending[Any]) -> None:
@@ -100,7 +100,19 @@ class Admission:
             why = f"queue_limit={limit}" if full else "max_wait=0"
             raise self._busy(f"{waiting} requests are waiting ({why})", waiting, line)
 
-    def _expire(self, work: Pending[Any], line: Line[Any]) -> None:
+    def _limit_wait(
+        self, timers: list[asyncio.TimerHandle], work: Pending[Any], line: Line[Any]
+    ) -> None:
+        assert self._limits.max_wait is not None
+        loop = asyncio.get_running_loop()
+        timers[:] = [loop.call_later(self._limits.max_wait, self._expire, timers, work, line)]
+
+    def _expire(
+        self, timers: list[asyncio.TimerHandle], work: Pending[Any], line: Line[Any]
+    ) -> None:
+        if work.preparing:  # that is work, not waiting
+            self._limit_wait(timers, work, line)
+            return
         with self._lock:
             waiting = self._waiting(line)
         error = self._busy(

@@ -11,20 +11,21 @@ from typing import Unpack
 from mlx_engine.config import BatchConfig, EngineOptions, check_batchable_options
 from mlx_engine.engine.bursts import BurstLife
 from mlx_engine.engine.local import LocalEngine
-from mlx_engine.engine.seats import Seat, Seats
+from mlx_engine.engine.seats import Seats
 from mlx_engine.engine.slot import ModelSlot
-from mlx_engine.errors import EngineDead
+from mlx_engine.errors import EngineDead, MLXEngineError
 from mlx_engine.generation.batch import Batch
 from mlx_engine.generation.batch_check import check_batchable
 from mlx_engine.generation.budget import MemoryBudget
 from mlx_engine.generation.kv_cache import measure_kv
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.workspace import Workspace, memory_for_caches
+from mlx_engine.preparer import Preparer
 from mlx_engine.turn import drop_frames, what_it_says
 from mlx_engine.worker import mlx_thread
 
+_GATHER = 0.002  # seconds in which those that came together may join the first of them
 _QUANTUM = 0.02  # seconds that a burst has at least while others wait for the MLX thread
-_LOOK = 0.002  # seconds for prompts that are far back in the queue, between two steps
 
 
 class BatchedEngine(BurstLife[Request], LocalEngine):
@@ -71,6 +72,7 @@ class BatchedEngine(BurstLife[Request], LocalEngine):
         super().__init__(model, **options)
         check_batchable_options(self.config)
         self._seats = Seats(max_batch_size)
+        self._preparer = Preparer(self._seats)
         # Others' time on the MLX thread when the last burst made way for them, if it did.
         self._gave_way: float | None = None
 
@@ -86,6 +88,16 @@ class BatchedEngine(BurstLife[Request], LocalEngine):
         loaded = super()._load(path)
         self._batch_slot.batch().make_room()
         return loaded
+
+    def _prepare(self, request: Request) -> MLXEngineError | None:
+        error = super()._prepare(request)
+        if error is not None or not request.prompt:
+            return error
+        try:
+            self._batch_slot.budget.check(request)
+        except MLXEngineError as refused:
+            return request.failed(refused)
+        return None
 
     # on the MLX thread
 
@@ -117,35 +129,23 @@ class BatchedEngine(BurstLife[Request], LocalEngine):
                     self._seats.end(request, error)
             if batch.broken is not None:
                 return
-            if mlx_thread.waiting and time.perf_counter() - began >= share:
+            if mlx_thread.wanted and time.perf_counter() - began >= share:
                 self._gave_way = others
                 return
 
     def _fill(self, batch: Batch) -> bool:
-        """Look at new prompts, and give places to those whose turn it is; whether any is left."""
-        end = time.perf_counter() + _LOOK
-        while (seat := self._seats.unprepared()) is not None:
-            self._prepare(seat, batch)
-            if time.perf_counter() > end:
-                break
-        while self._seats.free and (seat := self._seats.first()) is not None:
+        """Give places to those whose turn it is; whether there is anything to do."""
+        if not len(batch):
+            self._seats.gather(_GATHER)
+        while (seat := self._seats.first()) is not None:
             if seat.orphaned:
                 self._seats.withdraw_orphans()
                 continue
             if not batch.fits(seat.request):
                 break
-            if self._seats.take(seat):
-                batch.add(seat.request)
-        return self._seats.settle()
-
-    def _prepare(self, seat: Seat[Request], batch: Batch) -> None:
-        try:
-            seat.request.prepare(self._slot.get())
-            batch.check(seat.request)
-        except BaseException as error:  # noqa: BLE001 - the border: templates raise anything
-            self._seats.refuse(seat, seat.request.failed(error))
-        else:
-            self._seats.prepared(seat)
+            if self._seats.take(seat) and (over := batch.add(seat.request)) is not None:
+                self._seats.end(*over)
+        return self._seats.pending
 
     def _fail(self, error: BaseException) -> None:
         """MLX cannot be used any more: tell everybody, and refuse what comes."""
@@ -164,6 +164,18 @@ class BatchSlot(ModelSlot):
         super().__init__()
         self._config = config
         self._batch: Batch | None = None
+        self._budget: MemoryBudget | None = None
+
+    @property
+    def budget(self) -> MemoryBudget:
+        """What the requests of the batch may take. From any thread.
+
+        Raises:
+            EngineDead: there is no model.
+        """
+        if self._budget is None:
+            raise EngineDead("the engine has no model any more")
+        return self._budget
 
     def batch(self) -> Batch:
         """The batch. On the MLX thread."""
@@ -176,10 +188,12 @@ class BatchSlot(ModelSlot):
         check_batchable(model, space.config)
         memory = self._config.kv_cache_memory_bytes
         limit = memory_for_caches() if memory is None else memory
-        budget = MemoryBudget(measure_kv(model, space.config), limit, space.equipment.footprints)
-        self._batch = Batch(space, budget, None if pause is None else pause / 1000)
+        self._budget = MemoryBudget(
+            measure_kv(model, space.config), limit, space.equipment.footprints
+        )
+        self._batch = Batch(space, self._budget, None if pause is None else pause / 1000)
 
     def empty(self) -> None:
         """Drop the model and all that belongs to it. On the MLX thread."""
-        self._batch = None
+        self._batch = self._budget = None
         super().empty()

@@ -12,6 +12,7 @@ from mlx_engine.engine.life import EngineLife
 from mlx_engine.engine.seats import R, Seat, Seats
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.outputs import GenerationResult
+from mlx_engine.preparer import Preparing
 from mlx_engine.turn import Pending
 
 
@@ -25,8 +26,9 @@ class BurstLife(EngineLife, Generic[R]):
 
     async def _serve(self, request: R, ticket: RequestTicket) -> GenerationResult:
         seat = Seat(request, functools.partial(self._admission.over, ticket), self._drive)
+        preparing = Preparing(self._preparer, seat, functools.partial(self._prepare, request))
         with self._admission.enter(ticket, seat, self._seats):
-            return await self._seats.run(seat)  # type: ignore[no-any-return]
+            return await self._seats.run(seat, preparing)  # type: ignore[no-any-return]
 
     def _drive(self) -> None:
         """See to it that a burst is under way, or in the queue of the MLX thread, if needed.

@@ -18,6 +18,7 @@ from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
 from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket
 from mlx_engine.meter import Meter
 from mlx_engine.outputs import EngineStats, PromptCacheStats, ShutdownReport
+from mlx_engine.preparer import Preparer, Preparing
 from mlx_engine.turn import Interrupted, Pending, Turn, clean_up, is_destroyed, to_the_end
 from mlx_engine.worker import mlx_thread
 
@@ -62,6 +63,7 @@ class EngineLife(abc.ABC):
         """An engine that is to fill ``slot`` when it starts."""
         self._lifecycle = Lifecycle()
         self._admission = Admission(self._lifecycle, limits)
+        self._preparer: Preparer[Any] = Preparer(mlx_thread)
         self._slot = slot
         # An engine that is forgotten must not drop its model on a foreign thread.
         self._finalizer = weakref.finalize(self, empty_abandoned, slot)
@@ -158,6 +160,13 @@ class EngineLife(abc.ABC):
             Exception: what ``start`` then raises.
         """
 
+    @abc.abstractmethod
+    def _prepare(self, request: Any) -> MLXEngineError | None:
+        """Make a request ready for its turn, on a thread of the preparer; the error if that fails.
+
+        It holds no model there, and does no MLX work.
+        """
+
     async def shutdown(self, timeout: float | None = None) -> ShutdownReport:
         """Refuse new requests from now on, let those in flight finish, release the model.
 
@@ -228,21 +237,27 @@ class EngineLife(abc.ABC):
         *args: Any,
         on_cancel: Callable[[], None] | None = None,
         _ticket: Ticket | None = None,
+        _prepare: Callable[[], MLXEngineError | None] | None = None,
         **kwargs: Any,
     ) -> T:
         """Run ``func`` on the MLX thread. All work that somebody waits for goes through here.
 
         Takes the generation lock in the order of arrival, and holds it until ``func`` has
         returned, whatever happens to the caller meanwhile; see ``MLXThread.run``.
+
+        Args:
+            _prepare: done before, on a thread of the preparer; see ``Preparing``.
         """
         ticket = _ticket or Ticket(self._lifecycle.new_id("work"))
         turn = Turn(
             functools.partial(func, *args, **kwargs),
             on_cancel,
             functools.partial(self._admission.over, ticket),
+            lane=self._admission,
         )
+        preparing = None if _prepare is None else Preparing(self._preparer, turn, _prepare)
         with self._admission.enter(ticket, turn, mlx_thread):
-            return await mlx_thread.run(turn)  # type: ignore[no-any-return]
+            return await mlx_thread.run(turn, preparing)  # type: ignore[no-any-return]
 
     def _run_unattended(
         self, func: Callable[[threading.Event], None], on_done: Callable[[Pending[None]], None]

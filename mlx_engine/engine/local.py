@@ -145,6 +145,16 @@ class LocalEngine(EngineLife, BaseEngine):
         ticket = RequestTicket(self._lifecycle.new_id("load"))
         return await self._run_blocking_serialized(self._load, path, _ticket=ticket)
 
+    def _prepare(self, request: Request) -> MLXEngineError | None:
+        """On a thread of the preparer: no MLX."""
+        try:
+            request.prepare(self._slot.vocabulary)
+        except Interrupted:
+            pass  # its turn, if it still gets one, ends it
+        except BaseException as error:  # noqa: BLE001 - the border: templates raise anything
+            return request.failed(error)
+        return None
+
     def _save(self, path: Path) -> int:
         """On the MLX thread."""
         return _at_the_border("saving the prompt cache", _save, self._slot, path)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import heapq
-import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -13,12 +11,11 @@ from typing import Any, Generic, Protocol, TypeVar
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.line import Line
 from mlx_engine.outputs import GenerationResult
+from mlx_engine.ranked import Ranked
 from mlx_engine.turn import Pending, Stage, Turn
 from mlx_engine.worker import mlx_thread
 
 _FAIR = 8  # every eighth place goes to whoever has waited longest, whatever the priorities
-_SOME = 16  # requests that may be over and still in the heaps, whatever the queue
-_arrivals = itertools.count()
 
 
 class Seated(Protocol):
@@ -43,28 +40,56 @@ class Seat(Pending[GenerationResult], Generic[R]):
     Args:
         request: whose it is.
         on_done: called once it is over.
-        on_enter: called when it is in the queue.
+        on_moved: called, from any thread, when it may have a place or has left the queue.
     """
 
     def __init__(
         self,
         request: R,
         on_done: Callable[[Pending[Any]], None],
-        on_enter: Callable[[], None],
+        on_moved: Callable[[], None],
     ) -> None:
-        super().__init__(request.cancel, on_done)
+        super().__init__(request.cancel, on_done, priority=request.priority)
         self.request = request
-        self.on_enter = on_enter
-        self.rank = (request.priority, next(_arrivals))
+        self.on_moved = on_moved
 
-    def __lt__(self, other: Seat[R]) -> bool:
-        return self.rank < other.rank
+
+class _Order(Generic[R]):
+    """Seats in the queue in one order: those that may have a place, and those not ready yet."""
+
+    def __init__(self, rank: Callable[[Seat[R]], tuple[int, ...]]) -> None:
+        self._rank = rank
+        self._ready: Ranked[Seat[R]] = Ranked()
+        self._unready: Ranked[None] = Ranked()
+
+    def add(self, seat: Seat[R]) -> None:
+        if seat.ready:
+            self._unready.discard(self._rank(seat))
+            self._ready.add(self._rank(seat), seat)
+        else:
+            self._unready.add(self._rank(seat), None)
+
+    def discard(self, seat: Seat[R]) -> None:
+        self._ready.discard(self._rank(seat))
+        self._unready.discard(self._rank(seat))
+
+    def first(self, places: int) -> Seat[R] | None:
+        """The first that is ready, unless those before it that are not will need all places."""
+        seat = self._ready.first()
+        if seat is None or self._unready.below(self._rank(seat), places) >= places:
+            return None
+        return seat
+
+    def settled(self, places: int) -> bool:
+        """Whether there are enough that are ready, or no others."""
+        return len(self._ready) >= places or not self._unready
 
 
 class Seats(Line[Seat[R]], Generic[R]):
     """Requests that wait for a place in the batch, and those that have one.
 
-    Entered and cancelled from event loops; taken up and ended on the MLX thread.
+    Entered and cancelled from event loops, made ready on other threads, taken up and ended on
+    the MLX thread.
 
     Args:
         width: places in the batch.
@@ -80,9 +105,8 @@ class Seats(Line[Seat[R]], Generic[R]):
         self.burst: Turn[None] | None = None
         self.driving = threading.Lock()
         self._running: dict[str, Seat[R]] = {}
-        self._fresh: list[Seat[R]] = []  # a heap; those that are over are left in it for a while
-        self._ready: list[Seat[R]] = []  # a heap
-        self._by_arrival: list[tuple[int, Seat[R]]] = []  # a heap of those in ``_ready``
+        self._by_rank: _Order[R] = _Order(lambda seat: seat.rank)
+        self._by_arrival: _Order[R] = _Order(lambda seat: seat.rank[1:])
         self._taken = 0
 
     @property
@@ -100,88 +124,37 @@ class Seats(Line[Seat[R]], Generic[R]):
 
     @property
     def pending(self) -> bool:
-        """Whether there is anything to do."""
-        return bool(self._queue or self._running)
-
-    def settle(self) -> bool:
-        """``pending``; if nobody waits, those that are over are let go, on this thread."""
-        with self._changed:
-            self._sweep()
-            return self.pending
-
-    def _enter(self, one: Seat[R]) -> None:
-        mlx_thread.check_outside()
-        with self._changed:
-            if one.stage is Stage.QUEUED:  # else it was aborted on its way here
-                self._queue[one] = None
-                self._sweep()
-                heapq.heappush(self._fresh, one)
-        one.on_enter()
-
-    def _sweep(self) -> None:
-        """Take those that are over out of the heaps, once most of them are, or all.
-
-        They go by themselves when they come to the top, to which some never do under lasting
-        load, and others not before the next request.
-        """
-        if self._queue and len(self._fresh) + len(self._ready) <= 2 * len(self._queue) + _SOME:
-            return
-        self._fresh = [seat for seat in self._fresh if seat.stage is Stage.QUEUED]
-        self._ready = [seat for seat in self._ready if seat.stage is Stage.QUEUED]
-        self._by_arrival = [(seat.rank[1], seat) for seat in self._ready]
-        heaps: tuple[list[Any], ...] = (self._fresh, self._ready, self._by_arrival)
-        for heap in heaps:
-            heapq.heapify(heap)
-
-    def unprepared(self) -> Seat[R] | None:
-        """Whose prompt to look at next. It is given once."""
-        with self._changed:
-            while self._fresh:
-                seat = heapq.heappop(self._fresh)
-                if seat.stage is Stage.QUEUED:
-                    return seat
-        return None
-
-    def prepared(self, seat: Seat[R]) -> None:
-        """Its prompt has been looked at: it may have a place."""
-        with self._changed:
-            self._sweep()
-            heapq.heappush(self._ready, seat)
-            heapq.heappush(self._by_arrival, (seat.rank[1], seat))
+        """Whether there is anything to do on the MLX thread."""
+        return bool(self._running) or self.first() is not None
 
     def first(self) -> Seat[R] | None:
-        """Who gets the next place: by priority, then in the order of arrival."""
+        """Who gets the next place: by priority, then in the order of arrival.
+
+        Nobody overtakes: who comes earlier and is not ready yet keeps a place. ``None`` if there
+        is no place, or nobody for it.
+        """
         with self._changed:
-            while self._ready and self._ready[0].stage is not Stage.QUEUED:
-                heapq.heappop(self._ready)
-            while self._by_arrival and self._by_arrival[0][1].stage is not Stage.QUEUED:
-                heapq.heappop(self._by_arrival)
-            if not self._ready:
+            if self.free <= 0:
                 return None
             oldest = self._taken % _FAIR == _FAIR - 1
-            return self._by_arrival[0][1] if oldest else self._ready[0]
+            return (self._by_arrival if oldest else self._by_rank).first(self.free)
+
+    def gather(self, seconds: float) -> None:
+        """Wait a moment for those that are not ready yet, so that they begin together."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._by_rank.settled(self.free), seconds)
 
     def take(self, seat: Seat[R]) -> bool:
         """Give it a place; ``False`` if it has been withdrawn."""
         with self._changed:
             if seat.stage is not Stage.QUEUED:
                 return False
-            del self._queue[seat]
+            self._withdraw(seat)
             seat.stage = Stage.RUNNING
             seat.started = time.perf_counter()
             self._running[seat.request.request_id] = seat
             self._taken += 1
         return True
-
-    def refuse(self, seat: Seat[R], error: MLXEngineError) -> None:
-        """It gets no place at all."""
-        with self._changed:
-            if seat.stage is not Stage.QUEUED:
-                return
-            del self._queue[seat]
-            seat.stage = Stage.DONE
-        seat.error = error
-        seat.announce()
 
     def end(self, request: R, error: BaseException | None) -> None:
         """A request in the batch is over."""
@@ -205,7 +178,6 @@ class Seats(Line[Seat[R]], Generic[R]):
             self.refuse(seat, _another(error))
         for seat in running:
             self.end(seat.request, _another(error))
-        self.settle()
 
     def withdraw_orphans(self) -> None:
         """Drop those in the queue whose event loop is closed."""
@@ -213,6 +185,29 @@ class Seats(Line[Seat[R]], Generic[R]):
             orphans = [seat for seat in self._queue if seat.orphaned]
         for seat in orphans:
             self._cancel(seat)
+
+    def _enter(self, one: Seat[R]) -> None:
+        mlx_thread.check_outside()
+        with self._changed:
+            if one.stage is Stage.QUEUED:  # else it was aborted on its way here
+                self._queue[one] = None
+                self._is_ready(one)
+
+    def _is_ready(self, one: Seat[R]) -> None:
+        self._by_rank.add(one)
+        self._by_arrival.add(one)
+        self._changed.notify_all()
+
+    def _withdraw(self, one: Pending[Any]) -> None:
+        super()._withdraw(one)
+        assert isinstance(one, Seat)
+        self._by_rank.discard(one)
+        self._by_arrival.discard(one)
+        self._changed.notify_all()
+
+    def _moved(self, one: Pending[Any]) -> None:
+        assert isinstance(one, Seat)
+        one.on_moved()
 
 
 def _another(error: MLXEngineError) -> MLXEngineError:

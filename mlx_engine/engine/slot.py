@@ -14,6 +14,7 @@ from mlx_engine.errors import EngineDead, MLXEngineError, ModelLoadError
 from mlx_engine.generation.workspace import Workspace, make_workspace
 from mlx_engine.meter import Meter
 from mlx_engine.models.loading import LoadedModel, load_model
+from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.outputs import ProgressCallback, PromptCacheStats
 from mlx_engine.turn import Interrupted, checkpoint, drop_frames, stoppable, what_it_says
 from mlx_engine.worker import mlx_thread
@@ -107,6 +108,15 @@ class ModelSlot:
 
     def _equip(self, space: Workspace) -> None:
         """Make what else the engine needs; raises what the start then raises."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What prompts are made into tokens with. From any thread.
+
+        Raises:
+            EngineDead: there is no model.
+        """
+        return self.space().loaded.vocabulary
 
     def get(self) -> LoadedModel:
         """The model. On the MLX thread, in a request that was admitted."""

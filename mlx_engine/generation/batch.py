@@ -64,14 +64,6 @@ class Batch:
     def _requests(self) -> list[Request]:
         return [row.request for row in (*self._decoding.rows, *self._prefilling.rows)]
 
-    def check(self, request: Request) -> None:
-        """Refuse a prepared request that could never have the memory that it may need.
-
-        Raises:
-            InvalidRequest: with both numbers.
-        """
-        self._budget.check(request)
-
     def fits(self, request: Request) -> bool:
         """Whether there is memory for it now; stored prompts give way to it."""
         left = self._budget.left([*self._requests, request])
@@ -85,10 +77,15 @@ class Batch:
         if left is not None:
             self._space.shrink_stored(max(0, left))
 
-    def add(self, request: Request) -> None:
-        """Take up a prepared request."""
-        request.begin()
+    def add(self, request: Request) -> Over | None:
+        """Take up a prepared request; it may be over at once."""
+        try:
+            if not request.begin():
+                return request, None
+        except BaseException as error:  # noqa: BLE001 - the border: a caller's module is imported
+            return request, request.failed(error)
         self._prefilling.add(Row(request))
+        return None
 
     def step(self) -> Iterator[Over]:
         """Drop what was cancelled, decode a token for every row, and prefill a slice.

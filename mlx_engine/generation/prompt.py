@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_engine.asks import ChatPrompt, TextPrompt
 from mlx_engine.errors import ContextLengthExceeded, InvalidRequest
-from mlx_engine.models.loading import LoadedModel
+from mlx_engine.models.vocabulary import Vocabulary
 
 # Unicode normalisation in a tokenizer may shorten text, though never by more than this.
 _SHRINK = 4
@@ -36,7 +36,7 @@ class Encoded:
     notes: tuple[str, ...] = ()
 
 
-def encode(source: TextPrompt | ChatPrompt, loaded: LoadedModel) -> Encoded:
+def encode(source: TextPrompt | ChatPrompt, vocabulary: Vocabulary) -> Encoded:
     """The token ids of a prompt or chat, on the MLX thread.
 
     A plain text gets the tokenizer's special tokens unless it has them; a conversation is put
@@ -48,8 +48,8 @@ def encode(source: TextPrompt | ChatPrompt, loaded: LoadedModel) -> Encoded:
         ContextLengthExceeded: the text is too long, by far.
     """
     if isinstance(source, ChatPrompt):
-        return _Chat(source).encode(loaded)
-    return _encode_text(source, loaded)
+        return _Chat(source).encode(vocabulary)
+    return _encode_text(source, vocabulary)
 
 
 def option_of(source: TextPrompt | ChatPrompt) -> str:
@@ -57,20 +57,20 @@ def option_of(source: TextPrompt | ChatPrompt) -> str:
     return "messages" if isinstance(source, ChatPrompt) else "prompt"
 
 
-def _encode_text(source: TextPrompt, loaded: LoadedModel) -> Encoded:
+def _encode_text(source: TextPrompt, vocabulary: Vocabulary) -> Encoded:
     prompt = source.prompt
     if isinstance(prompt, str):
-        check_text(prompt, loaded, "prompt")
-        bos = loaded.tokenizer.bos_token
+        check_text(prompt, vocabulary, "prompt")
+        bos = vocabulary.tokenizer.bos_token
         special = bos is None or not prompt.startswith(bos)
-        tokens: list[int] = loaded.tokenizer.encode(prompt, add_special_tokens=special)
+        tokens: list[int] = vocabulary.tokenizer.encode(prompt, add_special_tokens=special)
         if not tokens:
             raise InvalidRequest("prompt", "has no tokens in this model's vocabulary")
         return Encoded(tokens)
-    if max(prompt) >= loaded.vocab_size:
-        token = next(token for token in prompt if token >= loaded.vocab_size)
+    if max(prompt) >= vocabulary.vocab_size:
+        token = next(token for token in prompt if token >= vocabulary.vocab_size)
         raise InvalidRequest(
-            "prompt", f"token id {token} is not in the vocabulary of {loaded.vocab_size} tokens"
+            "prompt", f"token id {token} is not in the vocabulary of {vocabulary.vocab_size} tokens"
         )
     return Encoded(prompt)
 
@@ -83,8 +83,8 @@ class _Chat:
         self.tools = source.tools
         self._kwargs = source.template_kwargs
 
-    def encode(self, loaded: LoadedModel) -> Encoded:
-        tokenizer = loaded.tokenizer
+    def encode(self, vocabulary: Vocabulary) -> Encoded:
+        tokenizer = vocabulary.tokenizer
         if not tokenizer.has_chat_template:
             raise InvalidRequest(
                 "messages",
@@ -92,7 +92,7 @@ class _Chat:
                 "in the form that the model was trained on",
             )
         text = self._render(tokenizer)
-        check_text(text, loaded, "messages")
+        check_text(text, vocabulary, "messages")
         notes: list[str] = []
         if self.tools and text == self._render(tokenizer, tools=None):
             raise InvalidRequest(
@@ -167,15 +167,15 @@ def _names_in(template: str) -> frozenset[str] | None:
         return None
 
 
-def check_text(text: str, loaded: LoadedModel, option: str) -> None:
+def check_text(text: str, vocabulary: Vocabulary, option: str) -> None:
     """Refuse text that cannot fit, without tokenizing megabytes of it first, or is no text.
 
     Raises:
         ContextLengthExceeded: even in the longest tokens it would not fit.
         InvalidRequest: it has surrogates, as bytes that are no UTF-8 become in arguments.
     """
-    limit = loaded.context_length
-    if limit is not None and len(text) > _SHRINK * limit * loaded.longest_token:
+    limit = vocabulary.context_length
+    if limit is not None and len(text) > _SHRINK * limit * vocabulary.longest_token:
         raise ContextLengthExceeded(
             f"{len(text)} characters of {option} cannot fit into the model's context of {limit} "
             "tokens; shorten it",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from mlx_engine.errors import ContextLengthExceeded, GenerationError, MLXEngineE
 from mlx_engine.generation.prompt import encode, option_of
 from mlx_engine.generation.sampling import Sampling, make_sampling, token_logprob
 from mlx_engine.generation.text import Piece, TextAssembler
-from mlx_engine.models.loading import LoadedModel
+from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.outputs import (
     FinishReason,
     GenerationResult,
@@ -30,7 +31,7 @@ from mlx_engine.outputs import (
 )
 from mlx_engine.params import SamplingParams
 from mlx_engine.stream import Emit, emit_pieces
-from mlx_engine.turn import call_in, drop_frames, what_it_says
+from mlx_engine.turn import call_in, checkpoint, drop_frames, stoppable, what_it_says
 
 
 class Request:
@@ -47,7 +48,7 @@ class Request:
     Attributes:
         prompt: token ids, once prepared.
         limit: how many tokens may be generated, once prepared; ``None`` is without limit.
-        sampling: what chooses its tokens, once prepared.
+        sampling: what chooses its tokens, once its work has begun.
         context: the context variables of the caller, for code of the caller's.
     """
 
@@ -75,6 +76,7 @@ class Request:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._clock = Clock()
         self._text: TextAssembler | None = None
+        self._make_sampling: Callable[[], Sampling] | None = None  # once prepared
         self._ends: frozenset[int] = frozenset()  # token ids that end the answer
         self._silent: frozenset[int] = frozenset()  # token ids that are signals, not text
         self._tokens: list[int] = []
@@ -131,35 +133,49 @@ class Request:
         """Ask it to stop at its next token or prefill chunk. From any thread."""
         self._stopped = True
 
-    def prepare(self, loaded: LoadedModel) -> None:
-        """Turn the prompt into tokens and the options into a sampler, on the MLX thread.
+    def prepare(self, vocabulary: Vocabulary) -> None:
+        """Turn the prompt into tokens, and look at the options. On any thread, without MLX.
 
         Raises:
             InvalidRequest: the prompt or an option does not suit this model.
+            Interrupted: it was cancelled.
             Exception: whatever a tokenizer or chat template raises.
         """
-        encoded = encode(self._source, loaded)
+        with stoppable(lambda: self.should_stop):
+            checkpoint()
+            encoded = encode(self._source, vocabulary)
         self.prompt = encoded.tokens
         self._notes += encoded.notes
-        self.limit = self._fit(loaded)
-        self.sampling = make_sampling(
+        self.limit = self._fit(vocabulary)
+        self._make_sampling = functools.partial(
+            make_sampling,
             self._params,
-            vocab_size=loaded.vocab_size,
-            xtc_special_tokens=(*loaded.newline_tokens, *sorted(loaded.eos)),
+            vocab_size=vocabulary.vocab_size,
+            xtc_special_tokens=(*vocabulary.newline_tokens, *sorted(vocabulary.eos)),
         )
         self._text = TextAssembler(
-            loaded.tokenizer,
+            vocabulary.tokenizer,
             stop=tuple(self._params.stop),
             initial_state=encoded.initial_state,
             tools=self._source.tools if isinstance(self._source, ChatPrompt) else None,
         )
         stops = frozenset(self._params.stop_token_ids)
-        self._silent = loaded.eos | stops
+        self._silent = vocabulary.eos | stops
         self._ends = stops if self._params.ignore_eos else self._silent
 
-    def begin(self) -> None:
-        """Its work on the MLX thread begins."""
+    def begin(self) -> bool:
+        """Its work on the MLX thread begins, with its sampler; ``False`` if it was cancelled.
+
+        Raises:
+            InvalidRequest: a logits processor cannot be imported.
+        """
         self._clock.started = time.perf_counter()
+        make, self._make_sampling = self._make_sampling, None
+        if make is None or self.should_stop:
+            self.cancelled()
+            return False
+        self.sampling = make()
+        return True
 
     def prefill_begins(self, cached: int) -> None:
         """Its prefill begins, behind ``cached`` tokens that need none."""
@@ -316,8 +332,9 @@ class Request:
             logprobs = tuple(self._logprobs[-1:]) if tokens else ()
             emit_pieces(self._emit, pieces, tokens, logprobs, reason)
 
-    def _fit(self, loaded: LoadedModel) -> int | None:
-        context, wanted, length = loaded.context_length, self._params.max_tokens, len(self.prompt)
+    def _fit(self, vocabulary: Vocabulary) -> int | None:
+        context, wanted = vocabulary.context_length, self._params.max_tokens
+        length = len(self.prompt)
         if context is None:
             return wanted
         room = context - length

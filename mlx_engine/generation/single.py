@@ -46,11 +46,10 @@ def generate_single(request: Request, space: Workspace) -> GenerationResult:
 
 
 def _attempt(request: Request, space: Workspace) -> MLXEngineError | None:
-    request.begin()
     try:
         try:
-            request.prepare(space.loaded)
-            _run(request, space)
+            if request.begin():
+                _run(request, space)
         finally:
             # A step may be under way that nobody waits for any more.
             mx.synchronize(generation_stream)

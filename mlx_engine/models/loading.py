@@ -19,6 +19,7 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 from mlx_engine.config import DEMO_MODEL, ModelConfig
 from mlx_engine.errors import InvalidRequest, MLXEngineError, ModelLoadError
 from mlx_engine.models import demo, hub
+from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.outputs import Progress, ProgressCallback
 from mlx_engine.turn import Interrupted
 
@@ -43,26 +44,30 @@ class LoadedModel:
     Attributes:
         model: takes token ids of shape (batch, n) and a cache, gives logits of shape
             (batch, n, vocabulary).
-        tokenizer: mlx_lm's wrapper with its streaming detokenizer.
+        vocabulary: what needs no MLX.
         config: config.json.
         path: the folder that it came from.
-        eos: token ids that end an answer, by the model's configuration and tokenizer.
-        vocab_size: tokens that the logits cover.
-        context_length: tokens of prompt and answer together; ``None`` if the model names
-            no limit.
-        longest_token: characters of the longest token.
-        newline_tokens: what the tokenizer makes of a line break.
     """
 
     model: nn.Module
-    tokenizer: TokenizerWrapper
+    vocabulary: Vocabulary
     config: dict[str, Any]
     path: Path
-    eos: frozenset[int]
-    vocab_size: int
-    context_length: int | None
-    longest_token: int
-    newline_tokens: tuple[int, ...]
+
+    @property
+    def tokenizer(self) -> TokenizerWrapper:
+        """mlx_lm's wrapper of the model's tokenizer."""
+        return self.vocabulary.tokenizer
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of prompt and answer together; ``None`` if the model names no limit."""
+        return self.vocabulary.context_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the logits cover."""
+        return self.vocabulary.vocab_size
 
 
 def find_model(
@@ -134,17 +139,15 @@ def load_model(
         raise ModelLoadError(f"{source}: {_explain(error, config)}") from error
     # Metal only, elsewhere it does nothing: lets the weights stay resident.
     maybe_set_recommended_wired_limit()
-    return LoadedModel(
-        model=model,
+    vocabulary = Vocabulary(
         tokenizer=tokenizer,
-        config=model_config,
-        path=source,
         eos=frozenset(tokenizer.eos_token_ids),
         vocab_size=vocab_size(model_config, tokenizer),
         context_length=config.context_length or context_length(model_config),
         longest_token=max(map(len, tokenizer.get_vocab()), default=1),
         newline_tokens=tuple(tokenizer.encode("\n", add_special_tokens=False)),
     )
+    return LoadedModel(model, vocabulary, model_config, source)
 
 
 def _never() -> bool:

@@ -35,7 +35,7 @@ def check_head(loaded: LoadedModel, parts: SplitModel, head: MTPHead) -> float:
     prompt = list(loaded.tokenizer.encode(_PROMPT))
     checkpoint()
     check_split(parts, prompt)
-    return agreement(parts, head, prompt + _greedy(parts, prompt, loaded.eos))
+    return agreement(parts, head, prompt + _greedy(parts, prompt, loaded.vocabulary.eos))
 
 
 def agreement(parts: SplitModel, head: MTPHead, tokens: Sequence[int]) -> float:

@@ -24,8 +24,9 @@ from mlx_engine.engine.bursts import BurstLife
 from mlx_engine.engine.crossing import in_this_loop
 from mlx_engine.engine.producer import RequestProducer
 from mlx_engine.engine.seats import Seats
-from mlx_engine.errors import EngineDead, InvalidRequest
+from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError
 from mlx_engine.outputs import GenerationResult, ProgressCallback
+from mlx_engine.preparer import Preparer
 from mlx_engine.stream import Emit
 from mlx_engine.testing.fake_answer import Answers, another
 from mlx_engine.testing.fake_model import LOOK, FakeModel, Load
@@ -112,6 +113,8 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
             load_seconds=load_seconds,
         )
         super().__init__(model, QueueConfig(queue_limit=queue_limit, max_wait=max_wait))
+        if self._batched:
+            self._preparer = Preparer(self._seats)
 
     def die(self, error: EngineDead | None = None) -> None:
         """End the engine as if what it runs on were gone. From any thread.
@@ -186,14 +189,24 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
                 "priority", "requests are served in the order of arrival; or give max_batch_size"
             )
         return await self._run_blocking_serialized(
-            self._play_alone, request, on_cancel=request.cancel, _ticket=ticket
+            self._play_alone,
+            request,
+            on_cancel=request.cancel,
+            _ticket=ticket,
+            _prepare=functools.partial(self._prepare, request),
         )
+
+    def _prepare(self, request: FakeRequest) -> MLXEngineError | None:
+        try:
+            request.prepare(self._slot.context_length)
+        except Exception as error:  # noqa: BLE001 - told to its caller
+            return request.failed(error)
+        return None
 
     # on the MLX thread
 
     def _play_alone(self, request: FakeRequest) -> GenerationResult:
         try:
-            request.prepare(self._slot.context_length)
             for seconds in self._slot.play(request):
                 time.sleep(LOOK if seconds is None else seconds)
         except EngineDead as error:
@@ -208,7 +221,7 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
         try:
             while self._take_up() and not stop.is_set():
                 self._step()
-                if mlx_thread.waiting:
+                if mlx_thread.wanted:
                     return
         except BaseException as error:  # noqa: BLE001 - nobody may be left waiting
             dead = error if isinstance(error, EngineDead) else EngineDead(what_it_says(error))
@@ -218,19 +231,12 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
 
     def _take_up(self) -> bool:
         """Give places to those whose turn it is; whether there is anything to do."""
-        while (seat := self._seats.unprepared()) is not None:
-            try:
-                seat.request.prepare(self._slot.context_length)
-            except Exception as error:  # noqa: BLE001 - told to its caller
-                self._seats.refuse(seat, seat.request.failed(error))
-            else:
-                self._seats.prepared(seat)
-        while self._seats.free and (seat := self._seats.first()) is not None:
+        while (seat := self._seats.first()) is not None:
             if seat.orphaned:
                 self._seats.withdraw_orphans()
             elif self._seats.take(seat):
                 self._playing[seat.request] = self._slot.play(seat.request)
-        return self._seats.settle()
+        return self._seats.pending
 
     def _step(self) -> None:
         """A token for each request that is not held at a gate."""

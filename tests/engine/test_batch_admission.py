@@ -186,42 +186,71 @@ class Asked:
         raise AssertionError("none of them is served")
 
 
-def enter(seats: Seats[Asked], request: Asked) -> Seat[Asked]:
+def enter(seats: Seats[Asked], request: Asked, *, ready: bool = True) -> Seat[Asked]:
     seat = Seat(request, lambda _: None, lambda: None)
+    seat.ready = ready
     seats._enter(seat)
     return seat
+
+
+def make_ready(seats: Seats[Asked], seat: Seat[Asked]) -> None:
+    seat.preparing = True
+    seats.left(seat, None)
 
 
 async def test_those_that_left_the_queue_are_forgotten_though_better_ones_wait() -> None:
     seats = Seats[Asked](1)
     first = enter(seats, Asked("first", 0))
+    gone = []
     for number in range(400):
-        seat = enter(seats, Asked(str(number), 1))
-        while number < 200 and (fresh := seats.unprepared()) is not None:
-            seats.prepared(fresh)
+        seat = enter(seats, Asked(str(number), 1), ready=number % 2 == 0)
+        gone.append(weakref.ref(seat))
         seats._cancel(seat)
-    assert len(seats._fresh) + len(seats._ready) < 30
-    assert len(seats._by_arrival) < 30
+    del seat
+    assert [each() for each in gone if each() is not None] == []
+    for order in (seats._by_rank, seats._by_arrival):
+        assert len(order._ready._heap) + len(order._unready._heap) < 60
     assert seats.first() is first
 
 
-@pytest.mark.parametrize("looked_at", [0, 1, 2])
-async def test_nobody_who_left_the_queue_is_held_when_nobody_is_left_in_it(looked_at: int) -> None:
+@pytest.mark.parametrize("ready", [0, 1, 2])
+async def test_nobody_who_left_the_queue_is_held_when_nobody_is_left_in_it(ready: int) -> None:
     seats = Seats[Asked](1)
     asked = [Asked("one", 0), Asked("other", 0)]
-    entered = [enter(seats, each) for each in asked]
-    for _ in range(looked_at):
-        fresh = seats.unprepared()
-        assert fresh is not None
-        seats.prepared(fresh)
-    fresh = None
-    assert seats.settle()
+    entered = [enter(seats, each, ready=i < ready) for i, each in enumerate(asked)]
+    assert seats.pending == bool(ready)
     for seat in entered:
         seats._cancel(seat)
     held = [weakref.ref(each) for each in asked]
     del asked, entered, seat
-    assert not seats.settle()
+    assert not seats.pending
     assert [each() for each in held] == [None, None]
+
+
+async def test_who_comes_first_keeps_a_place_while_it_is_made_ready() -> None:
+    seats = Seats[Asked](2)
+    slow, quick, third = (enter(seats, Asked(n, 0), ready=n != "slow") for n in ("slow", "b", "c"))
+    assert seats.first() is quick  # there is a place for each
+    assert seats.take(quick)
+    assert seats.first() is None  # the last one is kept
+    assert not seats.take(quick)
+    make_ready(seats, slow)
+    assert seats.first() is slow
+    seats.take(slow)
+    assert seats.first() is None
+    seats.end(slow.request, RuntimeError("over"))
+    assert seats.first() is third
+
+
+async def test_better_priorities_keep_a_place_too_and_make_room_when_they_leave() -> None:
+    seats = Seats[Asked](1)
+    ready = enter(seats, Asked("ready", 0))
+    assert seats.first() is ready
+    urgent = enter(seats, Asked("urgent", -1), ready=False)
+    enter(seats, Asked("idle", 1), ready=False)
+    assert seats.first() is None
+    seats._cancel(urgent)
+    assert seats.first() is ready
 
 
 async def test_a_request_that_does_not_fit_now_waits_and_stored_prompts_give_way(

@@ -185,7 +185,7 @@ async def test_what_is_known_of_a_model(tiny_path: Path) -> None:
         loaded = engine._slot.get()
         assert loaded.vocab_size == 262
         assert loaded.context_length == CONTEXT
-        assert loaded.longest_token == len("</tool_call>")
+        assert loaded.vocabulary.longest_token == len("</tool_call>")
     async with SimpleEngine(tiny_path, context_length=100) as engine:
         assert engine._slot.get().context_length == 100
 

@@ -19,9 +19,11 @@ from typing import Any
 from anyio._backends._asyncio import _task_states
 
 from mlx_engine import stream as streams
-from mlx_engine.engine import crossing
+from mlx_engine import preparer
+from mlx_engine.engine import batched, crossing
 from mlx_engine.engine.admission import Admission
 from mlx_engine.engine.seats import Seats
+from mlx_engine.line import Line
 from mlx_engine.remote.calls import Call
 from mlx_engine.remote.io_thread import io_thread
 from mlx_engine.testing.safety.endings import LoopShutdown
@@ -45,7 +47,9 @@ _JOINTS = (
     (streams._Channel, "push"),
     (Seats, "take"),
     (Seats, "end"),
-    (Seats, "refuse"),
+    (Line, "refuse"),
+    (Line, "take_to_prepare"),
+    (Line, "left"),
 )
 
 
@@ -115,6 +119,10 @@ class Simulation:
         crossing.threading = SimpleNamespace(  # type: ignore[assignment]
             Thread=self._thread, Event=threads.Event
         )
+        preparer.threading = SimpleNamespace(  # type: ignore[assignment]
+            Thread=self._thread, Lock=threads.Lock
+        )
+        gather, batched._GATHER = batched._GATHER, 0.0  # nobody else goes on meanwhile
         io_thread._loop, io_thread._pid = self._io_loop, os.getpid()
         self.driver.start(self._io_loop.run_forever, "I/O")
 
@@ -139,11 +147,12 @@ class Simulation:
             self.driver.settle()
             self._io_loop.close()
             io_thread._loop, io_thread._pid = io_loop, io_pid
-            crossing.threading = threads
+            crossing.threading = preparer.threading = threads
+            batched._GATHER = gather
             undo_watch()
             undo_joints()
 
-    def _thread(self, *, target: Callable[[], object], name: str) -> Any:
+    def _thread(self, *, target: Callable[[], object], name: str, daemon: bool = False) -> Any:
         return SimpleNamespace(start=lambda: self.driver.start(target, name))
 
     def _io_has_work(self) -> bool:
@@ -364,7 +373,7 @@ class Simulation:
             if who == "operation" and pending is not None and pending.attended:
                 if pending in self._inside:
                     run.problem = Broken("I2: the caller goes on while its work is inside MLX")
-                elif pending.stage is Stage.RUNNING:
+                elif pending.stage is Stage.RUNNING or pending.preparing:
                     run.problem = Broken("I2: the caller goes on while its work is under way")
 
     # Moments

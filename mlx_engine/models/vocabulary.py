@@ -1,0 +1,31 @@
+"""What turns text into tokens: all of a loaded model that needs no MLX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The tokenizer of a model, and the numbers that prompts are measured by. From any thread.
+
+    It holds no arrays: what prepares prompts on other threads may hold it, and no model.
+
+    Attributes:
+        tokenizer: mlx_lm's wrapper with its streaming detokenizer.
+        eos: token ids that end an answer, by the model's configuration and tokenizer.
+        vocab_size: tokens that the logits cover.
+        context_length: tokens of prompt and answer together; ``None`` if the model names
+            no limit.
+        longest_token: characters of the longest token.
+        newline_tokens: what the tokenizer makes of a line break.
+    """
+
+    tokenizer: TokenizerWrapper
+    eos: frozenset[int]
+    vocab_size: int
+    context_length: int | None
+    longest_token: int
+    newline_tokens: tuple[int, ...]

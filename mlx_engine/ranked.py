@@ -1,0 +1,58 @@
+"""A heap that can be left anywhere."""
+
+from __future__ import annotations
+
+import heapq
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+Rank = tuple[int, ...]
+
+_SOME = 16  # ranks of things that have left, which may stay whatever the size
+
+
+class Ranked(Generic[T]):
+    """Things in the order of their ranks, no two of which are the same. For one thread.
+
+    What has left is not held: only its rank stays for a while.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[Rank] = []
+        self._things: dict[Rank, T] = {}
+
+    def __len__(self) -> int:
+        return len(self._things)
+
+    def add(self, rank: Rank, thing: T) -> None:
+        """Put it in its place."""
+        self._things[rank] = thing
+        heapq.heappush(self._heap, rank)
+
+    def discard(self, rank: Rank) -> None:
+        """Take it out, if it is in."""
+        self._things.pop(rank, None)
+        if len(self._heap) > 2 * len(self._things) + _SOME:
+            self._heap = list(self._things)
+            heapq.heapify(self._heap)
+
+    def first(self) -> T | None:
+        """The one of the lowest rank."""
+        while self._heap and self._heap[0] not in self._things:
+            heapq.heappop(self._heap)
+        return self._things[self._heap[0]] if self._heap else None
+
+    def pop(self) -> T | None:
+        """Take the one of the lowest rank out."""
+        thing = self.first()
+        if thing is not None:
+            del self._things[heapq.heappop(self._heap)]
+        return thing
+
+    def below(self, rank: Rank, most: int) -> int:
+        """How many have a lower rank, counted up to ``most``."""
+        self.first()
+        if not self._heap or self._heap[0] > rank:
+            return 0
+        lowest = heapq.nsmallest(most, self._things)
+        return sum(other < rank for other in lowest)
