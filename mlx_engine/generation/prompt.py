@@ -11,11 +11,11 @@ import jinja2.meta
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_engine.asks import ChatPrompt, TextPrompt
-from mlx_engine.errors import ContextLengthExceeded, InvalidRequest
+from mlx_engine.errors import InvalidRequest
+from mlx_engine.generation.tokenize import check_text
 from mlx_engine.models.vocabulary import Vocabulary
+from mlx_engine.turn import checkpoint
 
-# Unicode normalisation in a tokenizer may shorten text, though never by more than this.
-_SHRINK = 4
 # Where a chat template's own last marker is looked for when it cannot be told apart.
 _TAIL_TOKENS = 16
 
@@ -37,7 +37,7 @@ class Encoded:
 
 
 def encode(source: TextPrompt | ChatPrompt, vocabulary: Vocabulary) -> Encoded:
-    """The token ids of a prompt or chat, on the MLX thread.
+    """The token ids of a prompt or chat. On any thread, without MLX.
 
     A plain text gets the tokenizer's special tokens unless it has them; a conversation is put
     into the model's chat template, up to where the answer begins.
@@ -46,6 +46,7 @@ def encode(source: TextPrompt | ChatPrompt, vocabulary: Vocabulary) -> Encoded:
         InvalidRequest: a token id is not in the vocabulary; or the model has no chat template,
             or it refuses the conversation, or does not know of tools.
         ContextLengthExceeded: the text is too long, by far.
+        Interrupted: it should stop, and did between two steps.
     """
     if isinstance(source, ChatPrompt):
         return _Chat(source).encode(vocabulary)
@@ -118,6 +119,7 @@ class _Chat:
         kwargs: dict[str, Any] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
+        checkpoint()
         try:
             return str(
                 tokenizer.apply_chat_template(
@@ -165,26 +167,3 @@ def _names_in(template: str) -> frozenset[str] | None:
         return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(template)))
     except jinja2.TemplateError:  # it has tags of its own
         return None
-
-
-def check_text(text: str, vocabulary: Vocabulary, option: str) -> None:
-    """Refuse text that cannot fit, without tokenizing megabytes of it first, or is no text.
-
-    Raises:
-        ContextLengthExceeded: even in the longest tokens it would not fit.
-        InvalidRequest: it has surrogates, as bytes that are no UTF-8 become in arguments.
-    """
-    limit = vocabulary.context_length
-    if limit is not None and len(text) > _SHRINK * limit * vocabulary.longest_token:
-        raise ContextLengthExceeded(
-            f"{len(text)} characters of {option} cannot fit into the model's context of {limit} "
-            "tokens; shorten it",
-            prompt_tokens=None,
-            max_tokens=None,
-            context_length=limit,
-            option=option,
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(option, f"is not valid Unicode text ({error})") from error

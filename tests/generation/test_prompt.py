@@ -31,7 +31,7 @@ async def engine(tiny_engine: SimpleEngine) -> AsyncIterator[SimpleEngine]:
 
 
 async def encoded(engine: SimpleEngine, *args: Any) -> Any:
-    return await engine.run_blocking(lambda: encode(ChatPrompt.of(*args), engine._slot.get()))
+    return encode(ChatPrompt.of(*args), engine._slot.vocabulary)
 
 
 async def rendered(engine: SimpleEngine, *args: Any) -> str:

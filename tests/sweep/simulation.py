@@ -18,8 +18,8 @@ from typing import Any
 
 from anyio._backends._asyncio import _task_states
 
-from mlx_engine import stream as streams
 from mlx_engine import preparer
+from mlx_engine import stream as streams
 from mlx_engine.engine import batched, crossing
 from mlx_engine.engine.admission import Admission
 from mlx_engine.engine.seats import Seats
