@@ -9,9 +9,9 @@ from mlx_engine.generation.batch_check import may_pad
 from mlx_engine.generation.course import advance, take_up
 from mlx_engine.generation.kv_cache import Cache, merge
 from mlx_engine.generation.prefill import padded_prefill
-from mlx_engine.generation.prompt_cache import common_prefix
 from mlx_engine.generation.row import Row
 from mlx_engine.generation.sparse.sparse_cache import sparse
+from mlx_engine.generation.stored_prompt import common_prefix
 from mlx_engine.generation.workspace import Workspace
 
 _CAUTIOUS = 64  # tokens of the first slice beside running rows, before any was measured
