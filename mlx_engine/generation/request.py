@@ -46,6 +46,7 @@ class Request:
 
     Attributes:
         prompt: token ids, once prepared.
+        places: numbers of its first tokens with which other prompts are likely to begin too.
         limit: how many tokens may be generated, once prepared; ``None`` is without limit.
         sampling: what chooses its tokens, once prepared.
         context: the context variables of the caller, for code of the caller's.
@@ -64,6 +65,7 @@ class Request:
         self.priority = priority
         self.strategies = strategies or Strategies()
         self.prompt: list[int] = []
+        self.places: tuple[int, ...] = ()
         self.limit: int | None = None
         self.sampling: Sampling | None = None
         self.context: contextvars.Context | None = None
@@ -139,7 +141,7 @@ class Request:
             Exception: whatever a tokenizer or chat template raises.
         """
         encoded = encode(self._source, loaded)
-        self.prompt = encoded.tokens
+        self.prompt, self.places = encoded.tokens, encoded.places
         self._notes += encoded.notes
         self.limit = self._fit(loaded)
         self.sampling = make_sampling(

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import CacheList, ConcatenateKVCache, KVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
@@ -52,6 +53,7 @@ class LoadedModel:
             no limit.
         longest_token: characters of the longest token.
         newline_tokens: what the tokenizer makes of a line break.
+        cuttable: whether its KV caches can be cut back to any number of tokens, at any length.
     """
 
     model: nn.Module
@@ -63,6 +65,7 @@ class LoadedModel:
     context_length: int | None
     longest_token: int
     newline_tokens: tuple[int, ...]
+    cuttable: bool = True
 
 
 def find_model(
@@ -144,7 +147,15 @@ def load_model(
         context_length=config.context_length or context_length(model_config),
         longest_token=max(map(len, tokenizer.get_vocab()), default=1),
         newline_tokens=tuple(tokenizer.encode("\n", add_special_tokens=False)),
+        cuttable=all(_cuttable(entry) for entry in make_prompt_cache(model)),
     )
+
+
+def _cuttable(cache: Any) -> bool:
+    """Whether a cache of one of mlx_lm's classes never loses what it needs to be cut back."""
+    if isinstance(cache, CacheList):
+        return all(_cuttable(part) for part in cache.caches)
+    return isinstance(cache, (KVCache, ConcatenateKVCache))
 
 
 def _never() -> bool:
