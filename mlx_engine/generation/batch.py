@@ -250,13 +250,14 @@ class Batch:
     def _store_prompt(self, row: Row, cache: Cache) -> None:
         """Keep what is prefilled by now, where others are likely to begin with the same."""
         new = row.held - row.cached
-        if row.held == row.checkpoint or (
-            not row.left and (new >= _WORTH_KEEPING or not trimmable(cache))
+        if row.held in row.places or (
+            not row.left and row.keeps_end and (new >= _WORTH_KEEPING or not trimmable(cache))
         ):
             self._store(row, cache)
 
     def _store(self, row: Row, cache: Cache) -> None:
-        if not self._space.store(row.in_cache, cache, len(row.request.prompt) - 1):
+        request = row.request
+        if not self._space.store(row.in_cache, cache, len(request.prompt) - 1, request.places):
             self._recover()
         self.make_room()
 

@@ -22,7 +22,7 @@ def take_up(space: Workspace, row: Row) -> None:
     request, equipment = row.request, space.equipment
     cache, hit = space.look_up(request)
     row.held = row.cached = hit.cached
-    row.checkpoint = hit.checkpoint
+    row.places = space.places_of(request, hit)
     asked = request.strategies
     for option, note in equipment.notes.items():
         if getattr(asked, option) is not None:
@@ -41,11 +41,11 @@ def take_up(space: Workspace, row: Row) -> None:
     row.sparse = ScoredPrefill(
         run, equipment.sparse, asked.prefill, request.prompt, cache, row.held
     )
-    row.cache, row.checkpoint, row.alone = row.sparse.cache, None, True
+    row.cache, row.places, row.alone = row.sparse.cache, (), True
 
 
 def advance(space: Workspace, row: Row, size: int) -> int:
-    """Prefill at most ``size`` tokens more; a slice also ends at ``row.checkpoint``.
+    """Prefill at most ``size`` tokens more; a slice also ends at each of ``row.places``.
 
     Returns:
         Tokens that went through a model.
@@ -64,8 +64,8 @@ def advance(space: Workspace, row: Row, size: int) -> int:
         return went
     assert row.cache is not None
     end = min(row.held + size, len(prompt) - 1)
-    if row.checkpoint is not None and row.held < row.checkpoint < end:
-        end = row.checkpoint
+    if row.stop is not None:
+        end = min(end, row.stop)
     went = end - row.held
     if went:
         run = partial(_forward, space, prompt, row.drafter, starts=[row.held])

@@ -9,9 +9,9 @@ from mlx_engine.generation.batch_check import may_pad
 from mlx_engine.generation.course import advance, take_up
 from mlx_engine.generation.kv_cache import Cache, merge
 from mlx_engine.generation.prefill import padded_prefill
-from mlx_engine.generation.prompt_cache import common_prefix
 from mlx_engine.generation.row import Row
 from mlx_engine.generation.sparse.sparse_cache import sparse
+from mlx_engine.generation.stored_prompt import common_prefix
 from mlx_engine.generation.workspace import Workspace
 
 _CAUTIOUS = 64  # tokens of the first slice beside running rows, before any was measured
@@ -134,7 +134,7 @@ class PrefillQueue:
     def _group(self, row: Row, size: int) -> list[Row]:
         """The row, and others that can be prefilled with it in one slice."""
         group, longest = [row], row.left
-        if not self._may_pad or row.alone or row.stops or longest > size or not longest:
+        if not self._may_pad or row.alone or row.stop or longest > size or not longest:
             return group
         for other in self.rows:
             left = max(longest, other.left)
@@ -145,7 +145,7 @@ class PrefillQueue:
             except Exception:  # noqa: BLE001 - told to its caller when its own turn comes
                 other.alone = True
                 continue
-            if other.left and not other.stops and not other.alone:
+            if other.left and not other.stop and not other.alone:
                 group.append(other)
                 longest = max(longest, other.left)
         return group

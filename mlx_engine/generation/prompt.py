@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jinja2
@@ -12,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_engine.asks import ChatPrompt, TextPrompt
 from mlx_engine.errors import InvalidRequest
+from mlx_engine.generation.chat_places import ChatPlaces, EncodedText
 from mlx_engine.generation.tokenize import check_text
 from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.turn import checkpoint
@@ -29,11 +31,14 @@ class Encoded:
         initial_state: state of mlx_lm's text state machine in which the answer begins;
             ``None`` if the answer is raw text.
         notes: what was asked for and had no effect.
+        places: numbers of its first tokens with which other prompts are likely to begin too,
+            ascending; none where the model's KV cache can be cut back to any.
     """
 
     tokens: list[int]
     initial_state: str | None = None
     notes: tuple[str, ...] = ()
+    places: tuple[int, ...] = ()
 
 
 def encode(source: TextPrompt | ChatPrompt, vocabulary: Vocabulary) -> Encoded:
@@ -95,7 +100,10 @@ class _Chat:
         text = self._render(tokenizer)
         check_text(text, vocabulary, "messages")
         notes: list[str] = []
-        if self.tools and text == self._render(tokenizer, tools=None):
+        chat = ChatPlaces(
+            tokenizer, self._messages, self.tools, self._kwargs, partial(self._render, tokenizer)
+        )
+        if self.tools and not self._shows_tools(tokenizer, chat, text):
             raise InvalidRequest(
                 "tools",
                 "this model's chat template does not show tools to it (some do only if there is "
@@ -106,14 +114,27 @@ class _Chat:
         if unknown := [name for name in self._kwargs if not self._matters(tokenizer, name, text)]:
             names = ", ".join(unknown)
             notes.append(f"chat_template_kwargs: this chat template does not look at {names}")
-        tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        checkpoint()
+        encoded = EncodedText(tokenizer, text)
+        tokens = encoded.tokens
         if not tokens:
             raise InvalidRequest("messages", "the chat template made an empty prompt of them")
-        return Encoded(tokens, self._initial_state(tokenizer, text, tokens), tuple(notes))
+        known = tokenizer.response_initial_state is not None or not tokenizer.has_thinking
+        without: str | None = None
+        if not (known and vocabulary.cuttable):
+            try:
+                without = self._render(tokenizer, add_generation_prompt=False)
+            except InvalidRequest:
+                if not known:
+                    raise
+        places = () if vocabulary.cuttable else chat.find(text, without, encoded)
+        state = self._initial_state(tokenizer, text, without, tokens)
+        return Encoded(tokens, state, tuple(notes), places)
 
     def _render(
         self,
         tokenizer: TokenizerWrapper,
+        messages: list[dict[str, Any]] | None = None,
         *,
         tools: Any = ...,
         kwargs: dict[str, Any] | None = None,
@@ -123,7 +144,7 @@ class _Chat:
         try:
             return str(
                 tokenizer.apply_chat_template(
-                    self._messages,
+                    self._messages if messages is None else messages,
                     tools=self.tools if tools is ... else tools,
                     add_generation_prompt=add_generation_prompt,
                     tokenize=False,
@@ -143,16 +164,24 @@ class _Chat:
         others = {key: value for key, value in self._kwargs.items() if key != name}
         return text != self._render(tokenizer, kwargs=others)
 
-    def _initial_state(self, tokenizer: TokenizerWrapper, text: str, tokens: list[int]) -> str:
+    def _shows_tools(self, tokenizer: TokenizerWrapper, chat: ChatPlaces, text: str) -> bool:
+        """Whether the template shows them to the model, as far as that can be known."""
+        names = [(tool.get("function") or tool).get("name") for tool in self.tools or ()]
+        if chat.head().shows_tools and all(name and str(name) in text for name in names):
+            return True
+        return text != self._render(tokenizer, tools=None)
+
+    def _initial_state(
+        self, tokenizer: TokenizerWrapper, text: str, without: str | None, tokens: list[int]
+    ) -> str:
         """Whether the answer begins as reasoning: the template may have opened it."""
         if tokenizer.response_initial_state is not None:
             return str(tokenizer.response_initial_state)
         if not tokenizer.has_thinking:
             return "normal"
         # Markers in what a user wrote do not count, so only the template's own end does.
-        before = self._render(tokenizer, add_generation_prompt=False)
-        if text.startswith(before):
-            tail = text[len(before) :]
+        if without is not None and text.startswith(without):
+            tail = text[len(without) :]
         else:
             tail = str(tokenizer.decode(tokens[-_TAIL_TOKENS:]))
         opened, closed = tail.rfind(tokenizer.think_start), tail.rfind(tokenizer.think_end)

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
-import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from mlx_engine.generation.kv_cache import Cache
 from mlx_engine.generation.snapshot import (
-    arrays,
     has_dropped,
     is_quantized,
     length,
     packed,
-    snapshot,
     trimmable,
 )
+from mlx_engine.generation.stored_prompt import SMALLEST_HIT, Entry, Mark, Tokens, common_prefix
 from mlx_engine.outputs import PromptCacheLookup, PromptCacheStats
-
-Tokens = npt.NDArray[np.int32]
-
-_SMALLEST_HIT = 16  # tokens; prefilling fewer costs less than copying them
-_FIRST_BLOCK = 64  # tokens compared before the rest: most prompts that differ do so early
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,39 +39,13 @@ class Hit:
     checkpoint: int | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Entry:
-    """A stored prompt; nothing in it is ever written to.
-
-    Attributes:
-        tokens: what the cache holds, of shape (tokens,).
-        cache: their keys and values, or state.
-        prefilled: how many of them prefill chunks computed, not decode steps.
-        nbytes: memory that it holds.
-        trimmable: whether it can be cut back.
-        first: the smallest number of its tokens that can be reused.
-        last: the largest.
-    """
-
-    tokens: Tokens
-    cache: Cache
-    prefilled: int
-    nbytes: int
-    trimmable: bool
-    first: int
-    last: int
-
-    def usable(self, common: int, grid: int) -> int:
-        """Tokens that a prompt with ``common`` first tokens can take from it, or 0."""
-        cut = min(common, self.last) // grid * grid
-        return cut if cut >= max(self.first, _SMALLEST_HIT) else 0
-
-
 class PromptCache:
     """Stored prompts of one model. It lives on the MLX thread, all but ``stats()``.
 
-    The longest stored beginning of a prompt is reused, whichever prompt it comes from. When
-    the limit is reached, what was used least recently goes.
+    The longest stored beginning of a prompt is reused, whichever prompt it comes from. A cache
+    that cannot be cut back is reused at the places where it was stored; they move to the prompt
+    that was stored last of those that have them. When the limit is reached, what was used least
+    recently goes.
 
     Args:
         limit: bytes that all entries may hold together; 0 stores nothing.
@@ -164,22 +130,36 @@ class PromptCache:
         if used is not None:
             self._entries.move_to_end(used)
             entry = self._entries[used]
-            cache = snapshot(entry.cache, cached if entry.trimmable else None)
+            cache = entry.taken(cached)
         if counted:
             self._misses += used is None
             self._hits += used is not None
             self._hit_tokens += cached
             self._last_lookup = self._explain(request_id, prompt, cached, closest, most)
-        return Hit(cache, cached, shared if shared - cached >= _SMALLEST_HIT else None)
+        return Hit(cache, cached, shared if shared - cached >= SMALLEST_HIT else None)
 
-    def store(self, tokens: Sequence[int], cache: Cache, *, prefilled: int | None = None) -> bool:
+    def store(
+        self,
+        tokens: Sequence[int],
+        cache: Cache,
+        *,
+        prefilled: int | None = None,
+        places: Collection[int] = (),
+        marks: Sequence[Mark] = (),
+    ) -> bool:
         """Keep what ``cache`` holds of ``tokens``; it may be written into afterwards.
+
+        A cache that cannot be cut back is kept at this place. Keys and values of layers that
+        can be cut back are held once for all places of a conversation.
 
         Args:
             tokens: what was put into ``cache``, from the beginning. It may have more
                 than that in it if it can be cut back, or less.
             prefilled: how many of them prefill chunks computed, each beginning at a multiple
                 of ``grid``; ``None`` is all of them.
+            places: where the turns of a chat begin and end; of other places in it only a few
+                are kept.
+            marks: places that are known already.
 
         Returns:
             Whether they can be fetched now.
@@ -192,27 +172,48 @@ class PromptCache:
         prefilled = size if prefilled is None else min(prefilled, size)
         first, last = self._reach(cache, size, prefilled, can_trim)
         cuttable = can_trim or held is None or held == size
-        if not cuttable or last < max(first, _SMALLEST_HIT):
+        if not cuttable or last < max(first, SMALLEST_HIT):
             self._refused += 1
             return False
         ids = np.array(tokens[:size], dtype=np.int32)
+        shared = not can_trim and self.grid is None  # with others' keys and values
         for key, entry in self._entries.items():
-            if entry.first <= first and self._covers(entry, ids, last):
+            if not entry.covers(ids, last):
+                continue
+            if entry.first <= first or last in entry.places:
                 self._entries.move_to_end(key)
                 return True
+            if shared and not entry.trimmable:
+                return self._mark(key, cache, last)
         kept, nbytes = packed(cache, size if can_trim else None)
         if not 0 < nbytes <= self._limit:
             self._refused += 1
             return False
-        new = Entry(ids, kept, prefilled, nbytes, can_trim, first, last)
+        turn = max(places, default=0) if shared else 0
+        new = Entry(ids, kept, prefilled, nbytes, can_trim, first, last, tuple(marks), turn)
+        if shared:
+            new = self._take_over(new, places)
         for key, entry in list(self._entries.items()):
-            if new.first <= entry.first and self._covers(new, entry.tokens, entry.last):
+            if new.first <= entry.first and new.covers(entry.tokens, entry.last):
                 self._drop(key)
-        self.shrink(self._limit - nbytes)
-        mx.eval(arrays(kept))  # an unevaluated slice keeps all that it was computed from
+        self.shrink(self._limit - new.nbytes)
+        new.evaluate()
         self._entries[self._next_key] = new
         self._next_key += 1
-        self._nbytes += nbytes
+        self._nbytes += new.nbytes
+        self._stored += 1
+        return True
+
+    def _mark(self, key: int, cache: Cache, place: int) -> bool:
+        """Add a place to an entry that goes further than ``cache``."""
+        marked = self._entries[key].marked(cache, place)
+        if marked.nbytes > self._limit:
+            self._refused += 1
+            return False
+        self._entries.move_to_end(key)
+        self.shrink(self._limit - marked.nbytes + self._entries[key].nbytes)
+        marked.evaluate()
+        self._replace(key, marked)
         self._stored += 1
         return True
 
@@ -249,13 +250,35 @@ class PromptCache:
                 last = min(last, self.quantized_from - 1)
         return first, last // self._step * self._step
 
-    def _covers(self, entry: Entry, tokens: Tokens, last: int) -> bool:
-        """Whether ``entry`` begins with ``tokens``, and is usable up to ``last`` of them."""
-        return (
-            len(entry.tokens) >= len(tokens)
-            and entry.last >= last
-            and common_prefix(entry.tokens, tokens) == len(tokens)
-        )
+    def _take_over(self, new: Entry, keep: Collection[int]) -> Entry:
+        """``new`` with the places that others have of its tokens; it holds their keys and values.
+
+        So they are held once, by the entry that was stored last. An entry that has nothing
+        else is dropped, and one whose prompt goes on in ``new`` in another way than by its
+        answer is the next to be dropped.
+        """
+        marks = {mark.tokens: mark for mark in new.marks}
+        size = len(new.tokens)
+        for key, entry in list(self._entries.items()):
+            if entry.trimmable:
+                continue
+            common = common_prefix(entry.tokens, new.tokens)
+            for place in entry.places:
+                if place <= common and place < size:
+                    marks[place] = entry.mark_in(place, new.cache)
+            if entry.last <= common:
+                self._drop(key)
+                continue
+            left = tuple(mark for mark in entry.marks if mark.tokens > common)
+            self._replace(key, replace(entry, marks=left))
+            if entry.turn and common >= entry.turn:
+                self._entries.move_to_end(key, last=False)
+        ordered = tuple(marks[place] for place in sorted(marks))
+        return replace(new, marks=ordered).thinned(keep, self._limit)
+
+    def _replace(self, key: int, entry: Entry) -> None:
+        self._nbytes += entry.nbytes - self._entries[key].nbytes
+        self._entries[key] = entry
 
     def _explain(
         self, request_id: str, prompt: Tokens, cached: int, closest: Entry | None, common: int
@@ -286,27 +309,15 @@ class PromptCache:
         if cached == same:
             verb = "ends at" if common == len(closest.tokens) else "differs from"
             return f"the closest prompt {verb} token {common}" + " on" * (verb != "ends at")
-        if same < _SMALLEST_HIT:
-            return f"{same} tokens are the same; fewer than {_SMALLEST_HIT} are not worth a copy"
+        if same < SMALLEST_HIT:
+            return f"{same} tokens are the same; fewer than {SMALLEST_HIT} are not worth a copy"
         if not closest.trimmable:
+            places = ", ".join(map(str, closest.places))
             return (
                 f"this model's cache cannot be cut back to token {same}, and is kept only at "
-                f"{len(closest.tokens)}"
+                f"{places}"
             )
         return (
             f"{same} tokens are the same, but a quantised or bounded cache is reused only in whole "
             f"prefill chunks of {self.grid}, here from {closest.first} to {closest.last} tokens"
         )
-
-
-def common_prefix(one: Sequence[int] | Tokens, other: Sequence[int] | Tokens) -> int:
-    """How many tokens two prompts have in common at their beginning."""
-    a, b = np.asarray(one, dtype=np.int32), np.asarray(other, dtype=np.int32)
-    end = min(len(a), len(b))
-    start = 0
-    for stop in (min(_FIRST_BLOCK, end), end):
-        differs = a[start:stop] != b[start:stop]
-        if differs.any():
-            return start + int(differs.argmax())
-        start = stop
-    return end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.kv_cache import Cache
 from mlx_engine.generation.layer_record import can_be_recorded, fits, holds, rebuild, record
 from mlx_engine.generation.prompt_cache import PromptCache
-from mlx_engine.generation.snapshot import arrays
+from mlx_engine.generation.snapshot import arrays, cut_to, state_arrays
+from mlx_engine.generation.stored_prompt import Mark
 from mlx_engine.models.loading import LoadedModel
 from mlx_engine.models.whole_file import replace_safetensors
 
@@ -67,6 +69,7 @@ def save(path: Path, cache: PromptCache, fingerprint: str) -> int:
             "tokens": record(mx.array(entry.tokens), found),
             "prefilled": entry.prefilled,
             "layers": record(entry.cache, found),
+            "marks": [[mark.tokens, record(mark.state, found)] for mark in entry.marks],
         }
         for entry in cache.entries()
         if can_be_recorded(entry.cache)
@@ -133,7 +136,7 @@ def load(path: Path, cache: PromptCache, fingerprint: str, template: Cache) -> i
         )
         kept = _latest(entries, cache.limit) if fit else []
         # Until now they are only bound to the file.
-        mx.eval([[entry.tokens, *arrays(entry.cache)] for entry in kept])
+        mx.eval([[entry.tokens, *entry.arrays] for entry in kept])
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise _unreadable(path, error) from error
     if not fit:
@@ -143,7 +146,12 @@ def load(path: Path, cache: PromptCache, fingerprint: str, template: Cache) -> i
             f"max_kv_size and prefill_step_size that it was saved with, {_ADVICE}",
         )
     return sum(
-        cache.store(np.array(entry.tokens).tolist(), entry.cache, prefilled=entry.prefilled)
+        cache.store(
+            np.array(entry.tokens).tolist(),
+            entry.cache,
+            prefilled=entry.prefilled,
+            marks=entry.marks,
+        )
         for entry in kept
     )
 
@@ -158,20 +166,39 @@ class _FileEntry:
         self.tokens: mx.array = rebuild(described["tokens"], found)
         self.prefilled: int = described["prefilled"]
         self.cache: Cache = rebuild(described["layers"], found)
+        self.marks = [
+            Mark(place, state, sum(array.nbytes for array in state_arrays(state)))
+            for place, state in rebuild(described.get("marks", []), found)
+        ]
         size = self.tokens.size
         if not (
             self.tokens.ndim == 1
             and self.tokens.dtype == mx.int32
             and 0 <= self.prefilled <= size
             and all(holds(entry, size) for entry in self.cache)
+            and all(self._has_place(mark) for mark in self.marks)
         ):
             raise ValueError("a KV cache does not hold the tokens that it should")
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        states = [state_arrays(mark.state) for mark in self.marks]
+        return [*arrays(self.cache), *itertools.chain(*states)]
+
+    def _has_place(self, mark: Mark) -> bool:
+        """Whether the prompt can be taken back there, and is of the same kind then."""
+        if not 0 < mark.tokens < self.tokens.size:
+            return False
+        there = cut_to(self.cache, mark.state, mark.tokens)
+        return all(holds(entry, mark.tokens) for entry in there) and fits(
+            there, self.cache, until_quantized=False
+        )
 
 
 def _latest(entries: list[_FileEntry], limit: int) -> list[_FileEntry]:
     """The last ones, as many as ``limit`` bytes can have."""
     for index in range(len(entries) - 1, -1, -1):
-        limit -= sum(array.nbytes for array in arrays(entries[index].cache))
+        limit -= sum(array.nbytes for array in entries[index].arrays)
         if limit < 0:
             return entries[index + 1 :]
     return entries

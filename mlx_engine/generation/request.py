@@ -47,6 +47,7 @@ class Request:
 
     Attributes:
         prompt: token ids, once prepared.
+        places: numbers of its first tokens with which other prompts are likely to begin too.
         limit: how many tokens may be generated, once prepared; ``None`` is without limit.
         sampling: what chooses its tokens, once its work has begun.
         context: the context variables of the caller, for code of the caller's.
@@ -65,6 +66,7 @@ class Request:
         self.priority = priority
         self.strategies = strategies or Strategies()
         self.prompt: list[int] = []
+        self.places: tuple[int, ...] = ()
         self.limit: int | None = None
         self.sampling: Sampling | None = None
         self.context: contextvars.Context | None = None
@@ -144,7 +146,7 @@ class Request:
         with stoppable(lambda: self.should_stop):
             checkpoint()
             encoded = encode(self._source, vocabulary)
-        self.prompt = encoded.tokens
+        self.prompt, self.places = encoded.tokens, encoded.places
         self._notes += encoded.notes
         self.limit = self._fit(vocabulary)
         self._make_sampling = functools.partial(

@@ -10,6 +10,8 @@ from mlx_engine.generation.request import Request
 from mlx_engine.generation.sparse.scored_prefill import ScoredPrefill
 from mlx_engine.generation.speculative.drafter import Drafter
 
+_NEAR = 64  # tokens; prefilling fewer costs less than another copy
+
 
 class Row:
     """A request in the batch.
@@ -19,7 +21,7 @@ class Row:
         cache: its own KV cache; ``None`` when it is in one with those of other rows.
         held: tokens in its KV cache.
         cached: of which the prompt cache had these.
-        checkpoint: tokens after which its cache is to be stored, on the way.
+        places: numbers of tokens after which its cache is to be stored, on the way; ascending.
         alone: whether its prefill must not be shared with other rows.
         fault: what its logits processor or sampler raised.
         sparse: what leaves out parts of its prompt, if anything does.
@@ -32,7 +34,7 @@ class Row:
         self.request = request
         self.cache: Cache | None = None
         self.held = self.cached = 0
-        self.checkpoint: int | None = None
+        self.places: tuple[int, ...] = ()
         self.alone = False
         self.fault: BaseException | None = None
         self.sparse: ScoredPrefill | None = None
@@ -52,9 +54,18 @@ class Row:
         return len(self.request.prompt) - 1 - self.held
 
     @property
-    def stops(self) -> bool:
-        """Whether its cache is to be stored before all of its prompt is in."""
-        return self.checkpoint is not None and self.held < self.checkpoint
+    def stop(self) -> int | None:
+        """The next of ``places``; ``None`` if there are no more."""
+        return next((place for place in self.places if place > self.held), None)
+
+    @property
+    def keeps_end(self) -> bool:
+        """Whether its cache is to be stored where its prompt ends, too.
+
+        The end of a chat's prompt is the beginning of an answer, and rarely comes again.
+        """
+        known = self.request.places
+        return not known or len(self.request.prompt) - 1 - known[-1] >= _NEAR
 
     @property
     def nbytes(self) -> int:

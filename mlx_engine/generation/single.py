@@ -70,11 +70,11 @@ def _run(request: Request, space: Workspace) -> None:
     assert cache is not None
     if request.should_stop:
         request.cancelled()
-        space.store(row.in_cache, cache, row.held)  # a retry goes on from there
+        space.store(row.in_cache, cache, row.held, request.places)  # a retry goes on from there
         return
     prefilled, can_trim = row.held, trimmable(cache)
-    if not can_trim:  # what is decoded cannot be taken back out of such a cache
-        space.store(row.in_cache, cache, prefilled)
+    if not can_trim and row.keeps_end:  # what is decoded cannot be taken out of such a cache
+        space.store(row.in_cache, cache, prefilled, request.places)
     try:
         _decode(space, row)
     except Interrupted:
@@ -82,7 +82,7 @@ def _run(request: Request, space: Workspace) -> None:
     finish_drafting(row)
     # What is decoded was not computed in prefill chunks; that matters to some caches.
     if can_trim or row.held <= len(row.in_cache):
-        space.store(row.in_cache, cache, prefilled)
+        space.store(row.in_cache, cache, prefilled, request.places)
 
 
 def _prefill(space: Workspace, row: Row) -> None:
@@ -96,8 +96,8 @@ def _prefill(space: Workspace, row: Row) -> None:
         advance(space, row, step if row.sparse is not None else step - row.held % step)
         meter.prefill_seconds += time.perf_counter() - began
         meter.kv_bytes = row.nbytes
-        if row.held == row.checkpoint:
-            space.store(row.in_cache, row.cache, row.held)
+        if row.held in row.places:
+            space.store(row.in_cache, row.cache, row.held, request.places)
     else:
         request.prefilled()
     keep_scored(row)

@@ -38,6 +38,60 @@ def snapshot(cache: Cache, length: int | None = None) -> Cache:
     return [_copied(entry, length, _view) for entry in cache]
 
 
+State = list[Any]  # one entry a layer; None where the layer can be cut back by itself
+
+
+def state_beside(cache: Cache, whole: Cache) -> tuple[State, int]:
+    """What ``cache`` holds in layers in which a longer one cannot be cut back to it.
+
+    Args:
+        whole: of a prompt that begins with the tokens of ``cache``.
+
+    Returns:
+        What ``cut_to`` takes besides ``whole``, and its bytes. Nothing is evaluated yet.
+    """
+    held = 0
+
+    def take(array: mx.array, tokens: int | None) -> mx.array:
+        nonlocal held
+        kept = mx.contiguous(_view(array, tokens))
+        held += kept.nbytes
+        return kept
+
+    def state(entry: Any, longer: Any) -> Any:
+        if isinstance(entry, CacheList):
+            return [state(*pair) for pair in zip(entry.caches, longer.caches, strict=True)]
+        return None if _can_be_cut(longer) else _copied(entry, None, take)
+
+    return [state(*pair) for pair in zip(cache, whole, strict=True)], held
+
+
+def cut_to(whole: Cache, state: State, length: int) -> Cache:
+    """A snapshot of ``whole`` as it was after ``length`` tokens.
+
+    Args:
+        state: of that place, as ``state_beside`` has given it.
+    """
+
+    def cut(entry: Any, kept: Any) -> Any:
+        if isinstance(entry, CacheList):
+            return CacheList(*(cut(*pair) for pair in zip(entry.caches, kept, strict=True)))
+        return _copied(entry, length, _view) if kept is None else _copied(kept, None, _view)
+
+    return [cut(*pair) for pair in zip(whole, state, strict=True)]
+
+
+def state_arrays(state: State) -> list[mx.array]:
+    """Every array in it."""
+    parts: list[mx.array] = []
+    for entry in state:
+        if isinstance(entry, list):
+            parts += state_arrays(entry)
+        elif entry is not None:
+            parts += arrays([entry])
+    return parts
+
+
 def packed(cache: Cache, length: int | None = None) -> tuple[Cache, int]:
     """A snapshot to be kept for long, and the bytes of memory that it holds.
 
@@ -117,12 +171,15 @@ def length(cache: Cache) -> int | None:
 
 def trimmable(cache: Cache) -> bool:
     """Whether it can be cut back to any number of tokens."""
-    return all(
+    return all(_can_be_cut(entry) for entry in cache_parts(cache))
+
+
+def _can_be_cut(entry: Any) -> bool:
+    return (
         isinstance(entry, _BY_TOKEN)
-        and entry.is_trimmable()
+        and bool(entry.is_trimmable())
         # It calls itself trimmable even when it has dropped the tokens that it would need.
         and getattr(entry, "start_position", 0) == 0
-        for entry in cache_parts(cache)
     )
 
 

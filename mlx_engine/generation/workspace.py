@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -23,6 +23,7 @@ from mlx_engine.meter import Meter
 from mlx_engine.models.loading import LoadedModel
 
 _GUESS = 2**30  # bytes of prompt cache where nothing is known of the device's memory
+_NEAR = 64  # tokens; for fewer it is not worth while to store a cache again
 _SHARE = 0.9  # of what the model leaves; the rest is for activations and copies
 
 
@@ -45,7 +46,21 @@ class Workspace:
         request.prefill_begins(hit.cached)
         return cache, hit
 
-    def store(self, tokens: list[int], cache: Cache, prefilled: int) -> bool:
+    def places_of(self, request: Request, hit: Hit) -> tuple[int, ...]:
+        """Where the cache of a request that was looked up is to be stored, ascending."""
+        cache = self.prompt_cache
+        if not cache.limit:
+            return ()
+        step = cache.grid or 1
+        places = {place // step * step for place in request.places}
+        checkpoint = hit.checkpoint
+        if checkpoint is not None and not any(0 <= checkpoint - p < _NEAR for p in places):
+            places.add(checkpoint)
+        return tuple(sorted(place for place in places if place > hit.cached))
+
+    def store(
+        self, tokens: list[int], cache: Cache, prefilled: int, places: Collection[int] = ()
+    ) -> bool:
         """Keep what a request has computed; whether MLX did not fail at that.
 
         Nobody's answer depends on it: if it fails, the prompt cache is emptied. A cache that
@@ -55,7 +70,7 @@ class Workspace:
             return True
         whole = [e.dense() if isinstance(e, SparseKVCache) else e for e in cache]
         try:
-            self.prompt_cache.store(tokens, whole, prefilled=prefilled)
+            self.prompt_cache.store(tokens, whole, prefilled=prefilled, places=places)
         except Exception:  # noqa: BLE001 - the border: MLX raises anything
             self.prompt_cache.clear()
             return False

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import CacheList, ConcatenateKVCache, KVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
@@ -146,8 +147,16 @@ def load_model(
         context_length=config.context_length or context_length(model_config),
         longest_token=max(map(len, tokenizer.get_vocab()), default=1),
         newline_tokens=tuple(tokenizer.encode("\n", add_special_tokens=False)),
+        cuttable=all(_cuttable(entry) for entry in make_prompt_cache(model)),
     )
     return LoadedModel(model, vocabulary, model_config, source)
+
+
+def _cuttable(cache: Any) -> bool:
+    """Whether a cache of one of mlx_lm's classes never loses what it needs to be cut back."""
+    if isinstance(cache, CacheList):
+        return all(_cuttable(part) for part in cache.caches)
+    return isinstance(cache, (KVCache, ConcatenateKVCache))
 
 
 def _never() -> bool:

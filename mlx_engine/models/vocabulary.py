@@ -21,6 +21,8 @@ class Vocabulary:
             no limit.
         longest_token: characters of the longest token.
         newline_tokens: what the tokenizer makes of a line break.
+        cuttable: whether the model's KV caches can be cut back to any number of tokens, at any
+            length.
     """
 
     tokenizer: TokenizerWrapper
@@ -29,3 +31,4 @@ class Vocabulary:
     context_length: int | None
     longest_token: int
     newline_tokens: tuple[int, ...]
+    cuttable: bool = True

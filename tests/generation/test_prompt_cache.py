@@ -24,8 +24,8 @@ from mlx_lm.models.cache import (
 from mlx_lm.models.deepseek_v41 import LayerCache
 
 from mlx_engine import SimpleEngine
-from mlx_engine.generation.prompt_cache import Hit, PromptCache, PromptCacheLookup, snapshot
-from mlx_engine.generation.snapshot import arrays
+from mlx_engine.generation.prompt_cache import Hit, PromptCache, PromptCacheLookup
+from mlx_engine.generation.snapshot import arrays, snapshot
 
 pytestmark = pytest.mark.anyio
 
