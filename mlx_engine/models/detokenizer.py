@@ -115,14 +115,16 @@ def mend_decoder(tokenizer: TokenizerWrapper) -> bool:
     Mistral's tekken tokenizers, as converted by some, have SentencePiece's decoder, so that
     ``decode`` itself writes spaces as ``Ġ`` and line breaks as ``Ċ``.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not isinstance(tokenizer._tokenizer, PreTrainedTokenizerFast):
+    if not isinstance(tokenizer._tokenizer, PreTrainedTokenizerFast):
         return False
-    byte_level = decoders.ByteLevel()
-    tokens = tokenizer.encode(SAMPLE_TEXT, add_special_tokens=False)
-    strings = [backend.id_to_token(token) for token in tokens]
-    right = byte_level.decode(strings).removeprefix(" ") == SAMPLE_TEXT
-    if not right or tokenizer.decode(tokens).removeprefix(" ") == SAMPLE_TEXT:
+    backend, byte_level = tokenizer.backend_tokenizer, decoders.ByteLevel()
+    try:
+        tokens = tokenizer.encode(SAMPLE_TEXT, add_special_tokens=False)
+        right = byte_level.decode([backend.id_to_token(token) for token in tokens])
+        texts = right.removeprefix(" "), tokenizer.decode(tokens).removeprefix(" ")
+    except Exception:  # noqa: BLE001 - the border: a text that it cannot take tells nothing
+        return False
+    if texts[0] != SAMPLE_TEXT or texts[1] == SAMPLE_TEXT:
         return False
     backend.decoder = byte_level
     _recipes.pop(tokenizer, None)
@@ -131,8 +133,9 @@ def mend_decoder(tokenizer: TokenizerWrapper) -> bool:
 
 def _choose(tokenizer: TokenizerWrapper) -> Recipe:
     plain = tokenizer._tokenizer
-    trials = [_Trial(plain, tokens) for tokens in _sample_tokens(plain)]
-    for recipe in _candidates(plain):
+    known = _known_tokens(plain)
+    trials = [_Trial(plain, tokens) for tokens in _sample_tokens(plain, known)]
+    for recipe in _candidates(plain, known):
         if all(trial.passes(recipe) for trial in trials):
             return recipe
     _log.warning(
@@ -140,10 +143,10 @@ def _choose(tokenizer: TokenizerWrapper) -> Recipe:
         "at their end, and no stop string is found before",
         type(plain).__name__,
     )
-    return partial(_assemble, partial(Whole, plain.decode, partial(_has_token, plain)), [])
+    return partial(_assemble, partial(Whole, plain.decode, known), [])
 
 
-def _candidates(plain: Any) -> Iterator[Recipe]:
+def _candidates(plain: Any, known: Callable[[int], bool]) -> Iterator[Recipe]:
     """From the best to the worst."""
     clean = [partial(Replace, *pair) for pair in CLEAN_UP] if _cleans_up(plain) else []
     if isinstance(plain, PreTrainedTokenizerFast) and _inherits(plain, "decode", "_decode"):
@@ -151,7 +154,6 @@ def _candidates(plain: Any) -> Iterator[Recipe]:
         stages = stages_of(backend)
         if stages is not None:
             yield partial(_assemble, partial(TokenStrings, backend), [*stages, *clean])
-    known = partial(_has_token, plain)
     if clean:
         decode = partial(plain.decode, clean_up_tokenization_spaces=False)
         yield partial(_assemble, partial(Window, decode, known), clean)
@@ -184,21 +186,22 @@ def _cleans_up(plain: Any) -> bool:
     return type(plain.backend_tokenizer.model).__name__ != "BPE" or getattr(plain, anyhow, False)
 
 
-def _has_token(plain: Any, token: int) -> bool:
-    try:
-        return plain.convert_ids_to_tokens(token) is not None
-    except Exception:  # noqa: BLE001 - the border: tokenizers raise anything
-        return False
+def _known_tokens(plain: Any) -> Callable[[int], bool]:
+    """Tells whether the tokenizer has a token; ids may have gaps, and lie beyond its length."""
+    if isinstance(plain, PreTrainedTokenizerFast):
+        string = plain.backend_tokenizer.id_to_token
+        return lambda token: string(token) is not None
+    return frozenset(plain.get_vocab().values()).__contains__
 
 
-def _sample_tokens(plain: Any) -> Iterator[list[int]]:
+def _sample_tokens(plain: Any, known: Callable[[int], bool]) -> Iterator[list[int]]:
     """Tokens of texts, and from all over the vocabulary, the added ones among them."""
     for text in _SAMPLES:
         with contextlib.suppress(Exception):  # not every tokenizer takes every text
             yield list(plain.encode(text, add_special_tokens=False))
     size = len(plain)
-    spread = range(0, size, max(1, size // _PROBES))
-    yield [token for token in (*spread, *range(max(0, size - 8), size)) if _has_token(plain, token)]
+    spread = (*range(0, size, max(1, size // _PROBES)), *range(max(0, size - 8), size))
+    yield [token for token in spread if known(token)]
 
 
 class _Trial:
