@@ -2,19 +2,22 @@
 
     token ─► detokenizer ─► stop strings ─► segments ─► pieces of (segment, text)
 
-Each stage holds back what may still become something else: half a character, the beginning
-of a stop string, the beginning of a marker such as ``<think>``. All matching is done on
-text, since the same text can be tokenized in many ways.
+Each stage holds back what may still become something else, and nothing more: half a character,
+the beginning of a stop string, the beginning of a marker such as ``<think>``. All matching is
+done on text, since the same text can be tokenized in many ways.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mlx_lm.generate import TextStateMachine, make_text_state_machine
-from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.generate import make_text_state_machine
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_engine.generation.string_search import StringSearch, StringSet
+from mlx_engine.models.detokenizer import make_detokenizer
 from mlx_engine.outputs import Segment, ToolCall
 
 Piece = tuple[Segment, str]
@@ -24,11 +27,17 @@ _SEGMENTS: dict[str | None, Segment] = {
     "reasoning": "reasoning",
     "tool": "tool_call",
 }
-_RAW = "raw"
 
 
 class TextAssembler:
     """Builds the text of one answer from its tokens.
+
+    Without segments and stop strings the content is what the tokenizer's ``decode`` gives for
+    the tokens, to the letter, special tokens included. A stop string ends the answer at the
+    first token with which the text contains one; the string that is complete first counts, of
+    those that end at the same character the longest, and the content is what is before it.
+
+    May be made on any thread.
 
     Args:
         tokenizer: of the model.
@@ -47,20 +56,13 @@ class TextAssembler:
         tools: Sequence[Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._size = len(tokenizer)
-        self._detokenizer: Any = tokenizer.detokenizer
-        if type(self._detokenizer) is NaiveStreamingDetokenizer:
-            self._detokenizer = WindowDetokenizer(tokenizer)
+        self._detokenizer = make_detokenizer(tokenizer)
         self._tools = tools
-        self._held: list[int] = []
-        self._stops: Any = None
-        if stop:
-            # A state of None ends the matching: the stop string and all after it is dropped.
-            machine = TextStateMachine({_RAW: [(string, None) for string in stop]})
-            self._stops = machine.make_state(_RAW)
-        self._segments: Any = None
+        self._stops = StringSearch(StringSet(stop)) if stop else None
+        self._ahead: _Ahead | None = None
+        self._segments: _Segments | None = None
         if initial_state is not None:
-            self._segments = make_text_state_machine(tokenizer).make_state(initial_state)
+            self._segments = _Segments(tokenizer, initial_state)
         self._parts: dict[Segment, list[str]] = {"content": [], "reasoning": [], "tool_call": []}
         self._calls: list[ToolCall] = []
         self._call: list[str] | None = None
@@ -83,46 +85,40 @@ class TextAssembler:
 
     def add(self, token: int) -> list[Piece]:
         """The text that this token completes. ``stopped`` tells if a stop string did."""
-        if token >= self._size:
-            return []  # the model's matrix is padded: the tokenizer has no such token
-        self._detokenizer.add_token(token)
-        text: str = self._detokenizer.last_segment
-        if not text:
-            self._held.append(token)
-            return []
-        self._held.clear()
-        return self._match(text)
+        text = self._detokenizer.add(token)
+        pieces = self._match(text) if text else []
+        if self._stops is not None and not self.stopped and self._ends_here(self._stops):
+            pieces += self._match(self._detokenizer.finish())
+        return pieces
 
     def finish(self) -> list[Piece]:
         """Everything that is still held back, since no more tokens will come."""
         pieces: list[Piece] = []
         if not self.stopped:
-            pieces += self._match(self._last_text())
+            pieces += self._match(self._detokenizer.finish())
         if self._stops is not None and not self.stopped:
-            self._stops, held, _ = TextStateMachine.flush(self._stops)
-            pieces += self._split(held)
+            pieces += self._split(self._stops.finish())
         if self._segments is not None:
-            self._segments, held, state = TextStateMachine.flush(self._segments)
-            pieces += self._keep([(state, held)])
+            pieces += self._keep(self._segments.finish())
         self._end_call()
         return pieces
 
-    def _last_text(self) -> str:
-        try:
-            self._detokenizer.finalize()
-        except KeyError:
-            # mlx_lm 0.32.2: the byte-level detokenizer fails at its end when it holds half
-            # a character followed by an added token whose own text is not ASCII.
-            return str(self._tokenizer.decode(self._held))
-        return str(self._detokenizer.last_segment)
+    def _ends_here(self, stops: StringSearch) -> bool:
+        """Whether what the detokenizer holds has a stop string in it, if no token follows."""
+        held = self._detokenizer.ahead
+        if not held:
+            return False
+        if self._ahead is None or self._ahead.held is not held:
+            self._ahead = _Ahead(held, copy.copy(stops))
+        if not self._ahead.found():
+            return False
+        return copy.copy(stops).feed(self._detokenizer.preview())[1] is not None
 
     def _match(self, text: str) -> list[Piece]:
-        if self._stops is None:
-            return self._split(text)
-        self._stops, segments = TextStateMachine.split(self._stops, text)
-        if segments[-1][0] is None:
-            self.stopped = True
-        return self._split("".join(part for state, part in segments if state is not None))
+        if self._stops is not None:
+            text, found, _ = self._stops.feed(text)
+            self.stopped = found is not None
+        return self._split(text)
 
     def _split(self, text: str) -> list[Piece]:
         if not text:
@@ -130,8 +126,7 @@ class TextAssembler:
         if self._segments is None:
             self._parts["content"].append(text)
             return [("content", text)]
-        self._segments, segments = TextStateMachine.split(self._segments, text)
-        return self._keep(segments)
+        return self._keep(self._segments.feed(text))
 
     def _keep(self, segments: list[tuple[str | None, str]]) -> list[Piece]:
         pieces: list[Piece] = []
@@ -153,45 +148,63 @@ class TextAssembler:
             self._calls += parse_tool_calls(self._tokenizer, "".join(call), self._tools)
 
 
-class WindowDetokenizer:
-    """For tokenizers of which mlx_lm knows only ``decode``; stands in for its own.
+class _Ahead:
+    """Looks for stop strings in text that the detokenizer holds; each part once."""
 
-    A token's text is what decoding the last few tokens with it gives beyond decoding them
-    without it, so that spaces and merges come out as in the whole text. mlx_lm 0.32.2 decodes
-    line by line instead: it shows characters twice that come in several tokens, and loses a
-    space at the beginning of each line.
+    def __init__(self, held: list[str], search: StringSearch) -> None:
+        self.held = held
+        self._search = search
+        self._seen = 0
+
+    def found(self) -> bool:
+        """Whether a part that was not seen yet completes one."""
+        text = "".join(self.held[self._seen :])
+        self._seen = len(self.held)
+        return self._search.feed(text)[1] is not None
+
+
+class _Segments:
+    """The parts of a chat answer, between the markers that mlx_lm's state machine knows.
+
+    mlx_lm 0.32.2 gives text out only where no marker at all may have begun, so that ``<<<<``
+    would be held for ever.
     """
 
-    def __init__(self, tokenizer: TokenizerWrapper) -> None:
-        self._decode = tokenizer.decode
-        self._tokens: list[int] = []
-        self._begin = 0  # of the window
-        self._shown = 0  # tokens whose text has been given out
-        self._text = ""
+    def __init__(self, tokenizer: TokenizerWrapper, state: str | None) -> None:
+        self._markers: dict[str | None, dict[str, str | None]] = {
+            name: {"".join(marker): targets[index] for marker, index in set(_matches(trie))}
+            for name, (trie, targets) in make_text_state_machine(tokenizer)._states.items()
+        }
+        self._searches: dict[str | None, StringSet] = {}
+        self._enter(state)
 
-    @property
-    def last_segment(self) -> str:
-        """The text since the last time it was asked for."""
-        text, self._text = self._text, ""
-        return text
+    def _enter(self, state: str | None) -> None:
+        if state not in self._searches:
+            self._searches[state] = StringSet(self._markers.get(state, ()))
+        self._state, self._search = state, StringSearch(self._searches[state])
 
-    def add_token(self, token: int) -> None:
-        """Take one more token; its text is held back while a character is incomplete."""
-        self._tokens.append(token)
-        before, after = self._window()
-        if len(after) > len(before) and not after.endswith("\ufffd"):
-            self._text += after[len(before) :]
-            self._begin, self._shown = self._shown, len(self._tokens)
+    def feed(self, text: str) -> list[tuple[str | None, str]]:
+        """The text of each state that it passes through; the last is the present one."""
+        segments: list[tuple[str | None, str]] = []
+        while True:
+            clear, marker, text = self._search.feed(text)
+            segments.append((self._state, clear))
+            if marker is None:
+                return segments
+            self._enter(self._markers[self._state][marker])
 
-    def finalize(self) -> None:
-        """Let out what is held back."""
-        before, after = self._window()
-        self._text += after[len(before) :]
-        self._begin = self._shown = len(self._tokens)
+    def finish(self) -> list[tuple[str | None, str]]:
+        """What was held back."""
+        return [(self._state, self._search.finish())]
 
-    def _window(self) -> tuple[str, str]:
-        window = self._tokens[self._begin :]
-        return self._decode(window[: self._shown - self._begin]), self._decode(window)
+
+def _matches(trie: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], int]]:
+    """The strings of one of mlx_lm's tries, with their places in the list it was made of."""
+    for key, value in trie.items():
+        if key == "__match__":
+            yield value
+        elif key != "__fail__":
+            yield from _matches(value)
 
 
 def parse_tool_calls(

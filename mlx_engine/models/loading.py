@@ -20,6 +20,7 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 from mlx_engine.config import DEMO_MODEL, ModelConfig
 from mlx_engine.errors import InvalidRequest, MLXEngineError, ModelLoadError
 from mlx_engine.models import demo, hub
+from mlx_engine.models.detokenizer import SAMPLE_TEXT, make_detokenizer, mend_decoder
 from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.outputs import Progress, ProgressCallback
 from mlx_engine.turn import Interrupted
@@ -33,8 +34,6 @@ _CONTEXT_KEYS = (
     "n_positions",
     "seq_length",
 )
-# What tokenizers split in different ways: digits, spaces, contractions, scripts.
-_SAMPLE_TEXT = "It's 31,415  tokens:\n\tdef f(x): return x**2  # naïve, 你好, \U0001f680"
 _EVAL_SLICE = 64 * 2**20  # bytes of weights between two looks at should_stop
 
 
@@ -133,6 +132,8 @@ def load_model(
             return_config=True,
             trust_remote_code=config.trust_remote_code,
         )
+        mend_decoder(tokenizer)
+        make_detokenizer(tokenizer)  # tries what is right for this tokenizer, and remembers it
         _read_weights(model, on_progress, stop)
     except (MLXEngineError, Interrupted):
         raise
@@ -228,7 +229,7 @@ def other_tokenizer(one: LoadedModel, other: LoadedModel) -> str | None:
     if ours != theirs:
         odd = min(ours.items() ^ theirs.items(), key=lambda pair: pair[1])
         return f"{len(ours)} and {len(theirs)} tokens, and {odd[0]!r} is token {odd[1]} in one only"
-    if one.tokenizer.encode(_SAMPLE_TEXT) != other.tokenizer.encode(_SAMPLE_TEXT):
+    if one.tokenizer.encode(SAMPLE_TEXT) != other.tokenizer.encode(SAMPLE_TEXT):
         return "the same vocabulary, but other tokens for the same text"
     return None
 

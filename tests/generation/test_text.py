@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from mlx_lm.tokenizer_utils import (
@@ -135,6 +136,70 @@ def test_no_part_of_a_stop_string_is_ever_shown(tokenizer: TokenizerWrapper) -> 
         shown += "".join(text for _, text in assembler.add(token))
         assert "text ##not ".startswith(shown)
     assert shown == "text ##not "
+
+
+def given_out(tokenizer: TokenizerWrapper, text: str, **options: Any) -> list[str]:
+    """All that has been given out, after each token; a token is a byte."""
+    assembler = TextAssembler(tokenizer, **options)
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    so_far, shown = "", []
+    for token in tokens:
+        so_far += "".join(piece for _, piece in assembler.add(token))
+        shown.append(so_far)
+    assert so_far + "".join(piece for _, piece in assembler.finish()) == text
+    return shown
+
+
+def may_begin(text: str, strings: Sequence[str]) -> int:
+    """Characters at the end of ``text`` that one of ``strings`` may begin with."""
+    return max(n for s in strings for n in range(len(s)) if text.endswith(s[:n]))
+
+
+@pytest.mark.parametrize(
+    ("text", "stop"),
+    [
+        ("-" * 500, ["--END"]),
+        ("--EN--E" * 50, ["--END"]),
+        ("ab" * 200, ["abab" * 3 + "c", "bb"]),
+        ("\n" * 300, ["\n\nHuman:", "\n\n\nx"]),
+    ],
+)
+def test_what_cannot_become_a_stop_string_is_never_held(
+    tokenizer: TokenizerWrapper, text: str, stop: list[str]
+) -> None:
+    for n, shown in enumerate(given_out(tokenizer, text, stop=stop), 1):
+        assert shown == text[: n - may_begin(text[:n], stop)]
+
+
+@pytest.mark.parametrize(
+    ("text", "state", "markers"),
+    [
+        ("<" * 300, "normal", ["<think>", "<tool_call>"]),
+        ("<tool_cal<t" * 30, "normal", ["<think>", "<tool_call>"]),
+        ("</think" * 50, "reasoning", ["</think>", "<tool_call>"]),
+        ("<</tool_cal" * 50, "tool", ["</tool_call>"]),
+    ],
+)
+def test_what_cannot_become_a_marker_is_never_held(
+    text: str, state: str, markers: list[str]
+) -> None:
+    plain = make_tokenizer()
+    tokenizer = TokenizerWrapper(
+        plain,
+        tool_parser=json_tools.parse_tool_call,
+        tool_call_start=json_tools.tool_call_start,
+        tool_call_end=json_tools.tool_call_end,
+    )
+    for n, shown in enumerate(given_out(tokenizer, text, initial_state=state), 1):
+        assert shown == text[: n - may_begin(text[:n], markers)]
+
+
+def test_a_marker_behind_its_own_beginning_is_found(tokenizer: TokenizerWrapper) -> None:
+    text = f"a<<<think>b</</think>c<tool_<tool_call>{CALL}<</tool_call>d"
+    assembler, _, _ = assemble(tokenizer, text, state="normal")
+    assert assembler.content == "a<<c<tool_d"
+    assert assembler.reasoning == "b</"
+    assert [call.raw for call in assembler.tool_calls] == [CALL + "<"]
 
 
 CALL = '{"name": "f", "arguments": {"x": 1}}'

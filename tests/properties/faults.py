@@ -17,9 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 import pytest
-from mlx_lm.generate import TextStateMachine
 from mlx_lm.models.cache import BatchKVCache, KVCache, TokenBuffer
-from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerFast
 
 from mlx_engine.generation import prompt_cache, sampling
@@ -28,7 +27,9 @@ from mlx_engine.generation.sampling import _SeededSampler
 from mlx_engine.generation.sparse.specprefill import SparsePrefill
 from mlx_engine.generation.speculative.drafter import ModelDrafter
 from mlx_engine.generation.speculative.mtp import MTPDrafter
+from mlx_engine.generation.string_search import StringSearch
 from mlx_engine.models import whole_file
+from mlx_engine.models.detokenizer import Detokenizer
 from mlx_engine.worker import mlx_thread
 from tests.guard import GUARD
 
@@ -45,10 +46,10 @@ _HOOKS: list[tuple[Any, str, tuple[str, ...]]] = [  # whose, what it is called h
     (BatchKVCache, "BatchKVCache.", ("update_and_fetch", "make_mask", "prepare", "finalize")),
     (BatchKVCache, "BatchKVCache.", ("filter", "extend", "extract", "merge", "state")),
     (TokenBuffer, "TokenBuffer.", ("update_and_fetch",)),
-    (TokenizerWrapper, "tokenizer.", ("apply_chat_template", "detokenizer")),
+    (TokenizerWrapper, "tokenizer.", ("apply_chat_template",)),
     (PreTrainedTokenizerFast, "tokenizer.", ("encode", "get_vocab")),
-    (BPEStreamingDetokenizer, "detokenizer.", ("add_token", "finalize")),
-    (TextStateMachine, "text.", ("split",)),
+    (Detokenizer, "detokenizer.", ("add", "finish")),
+    (StringSearch, "text.", ("feed",)),
     (_SeededSampler, "sampler.", ("__call__",)),
     (sampling, "sampling.", ("make_logits_processors", "apply_top_k", "apply_top_p")),
     (PromptCache, "PromptCache.", ("fetch", "store")),

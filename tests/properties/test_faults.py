@@ -47,7 +47,7 @@ EXIT_HOOKS = (
     "processor",
     "sampler.__call__",
     "tokenizer.encode",
-    "detokenizer.add_token",
+    "detokenizer.add",
     "PromptCache.fetch",
 )
 
