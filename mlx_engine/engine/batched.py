@@ -160,6 +160,8 @@ class BatchedEngine(BurstLife[Request], LocalEngine):
 class BatchSlot(ModelSlot):
     """A model and the batch of its requests."""
 
+    batched = True
+
     def __init__(self, config: BatchConfig) -> None:
         super().__init__()
         self._config = config

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlx_engine.config import ModelConfig, Strategies
 from mlx_engine.errors import EngineDead, MLXEngineError, ModelLoadError
+from mlx_engine.generation.warm_up import warm_up
 from mlx_engine.generation.workspace import Workspace, make_workspace
 from mlx_engine.meter import Meter
 from mlx_engine.models.loading import LoadedModel, load_model
@@ -36,7 +37,10 @@ class ModelSlot:
 
     Attributes:
         meter: counters of the work done with it. From any thread.
+        batched: whether its requests share a batch.
     """
+
+    batched = False
 
     def __init__(self) -> None:
         self._space: Workspace | None = None
@@ -87,6 +91,7 @@ class ModelSlot:
                 mlx_thread.at_exit(self.empty)
                 checkpoint()
                 self._equip(self.space())
+                warm_up(self.space(), batched=self.batched)
         except Exception as error:
             drop_frames(error)  # this frame stays: nothing here may hold a model
             if isinstance(error, MLXEngineError | Interrupted):

@@ -7,7 +7,6 @@ the log-probabilities of all rows whether or not somebody asked for them.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -17,7 +16,7 @@ from mlx_lm.generate import generation_stream
 from mlx_engine.generation.course import speculative_decoder
 from mlx_engine.generation.kv_cache import Cache, kv_nbytes, merge
 from mlx_engine.generation.row import Row
-from mlx_engine.generation.sampling import Sampler
+from mlx_engine.generation.sampler import Sampler, can_be_sampled
 from mlx_engine.generation.speculative.decoder import SpeculativeDecoder
 from mlx_engine.generation.workspace import Workspace
 
@@ -38,6 +37,8 @@ class DecodeBatch:
         self._cache: Cache = []
         self._merged = False
         self._inputs: mx.array | None = None  # (rows,): the tokens that go in next
+        self._sound: mx.array | None = None  # (rows,): whether there was anything to choose from
+        self._sampler: Sampler | None = None  # of the rows as they are
         self.rows: list[Row] = []
 
     def __len__(self) -> int:
@@ -70,9 +71,13 @@ class DecodeBatch:
                     mine.extend(others)
                 assert self._inputs is not None
                 self._inputs = mx.concatenate([self._inputs, lasts])
+                if self._sound is not None:
+                    known = mx.ones(lasts.shape, dtype=mx.bool_)
+                    self._sound = mx.concatenate([self._sound, known])
         for row in rows:
             row.cache = None
         self.rows += rows
+        self._sampler = None
 
     def _set_cache(self, rows: Sequence[Row], merged: Cache | None) -> None:
         if merged is not None:
@@ -93,15 +98,19 @@ class DecodeBatch:
         """
         if len(self.rows) == 1 and self.rows[0].drafter is not None:
             return self._step_alone(self.rows[0])
-        inputs, logprobs = self._inputs, [row.logprobs for row in self.rows]
+        inputs, sound = self._inputs, self._sound
+        logprobs = [row.logprobs for row in self.rows]
         new = [row.new for row in self.rows]
         assert inputs is not None
         with mx.stream(generation_stream):
             if not all(_is_last(row) for row in self.rows):
                 self._launch(inputs)
         tokens = cast("list[int]", inputs.tolist())
-        for row, fresh in zip(self.rows, new, strict=True):
+        known = [True] * len(new) if sound is None else cast("list[bool]", sound.tolist())
+        for row, fresh, good in zip(self.rows, new, known, strict=True):
             row.batched += not fresh
+            if not (fresh or good or row.fault):
+                row.fault = row.request.nothing_to_sample(by_model=True)
         return [
             (row, token, values)
             for row, token, values, fresh in zip(self.rows, tokens, logprobs, new, strict=True)
@@ -111,7 +120,7 @@ class DecodeBatch:
     def _step_alone(self, row: Row) -> list[Step]:
         if self._alone is None:
             assert self._inputs is not None
-            pending = None if row.new else (self._inputs, row.logprobs)
+            pending = None if row.new else (self._inputs, self._sound, row.logprobs)
             self._alone = speculative_decoder(self._space, row, self._cache, pending)
         try:
             burst = self._alone.step()
@@ -136,9 +145,9 @@ class DecodeBatch:
         pending = decoder.settle()
         row.held, row.new = decoder.held, pending is None
         if pending is None:
-            self._inputs = mx.array(decoder.tokens[-1:], dtype=mx.uint32)
+            self._inputs, self._sound = mx.array(decoder.tokens[-1:], dtype=mx.uint32), None
         else:
-            self._inputs, row.logprobs = pending
+            self._inputs, self._sound, row.logprobs = pending
         row.moved()
 
     def _launch(self, inputs: mx.array) -> None:
@@ -156,6 +165,7 @@ class DecodeBatch:
             )
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         self._inputs = self._sample(logprobs)
+        self._sound = can_be_sampled(logprobs, self._inputs)
         wanted: list[mx.array] = []
         for i, row in enumerate(self.rows):
             row.held += 1
@@ -163,34 +173,28 @@ class DecodeBatch:
             if row.request.wants_logprobs:
                 row.logprobs = logprobs[i]
                 wanted.append(row.logprobs)
-        mx.async_eval(self._inputs, wanted)  # type: ignore[no-untyped-call]
+        mx.async_eval(self._inputs, self._sound, wanted)  # type: ignore[no-untyped-call]
 
     def _sample(self, logprobs: mx.array) -> mx.array:
-        """Token ids of shape (rows,); rows with one sampler are sampled in one call."""
-        by_sampler: dict[int, list[int]] = {}
-        for i, row in enumerate(self.rows):
-            by_sampler.setdefault(id(row.sampler), []).append(i)
-        if len(by_sampler) == 1:
-            return self._sample_some(list(range(len(self.rows))), logprobs)
-        groups = list(by_sampler.values())
-        parts = [self._sample_some(group, logprobs[mx.array(group)]) for group in groups]
-        order = [i for group in groups for i in group]
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return mx.concatenate(parts)[mx.array(back)]
+        """Token ids of shape (rows,)."""
+        positions = [row.held + 1 - len(row.request.prompt) for row in self.rows]
+        try:
+            if self._sampler is None:
+                self._sampler = Sampler([row.options for row in self.rows])
+            return self._sampler(logprobs, positions)
+        except Exception:  # noqa: BLE001 - the border: MLX raises anything
+            self._sampler = None
+        return mx.concatenate(
+            [self._sample_row(i, logprobs[i : i + 1], positions[i]) for i in range(len(self.rows))]
+        )
 
-    def _sample_some(self, group: list[int], logprobs: mx.array) -> mx.array:
-        """For rows that share a sampler; one that raises costs its own row only."""
-        sampler = self.rows[group[0]].sampler
-        with contextlib.suppress(Exception):
-            return _checked(sampler, logprobs)
-        parts = []
-        for place, i in enumerate(group):
-            try:
-                parts.append(_checked(sampler, logprobs[place : place + 1]))
-            except Exception as error:  # noqa: BLE001 - the border: kept for the row's caller
-                self.rows[i].fault = error
-                parts.append(mx.zeros((1,), dtype=mx.uint32))
-        return mx.concatenate(parts)
+    def _sample_row(self, i: int, logprobs: mx.array, position: int) -> mx.array:
+        """Of one row by itself: what raises here costs that row only."""
+        try:
+            return Sampler([self.rows[i].options])(logprobs, [position])
+        except Exception as error:  # noqa: BLE001 - the border: kept for the row's caller
+            self.rows[i].fault = error
+            return mx.zeros((1,), dtype=mx.uint32)
 
     def extract(self, row: Row) -> Cache:
         """A KV cache of its own for a row that is about to leave."""
@@ -206,13 +210,16 @@ class DecodeBatch:
         keep = [i for i, row in enumerate(self.rows) if id(row) not in gone]
         if len(keep) == len(self.rows):
             return
-        self.rows = [self.rows[i] for i in keep]
+        self.rows, self._sampler = [self.rows[i] for i in keep], None
         if not keep:
             self._cache, self._merged, self._inputs, self._alone = [], False, None, None
+            self._sound = None
             return
         assert self._inputs is not None
         with mx.stream(generation_stream):
-            self._inputs = self._inputs[mx.array(keep)]
+            kept = mx.array(keep)
+            self._inputs = self._inputs[kept]
+            self._sound = None if self._sound is None else self._sound[kept]
             if len(keep) == 1:
                 self._cache = [entry.extract(keep[0]) for entry in self._cache]
                 self._merged = False
@@ -230,10 +237,3 @@ def _is_last(row: Row) -> bool:
     """Whether the token that it is about to get is known to be its last."""
     limit = row.request.limit
     return not row.new and limit is not None and len(row.request.tokens) + 1 >= limit
-
-
-def _checked(sampler: Sampler, logprobs: mx.array) -> mx.array:
-    tokens = sampler(logprobs)
-    if tokens.shape != logprobs.shape[:1]:
-        raise ValueError(f"a sampler returned shape {tokens.shape} for {logprobs.shape[0]} rows")
-    return tokens.astype(mx.uint32)

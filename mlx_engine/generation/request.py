@@ -260,11 +260,39 @@ class Request:
         return processed.astype(logits.dtype)
 
     def process_now(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        """The same, evaluated if the caller has processors: what fails then is their fault too."""
+        """The same, evaluated if the caller has processors: what fails then is their fault too.
+
+        Raises:
+            GenerationError: the processors leave nothing to sample.
+        """
         processed = self.process(tokens, logits)
         if self.context is not None:
-            mx.eval(processed)
+            before, after = (mx.isfinite(mx.logsumexp(each)) for each in (logits, processed))
+            mx.eval(processed, before, after)
+            if before.item() and not after.item():
+                raise self.nothing_to_sample(by_model=False)
         return processed
+
+    def nothing_to_sample(self, *, by_model: bool) -> GenerationError:
+        """What its caller is told when no token can be chosen.
+
+        Args:
+            by_model: whether the model's own logits were so.
+        """
+        if not by_model:
+            return GenerationError(
+                f"{self.request_id} failed: its logits processors leave nothing to sample (a NaN, "
+                "an infinite logit, or -inf for every token); let them exclude tokens with -inf, "
+                "and never all of them"
+            )
+        advice = "check its files, or convert it to bfloat16 or float32"
+        if self.sampling is not None and self.sampling.processors:
+            advice += "; or a logit_bias or a penalty of this request is too large for it"
+        return GenerationError(
+            f"{self.request_id} failed: the model's logits are NaN or infinite, so that no token "
+            "can be sampled; its weights are broken, or its numbers overflow in half precision: "
+            f"{advice}"
+        )
 
     def drafted(self, proposed: int, accepted: int) -> None:
         """So many tokens were proposed for it, and so many of them were right."""

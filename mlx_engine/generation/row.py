@@ -23,7 +23,7 @@ class Row:
         cached: of which the prompt cache had these.
         places: numbers of tokens after which its cache is to be stored, on the way; ascending.
         alone: whether its prefill must not be shared with other rows.
-        fault: what its logits processor or sampler raised.
+        fault: what its logits processor or sampler raised, or that there was nothing to sample.
         sparse: what leaves out parts of its prompt, if anything does.
         drafter: what proposes tokens for it, if anything does.
         batched: tokens that it got in steps with others.
@@ -39,7 +39,7 @@ class Row:
         self.fault: BaseException | None = None
         self.sparse: ScoredPrefill | None = None
         self.drafter: Drafter | None = None
-        self.sampler = request.sampling.sampler
+        self.options = request.sampling.options
         self.processors = request.sampling.processors
         self.logprobs: mx.array | None = None  # of its next token
         self.new = True  # the token that goes in next is the prompt's last, or was told before

@@ -92,17 +92,17 @@ async def test_a_fault_of_a_stream_comes_after_the_tokens_before_it(engine: Batc
     assert 6 <= len(tokens) <= 7
 
 
-async def test_a_sampler_that_fails_costs_the_rows_that_share_it(
+async def test_options_that_cannot_be_sampled_cost_their_own_request_only(
     engine: BatchedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_engine.generation import sampling
+    from mlx_engine.generation import sampler
 
     expected = await answers(engine)
 
-    def broken(self: object, logprobs: mx.array) -> mx.array:
+    def broken(seed: int, position: int) -> list[int]:
         raise ValueError("no luck")
 
-    monkeypatch.setattr(sampling._SeededSampler, "__call__", broken)
+    monkeypatch.setattr(sampler, "_key", broken)
     bad = engine.generate([7], max_tokens=20, temperature=1.0, seed=1)
     others, error = await asyncio.gather(answers(engine), bad, return_exceptions=True)
     assert others == expected

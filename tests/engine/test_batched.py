@@ -137,21 +137,30 @@ async def test_every_option_is_honoured_for_each_request_of_a_batch(
                     assert [t for t, _ in got.top] == [t for t, _ in want.top]
 
 
-async def test_equal_options_are_sampled_in_one_call(
-    engine: BatchedEngine, gate: MakeGate, monkeypatch: pytest.MonkeyPatch
+async def test_rows_that_use_the_same_filters_are_sampled_in_one_call(
+    engine: BatchedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_engine.generation import decode_batch
+    from mlx_engine.generation import sampler
 
     rows: list[int] = []
-    checked = decode_batch._checked
+    categorical = sampler._categorical
 
-    def counted(sampler: Any, logprobs: mx.array) -> mx.array:
-        rows.append(logprobs.shape[0])
-        return checked(sampler, logprobs)
+    def counted(logits: mx.array, number: mx.array) -> mx.array:
+        rows.append(logits.shape[0])
+        return categorical(logits, number)
 
-    monkeypatch.setattr(decode_batch, "_checked", counted)
+    monkeypatch.setattr(sampler, "_categorical", counted)
     await asyncio.gather(
-        *(engine.generate(prompt_of(5, n), max_tokens=10, temperature=0.7) for n in range(6)),
+        *(
+            engine.generate(
+                prompt_of(5, n),
+                max_tokens=10,
+                temperature=0.7 + n / 100,
+                top_p=0.8 + n / 100,
+                seed=n if n % 2 else None,
+            )
+            for n in range(6)
+        ),
         *(engine.generate(prompt_of(5, n), max_tokens=10, ignore_eos=True) for n in range(2)),
     )
     assert max(rows) == 6

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm.generate import stream_generate
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_engine import GenerationError, InvalidRequest, SamplingParams, SimpleEngine
 from mlx_engine.generation import prompt_cache_file
@@ -144,7 +144,7 @@ async def test_filters_leave_only_the_tokens_they_should(
         found = set()
         for seed in range(150):
             params = SamplingParams(temperature=1.0, seed=seed if seeded else None, **options)
-            found.add(int(make_sampling(params, vocab_size=4).sampler(logprobs).item()))
+            found.add(int(make_sampling(params, vocab_size=4).sample(logprobs, 0).item()))
         return found
 
     assert await engine.run_blocking(sample) == allowed
@@ -156,20 +156,13 @@ async def test_seeded_sampling_has_the_distribution_of_mlx_lm(engine: SimpleEngi
     def frequencies() -> tuple[list[float], list[float]]:
         logprobs = mx.log(mx.array([[0.6, 0.3, 0.1]]))
         sampling = make_sampling(SamplingParams(temperature=0.7, seed=11), vocab_size=3)
-        draws = [int(sampling.sampler(logprobs).item()) for _ in range(3000)]
+        draws = [int(sampling.sample(logprobs, i).item()) for i in range(3000)]
         truth = mx.softmax(logprobs[0] / 0.7)
         return [draws.count(i) / 3000 for i in range(3)], truth.tolist()  # type: ignore[return-value]
 
     found, truth = await engine.run_blocking(frequencies)
     for share, p in zip(found, truth, strict=True):
         assert abs(share - p) < 5 * (p * (1 - p) / 3000) ** 0.5
-
-
-async def test_equal_options_share_one_sampler_object() -> None:
-    first = make_sampling(SamplingParams(temperature=0.5, top_p=0.9), vocab_size=100)
-    second = make_sampling(SamplingParams(temperature=0.5, top_p=0.9), vocab_size=100)
-    assert first.sampler is second.sampler
-    assert make_sampling(SamplingParams(), vocab_size=100).sampler is make_sampler()
 
 
 async def test_stop_tokens_and_eos(engine: SimpleEngine) -> None:

@@ -17,6 +17,7 @@ from mlx_lm.generate import generation_stream
 
 from mlx_engine.generation.kv_cache import Cache
 from mlx_engine.generation.request import Request
+from mlx_engine.generation.sampler import can_be_sampled
 from mlx_engine.generation.speculative.depth import DepthChooser
 from mlx_engine.generation.speculative.drafter import Drafter
 from mlx_engine.generation.speculative.forward import Forward
@@ -25,7 +26,9 @@ from mlx_engine.meter import Meter
 from mlx_engine.turn import drop_frames, what_it_says
 
 Emitted = tuple[int, mx.array | None]  # a token and its log-probabilities, if asked for
-Pending = tuple[mx.array, mx.array | None]  # the same, the token not evaluated yet
+# A token of shape (1,) that is not evaluated yet, whether there was anything to choose from
+# (``None``: there was), and its log-probabilities, if asked for.
+Pending = tuple[mx.array, mx.array | None, mx.array | None]
 
 _LONGEST_REPLAY = 8  # tokens that go in again and again, where a cache cannot be trimmed
 
@@ -43,13 +46,14 @@ class SpeculativeDecoder:
         drafter: proposes tokens.
         chooser: says how many.
         meter: counts proposals.
-        pending: the next token, of shape (1,), and its log-probabilities, if it has been
-            sampled already and not been read. All tokens before it are in the cache then.
+        pending: the next token, if it has been sampled already and not been read. All tokens
+            before it are in the cache then.
 
     Attributes:
         held: tokens in the cache.
         tokens: the prompt and all that has come out.
-        fault: what a logits processor raised, which ``step`` has raised.
+        fault: what a logits processor raised, or that there was nothing to sample, which
+            ``step`` has raised.
     """
 
     def __init__(
@@ -83,7 +87,7 @@ class SpeculativeDecoder:
         """One cycle: the tokens that it gives, at least one.
 
         Raises:
-            Exception: MLX failed, or a logits processor, which ``fault`` then is.
+            Exception: MLX failed; or what ``fault`` then is.
         """
         self._time()
         left = self._left()
@@ -127,17 +131,18 @@ class SpeculativeDecoder:
                 hidden = self._forward.prefill(mx.array([missing]), self._cache)
             self._observe(self.held, hidden)
             self.held += len(missing)
-        self._sampling.seek(len(self.tokens) - len(self._request.prompt) + (pending is not None))
         return pending
 
     # plain steps
 
     def _plain(self, *, more: bool) -> Emitted:
         """The next token; with ``more``, the forward for the one after it is begun before."""
-        token, logprobs = self._next or self._launch(
+        token, sound, logprobs = self._next or self._launch(
             mx.array(self.tokens[self.held :], dtype=mx.uint32)
         )
         self._next = self._launch(token) if more else None
+        if sound is not None and not sound.item():
+            raise self._nothing_to_sample()
         self.tokens += cast("list[int]", token.tolist())
         return self.tokens[-1], logprobs
 
@@ -148,12 +153,17 @@ class SpeculativeDecoder:
             self._remember(inputs)
             logprobs = _logprobs(self._processed(logits, []))
             token = self._sampling.sample_at(logprobs, place)
+            sound = can_be_sampled(logprobs, token)
             wanted = logprobs[0] if self._request.wants_logprobs else None
             # The history with them, which would pile up where no processor looks at it.
-            mx.async_eval(token, wanted, self._history)  # type: ignore[no-untyped-call]
+            mx.async_eval(token, sound, wanted, self._history)  # type: ignore[no-untyped-call]
         self._observe(self.held, hidden)
         self.held += inputs.size
-        return token, wanted
+        return token, sound, wanted
+
+    def _nothing_to_sample(self) -> BaseException:
+        self.fault = self._request.nothing_to_sample(by_model=True)
+        return self.fault
 
     # verifying proposals
 
@@ -196,6 +206,8 @@ class SpeculativeDecoder:
                 mx.concatenate([inputs, proposals])[None], self._cache, last=depth + 1
             )
             chosen, logprobs = self._choose(logits, proposals, place)
+        if not chosen:
+            raise self._nothing_to_sample()
         accepted = len(chosen) - 1
         went_in, rejected = inputs.size + depth, depth - accepted
         self.held += self._rollback.take_back(rejected, went_in) if rejected else went_in
@@ -213,14 +225,17 @@ class SpeculativeDecoder:
     def _choose(
         self, logits: mx.array, proposals: mx.array, place: int
     ) -> tuple[list[int], mx.array]:
-        """The model's own tokens as far as the proposals led there, and their log-probabilities.
+        """The model's own tokens as far as the proposals led there, and their log-probabilities;
+        none if there was nothing to sample at the first place.
 
         A processor of the caller's is shown a proposal only once it is accepted, since it may
         remember what it was shown; so each token is waited for.
         """
         if not self._sampling.processors:
             logprobs = _logprobs(logits)
-            return _matching(proposals, self._sampling.sample_at(logprobs, place)), logprobs
+            return _matching(
+                proposals, self._sampling.sample_at(logprobs, place), logprobs
+            ), logprobs
         rows: list[mx.array] = []
         samples: list[mx.array] = []
         one_by_one = self._request.context is not None
@@ -230,7 +245,8 @@ class SpeculativeDecoder:
             samples.append(self._sampling.sample_at(row, place + i))
             if one_by_one and i < proposals.size and (samples[i] != proposals[i]).item():
                 break
-        return _matching(proposals[: len(rows)], mx.concatenate(samples)), mx.concatenate(rows)
+        logprobs = mx.concatenate(rows)
+        return _matching(proposals[: len(rows)], mx.concatenate(samples), logprobs), logprobs
 
     def _sample_draft(self, logits: mx.array, proposals: Sequence[mx.array]) -> mx.array:
         """As the model would: the same processors, filters and noise."""
@@ -287,11 +303,16 @@ def _logprobs(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def _matching(proposals: mx.array, samples: mx.array) -> list[int]:
-    """Samples up to the first that is not what was proposed; the only wait of a cycle."""
-    both = cast("list[int]", mx.concatenate([proposals, samples]).tolist())
-    proposed, chosen = both[: proposals.size], both[proposals.size :]
+def _matching(proposals: mx.array, samples: mx.array, logprobs: mx.array) -> list[int]:
+    """Samples up to the first that is not what was proposed; the only wait of a cycle.
+
+    They end before a place where there was nothing to sample.
+    """
+    sound = can_be_sampled(logprobs, samples).astype(samples.dtype)
+    found = cast("list[int]", mx.concatenate([proposals, samples, sound]).tolist())
+    proposed, chosen = found[: proposals.size], found[proposals.size : -sound.size]
     right = 0
     while right < len(proposed) and proposed[right] == chosen[right]:
         right += 1
-    return chosen[: right + 1]
+    good = found[-sound.size :]
+    return chosen[: min([right + 1, *(i for i, each in enumerate(good) if not each)])]
