@@ -18,7 +18,12 @@ from mlx_engine.clock import Clock
 from mlx_engine.config import Strategies
 from mlx_engine.errors import ContextLengthExceeded, GenerationError, MLXEngineError
 from mlx_engine.generation.prompt import encode, option_of
-from mlx_engine.generation.sampling import Sampling, make_sampling, token_logprob
+from mlx_engine.generation.sampling import (
+    Sampling,
+    check_sampling,
+    make_sampling,
+    token_logprob,
+)
 from mlx_engine.generation.text import Piece, TextAssembler
 from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.outputs import (
@@ -149,6 +154,7 @@ class Request:
         self.prompt, self.places = encoded.tokens, encoded.places
         self._notes += encoded.notes
         self.limit = self._fit(vocabulary)
+        check_sampling(self._params, vocabulary.vocab_size)
         self._make_sampling = functools.partial(
             make_sampling,
             self._params,

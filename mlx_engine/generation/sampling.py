@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors
@@ -56,16 +56,13 @@ class Sampling:
 
 
 def check_sampling(params: SamplingParams, vocab_size: int) -> None:
-    """Refuse what does not suit the model. From any thread; no MLX work.
-
-    Logits processors that are given by name are imported.
+    """Refuse token ids that do not suit the model. From any thread; no MLX work.
 
     Args:
         vocab_size: tokens that the model's logits cover.
 
     Raises:
-        InvalidRequest: a token id is outside of the vocabulary, or a logits processor cannot
-            be imported.
+        InvalidRequest: a token id is outside of the vocabulary.
     """
     for option, tokens in (
         ("logit_bias", params.logit_bias),
@@ -76,9 +73,6 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
                 raise InvalidRequest(
                     option, f"token id {token} is not in the vocabulary of {vocab_size} tokens"
                 )
-    for processor in params.logits_processors:
-        if isinstance(processor, str) and not callable(_found(processor)):
-            raise InvalidRequest("logits_processors", f"{processor!r} is not a function")
 
 
 def make_sampling(
@@ -93,8 +87,7 @@ def make_sampling(
             mlx-lm).
 
     Raises:
-        InvalidRequest: as ``check_sampling`` does, or a logits processor that is a class cannot
-            be made.
+        InvalidRequest: as ``check_sampling`` does, or a logits processor cannot be imported.
     """
     check_sampling(params, vocab_size)
     processors: list[LogitsProcessor] = make_logits_processors(
@@ -118,31 +111,22 @@ def make_sampling(
     return Sampling(options, (*processors, *own))
 
 
-def _found(name: str) -> Any:
-    """What has that name, its module imported."""
+def _made(name: str) -> LogitsProcessor:
+    """The logits processor of that name; a class gives a new one for each request.
+
+    Its module may use MLX as soon as it is imported.
+    """
     module, _, path = name.partition(":")
     try:
-        return operator.attrgetter(path)(importlib.import_module(module))
-    except Exception as error:
-        raise _cannot_import(name, error) from error
-
-
-def _made(name: str) -> LogitsProcessor:
-    """The logits processor of that name; a class gives a new one for each request."""
-    found = _found(name)
-    try:
+        found = operator.attrgetter(path)(importlib.import_module(module))
         processor = found() if isinstance(found, type) else found
     except Exception as error:
-        raise _cannot_import(name, error) from error
+        raise InvalidRequest(
+            "logits_processors", f"{name!r} cannot be imported: {what_it_says(error)}"
+        ) from error
     if not callable(processor):
         raise InvalidRequest("logits_processors", f"{name!r} is not a function")
     return cast("LogitsProcessor", processor)
-
-
-def _cannot_import(name: str, error: Exception) -> InvalidRequest:
-    return InvalidRequest(
-        "logits_processors", f"{name!r} cannot be imported: {what_it_says(error)}"
-    )
 
 
 def token_logprob(token: int, logprobs: mx.array, top: int) -> TokenLogprob:
