@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
+from mlx_engine.checks import LARGEST, integer, shown
 from mlx_engine.config import AsEngine, SpecPrefill
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.params import SamplingParams
@@ -71,7 +71,7 @@ class ChatPrompt:
                 raise InvalidRequest("tools", "must be a list of tool descriptions (JSON schema)")
             for tool in tools:
                 if not isinstance(tool, Mapping):
-                    raise InvalidRequest("tools", f"each must be a mapping, not {tool!r}")
+                    raise InvalidRequest("tools", f"each must be a mapping, not {shown(tool)}")
         if template_kwargs is not None and not (
             isinstance(template_kwargs, Mapping)
             and all(isinstance(name, str) for name in template_kwargs)
@@ -109,9 +109,7 @@ _OURS = {"tools", "tokenize", "add_generation_prompt", "return_dict", "messages"
 
 def checked_priority(priority: int) -> int:
     """``priority``, if it can be one; raises ``InvalidRequest`` if not."""
-    if not isinstance(priority, Integral) or isinstance(priority, bool):
-        raise InvalidRequest("priority", f"must be an integer, not {priority!r}")
-    return int(priority)
+    return integer("priority", priority, low=-LARGEST)
 
 
 def _token_ids(prompt: object) -> list[int]:
@@ -124,19 +122,17 @@ def _token_ids(prompt: object) -> list[int]:
             + ("; use prompt.tolist()" if hasattr(prompt, "tolist") else ""),
         )
     tokens: list[Any] = list(prompt)  # type: ignore[call-overload]
-    if tokens and {type(token) for token in tokens} == {int} and min(tokens) >= 0:
-        return tokens  # at once, since prompts may have a million of them
-    for token in tokens:
-        if not isinstance(token, Integral) or isinstance(token, bool) or token < 0:
-            raise InvalidRequest("prompt", f"{token!r} is not a token id")
-    return [int(token) for token in tokens]
+    # All at once, since prompts may have a million of them.
+    if {type(token) for token in tokens} == {int} and min(tokens) >= 0 and max(tokens) <= LARGEST:
+        return tokens
+    return [integer("prompt", token, low=0, what="a token id") for token in tokens]
 
 
 def _message(index: int, message: object) -> dict[str, Any]:
     """A copy of a message in the form that templates expect, from the form that OpenAI has."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InvalidRequest(
-            "messages", f"number {index} must be a mapping with a 'role', not {message!r}"
+            "messages", f"number {index} must be a mapping with a 'role', not {shown(message)}"
         )
     copy = dict(message)
     content = copy.get("content")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
+from mlx_engine.checks import flag, integer, number, shown
 from mlx_engine.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -106,39 +105,38 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
-            self._set("max_tokens", _integer("max_tokens", self.max_tokens, low=1))
-        self._set("temperature", _number("temperature", self.temperature, low=0.0))
+            self._set("max_tokens", integer("max_tokens", self.max_tokens, low=1))
+        self._set("temperature", number("temperature", self.temperature, low=0.0))
         if 0 < self.temperature < _COLDEST:
             raise InvalidRequest(
                 "temperature",
                 f"must be 0 (greedy), or {_COLDEST:g} or more: not {self.temperature}",
             )
-        self._set("top_p", _number("top_p", self.top_p, low=0.0, high=1.0, above=True))
-        self._set("top_k", _integer("top_k", self.top_k, low=0))
-        self._set("min_p", _number("min_p", self.min_p, low=0.0, high=1.0))
+        self._set("top_p", number("top_p", self.top_p, low=0.0, high=1.0, above=True))
+        self._set("top_k", integer("top_k", self.top_k, low=0))
+        self._set("min_p", number("min_p", self.min_p, low=0.0, high=1.0))
         for name, high in (("xtc_probability", 1.0), ("xtc_threshold", 0.5)):
-            self._set(name, _number(name, getattr(self, name), low=0.0, high=high))
+            self._set(name, number(name, getattr(self, name), low=0.0, high=high))
         if self.repetition_penalty is not None:
-            penalty = _number("repetition_penalty", self.repetition_penalty, low=0.0, above=True)
+            penalty = number("repetition_penalty", self.repetition_penalty, low=0.0, above=True)
             self._set("repetition_penalty", penalty)
         for name in ("presence_penalty", "frequency_penalty"):
             if (value := getattr(self, name)) is not None:
-                self._set(name, _number(name, value))
+                self._set(name, number(name, value))
         self._set("logit_bias", _logit_bias(self.logit_bias))
         if self.seed is not None:
-            self._set("seed", _integer("seed", self.seed, low=0, high=_SEED_LIMIT - 1))
+            self._set("seed", integer("seed", self.seed, low=0, high=_SEED_LIMIT - 1))
         self._set("stop", _stop_strings(self.stop))
         self._set(
             "stop_token_ids",
             tuple(
-                _integer("stop_token_ids", token, low=0)
+                integer("stop_token_ids", token, low=0)
                 for token in _items("stop_token_ids", self.stop_token_ids, "token ids")
             ),
         )
-        if not isinstance(self.ignore_eos, bool):
-            raise InvalidRequest("ignore_eos", f"must be True or False, not {self.ignore_eos!r}")
+        flag("ignore_eos", self.ignore_eos)
         if self.logprobs is not None:
-            self._set("logprobs", _integer("logprobs", self.logprobs, low=0, high=MAX_TOP_LOGPROBS))
+            self._set("logprobs", integer("logprobs", self.logprobs, low=0, high=MAX_TOP_LOGPROBS))
         processors = _items("logits_processors", self.logits_processors, "functions")
         for processor in processors:
             named = isinstance(processor, str) and _NAME.fullmatch(processor)
@@ -146,7 +144,7 @@ class SamplingParams:
                 raise InvalidRequest(
                     "logits_processors",
                     "each must be callable as processor(tokens, logits), or be named "
-                    f"'package.module:function', not {processor!r}",
+                    f"'package.module:function', not {shown(processor)}",
                 )
         self._set("logits_processors", processors)
 
@@ -176,42 +174,10 @@ class SamplingParams:
         return replace(params, **options) if options else params
 
 
-def _number(
-    name: str,
-    value: object,
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    above: bool = False,
-) -> float:
-    """``value`` as a float in [low, high], or in (low, high] with ``above``."""
-    ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if ok:
-        number = float(value)  # type: ignore[arg-type]
-        if low < number <= high or (number == low and not above):
-            return number
-    span = f"above {low:g}" if above else f"{low:g} or more"
-    if high != math.inf:
-        span = f"{'above' if above else 'from'} {low:g} {'up ' if above else ''}to {high:g}"
-    if low == -math.inf:
-        span = "any finite value"
-    raise InvalidRequest(name, f"must be a number ({span}), not {value!r}")
-
-
-def _integer(name: str, value: object, *, low: int, high: int | None = None) -> int:
-    """``value`` as an int in [low, high]."""
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        number = int(value)
-        if number >= low and (high is None or number <= high):
-            return number
-    span = f"{low} or more" if high is None else f"from {low} to {high}"
-    raise InvalidRequest(name, f"must be an integer ({span}), not {value!r}")
-
-
 def _items(name: str, value: object, what: str) -> tuple[object, ...]:
     """``value`` as a tuple; strings and single values are refused."""
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
-        raise InvalidRequest(name, f"must be a list of {what}, not {value!r}")
+        raise InvalidRequest(name, f"must be a list of {what}, not {shown(value)}")
     return tuple(value)
 
 
@@ -221,7 +187,7 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
         if not isinstance(string, str) or not string:
             raise InvalidRequest(
                 "stop",
-                f"must be a non-empty string or a list of them, not {string!r}; "
+                f"must be a non-empty string or a list of them, not {shown(string)}; "
                 "leave it out to stop at the end of the answer only",
             )
     return tuple(str(string) for string in strings)  # NumPy's strings have a type of their own
@@ -229,9 +195,9 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
 
 def _logit_bias(bias: object) -> dict[int, float]:
     if not isinstance(bias, Mapping):
-        raise InvalidRequest("logit_bias", f"must map token ids to numbers, not be {bias!r}")
+        raise InvalidRequest("logit_bias", f"must map token ids to numbers, not be {shown(bias)}")
     return {
-        _integer("logit_bias", token, low=0): _number(
+        integer("logit_bias", token, low=0): number(
             "logit_bias", value, low=-_BIAS_LIMIT, high=_BIAS_LIMIT
         )
         for token, value in bias.items()

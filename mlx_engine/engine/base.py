@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from mlx_engine.asks import Ask, ChatPrompt, TextPrompt, checked_priority
+from mlx_engine.checks import shown
 from mlx_engine.config import AsEngine, SpecPrefill
 from mlx_engine.engine.many import in_order, params_for_each
 from mlx_engine.errors import InvalidRequest, MLXEngineError
@@ -369,14 +370,14 @@ class BaseEngine(abc.ABC):
 def checked_callback(on_progress: ProgressCallback | None) -> ProgressCallback | None:
     """``on_progress``, if it can be called; raises ``InvalidRequest`` if not."""
     if on_progress is not None and not callable(on_progress):
-        raise InvalidRequest("on_progress", f"must be callable or None, not {on_progress!r}")
+        raise InvalidRequest("on_progress", f"must be callable or None, not {shown(on_progress)}")
     return on_progress
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:
     """``path``, if it can be one; raises ``InvalidRequest`` if not."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise InvalidRequest("path", f"must be the path of a file, not {path!r}")
+        raise InvalidRequest("path", f"must be the path of a file, not {shown(path)}")
     if "\0" in str(path):
-        raise InvalidRequest("path", f"must not have a NUL character in it: {path!r}")
+        raise InvalidRequest("path", f"must not have a NUL character in it: {shown(path)}")
     return Path(path).expanduser()

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from mlx_engine.checks import shown
 from mlx_engine.config import (
     BatchConfig,
     ModelConfig,
@@ -48,7 +49,7 @@ class EnginePlan:
             InvalidRequest: an option is unknown, out of its range, or not for this kind.
         """
         if kind not in _KINDS:
-            raise InvalidRequest("engine", f"must be one of {_KINDS}, not {kind!r}")
+            raise InvalidRequest("engine", f"must be one of {_KINDS}, not {shown(kind)}")
         model = _settled(model)
         if options.get("adapter_path") is not None:
             options = {**options, "adapter_path": _settled(options["adapter_path"])}

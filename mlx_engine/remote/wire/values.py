@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_engine import errors
 from mlx_engine.asks import Ask, ChatPrompt, TextPrompt
+from mlx_engine.checks import shown
 from mlx_engine.config import MTP, DraftModel, SpecPrefill
 from mlx_engine.errors import GenerationError, InvalidRequest, MLXEngineError
 from mlx_engine.outputs import GenerationResult, ToolCall
@@ -85,7 +86,7 @@ def check_processors(params: SamplingParams) -> None:
         if not isinstance(processor, str):
             raise InvalidRequest(
                 "logits_processors",
-                f"{processor!r} cannot go to another process; name a function that can be "
+                f"{shown(processor)} cannot go to another process; name a function that can be "
                 "imported there: 'package.module:function'",
             )
 
@@ -247,5 +248,5 @@ _DEFAULTS = _fields(SamplingParams())
 def _made(kind: type[Any], option: str, values: Mapping[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(kind)}
     if not isinstance(values, Mapping) or not values.keys() <= known:
-        raise InvalidRequest(option, f"is not {kind.__name__}(...): {values!r}")
+        raise InvalidRequest(option, f"is not {kind.__name__}(...): {shown(values)}")
     return kind(**values)
