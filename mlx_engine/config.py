@@ -8,6 +8,7 @@ from typing import Literal, TypedDict
 
 from mlx_engine.checks import choice, flag, integer, integer_or_none, number, number_or_none, shown
 from mlx_engine.errors import InvalidRequest
+from mlx_engine.limits import RequestLimits
 from mlx_engine.outputs import ProgressCallback
 
 DEMO_MODEL = "demo"
@@ -133,6 +134,7 @@ class ModelOptions(TypedDict, total=False):
     decode: Decode
     queue_limit: int | None
     max_wait: float | None
+    limits: RequestLimits
 
 
 class EngineOptions(ModelOptions, total=False):

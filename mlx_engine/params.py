@@ -20,6 +20,7 @@ else:
 
 MAX_TOP_LOGPROBS = 100
 _NAME = re.compile(r"[\w.]+:[\w.]+")  # of a function, with its module
+_LONGEST = 64  # characters of an unknown option to look at
 _SEED_LIMIT = 2**64
 _COLDEST = 1e-6  # below it logits overflow when they are divided by the temperature
 _BIAS_LIMIT = 1e30  # logits are float32, or less
@@ -168,9 +169,9 @@ class SamplingParams:
         known = [f.name for f in fields(cls)]
         for name in options:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
+                close = difflib.get_close_matches(name[:_LONGEST], known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-                raise InvalidRequest(name, f"there is no such option; {hint}")
+                raise InvalidRequest(name[:_LONGEST], f"there is no such option; {hint}")
         return replace(params, **options) if options else params
 
 

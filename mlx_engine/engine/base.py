@@ -19,6 +19,7 @@ from mlx_engine.config import AsEngine, SpecPrefill
 from mlx_engine.engine.many import in_order, params_for_each
 from mlx_engine.errors import InvalidRequest, MLXEngineError
 from mlx_engine.lifecycle import EngineState
+from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import EngineStats, GenerationResult, ProgressCallback, ShutdownReport
 from mlx_engine.params import SamplingOptions, SamplingParams
 from mlx_engine.stream import GenerationStream, Producer
@@ -33,6 +34,8 @@ class BaseEngine(abc.ABC):
     Use it as ``async with Engine(model) as engine:``, or call ``start()`` and ``stop()``.
     It may be used from several event loops at once.
     """
+
+    _limits: RequestLimits = DEFAULT_LIMITS
 
     @property
     @abc.abstractmethod
@@ -139,8 +142,8 @@ class BaseEngine(abc.ABC):
             EngineNotStarted, EngineStopped, EngineDead: by the engine's state.
             GenerationError: this request failed; others go on.
         """
-        source = TextPrompt(prompt)  # type: ignore[arg-type]
-        ask = Ask(source, SamplingParams.of(params, **options), priority, prefill, decode)
+        source = TextPrompt.of(prompt, self._limits)
+        ask = Ask(source, self._limits.params(params, options), priority, prefill, decode)
         return await self._producer(ask, checked_callback(on_progress)).run(None)
 
     def stream_generate(
@@ -160,8 +163,8 @@ class BaseEngine(abc.ABC):
         the arguments is raised at once; all else, errors of state and queue included, when the
         stream is read.
         """
-        source = TextPrompt(prompt)  # type: ignore[arg-type]
-        ask = Ask(source, SamplingParams.of(params, **options), priority, prefill, decode)
+        source = TextPrompt.of(prompt, self._limits)
+        ask = Ask(source, self._limits.params(params, options), priority, prefill, decode)
         return GenerationStream(self._producer(ask, checked_callback(on_progress)))
 
     async def chat(
@@ -194,8 +197,8 @@ class BaseEngine(abc.ABC):
         Cancellation and errors are those of ``generate``; a model without a chat template,
         or a template without tools, is an ``InvalidRequest``.
         """
-        source = ChatPrompt.of(messages, tools, chat_template_kwargs)
-        ask = Ask(source, SamplingParams.of(params, **options), priority, prefill, decode)
+        source = ChatPrompt.of(messages, tools, chat_template_kwargs, self._limits)
+        ask = Ask(source, self._limits.params(params, options), priority, prefill, decode)
         return await self._producer(ask, checked_callback(on_progress)).run(None)
 
     def stream_chat(
@@ -212,8 +215,8 @@ class BaseEngine(abc.ABC):
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream:
         """Answer a conversation as a stream; arguments and errors are those of ``chat``."""
-        source = ChatPrompt.of(messages, tools, chat_template_kwargs)
-        ask = Ask(source, SamplingParams.of(params, **options), priority, prefill, decode)
+        source = ChatPrompt.of(messages, tools, chat_template_kwargs, self._limits)
+        ask = Ask(source, self._limits.params(params, options), priority, prefill, decode)
         return GenerationStream(self._producer(ask, checked_callback(on_progress)))
 
     async def generate_batch(

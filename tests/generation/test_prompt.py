@@ -120,8 +120,8 @@ async def test_what_is_no_unicode_is_refused(engine: SimpleEngine) -> None:
         ({"role": "user"}, "must be a list of messages"),
         (["hi"], "number 0 must be a mapping with a 'role'"),
         ([{"content": "x"}], "number 0 must be a mapping with a 'role'"),
-        ([*USER, {"role": "user"}], "number 1 has no 'content'"),
-        ([{"role": "user", "content": 5}], "number 0: 'content' must be text"),
+        ([*USER, {"role": "user"}], r"number 1 \('user'\) has no 'content'"),
+        ([{"role": "user", "content": 5}], r"number 0 \('user'\): 'content' must be text"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
             "only text parts",

@@ -38,11 +38,12 @@ class EngineHost:
     Only the user who runs it can connect: the socket is created with these permissions. Each
     client has requests of its own; those of one that goes away are cancelled. One that says
     what makes no sense, says nothing or does not read is sent away, with a line in the log
-    ``mlx_engine.host``. Clients cannot have functions imported, nor give chat templates, which
-    are programs. They share the engine: the long prompt of one delays the others.
+    ``mlx_engine.host``. Clients cannot have functions imported. They share the engine: the long
+    prompt of one delays the others.
 
-    A message of a client has 8 MiB at most, a client 1,024 requests under way at a time (more
-    get ``EngineBusy``), and up to 64 MiB may wait for it to be read.
+    A message of a client has 8 MiB at most, a request what the engine's ``RequestLimits`` allow,
+    a client 1,024 requests under way at a time (more get ``EngineBusy``), and up to 64 MiB may
+    wait for it to be read.
 
     Attributes:
         engine: what is served; the application may use it too, as long as the host serves it:

@@ -17,6 +17,7 @@ from mlx_engine.config import (
     path_text,
 )
 from mlx_engine.errors import InvalidRequest
+from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits, checked_limits
 from mlx_engine.remote.wire.messages import encode_strictly
 from mlx_engine.remote.wire.values import option_from_wire, option_to_wire
 
@@ -33,13 +34,14 @@ class EnginePlan:
         kind: ``simple`` or ``batched``.
         model: as for the engine itself.
         options: its keyword arguments, as they travel.
-        strategies: its own; requests are checked against them.
+        strategies, limits: its own; requests are checked against them.
     """
 
     kind: str
     model: str
     options: dict[str, Any]
     strategies: Strategies
+    limits: RequestLimits
 
     @classmethod
     def of(cls, kind: str, model: Any, options: dict[str, Any]) -> EnginePlan:
@@ -55,6 +57,7 @@ class EnginePlan:
             options = {**options, "adapter_path": _settled(options["adapter_path"])}
         left = dict(options)
         strategies = Strategies.of(left.pop("prefill", None), left.pop("decode", None))
+        limits = checked_limits(left.pop("limits", DEFAULT_LIMITS))
         config = ModelConfig(model=model, **_taken(left, ModelConfig))
         QueueConfig(**_taken(left, QueueConfig))
         if kind == "batched":
@@ -68,7 +71,7 @@ class EnginePlan:
                 encode_strictly([value])
             except (TypeError, ValueError, OverflowError) as error:  # an integer too big, say
                 raise InvalidRequest(name, f"cannot go to another process: {error}") from error
-        return cls(kind, config.model, wired, strategies)
+        return cls(kind, config.model, wired, strategies, limits)
 
 
 def options_from_wire(options: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +96,11 @@ def _unknown(name: str, kind: str) -> str:
     batch = [field.name for field in fields(BatchConfig)]
     if name in batch:
         return "is for engine='batched' only"
-    known = [*(field.name for field in (*fields(ModelConfig), *fields(QueueConfig))), *batch]
+    known = [
+        *(field.name for field in (*fields(ModelConfig), *fields(QueueConfig))),
+        "limits",
+        *batch,
+    ]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"there is no such option of a {kind} engine{hint}"
