@@ -90,7 +90,7 @@ def make_sampling(
         frequency_penalty=params.frequency_penalty,
     )
     options: dict[str, Any] = {
-        "temp": params.temperature,
+        "temp": 0.0 if params.greedy else params.temperature,
         "top_p": params.top_p,
         "min_p": params.min_p,
         "xtc_probability": params.xtc_probability,
@@ -100,7 +100,7 @@ def make_sampling(
     }
     sampler = _shared_sampler(**options)
     sample_at: SamplerAt
-    if params.temperature == 0:
+    if params.greedy:
         sample_at = _Anywhere(sampler)
     elif params.seed is None:
         sample_at = _SeededSampler(secrets.randbits(64), **options)

@@ -145,6 +145,9 @@ class FakeModel:
             if self._stops(request):
                 return
         request.prefilled()
+        if not request.wants_tokens:
+            request.end("length")
+            return
         while True:
             for segment, piece in answer:
                 if isinstance(piece, Exception):

@@ -13,6 +13,7 @@ import pytest
 from mlx_engine import ContextLengthExceeded, InvalidRequest, SimpleEngine
 from mlx_engine.asks import ChatPrompt
 from mlx_engine.generation.prompt import encode
+from mlx_engine.testing import FakeEngine
 from tests.conftest import make_tiny
 from tests.tiny import CONTEXT
 
@@ -223,3 +224,44 @@ async def test_unknown_options_name_the_closest(engine: SimpleEngine) -> None:
         await engine.generate("hi", temprature=1.0)  # type: ignore[call-arg]
     with pytest.raises(InvalidRequest, match="did you mean 'max_tokens'"):
         engine.stream_chat(USER, max_token=1)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, "'text' .*, not None"),
+        ({"role": "user", "content": [{"type": "text"}]}, "'text' .*, not None"),
+        ({"role": "user", "content": [{"type": "text", "text": 5}]}, "'text' .*, not 5"),
+        ({"role": "user", "content": [{"type": "text", "text": ["a"]}]}, "'text' .*"),
+        ({"role": "user", "content": {"type": "text", "text": "a"}}, "'content' must be text"),
+        ({"role": "user", "content": b"bytes"}, "only text parts"),
+        ({"role": "assistant", "tool_calls": ["f"]}, "a tool call must be a mapping"),
+        ({"role": "assistant", "tool_calls": [{"name": "f"}]}, "a tool call must be a mapping"),
+        ({"role": "assistant", "tool_calls": [{"function": {}}]}, "name of a function .* None"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": None}}]},
+            "name of a function .* None",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 5}}]},
+            "arguments of a tool call must be a mapping",
+        ),
+    ],
+)
+async def test_nothing_that_is_no_text_is_made_into_words(
+    engine: SimpleEngine, message: dict[str, Any], words: str
+) -> None:
+    role = message["role"]
+    for asked in (engine, FakeEngine()):
+        with pytest.raises(InvalidRequest, match=rf"^messages: number 1 \('{role}'\): .*{words}"):
+            asked.stream_chat([USER[0], message])
+
+
+async def test_a_past_call_without_arguments_has_none(engine: SimpleEngine) -> None:
+    def past(**arguments: Any) -> list[Any]:
+        return ChatPrompt.of(
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", **arguments}}]}]
+        ).messages
+
+    for arguments in ({}, {"arguments": None}, {"arguments": ""}, {"arguments": "{}"}):
+        assert past(**arguments)[0]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
