@@ -83,7 +83,8 @@ class RequestLimits:
         Raises:
             InvalidRequest: something is, or is not acceptable for another reason.
         """
-        self._check_options(options)
+        if options:
+            self._check_options(options)
         made = SamplingParams.of(params, **options)
         self._check_options({name: getattr(made, name) for name in _COUNTED})
         return made

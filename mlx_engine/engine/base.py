@@ -15,8 +15,8 @@ from typing import Any, Self, TypeVar, Unpack
 
 from mlx_engine.asks import Ask, ChatPrompt, TextPrompt, checked_priority
 from mlx_engine.checks import shown
-from mlx_engine.config import AsEngine, SpecPrefill
-from mlx_engine.engine.many import in_order, params_for_each
+from mlx_engine.config import AsEngine, QueueConfig, SpecPrefill
+from mlx_engine.engine.many import at_once, in_order, made_once, params_for_each
 from mlx_engine.errors import InvalidRequest, MLXEngineError
 from mlx_engine.lifecycle import EngineState
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
@@ -36,6 +36,7 @@ class BaseEngine(abc.ABC):
     """
 
     _limits: RequestLimits = DEFAULT_LIMITS
+    _queue: QueueConfig = QueueConfig()  # as far as it is known here
 
     @property
     @abc.abstractmethod
@@ -245,7 +246,9 @@ class BaseEngine(abc.ABC):
             For each prompt, in order, its result, or the error with which it failed: one that
             fails costs no other its result.
 
-        At most as many requests as can be in work at once are in the queue at any time.
+        In the queue are, at any time, as many requests as can be in work at once and a few
+        more, which wait for the next place. Where there is no place, because of others' requests
+        or ``queue_limit`` or ``max_wait``, they wait until there is one.
 
         Cancellation: all requests are cancelled; ``CancelledError`` is raised when they are
         out of MLX.
@@ -256,8 +259,9 @@ class BaseEngine(abc.ABC):
         """
         checked_priority(priority)
         self._check_strategies(prefill, decode)
-        each = [SamplingParams.of(own, **options) for own in params_for_each(prompts, params)]
+        given = params_for_each(prompts, params)
         self._check_running()
+        each = await made_once(given, lambda own: self._limits.params(own, options))
 
         async def one(prompt: str | Sequence[int], own: SamplingParams) -> GenerationResult:
             return await self.generate(
@@ -265,7 +269,9 @@ class BaseEngine(abc.ABC):
             )
 
         calls = [functools.partial(one, *pair) for pair in zip(prompts, each, strict=True)]
-        return await in_order(calls, self._width, checked_callback(on_progress))
+        return await in_order(
+            calls, at_once(self._width, self._queue), checked_callback(on_progress)
+        )
 
     async def save_prompt_cache(self, path: str | os.PathLike[str]) -> int:
         """Write the prompt cache into a file, for an engine with the same model to load.

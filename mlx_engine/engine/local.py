@@ -116,7 +116,8 @@ class LocalEngine(EngineLife, BaseEngine):
         self.strategies = Strategies.of(prefill, decode)
         self._limits = checked_limits(limits)
         self._on_progress = checked_callback(on_progress)
-        super().__init__(self._new_slot(), QueueConfig(queue_limit=queue_limit, max_wait=max_wait))
+        self._queue = QueueConfig(queue_limit=queue_limit, max_wait=max_wait)
+        super().__init__(self._new_slot(), self._queue)
 
     def _new_slot(self) -> ModelSlot:
         return ModelSlot()

@@ -115,7 +115,8 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
             prefill_seconds=prefill_seconds,
             load_seconds=load_seconds,
         )
-        super().__init__(model, QueueConfig(queue_limit=queue_limit, max_wait=max_wait))
+        self._queue = QueueConfig(queue_limit=queue_limit, max_wait=max_wait)
+        super().__init__(model, self._queue)
 
     def die(self, error: EngineDead | None = None) -> None:
         """End the engine as if what it runs on were gone. From any thread.

@@ -161,7 +161,7 @@ class EngineManager(BaseEngine):
         self._wanted = _checked_count(replicas)
         # Never started: it checks the options now, and the arguments of requests later.
         self._prototype = factory("prototype")
-        self._limits = self._prototype._limits
+        self._limits, self._queue = self._prototype._limits, self._prototype._queue
         self._lifecycle = Lifecycle()
         self._fleet = Fleet()
         self._supervisor = Supervisor(self._fleet, factory, restart, self._lifecycle.fail)

@@ -34,7 +34,7 @@ class EnginePlan:
         kind: ``simple`` or ``batched``.
         model: as for the engine itself.
         options: its keyword arguments, as they travel.
-        strategies, limits: its own; requests are checked against them.
+        strategies, limits, queue: its own; requests are checked against them.
     """
 
     kind: str
@@ -42,6 +42,7 @@ class EnginePlan:
     options: dict[str, Any]
     strategies: Strategies
     limits: RequestLimits
+    queue: QueueConfig
 
     @classmethod
     def of(cls, kind: str, model: Any, options: dict[str, Any]) -> EnginePlan:
@@ -59,7 +60,7 @@ class EnginePlan:
         strategies = Strategies.of(left.pop("prefill", None), left.pop("decode", None))
         limits = checked_limits(left.pop("limits", DEFAULT_LIMITS))
         config = ModelConfig(model=model, **_taken(left, ModelConfig))
-        QueueConfig(**_taken(left, QueueConfig))
+        queue = QueueConfig(**_taken(left, QueueConfig))
         if kind == "batched":
             BatchConfig(**_taken(left, BatchConfig))
             check_batchable_options(config)
@@ -71,7 +72,7 @@ class EnginePlan:
                 encode_strictly([value])
             except (TypeError, ValueError, OverflowError) as error:  # an integer too big, say
                 raise InvalidRequest(name, f"cannot go to another process: {error}") from error
-        return cls(kind, config.model, wired, strategies, limits)
+        return cls(kind, config.model, wired, strategies, limits, queue)
 
 
 def options_from_wire(options: dict[str, Any]) -> dict[str, Any]:
