@@ -27,6 +27,7 @@ from mlx_engine.errors import (
     StreamConsumed,
 )
 from mlx_engine.lifecycle import EngineState
+from mlx_engine.limits import RequestLimits
 from mlx_engine.outputs import (
     EngineStats,
     FinishReason,
@@ -97,6 +98,7 @@ __all__ = [
     "RayEngine",
     "RemoteEngine",
     "ReplicaInfo",
+    "RequestLimits",
     "RestartPolicy",
     "SamplingOptions",
     "SamplingParams",

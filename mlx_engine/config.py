@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
 from typing import Literal, TypedDict
 
+from mlx_engine.checks import choice, flag, integer, integer_or_none, number, number_or_none, shown
 from mlx_engine.errors import InvalidRequest
+from mlx_engine.limits import RequestLimits
 from mlx_engine.outputs import ProgressCallback
 
 DEMO_MODEL = "demo"
@@ -38,8 +39,8 @@ class DraftModel:
 
     def __post_init__(self) -> None:
         _check_model("model", self.model)
-        _check_depth("num_draft_tokens", self.num_draft_tokens, 16)
-        _check_choice("fallback", self.fallback, (True, False), flag=True)
+        _set(self, num_draft_tokens=_depth("num_draft_tokens", self.num_draft_tokens, 16))
+        flag("fallback", self.fallback)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +65,10 @@ class MTP:
     fallback: bool = False
 
     def __post_init__(self) -> None:
-        _check_depth("depth", self.depth, 4)
+        _set(self, depth=_depth("depth", self.depth, 4))
         if self.head is not None:
             _check_model("head", self.head)
-        _check_choice("fallback", self.fallback, (True, False), flag=True)
+        flag("fallback", self.fallback)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +106,11 @@ class SpecPrefill:
     def __post_init__(self) -> None:
         if self.draft is not None:
             _check_model("draft", self.draft)
-        if (
-            isinstance(self.keep, bool)
-            or not isinstance(self.keep, Real)
-            or not 0 < float(self.keep) <= 1
-        ):
-            raise InvalidRequest("keep", f"must be a number above 0, up to 1, not {self.keep!r}")
-        _check_int("threshold", self.threshold, low=0)
-        _check_int("lookahead", self.lookahead, low=0)
+        _set(self, keep=number("keep", self.keep, low=0, high=1, above=True))
+        for name in ("threshold", "lookahead"):
+            _set(self, **{name: integer(name, getattr(self, name), low=0)})
         for name in ("report_ranges", "fallback"):
-            _check_choice(name, getattr(self, name), (True, False), flag=True)
+            flag(name, getattr(self, name))
 
 
 Decode = DraftModel | MTP | Literal["auto"] | None
@@ -138,6 +134,7 @@ class ModelOptions(TypedDict, total=False):
     decode: Decode
     queue_limit: int | None
     max_wait: float | None
+    limits: RequestLimits
 
 
 class EngineOptions(ModelOptions, total=False):
@@ -201,19 +198,18 @@ class ModelConfig:
         if not isinstance(self.model, str) or not self.model.strip():
             raise InvalidRequest(
                 "model",
-                f"must be a folder, a Hugging Face id or {DEMO_MODEL!r}, not {self.model!r}",
+                f"must be a folder, a Hugging Face id or {DEMO_MODEL!r}, not {shown(self.model)}",
             )
         for name in ("revision", "adapter_path"):
             if (text := getattr(self, name)) is not None and not isinstance(text, str):
-                raise InvalidRequest(name, f"must be a string or None, not {text!r}")
-        _check_choice("trust_remote_code", self.trust_remote_code, (True, False), flag=True)
-        _check_int("context_length", self.context_length, low=2, optional=True)
-        _check_int("max_kv_size", self.max_kv_size, low=8, optional=True)
-        _check_choice("kv_bits", self.kv_bits, (None, 2, 3, 4, 5, 6, 8))
-        _check_choice("kv_group_size", self.kv_group_size, (32, 64, 128))
-        _check_int("quantized_kv_start", self.quantized_kv_start, low=0)
-        _check_int("prefill_step_size", self.prefill_step_size, low=1)
-        _check_int("prompt_cache_bytes", self.prompt_cache_bytes, low=0, optional=True)
+                raise InvalidRequest(name, f"must be a string or None, not {shown(text)}")
+        flag("trust_remote_code", self.trust_remote_code)
+        for name, low in (("context_length", 2), ("max_kv_size", 8), ("prompt_cache_bytes", 0)):
+            _set(self, **{name: integer_or_none(name, getattr(self, name), low=low)})
+        for name, low in (("quantized_kv_start", 0), ("prefill_step_size", 1)):
+            _set(self, **{name: integer(name, getattr(self, name), low=low)})
+        _set(self, kv_bits=choice("kv_bits", self.kv_bits, (None, 2, 3, 4, 5, 6, 8)))
+        _set(self, kv_group_size=choice("kv_group_size", self.kv_group_size, (32, 64, 128)))
         if self.kv_bits is None:
             for name, default in (("kv_group_size", 64), ("quantized_kv_start", 0)):
                 if getattr(self, name) != default:
@@ -252,12 +248,14 @@ class Strategies:
             InvalidRequest: a value is something else.
         """
         if prefill is not None and not isinstance(prefill, SpecPrefill):
-            raise InvalidRequest("prefill", f"must be SpecPrefill(...) or None, not {prefill!r}")
+            raise InvalidRequest(
+                "prefill", f"must be SpecPrefill(...) or None, not {shown(prefill)}"
+            )
         if decode == "auto":
             decode = MTP(fallback=True)
         if decode is not None and not isinstance(decode, DraftModel | MTP):
             raise InvalidRequest(
-                "decode", f"must be DraftModel(...), MTP(), 'auto' or None, not {decode!r}"
+                "decode", f"must be DraftModel(...), MTP(), 'auto' or None, not {shown(decode)}"
             )
         return cls(prefill=prefill, decode=decode)
 
@@ -282,7 +280,7 @@ class Strategies:
         if prefill != "as engine" and prefill is not None:
             if not isinstance(prefill, SpecPrefill):
                 raise InvalidRequest(
-                    "prefill", f"must be SpecPrefill(...) or None, not {prefill!r}"
+                    "prefill", f"must be SpecPrefill(...) or None, not {shown(prefill)}"
                 )
             if self.prefill is None:
                 raise InvalidRequest(
@@ -298,7 +296,7 @@ class Strategies:
                 )
         if decode is not None and decode != "as engine":
             raise InvalidRequest(
-                "decode", f"a request may switch it off with None, not change it: {decode!r}"
+                "decode", f"a request may switch it off with None, not change it: {shown(decode)}"
             )
         return Strategies(
             prefill=self.prefill if prefill == "as engine" else prefill,
@@ -322,8 +320,11 @@ class QueueConfig:
     max_wait: float | None = None
 
     def __post_init__(self) -> None:
-        _check_int("queue_limit", self.queue_limit, low=0, optional=True)
-        _check_time("max_wait", self.max_wait, "seconds")
+        _set(
+            self,
+            queue_limit=integer_or_none("queue_limit", self.queue_limit, low=0),
+            max_wait=number_or_none("max_wait", self.max_wait, low=0, endless=True, what="seconds"),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -348,9 +349,17 @@ class BatchConfig:
     kv_cache_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        _check_int("max_batch_size", self.max_batch_size, low=1)
-        _check_time("max_decode_pause_ms", self.max_decode_pause_ms, "milliseconds")
-        _check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, low=1, optional=True)
+        most, pause, limit = self.max_batch_size, self.max_decode_pause_ms, "max_decode_pause_ms"
+        _set(
+            self,
+            max_batch_size=integer("max_batch_size", most, low=1),
+            max_decode_pause_ms=number_or_none(
+                limit, pause, low=0, endless=True, what="milliseconds"
+            ),
+            kv_cache_memory_bytes=integer_or_none(
+                "kv_cache_memory_bytes", self.kv_cache_memory_bytes, low=1
+            ),
+        )
 
 
 def check_batchable_options(config: ModelConfig) -> None:
@@ -371,33 +380,15 @@ def path_text(model: str | os.PathLike[str]) -> str:
 
 def _check_model(name: str, value: object) -> None:
     if not isinstance(value, str | os.PathLike) or not str(value).strip():
-        raise InvalidRequest(name, f"must be a path or a Hugging Face id, not {value!r}")
+        raise InvalidRequest(name, f"must be a path or a Hugging Face id, not {shown(value)}")
 
 
-def _check_depth(name: str, value: object, most: int) -> None:
-    if value == "auto":
-        return
-    if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= int(value) <= most:
-        raise InvalidRequest(name, f"must be from 1 to {most}, or 'auto', not {value!r}")
+def _depth(name: str, value: object, most: int) -> int | Literal["auto"]:
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    return integer(name, value, low=1, high=most, also="'auto'")
 
 
-def _check_int(name: str, value: object, *, low: int, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
-        also = " or None" if optional else ""
-        raise InvalidRequest(name, f"must be an integer, {low} or more{also}, not {value!r}")
-
-
-def _check_time(name: str, value: object, unit: str) -> None:
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= 0
-    ):
-        raise InvalidRequest(name, f"must be {unit}, 0 or more, or None, not {value!r}")
-
-
-def _check_choice(
-    name: str, value: object, choices: tuple[object, ...], *, flag: bool = False
-) -> None:
-    if value not in choices or isinstance(value, bool) is not flag:
-        raise InvalidRequest(name, f"must be one of {choices}, not {value!r}")
+def _set(config: object, **values: object) -> None:
+    for name, value in values.items():
+        object.__setattr__(config, name, value)

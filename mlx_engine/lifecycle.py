@@ -5,19 +5,17 @@ from __future__ import annotations
 import asyncio
 import enum
 import itertools
-import math
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
-from numbers import Real
 
+from mlx_engine.checks import number_or_none
 from mlx_engine.errors import (
     EngineDead,
     EngineNotStarted,
     EngineStopped,
-    InvalidRequest,
     MLXEngineError,
 )
 from mlx_engine.outputs import ShutdownReport
@@ -323,14 +321,7 @@ class Lifecycle:
 
 def checked_timeout(timeout: float | None) -> float | None:
     """``timeout``, if it can be one; raises ``InvalidRequest`` if not."""
-    if timeout is not None and (
-        isinstance(timeout, bool)
-        or not isinstance(timeout, Real)
-        or math.isnan(timeout)
-        or timeout < 0
-    ):
-        raise InvalidRequest("timeout", f"must be seconds, 0 or more, or None, not {timeout!r}")
-    return None if timeout is None else float(timeout)
+    return number_or_none("timeout", timeout, low=0, endless=True, what="seconds")
 
 
 def _unknown() -> EngineDead:

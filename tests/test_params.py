@@ -58,7 +58,6 @@ def test_params_of_another_type_are_refused() -> None:
 
 
 BAD: list[tuple[str, Any]] = [
-    ("max_tokens", 0),
     ("max_tokens", -1),
     ("max_tokens", 1.5),
     ("max_tokens", "10"),
@@ -69,8 +68,7 @@ BAD: list[tuple[str, Any]] = [
     ("temperature", 1e-320),
     ("logit_bias", {1: 1e300}),
     ("temperature", float("inf")),
-    ("temperature", None),
-    ("top_p", 0),
+    ("top_p", -0.1),
     ("top_p", 1.01),
     ("top_k", -1),
     ("top_k", 2.0),
@@ -83,6 +81,14 @@ BAD: list[tuple[str, Any]] = [
     ("frequency_penalty", float("nan")),
     ("logit_bias", [1]),
     ("logit_bias", {"a": 1.0}),
+    ("logit_bias", {"-1": 1.0}),
+    ("logit_bias", {"1.0": 1.0}),
+    ("logit_bias", {"": 1.0}),
+    ("logit_bias", {" 1": 1.0}),
+    ("logit_bias", {"\u0661": 1.0}),
+    ("logit_bias", {"9" * 5000: 1.0}),
+    ("logit_bias", {"1": 1.0, 1: 2.0}),
+    ("logit_bias", {1: None}),
     ("logit_bias", {-1: 1.0}),
     ("logit_bias", {1: "x"}),
     ("seed", -1),
@@ -140,3 +146,27 @@ def test_numpy_numbers_are_numbers() -> None:
 def test_params_travel() -> None:
     params = SamplingParams(stop=["x"], seed=3, logit_bias={1: 2.0})
     assert pickle.loads(pickle.dumps(params)) == params
+
+
+def test_none_is_the_default_of_every_option() -> None:
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    every: dict[str, Any] = dict.fromkeys(names)
+    assert SamplingParams(**every) == SamplingParams(max_tokens=None)
+    others = SamplingParams(temperature=1, top_k=5, stop="x", logit_bias={1: 2}, ignore_eos=True)
+    assert SamplingParams.of(others, **every) == SamplingParams(max_tokens=None)
+    assert SamplingParams.of(others, temperature=None) == dataclasses.replace(
+        others, temperature=SamplingParams().temperature
+    )
+
+
+def test_a_bias_as_json_has_it_is_the_same_bias() -> None:
+    params = SamplingParams(logit_bias={"123": -100, "0": 1, "007": 2})  # type: ignore[dict-item]
+    assert params.logit_bias == {123: -100.0, 0: 1.0, 7: 2.0}
+    assert all(type(token) is int for token in params.logit_bias)
+    assert SamplingParams(logit_bias=None) == SamplingParams(logit_bias={})  # type: ignore[arg-type]
+
+
+def test_a_nucleus_of_nothing_is_greedy() -> None:
+    assert SamplingParams(top_p=0, temperature=1).greedy
+    assert SamplingParams(temperature=0).greedy
+    assert not SamplingParams(top_p=0.1, temperature=1).greedy

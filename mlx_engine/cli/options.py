@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from mlx_engine import __version__
-from mlx_engine.cli.values import bias, count_or_auto, count_or_none, number_or_none
+from mlx_engine.cli.values import bias, count_or_auto, count_or_none, number_or_none, request_limit
 from mlx_engine.config import (
     DEMO_MODEL,
     MTP,
@@ -23,6 +23,7 @@ from mlx_engine.config import (
     SpecPrefill,
 )
 from mlx_engine.errors import InvalidRequest
+from mlx_engine.limits import RequestLimits
 from mlx_engine.params import SamplingParams
 
 PROGRAM = "mlx-engine"
@@ -84,7 +85,10 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def queue_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of an engine that say how many requests it takes."""
-    return _given(args, QueueConfig) | _given(args, BatchConfig)
+    chosen = _given(args, QueueConfig) | _given(args, BatchConfig)
+    if "limits" in args:
+        chosen["limits"] = RequestLimits(**dict(args.limits))
+    return chosen
 
 
 def strategies(args: argparse.Namespace) -> dict[str, Any]:
@@ -334,6 +338,14 @@ def _host_options() -> argparse.ArgumentParser:
     )
     add("--queue-limit", type=int, metavar="N", help="requests that may wait; others are refused")
     add("--max-wait", type=float, metavar="SECONDS", help="for a request to wait at most")
+    add(
+        "--limit",
+        dest="limits",
+        type=request_limit,
+        action="append",
+        metavar="LIMIT=N",
+        help="on the size of a request, as in RequestLimits, or LIMIT=none; may be repeated",
+    )
     add("--max-clients", type=int, metavar="N", help="connected at once; others are refused")
     add(
         "--drain",

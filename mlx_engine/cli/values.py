@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
+
+from mlx_engine.limits import RequestLimits
 
 
 def count_or_none(text: str) -> int | None:
@@ -45,3 +48,12 @@ def bias(text: str) -> tuple[int, float]:
         return int(token), float(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be TOKEN=VALUE, not {text!r}") from None
+
+
+def request_limit(text: str) -> tuple[str, int | None]:
+    """The name of a limit, and how many there may be."""
+    name, _, value = text.partition("=")
+    names = [field.name for field in fields(RequestLimits)]
+    if name not in names:
+        raise argparse.ArgumentTypeError(f"must be LIMIT=N, with one of {', '.join(names)}")
+    return name, count_or_none(value)

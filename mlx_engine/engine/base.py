@@ -14,10 +14,12 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from mlx_engine.asks import Ask, ChatPrompt, TextPrompt, checked_priority
-from mlx_engine.config import AsEngine, SpecPrefill
-from mlx_engine.engine.many import in_order, params_for_each
+from mlx_engine.checks import shown
+from mlx_engine.config import AsEngine, QueueConfig, SpecPrefill
+from mlx_engine.engine.many import at_once, in_order, made_once, params_for_each
 from mlx_engine.errors import InvalidRequest, MLXEngineError
 from mlx_engine.lifecycle import EngineState
+from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import EngineStats, GenerationResult, ProgressCallback, ShutdownReport
 from mlx_engine.params import SamplingOptions, SamplingParams
 from mlx_engine.stream import GenerationStream, Producer
@@ -32,6 +34,9 @@ class BaseEngine(abc.ABC):
     Use it as ``async with Engine(model) as engine:``, or call ``start()`` and ``stop()``.
     It may be used from several event loops at once.
     """
+
+    _limits: RequestLimits = DEFAULT_LIMITS
+    _queue: QueueConfig = QueueConfig()  # as far as it is known here
 
     @property
     @abc.abstractmethod
@@ -138,8 +143,8 @@ class BaseEngine(abc.ABC):
             EngineNotStarted, EngineStopped, EngineDead: by the engine's state.
             GenerationError: this request failed; others go on.
         """
-        source = TextPrompt(prompt)  # type: ignore[arg-type]
-        ask = Ask(source, SamplingParams.of(params, **options), priority, prefill, decode)
+        source = TextPrompt.of(prompt, self._limits)
+        ask = Ask(source, self._limits.params(params, options), priority, prefill, decode)
         return await self._producer(ask, checked_callback(on_progress)).run(None)
 
     def stream_generate(
@@ -159,8 +164,8 @@ class BaseEngine(abc.ABC):
         the arguments is raised at once; all else, errors of state and queue included, when the
         stream is read.
         """
-        source = TextPrompt(prompt)  # type: ignore[arg-type]
-        ask = Ask(source, SamplingParams.of(params, **options), priority, prefill, decode)
+        source = TextPrompt.of(prompt, self._limits)
+        ask = Ask(source, self._limits.params(params, options), priority, prefill, decode)
         return GenerationStream(self._producer(ask, checked_callback(on_progress)))
 
     async def chat(
@@ -193,8 +198,8 @@ class BaseEngine(abc.ABC):
         Cancellation and errors are those of ``generate``; a model without a chat template,
         or a template without tools, is an ``InvalidRequest``.
         """
-        source = ChatPrompt.of(messages, tools, chat_template_kwargs)
-        ask = Ask(source, SamplingParams.of(params, **options), priority, prefill, decode)
+        source = ChatPrompt.of(messages, tools, chat_template_kwargs, self._limits)
+        ask = Ask(source, self._limits.params(params, options), priority, prefill, decode)
         return await self._producer(ask, checked_callback(on_progress)).run(None)
 
     def stream_chat(
@@ -211,8 +216,8 @@ class BaseEngine(abc.ABC):
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream:
         """Answer a conversation as a stream; arguments and errors are those of ``chat``."""
-        source = ChatPrompt.of(messages, tools, chat_template_kwargs)
-        ask = Ask(source, SamplingParams.of(params, **options), priority, prefill, decode)
+        source = ChatPrompt.of(messages, tools, chat_template_kwargs, self._limits)
+        ask = Ask(source, self._limits.params(params, options), priority, prefill, decode)
         return GenerationStream(self._producer(ask, checked_callback(on_progress)))
 
     async def generate_batch(
@@ -241,7 +246,9 @@ class BaseEngine(abc.ABC):
             For each prompt, in order, its result, or the error with which it failed: one that
             fails costs no other its result.
 
-        At most as many requests as can be in work at once are in the queue at any time.
+        In the queue are, at any time, as many requests as can be in work at once and a few
+        more, which wait for the next place. Where there is no place, because of others' requests
+        or ``queue_limit`` or ``max_wait``, they wait until there is one.
 
         Cancellation: all requests are cancelled; ``CancelledError`` is raised when they are
         out of MLX.
@@ -252,8 +259,9 @@ class BaseEngine(abc.ABC):
         """
         checked_priority(priority)
         self._check_strategies(prefill, decode)
-        each = [SamplingParams.of(own, **options) for own in params_for_each(prompts, params)]
+        given = params_for_each(prompts, params)
         self._check_running()
+        each = await made_once(given, lambda own: self._limits.params(own, options))
 
         async def one(prompt: str | Sequence[int], own: SamplingParams) -> GenerationResult:
             return await self.generate(
@@ -261,7 +269,9 @@ class BaseEngine(abc.ABC):
             )
 
         calls = [functools.partial(one, *pair) for pair in zip(prompts, each, strict=True)]
-        return await in_order(calls, self._width, checked_callback(on_progress))
+        return await in_order(
+            calls, at_once(self._width, self._queue), checked_callback(on_progress)
+        )
 
     async def save_prompt_cache(self, path: str | os.PathLike[str]) -> int:
         """Write the prompt cache into a file, for an engine with the same model to load.
@@ -369,14 +379,14 @@ class BaseEngine(abc.ABC):
 def checked_callback(on_progress: ProgressCallback | None) -> ProgressCallback | None:
     """``on_progress``, if it can be called; raises ``InvalidRequest`` if not."""
     if on_progress is not None and not callable(on_progress):
-        raise InvalidRequest("on_progress", f"must be callable or None, not {on_progress!r}")
+        raise InvalidRequest("on_progress", f"must be callable or None, not {shown(on_progress)}")
     return on_progress
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:
     """``path``, if it can be one; raises ``InvalidRequest`` if not."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise InvalidRequest("path", f"must be the path of a file, not {path!r}")
+        raise InvalidRequest("path", f"must be the path of a file, not {shown(path)}")
     if "\0" in str(path):
-        raise InvalidRequest("path", f"must not have a NUL character in it: {path!r}")
+        raise InvalidRequest("path", f"must not have a NUL character in it: {shown(path)}")
     return Path(path).expanduser()

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+from mlx_engine.checks import shown
 from mlx_engine.config import QueueConfig
 from mlx_engine.engine.admission import Admission, RequestTicket
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
@@ -224,7 +225,7 @@ class EngineLife(abc.ABC):
             BaseException: whatever the function raises.
         """
         if not callable(func) or inspect.iscoroutinefunction(func):
-            raise InvalidRequest("func", f"must be a synchronous function, not {func!r}")
+            raise InvalidRequest("func", f"must be a synchronous function, not {shown(func)}")
         ticket = RequestTicket(self._lifecycle.new_id("call"))
         return await self._run_blocking_serialized(
             func, *args, on_cancel=on_cancel, _ticket=ticket, **kwargs

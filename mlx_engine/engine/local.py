@@ -29,6 +29,7 @@ from mlx_engine.errors import GenerationError, MLXEngineError
 from mlx_engine.generation import prompt_cache_file
 from mlx_engine.generation.kv_cache import sample_kv_cache
 from mlx_engine.generation.request import Request
+from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits, checked_limits
 from mlx_engine.models.loading import find_model
 from mlx_engine.outputs import GenerationResult, ProgressCallback
 from mlx_engine.stream import Emit
@@ -58,6 +59,7 @@ class LocalEngine(EngineLife, BaseEngine):
         decode: Decode = None,
         queue_limit: int | None = None,
         max_wait: float | None = None,
+        limits: RequestLimits = DEFAULT_LIMITS,
         on_progress: ProgressCallback | None = None,
     ) -> None:
         """Make an engine; nothing is loaded before it is started.
@@ -90,6 +92,7 @@ class LocalEngine(EngineLife, BaseEngine):
                 raised; ``None`` is no limit.
             max_wait: seconds that a request may wait for its turn before ``EngineBusy`` is
                 raised; ``None`` is no limit.
+            limits: how large a request may be; see ``RequestLimits``.
             on_progress: told of download and loading, in the event loop that starts the
                 engine.
 
@@ -111,8 +114,10 @@ class LocalEngine(EngineLife, BaseEngine):
             prompt_cache_bytes=prompt_cache_bytes,
         )
         self.strategies = Strategies.of(prefill, decode)
+        self._limits = checked_limits(limits)
         self._on_progress = checked_callback(on_progress)
-        super().__init__(self._new_slot(), QueueConfig(queue_limit=queue_limit, max_wait=max_wait))
+        self._queue = QueueConfig(queue_limit=queue_limit, max_wait=max_wait)
+        super().__init__(self._new_slot(), self._queue)
 
     def _new_slot(self) -> ModelSlot:
         return ModelSlot()

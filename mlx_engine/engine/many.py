@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
+from mlx_engine.config import QueueConfig
 from mlx_engine.engine.crossing import in_this_loop
-from mlx_engine.errors import InvalidRequest, MLXEngineError
+from mlx_engine.errors import EngineBusy, InvalidRequest, MLXEngineError
 from mlx_engine.outputs import Progress, ProgressCallback
 from mlx_engine.params import SamplingParams
 from mlx_engine.turn import outlast
@@ -15,12 +17,18 @@ from mlx_engine.turn import outlast
 T = TypeVar("T")
 
 
+_AHEAD = 4  # for so many that can be in work at once one more waits, and one in any case
+_SHORTEST, _LONGEST = 0.01, 1.0  # seconds to wait where the queue is full of others' requests
+_AT_ONCE = 32  # parameters made before the event loop may do something else
+
+
 async def in_order(
     calls: Sequence[Callable[[], Awaitable[T]]],
-    width: int,
+    at_once: int,
     on_progress: ProgressCallback | None,
 ) -> list[T | MLXEngineError]:
-    """Make all calls, ``width`` at a time; each gives its result, or the error it failed with.
+    """Make all calls, ``at_once`` of them at a time; each gives its result, or the error it
+    failed with. One that finds no place is made again.
 
     Args:
         on_progress: told in this event loop, after each call, how many are over.
@@ -32,19 +40,30 @@ async def in_order(
     tell = in_this_loop(on_progress)
     left = iter(enumerate(calls))
     done = 0
+    ended = asyncio.Event()
+
+    async def outcome(call: Callable[[], Awaitable[T]]) -> T | MLXEngineError:
+        while True:
+            try:
+                return await call()
+            except EngineBusy as busy:
+                ended.clear()  # one of ours, which makes room
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(max(busy.retry_after, _SHORTEST), _LONGEST)):
+                        await ended.wait()
+            except MLXEngineError as error:
+                return error
 
     async def work() -> None:
         nonlocal done
         for index, call in left:
-            try:
-                results[index] = await call()
-            except MLXEngineError as error:
-                results[index] = error
+            results[index] = await outcome(call)
+            ended.set()
             done += 1
             if tell is not None:
                 tell(Progress("batch", done, len(calls)))
 
-    workers = [asyncio.create_task(work()) for _ in range(min(width, len(calls)))]
+    workers = [asyncio.create_task(work()) for _ in range(min(at_once, len(calls)))]
 
     def cancel() -> None:
         for worker in workers:
@@ -56,6 +75,32 @@ async def in_order(
         if end is not None:  # not ours: a bug, or somebody has cancelled all tasks
             raise end
     return [result for result in results if result is not None]
+
+
+def at_once(width: int, queue: QueueConfig) -> int:
+    """How many requests of a list to make at a time: some wait, so that one can follow at once
+    where one ends, unless waiting is what the queue does not allow.
+
+    Args:
+        width: how many can be in work.
+    """
+    ahead = width // _AHEAD + 1
+    if queue.max_wait is not None:
+        return width
+    return width + (ahead if queue.queue_limit is None else min(ahead, queue.queue_limit))
+
+
+async def made_once(
+    given: Sequence[SamplingParams | None], make: Callable[[SamplingParams | None], SamplingParams]
+) -> list[SamplingParams]:
+    """What ``make`` makes of each, once of the same one, without holding up the event loop."""
+    made: dict[int, SamplingParams] = {}
+    for own in given:
+        if id(own) not in made:
+            made[id(own)] = make(own)
+            if len(made) % _AT_ONCE == 0:
+                await asyncio.sleep(0)
+    return [made[id(own)] for own in given]
 
 
 def params_for_each(

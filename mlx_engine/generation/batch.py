@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
@@ -210,7 +210,9 @@ class Batch:
         for each in done:
             each.request.prefilled()
             self._prefilling.rows.remove(each)
-        if done:
+        if done and row.request.limit == 0:
+            yield from self._end_prefilled(row)
+        elif done:
             try:
                 self._decoding.end_alone()
             except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
@@ -222,6 +224,15 @@ class Batch:
                     yield each.request, each.request.failed(error)
                 yield from self._lose_all(error)
         self._measure()
+
+    def _end_prefilled(self, row: Row) -> Iterator[Over]:
+        """Let a row go that wants no tokens, and keep its prompt."""
+        assert row.cache is not None
+        finish_drafting(row)
+        if not self:
+            self.rest()  # as in _leave
+        yield _over(row.request, row.request.ended_without_tokens)
+        self._store(row, row.cache)
 
     def _lose_all(self, error: Exception) -> Iterator[Over]:
         """MLX failed, and nobody knows what the joint cache holds."""
@@ -268,8 +279,12 @@ class Batch:
 
 
 def _cancelled(request: Request) -> Over:
+    return _over(request, request.cancelled)
+
+
+def _over(request: Request, end: Callable[[], None]) -> Over:
     try:
-        request.cancelled()
+        end()
     except BaseException as error:  # noqa: BLE001 - the border: a tokenizer's fault
         return request, request.failed(error)
     return request, None

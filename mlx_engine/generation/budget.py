@@ -43,7 +43,7 @@ class MemoryBudget:
             return
         length = len(request.prompt)
         if request.open_ended and length < most:
-            request.limit = min(request.limit or most, most - length)
+            request.limit = min(most if request.limit is None else request.limit, most - length)
         new = 1 if request.limit is None else request.limit
         if length + new > most:
             need = self._footprint.nbytes(length + new)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jinja2
-import jinja2.meta
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_engine.asks import ChatPrompt, TextPrompt
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.chat_places import ChatPlaces, EncodedText
+from mlx_engine.generation.template_names import split_kwargs
 from mlx_engine.generation.tokenize import check_text
 from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.turn import checkpoint
@@ -97,6 +95,7 @@ class _Chat:
                 "this model's tokenizer has no chat template; use generate() with a prompt "
                 "in the form that the model was trained on",
             )
+        self._kwargs, unread = split_kwargs(self._kwargs, tokenizer)
         text = self._render(tokenizer)
         check_text(text, vocabulary, "messages")
         notes: list[str] = []
@@ -111,8 +110,8 @@ class _Chat:
             )
         if self.tools and not tokenizer.has_tool_calling:
             notes.append("tools: mlx-lm has no parser for this model's tool calls; see the text")
-        if unknown := [name for name in self._kwargs if not self._matters(tokenizer, name, text)]:
-            names = ", ".join(unknown)
+        if unread:
+            names = ", ".join(unread)
             notes.append(f"chat_template_kwargs: this chat template does not look at {names}")
         checkpoint()
         encoded = EncodedText(tokenizer, text)
@@ -137,7 +136,6 @@ class _Chat:
         messages: list[dict[str, Any]] | None = None,
         *,
         tools: Any = ...,
-        kwargs: dict[str, Any] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
         checkpoint()
@@ -148,21 +146,13 @@ class _Chat:
                     tools=self.tools if tools is ... else tools,
                     add_generation_prompt=add_generation_prompt,
                     tokenize=False,
-                    **(self._kwargs if kwargs is None else kwargs),
+                    **self._kwargs,
                 )
             )
         except Exception as error:
             raise InvalidRequest(
                 "messages", f"the model's chat template refuses them: {error}"
             ) from error
-
-    def _matters(self, tokenizer: TokenizerWrapper, name: str, text: str) -> bool:
-        """Whether the template looks at an option, as far as that can be known."""
-        template = tokenizer.chat_template
-        if isinstance(template, str) and (names := _names_in(template)) is not None:
-            return name in names
-        others = {key: value for key, value in self._kwargs.items() if key != name}
-        return text != self._render(tokenizer, kwargs=others)
 
     def _shows_tools(self, tokenizer: TokenizerWrapper, chat: ChatPlaces, text: str) -> bool:
         """Whether the template shows them to the model, as far as that can be known."""
@@ -186,13 +176,3 @@ class _Chat:
             tail = str(tokenizer.decode(tokens[-_TAIL_TOKENS:]))
         opened, closed = tail.rfind(tokenizer.think_start), tail.rfind(tokenizer.think_end)
         return "reasoning" if opened > closed else "normal"
-
-
-@functools.lru_cache(maxsize=16)
-def _names_in(template: str) -> frozenset[str] | None:
-    """The variables that a template takes from outside; ``None`` if Jinja cannot tell."""
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
-    try:
-        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(template)))
-    except jinja2.TemplateError:  # it has tags of its own
-        return None

@@ -305,6 +305,11 @@ class Request:
         self._draft_tokens += proposed
         self._accepted_tokens += accepted
 
+    def ended_without_tokens(self) -> None:
+        """It ends here: none were asked for."""
+        self.progress(len(self.prompt))
+        self._finish("length", (), [])
+
     def cancelled(self) -> None:
         """It ends here, cancelled."""
         self._finish("cancelled", (), [])
@@ -374,7 +379,7 @@ class Request:
         if context is None:
             return wanted
         room = context - length
-        if room < (wanted or 1):
+        if room < (1 if wanted is None else wanted):
             advice = "shorten the prompt"
             if wanted is not None and room > 0:
                 advice += f", or lower max_tokens to {room} or None (as many as fit)"

@@ -35,7 +35,7 @@ class Row:
         self.cache: Cache | None = None
         self.held = self.cached = 0
         self.places: tuple[int, ...] = ()
-        self.alone = False
+        self.alone = request.limit == 0  # so that it keeps a cache of its own
         self.fault: BaseException | None = None
         self.sparse: ScoredPrefill | None = None
         self.drafter: Drafter | None = None

@@ -98,7 +98,7 @@ def make_sampling(
         frequency_penalty=params.frequency_penalty,
     )
     options = SamplerOptions(
-        temperature=params.temperature,
+        temperature=0.0 if params.greedy else params.temperature,
         top_p=params.top_p,
         min_p=params.min_p,
         xtc_probability=params.xtc_probability,

@@ -72,6 +72,11 @@ def _run(request: Request, space: Workspace) -> None:
         request.cancelled()
         space.store(row.in_cache, cache, row.held, request.places)  # a retry goes on from there
         return
+    if request.limit == 0:
+        request.ended_without_tokens()
+        finish_drafting(row)
+        space.store(row.in_cache, cache, row.held)
+        return
     prefilled, can_trim = row.held, trimmable(cache)
     if not can_trim and row.keeps_end:  # what is decoded cannot be taken out of such a cache
         space.store(row.in_cache, cache, prefilled, request.places)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
 from typing import Literal
 
+from mlx_engine.checks import number_or_none, shown
 from mlx_engine.errors import InvalidRequest
 
 Phase = Literal["start", "load", "idle", "prefill", "decode"]
@@ -56,13 +56,12 @@ class Watchdog:
 
     def __post_init__(self) -> None:
         for name in ("start", "prefill", "decode", "silence"):
-            limit = getattr(self, name)
-            if limit is not None and (
-                isinstance(limit, bool) or not isinstance(limit, Real) or not float(limit) > 0
-            ):
-                raise InvalidRequest(name, f"must be seconds, above 0, or None, not {limit!r}")
+            limit = number_or_none(
+                name, getattr(self, name), low=0, above=True, endless=True, what="seconds"
+            )
+            object.__setattr__(self, name, limit)
         if self.action not in ("kill", "report"):
-            raise InvalidRequest("action", f"must be 'kill' or 'report', not {self.action!r}")
+            raise InvalidRequest("action", f"must be 'kill' or 'report', not {shown(self.action)}")
 
     @property
     def tick(self) -> float:

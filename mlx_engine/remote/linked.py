@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from mlx_engine.asks import Ask
+from mlx_engine.checks import shown
 from mlx_engine.engine.base import BaseEngine, checked_callback
 from mlx_engine.engine.crossing import in_this_loop
 from mlx_engine.errors import EngineNotRunning, EngineStopped, InvalidRequest, MLXEngineError
@@ -55,9 +56,11 @@ class LinkedEngine(BaseEngine):
         self, name: str, watchdog: Watchdog | None, on_progress: ProgressCallback | None
     ) -> None:
         if watchdog is not None and not isinstance(watchdog, Watchdog):
-            raise InvalidRequest("watchdog", f"must be Watchdog(...) or None, not {watchdog!r}")
+            raise InvalidRequest(
+                "watchdog", f"must be Watchdog(...) or None, not {shown(watchdog)}"
+            )
         if not isinstance(name, str) or not name.isprintable():
-            raise InvalidRequest("name", f"must be a printable string, not {name!r}")
+            raise InvalidRequest("name", f"must be a printable string, not {shown(name)}")
         self.name = name
         self._watchdog = watchdog
         self._on_progress = checked_callback(on_progress)

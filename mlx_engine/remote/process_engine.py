@@ -62,6 +62,7 @@ class ProcessEngine(LinkedEngine):
                 another one, or is not for this kind of engine.
         """
         self._plan = EnginePlan.of(engine, model, dict(options))
+        self._limits, self._queue = self._plan.limits, self._plan.queue
         super().__init__(name or f"engine-{next(_numbers)}", watchdog, on_progress)
 
     def _make_link(self) -> Callable[[], Link]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 
 from mlx_engine.config import AsEngine, SpecPrefill, Strategies
+from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits, checked_limits
 from mlx_engine.remote.beat import Watchdog
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.links.link import Link
@@ -31,8 +32,8 @@ class RemoteEngine(LinkedEngine):
     Requests are those of a client among others: ``stats`` and ``check_health`` are of the
     engine as a whole, and files of ``save_prompt_cache`` are written by the host.
 
-    What cannot go there: ``run_blocking``, logits processors, by name or not, chat templates
-    among ``chat_template_kwargs``, and requests of more than 8 MiB (``InvalidRequest``). Who has
+    What cannot go there: ``run_blocking``, logits processors, by name or not, and requests of
+    more than 8 MiB, or above the host's ``RequestLimits`` (``InvalidRequest``). Who has
     1,024 requests under way gets ``EngineBusy``; who leaves 64 MiB of answers unread is cut off
     (``EngineDead``).
     """
@@ -45,6 +46,7 @@ class RemoteEngine(LinkedEngine):
         *,
         watchdog: Watchdog | None = _WATCHDOG,
         name: str | None = None,
+        limits: RequestLimits = DEFAULT_LIMITS,
     ) -> None:
         """Make an engine; nobody is asked before it is started.
 
@@ -53,12 +55,14 @@ class RemoteEngine(LinkedEngine):
             watchdog: when the host counts as stuck, so that the connection is closed;
                 ``None``: never. ``start`` is how long it may take to say a first word.
             name: for logs.
+            limits: how large a request may be; the host has its own as well.
 
         Raises:
             InvalidRequest: an argument is of the wrong type; ``path`` is too long for a
                 socket.
         """
         self._path = checked_socket_path(path)
+        self._limits = checked_limits(limits)
         super().__init__(name or f"engine at {self._path}", watchdog, None)
 
     def _make_link(self) -> Callable[[], Link]:

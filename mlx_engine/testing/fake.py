@@ -25,6 +25,7 @@ from mlx_engine.engine.crossing import in_this_loop
 from mlx_engine.engine.producer import RequestProducer
 from mlx_engine.engine.seats import Seats
 from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError
+from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits, checked_limits
 from mlx_engine.outputs import GenerationResult, ProgressCallback
 from mlx_engine.preparer import Preparer
 from mlx_engine.stream import Emit
@@ -73,6 +74,7 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
         context_length: int | None = None,
         queue_limit: int | None = None,
         max_wait: float | None = None,
+        limits: RequestLimits = DEFAULT_LIMITS,
         on_progress: ProgressCallback | None = None,
     ) -> None:
         """Make an engine; it can be asked once it is started.
@@ -93,12 +95,14 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
             context_length: tokens that prompt and answer may have together.
             queue_limit: requests that may wait for their turn before ``EngineBusy`` is raised.
             max_wait: seconds that a request may wait for its turn before ``EngineBusy`` is raised.
+            limits: how large a request may be; see ``RequestLimits``.
             on_progress: told of the load, in the event loop that starts the engine.
 
         Raises:
             InvalidRequest: an argument is of the wrong type or out of its range.
         """
         self.requests: list[FakeRequest] = []
+        self._limits = checked_limits(limits)
         batch = None if max_batch_size is None else BatchConfig(max_batch_size=max_batch_size)
         self._batched = batch is not None
         self._seats: Seats[FakeRequest] = Seats(1 if batch is None else batch.max_batch_size)
@@ -112,7 +116,8 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
             prefill_seconds=prefill_seconds,
             load_seconds=load_seconds,
         )
-        super().__init__(model, QueueConfig(queue_limit=queue_limit, max_wait=max_wait))
+        self._queue = QueueConfig(queue_limit=queue_limit, max_wait=max_wait)
+        super().__init__(model, self._queue)
         if self._batched:
             self._preparer = Preparer(self._seats)
 

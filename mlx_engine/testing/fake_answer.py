@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from mlx_engine.checks import shown
 from mlx_engine.errors import InvalidRequest, MLXEngineError
 from mlx_engine.outputs import Segment, ToolCall
 from mlx_engine.testing.fake_gate import Gate
@@ -59,7 +60,7 @@ class FakeAnswer:
         object.__setattr__(self, "tool_calls", tuple(map(_call, self.tool_calls)))
         if self.finish_reason not in ("stop", "length"):
             raise InvalidRequest(
-                "finish_reason", f"must be 'stop' or 'length', not {self.finish_reason!r}"
+                "finish_reason", f"must be 'stop' or 'length', not {shown(self.finish_reason)}"
             )
 
     @classmethod
@@ -118,7 +119,7 @@ def choose(answers: Answers, request: FakeRequest) -> FakeAnswer:
         try:
             return FakeAnswer.of(answers[request.question])
         except KeyError:
-            raise LookupError(f"no answer is scripted for {request.question!r}") from None
+            raise LookupError(f"no answer is scripted for {shown(request.question)}") from None
     if isinstance(answers, Iterator):
         for answer in answers:
             return FakeAnswer.of(answer)
@@ -146,7 +147,7 @@ def _pieces(option: str, given: object) -> tuple[Piece, ...]:
         return tuple(words(given))
     if not isinstance(given, Sequence) or not all(isinstance(p, Piece) for p in given):
         raise InvalidRequest(
-            option, f"must be text, or a list of strings, gates and exceptions, not {given!r}"
+            option, f"must be text, or a list of strings, gates and exceptions, not {shown(given)}"
         )
     return tuple(given)
 
@@ -159,5 +160,5 @@ def _call(given: object) -> ToolCall:
             plain = dict(arguments)
             return ToolCall(name, plain, json.dumps({"name": name, "arguments": plain}))
     raise InvalidRequest(
-        "tool_calls", f"each must be (name, arguments) or a ToolCall, not {given!r}"
+        "tool_calls", f"each must be (name, arguments) or a ToolCall, not {shown(given)}"
     )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 
+from mlx_engine.checks import number, shown
 from mlx_engine.errors import EngineDead, InvalidRequest
 from mlx_engine.meter import Meter
 from mlx_engine.outputs import Progress, ProgressCallback, PromptCacheStats
@@ -144,6 +145,9 @@ class FakeModel:
             if self._stops(request):
                 return
         request.prefilled()
+        if not request.wants_tokens:
+            request.end("length")
+            return
         while True:
             for segment, piece in answer:
                 if isinstance(piece, Exception):
@@ -198,11 +202,9 @@ def _slices(seconds: float) -> Iterator[tuple[int, int, float]]:
 def _load_pieces(load: LoadLike) -> tuple[LoadPiece, ...]:
     pieces = (load,) if isinstance(load, Gate | Exception) else load
     if not isinstance(pieces, Sequence) or not all(isinstance(p, LoadPiece) for p in pieces):
-        raise InvalidRequest("load", f"must be gates and exceptions, not {load!r}")
+        raise InvalidRequest("load", f"must be gates and exceptions, not {shown(load)}")
     return tuple(pieces)
 
 
 def _seconds(option: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise InvalidRequest(option, f"must be seconds, 0 or more, not {value!r}")
-    return value
+    return number(option, value, low=0, what="seconds")

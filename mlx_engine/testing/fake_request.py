@@ -133,7 +133,7 @@ class FakeRequest:
             return
         wanted, length = self.params.max_tokens, len(self.prompt_tokens)
         room = context_length - length
-        if room < (wanted or 1):
+        if room < (1 if wanted is None else wanted):
             raise ContextLengthExceeded(
                 f"{length} prompt tokens and max_tokens={wanted} do not fit into the context of "
                 f"{context_length} tokens (the engine's context_length)",
@@ -142,7 +142,7 @@ class FakeRequest:
                 context_length=context_length,
                 option="prompt" if self.messages is None else "messages",
             )
-        self._limit = wanted or room
+        self._limit = room if wanted is None else wanted
 
     def begin(self, cached_tokens: int) -> None:
         """Its work begins, behind so many tokens that need no prefill."""
@@ -150,6 +150,11 @@ class FakeRequest:
         self.outcome = "running"
         self._cached_tokens = cached_tokens
         self._progress(cached_tokens)
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether there is to be an answer."""
+        return self._limit != 0
 
     def prefilled(self) -> None:
         """All of its prompt has been read."""

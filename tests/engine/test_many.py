@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -19,6 +20,8 @@ from mlx_engine import (
     Progress,
     SamplingParams,
 )
+from mlx_engine.testing import FakeEngine
+from mlx_engine.testing import Gate as PlayGate
 from tests.conftest import settled
 from tests.guard import Gate
 
@@ -117,3 +120,93 @@ async def test_what_is_wrong_with_all_of_them_is_raised(
 async def test_before_the_start_it_raises(tiny_engine: BaseEngine) -> None:
     with pytest.raises(EngineNotStarted):
         await tiny_engine.generate_batch(["a"])
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+@pytest.mark.parametrize("options", [{"queue_limit": 0}, {"queue_limit": 1}, {"max_wait": 0}])
+async def test_where_others_have_the_places_a_batch_waits_for_its_own(
+    batch: int | None, options: dict[str, Any]
+) -> None:
+    gates = {f"other {i}": PlayGate() for i in range(2)}
+    answers = {prompt: ["a", gate, "b"] for prompt, gate in gates.items()}
+    answers |= {f"mine {i}": ["mine"] for i in range(6)}
+    async with FakeEngine(answers, max_batch_size=batch, **options) as engine:
+        others = [asyncio.create_task(engine.generate("other 0"))]
+        await gates["other 0"].reached()
+        if batch == 2:
+            others.append(asyncio.create_task(engine.generate("other 1")))
+            await gates["other 1"].reached()
+        many = asyncio.create_task(engine.generate_batch([f"mine {i}" for i in range(6)]))
+        while not any(r.outcome == "failed" for r in engine.requests):
+            await asyncio.sleep(0)
+        assert not many.done()
+        for gate in gates.values():
+            gate.open()
+        assert [r.text for r in await many if isinstance(r, GenerationResult)] == ["mine"] * 6
+        await asyncio.gather(*others)
+
+
+async def test_a_batch_that_waits_for_others_can_be_cancelled_and_stopped() -> None:
+    gate = PlayGate()
+    async with FakeEngine(["a", gate], queue_limit=0) as engine:
+        other = asyncio.create_task(engine.generate("x"))
+        await gate.reached()
+        many = asyncio.create_task(engine.generate_batch(["a", "b"]))
+        while len(engine.requests) < 3:
+            await asyncio.sleep(0)
+        many.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await many
+        many = asyncio.create_task(engine.generate_batch(["a", "b"]))
+        while len(engine.requests) < 5:
+            await asyncio.sleep(0)
+        await engine.stop()
+        assert all(isinstance(end, EngineStopped) for end in await many)
+        with pytest.raises(EngineStopped):
+            await other
+
+
+@pytest.mark.parametrize(("batch", "ahead"), [(None, 1), (1, 1), (4, 2), (8, 3)])
+async def test_a_few_wait_so_that_a_batch_is_always_full(batch: int | None, ahead: int) -> None:
+    gate = PlayGate()
+    async with FakeEngine(["a", gate], max_batch_size=batch) as engine:
+        many = asyncio.create_task(engine.generate_batch([str(i) for i in range(50)]))
+        await gate.reached()
+        while (stats := engine.stats()).running < (batch or 1) or stats.waiting < ahead:
+            await asyncio.sleep(0)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert engine.stats().waiting == ahead
+        gate.open()
+        assert len(await many) == 50
+
+
+async def test_parameters_are_made_once_and_the_loop_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = 0
+    inner = SamplingParams.__post_init__
+
+    def counted(self: SamplingParams) -> None:
+        nonlocal made
+        made += 1
+        inner(self)
+
+    async with FakeEngine("a", max_batch_size=8) as engine:
+        monkeypatch.setattr(SamplingParams, "__post_init__", counted)
+        prompts = [str(i) for i in range(500)]
+        await engine.generate_batch(prompts, temperature=0.5)
+        assert made <= 2
+        each = [SamplingParams(seed=i) for i in range(500)]
+        made, before = 0, len(engine.requests)
+        many = asyncio.create_task(engine.generate_batch(prompts, each, max_tokens=3))
+        turns = 0
+        while len(engine.requests) == before:
+            turns += 1
+            await asyncio.sleep(0)
+        assert turns >= 500 // 32
+        assert made == 500
+        assert [r.params.seed for r in engine.requests[before:]] == list(range(500))[
+            : len(engine.requests) - before
+        ]
+        await many

@@ -13,6 +13,7 @@ import pytest
 from mlx_engine import ContextLengthExceeded, InvalidRequest, SimpleEngine
 from mlx_engine.asks import ChatPrompt
 from mlx_engine.generation.prompt import encode
+from mlx_engine.testing import FakeEngine
 from tests.conftest import make_tiny
 from tests.tiny import CONTEXT
 
@@ -48,10 +49,10 @@ async def rendered(engine: SimpleEngine, *args: Any) -> str:
         (b"bytes", "not bytes; decode it first"),
         ({"a": 1}, "a string or a list"),
         (5, "a string or a list"),
-        ([1, "a"], "'a' is not a token id"),
-        ([1, -1], "-1 is not a token id"),
-        ([1.5], "1.5 is not a token id"),
-        ([True], "True is not a token id"),
+        ([1, "a"], "must be a token id, 0 or more, not 'a'"),
+        ([1, -1], "must be a token id, 0 or more, not -1"),
+        ([1.5], "must be a token id, 0 or more, not 1.5"),
+        ([True], "must be a token id, 0 or more, not True"),
         ([5, 9999], "token id 9999 is not in the vocabulary of 262 tokens"),
     ],
 )
@@ -120,8 +121,8 @@ async def test_what_is_no_unicode_is_refused(engine: SimpleEngine) -> None:
         ({"role": "user"}, "must be a list of messages"),
         (["hi"], "number 0 must be a mapping with a 'role'"),
         ([{"content": "x"}], "number 0 must be a mapping with a 'role'"),
-        ([*USER, {"role": "user"}], "number 1 has no 'content'"),
-        ([{"role": "user", "content": 5}], "number 0: 'content' must be text"),
+        ([*USER, {"role": "user"}], r"number 1 \('user'\) has no 'content'"),
+        ([{"role": "user", "content": 5}], r"number 0 \('user'\): 'content' must be text"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
             "only text parts",
@@ -223,3 +224,44 @@ async def test_unknown_options_name_the_closest(engine: SimpleEngine) -> None:
         await engine.generate("hi", temprature=1.0)  # type: ignore[call-arg]
     with pytest.raises(InvalidRequest, match="did you mean 'max_tokens'"):
         engine.stream_chat(USER, max_token=1)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, "'text' .*, not None"),
+        ({"role": "user", "content": [{"type": "text"}]}, "'text' .*, not None"),
+        ({"role": "user", "content": [{"type": "text", "text": 5}]}, "'text' .*, not 5"),
+        ({"role": "user", "content": [{"type": "text", "text": ["a"]}]}, "'text' .*"),
+        ({"role": "user", "content": {"type": "text", "text": "a"}}, "'content' must be text"),
+        ({"role": "user", "content": b"bytes"}, "only text parts"),
+        ({"role": "assistant", "tool_calls": ["f"]}, "a tool call must be a mapping"),
+        ({"role": "assistant", "tool_calls": [{"name": "f"}]}, "a tool call must be a mapping"),
+        ({"role": "assistant", "tool_calls": [{"function": {}}]}, "name of a function .* None"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": None}}]},
+            "name of a function .* None",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 5}}]},
+            "arguments of a tool call must be a mapping",
+        ),
+    ],
+)
+async def test_nothing_that_is_no_text_is_made_into_words(
+    engine: SimpleEngine, message: dict[str, Any], words: str
+) -> None:
+    role = message["role"]
+    for asked in (engine, FakeEngine()):
+        with pytest.raises(InvalidRequest, match=rf"^messages: number 1 \('{role}'\): .*{words}"):
+            asked.stream_chat([USER[0], message])
+
+
+async def test_a_past_call_without_arguments_has_none(engine: SimpleEngine) -> None:
+    def past(**arguments: Any) -> list[Any]:
+        return ChatPrompt.of(
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", **arguments}}]}]
+        ).messages
+
+    for arguments in ({}, {"arguments": None}, {"arguments": ""}, {"arguments": "{}"}):
+        assert past(**arguments)[0]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}

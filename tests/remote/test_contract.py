@@ -303,7 +303,7 @@ async def test_values_of_other_types_are_the_same_or_are_refused(
     for odd in (Decimal("1.5"), {1, 2}, datetime.now(UTC)):
         with pytest.raises(ValueError, match=r"^messages: .* cannot go to another process"):
             await pair[1].chat(USER, tools=[{**TOOL, "x": odd}])
-    with pytest.raises(ValueError, match=r"^top_k: .* cannot go to another process"):
+    with pytest.raises(ValueError, match=r"^top_k: must be an integer, from 0 to"):
         await pair[1].generate("a", top_k=2**70)
 
 
@@ -321,5 +321,5 @@ async def test_options_of_numpy_and_relative_paths(
             await engine.load_prompt_cache("x" * 300)
     assert engine.context_length is None
     assert not engine.has_chat_template
-    with pytest.raises(ValueError, match=r"^prompt_cache_bytes: cannot go to another process"):
+    with pytest.raises(ValueError, match=r"^prompt_cache_bytes: must be an integer, from 0 to"):
         ProcessEngine(tiny_path, prompt_cache_bytes=2**70)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from mlx_engine import (
     GenerationError,
     GenerationResult,
     InvalidRequest,
+    RequestLimits,
     SimpleEngine,
 )
 from mlx_engine.remote.beat import Watchdog
@@ -110,6 +112,29 @@ async def test_what_a_client_may_not_ask_is_an_error_with_the_name_of_the_option
         await remote.generate_batch([PROMPT], prefill=3)  # type: ignore[arg-type]
     assert (await remote.generate(PROMPT, max_tokens=1)).tokens
     assert host.clients == 1
+
+
+async def test_a_host_has_its_own_limits_whatever_its_clients_have(tiny_path: Path) -> None:
+    endless = RequestLimits(**{field.name: None for field in fields(RequestLimits)})
+    user = {"role": "user", "content": ""}
+    async with (
+        BatchedEngine(tiny_path, limits=RequestLimits(messages=3)) as engine,
+        hosted(engine) as host,
+        RemoteEngine(host.path, limits=endless) as remote,
+    ):
+        for option, ask in (
+            ("stop", lambda: remote.generate(PROMPT, stop=["x"] * 400_000)),
+            ("messages", lambda: remote.chat([user] * 4)),
+            (
+                "logit_bias",
+                lambda: remote.generate(PROMPT, logit_bias=dict.fromkeys(range(20_000), 1)),
+            ),
+            ("tools", lambda: remote.chat([user], tools=[{}] * 1_000_000)),
+            ("prompt", lambda: remote.generate([1] * 2_200_000)),
+        ):
+            with pytest.raises(InvalidRequest, match=rf"^{option}: .*\d+ .*RequestLimits\."):
+                await ask()
+        assert (await remote.chat([user] * 3, max_tokens=1)).tokens
 
 
 async def test_a_cancelled_request_leaves_the_engine_before_the_caller_knows(

@@ -12,6 +12,7 @@ import stat
 import sys
 from typing import Any
 
+from mlx_engine.checks import shown
 from mlx_engine.errors import InvalidRequest
 
 _LONGEST = 107 if sys.platform == "linux" else 103  # bytes in sockaddr_un.sun_path, less a NUL
@@ -27,7 +28,7 @@ def checked_socket_path(path: str | os.PathLike[str]) -> str:
     """
     text: Any = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str) or not text or "\0" in text:
-        raise InvalidRequest("path", f"must be the path of a Unix socket, not {path!r}")
+        raise InvalidRequest("path", f"must be the path of a Unix socket, not {shown(path)}")
     expanded = os.path.expanduser(text)
     _check_length(expanded, expanded)
     return expanded

@@ -9,11 +9,11 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 
 from mlx_engine.asks import Ask
+from mlx_engine.checks import integer, shown
 from mlx_engine.config import AsEngine, BatchedOptions, SpecPrefill
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
@@ -157,10 +157,11 @@ class EngineManager(BaseEngine):
 
     def _set_up(self, factory: Factory, replicas: int, restart: RestartPolicy) -> None:
         if not isinstance(restart, RestartPolicy):
-            raise InvalidRequest("restart", f"must be RestartPolicy(...), not {restart!r}")
+            raise InvalidRequest("restart", f"must be RestartPolicy(...), not {shown(restart)}")
         self._wanted = _checked_count(replicas)
         # Never started: it checks the options now, and the arguments of requests later.
         self._prototype = factory("prototype")
+        self._limits, self._queue = self._prototype._limits, self._prototype._queue
         self._lifecycle = Lifecycle()
         self._fleet = Fleet()
         self._supervisor = Supervisor(self._fleet, factory, restart, self._lifecycle.fail)
@@ -409,6 +410,4 @@ def _abandoned(supervisor: Supervisor) -> None:
 
 
 def _checked_count(replicas: int) -> int:
-    if not isinstance(replicas, Integral) or isinstance(replicas, bool) or replicas < 1:
-        raise InvalidRequest("replicas", f"must be an integer, 1 or more, not {replicas!r}")
-    return int(replicas)
+    return integer("replicas", replicas, low=1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 
+from mlx_engine.checks import integer, number
 from mlx_engine.errors import InvalidRequest
 
 _MOST_DOUBLINGS = 64  # more than that overflows, and no wait is that long
@@ -33,16 +33,16 @@ class RestartPolicy:
     max_backoff: float = 30.0
 
     def __post_init__(self) -> None:
-        most = self.max_restarts
-        if not isinstance(most, Integral) or isinstance(most, bool) or most < 0:
-            raise InvalidRequest("max_restarts", f"must be an integer, 0 or more, not {most!r}")
-        if not _is_number(self.window) or not self.window > 0:
-            raise InvalidRequest("window", f"must be seconds, above 0, not {self.window!r}")
+        window = number("window", self.window, low=0, above=True, endless=True, what="seconds")
+        self._set("max_restarts", integer("max_restarts", self.max_restarts, low=0))
+        self._set("window", window)
         for name in ("backoff", "max_backoff"):
-            if not _is_number(value := getattr(self, name)) or not 0 <= value < float("inf"):
-                raise InvalidRequest(name, f"must be seconds, 0 or more, not {value!r}")
+            self._set(name, number(name, getattr(self, name), low=0, what="seconds"))
         if self.max_backoff < self.backoff:
             raise InvalidRequest("max_backoff", f"must not be below backoff={self.backoff:g}")
+
+    def _set(self, name: str, value: float) -> None:
+        object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,3 @@ class RestartHistory:
         ends = [end for end in self._ends if self._ran - end < self._policy.window]
         self._ends = [*ends, self._ran]
         return decide(self._policy, ends, self._ran)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

@@ -48,7 +48,8 @@ class Work:
     @classmethod
     def of(cls, ask: Ask) -> Work:
         """Look at a request."""
-        answer = ask.params.max_tokens or _DEFAULT_ANSWER
+        limit = ask.params.max_tokens
+        answer = _DEFAULT_ANSWER if limit is None else limit
         source = ask.source
         if isinstance(source, TextPrompt) and not isinstance(source.prompt, str):
             return cls(len(source.prompt), answer, _marks_of_tokens(source.prompt))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-from numbers import Real
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
+from mlx_engine.checks import integer, number, shown
 from mlx_engine.errors import EngineStopped, InvalidRequest
 from mlx_engine.lifecycle import checked_timeout
 from mlx_engine.outputs import ShutdownReport
@@ -38,11 +38,12 @@ class EngineHost:
     Only the user who runs it can connect: the socket is created with these permissions. Each
     client has requests of its own; those of one that goes away are cancelled. One that says
     what makes no sense, says nothing or does not read is sent away, with a line in the log
-    ``mlx_engine.host``. Clients cannot have functions imported, nor give chat templates, which
-    are programs. They share the engine: the long prompt of one delays the others.
+    ``mlx_engine.host``. Clients cannot have functions imported. They share the engine: the long
+    prompt of one delays the others.
 
-    A message of a client has 8 MiB at most, a client 1,024 requests under way at a time (more
-    get ``EngineBusy``), and up to 64 MiB may wait for it to be read.
+    A message of a client has 8 MiB at most, a request what the engine's ``RequestLimits`` allow,
+    a client 1,024 requests under way at a time (more get ``EngineBusy``), and up to 64 MiB may
+    wait for it to be read.
 
     Attributes:
         engine: what is served; the application may use it too, as long as the host serves it:
@@ -72,16 +73,16 @@ class EngineHost:
                 serves at ``path`` already, or it is a file of another kind.
         """
         if not hasattr(engine, "_slot"):
-            raise InvalidRequest("engine", f"must be SimpleEngine or BatchedEngine, not {engine!r}")
+            raise InvalidRequest(
+                "engine", f"must be SimpleEngine or BatchedEngine, not {shown(engine)}"
+            )
         self.engine = engine
         self.path = checked_socket_path(path)
-        if isinstance(max_clients, bool) or not isinstance(max_clients, int) or max_clients < 1:
-            raise InvalidRequest(
-                "max_clients", f"must be an integer, 1 or more, not {max_clients!r}"
-            )
-        self.hello_timeout = _above_zero("hello_timeout", hello_timeout)
+        self._max_clients = integer("max_clients", max_clients, low=1)
+        self.hello_timeout = number(
+            "hello_timeout", hello_timeout, low=0, above=True, endless=True, what="seconds"
+        )
         check_free(self.path)  # so that it is known before a model is loaded
-        self._max_clients = max_clients
         self._heart = Heart()
         self._guests: set[Guest] = set()  # strangers, who have not said who they are, included
         self._door: Door | None = None
@@ -234,9 +235,3 @@ class EngineHost:
         self._guests.discard(guest)
         if guest.session is not None:
             self._heart.sessions.discard(guest.session)
-
-
-def _above_zero(option: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
-        raise InvalidRequest(option, f"must be seconds, above 0, not {value!r}")
-    return float(value)

@@ -38,7 +38,7 @@ class Session:
     Args:
         engine: the engine; it may serve others too.
         outbox: answers go there.
-        trusted: whether the client may name functions to import, and give chat templates.
+        trusted: whether the client may name functions to import.
         on_over: called after each request.
         client: what tells the names of its requests from those of other clients.
     """
@@ -114,7 +114,7 @@ class Session:
         progress = functools.partial(self._tell, number) if message.progress else None
         emit = functools.partial(self._emit, number) if message.stream else None
         try:
-            ask = ask_from_wire(message, trusted=self._trusted)
+            ask = ask_from_wire(message, trusted=self._trusted, limits=self._engine._limits)
             producer = self._engine._producer(ask, progress, self._name(message))
         except Exception as error:  # noqa: BLE001 - the border: the client is told
             self._outbox.put(error_to_wire(number, error))

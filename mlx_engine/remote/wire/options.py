@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from mlx_engine.checks import shown
 from mlx_engine.config import (
     BatchConfig,
     ModelConfig,
@@ -16,6 +17,7 @@ from mlx_engine.config import (
     path_text,
 )
 from mlx_engine.errors import InvalidRequest
+from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits, checked_limits
 from mlx_engine.remote.wire.messages import encode_strictly
 from mlx_engine.remote.wire.values import option_from_wire, option_to_wire
 
@@ -32,13 +34,15 @@ class EnginePlan:
         kind: ``simple`` or ``batched``.
         model: as for the engine itself.
         options: its keyword arguments, as they travel.
-        strategies: its own; requests are checked against them.
+        strategies, limits, queue: its own; requests are checked against them.
     """
 
     kind: str
     model: str
     options: dict[str, Any]
     strategies: Strategies
+    limits: RequestLimits
+    queue: QueueConfig
 
     @classmethod
     def of(cls, kind: str, model: Any, options: dict[str, Any]) -> EnginePlan:
@@ -48,14 +52,15 @@ class EnginePlan:
             InvalidRequest: an option is unknown, out of its range, or not for this kind.
         """
         if kind not in _KINDS:
-            raise InvalidRequest("engine", f"must be one of {_KINDS}, not {kind!r}")
+            raise InvalidRequest("engine", f"must be one of {_KINDS}, not {shown(kind)}")
         model = _settled(model)
         if options.get("adapter_path") is not None:
             options = {**options, "adapter_path": _settled(options["adapter_path"])}
         left = dict(options)
         strategies = Strategies.of(left.pop("prefill", None), left.pop("decode", None))
+        limits = checked_limits(left.pop("limits", DEFAULT_LIMITS))
         config = ModelConfig(model=model, **_taken(left, ModelConfig))
-        QueueConfig(**_taken(left, QueueConfig))
+        queue = QueueConfig(**_taken(left, QueueConfig))
         if kind == "batched":
             BatchConfig(**_taken(left, BatchConfig))
             check_batchable_options(config)
@@ -67,7 +72,7 @@ class EnginePlan:
                 encode_strictly([value])
             except (TypeError, ValueError, OverflowError) as error:  # an integer too big, say
                 raise InvalidRequest(name, f"cannot go to another process: {error}") from error
-        return cls(kind, config.model, wired, strategies)
+        return cls(kind, config.model, wired, strategies, limits, queue)
 
 
 def options_from_wire(options: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +97,11 @@ def _unknown(name: str, kind: str) -> str:
     batch = [field.name for field in fields(BatchConfig)]
     if name in batch:
         return "is for engine='batched' only"
-    known = [*(field.name for field in (*fields(ModelConfig), *fields(QueueConfig))), *batch]
+    known = [
+        *(field.name for field in (*fields(ModelConfig), *fields(QueueConfig))),
+        "limits",
+        *batch,
+    ]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"there is no such option of a {kind} engine{hint}"

@@ -12,15 +12,17 @@ from typing import Any
 
 from mlx_engine import errors
 from mlx_engine.asks import Ask, ChatPrompt, TextPrompt
+from mlx_engine.checks import shown
 from mlx_engine.config import MTP, DraftModel, SpecPrefill
 from mlx_engine.errors import GenerationError, InvalidRequest, MLXEngineError
+from mlx_engine.limits import RequestLimits
 from mlx_engine.outputs import GenerationResult, ToolCall
 from mlx_engine.params import SamplingParams
 from mlx_engine.remote.wire.frames import MAX_FRAME
 from mlx_engine.remote.wire.messages import Done, Failed, Generate, encode_strictly
 from mlx_engine.turn import what_it_says
 
-_STRATEGIES = {kind.__name__: kind for kind in (DraftModel, MTP, SpecPrefill)}
+_CONFIGS = {kind.__name__: kind for kind in (DraftModel, MTP, SpecPrefill, RequestLimits)}
 _PLAIN = (str, int, float, bool, type(None))
 _UNWRITABLE = (TypeError, ValueError, OverflowError, RecursionError)
 
@@ -85,30 +87,26 @@ def check_processors(params: SamplingParams) -> None:
         if not isinstance(processor, str):
             raise InvalidRequest(
                 "logits_processors",
-                f"{processor!r} cannot go to another process; name a function that can be "
+                f"{shown(processor)} cannot go to another process; name a function that can be "
                 "imported there: 'package.module:function'",
             )
 
 
-def ask_from_wire(message: Generate, *, trusted: bool) -> Ask:
+def ask_from_wire(message: Generate, *, trusted: bool, limits: RequestLimits) -> Ask:
     """The request that a client has sent.
 
     Args:
-        trusted: whether it may name functions to import, and give chat templates, which are
-            programs.
+        trusted: whether it may name functions to import.
+        limits: how large it may be.
 
     Raises:
         InvalidRequest: it is not acceptable.
     """
     if message.chat is not None:
-        source: TextPrompt | ChatPrompt = ChatPrompt.of(*message.chat)
-        if "chat_template" in message.chat[2] and not trusted:
-            raise InvalidRequest(
-                "chat_template_kwargs", "this engine takes no chat templates from its clients"
-            )
+        source: TextPrompt | ChatPrompt = ChatPrompt.of(*message.chat, limits)
     else:
-        source = TextPrompt(message.prompt)  # type: ignore[arg-type]
-    params = SamplingParams.of(None, **message.params)
+        source = TextPrompt.of(message.prompt, limits)
+    params = limits.params(None, message.params)
     if params.logits_processors and not trusted:
         raise InvalidRequest(
             "logits_processors", "this engine does not import functions for its clients"
@@ -120,8 +118,8 @@ def ask_from_wire(message: Generate, *, trusted: bool) -> Ask:
 
 
 def option_to_wire(value: Any) -> Any:
-    """An option of an engine: strategies become a pair of their name and fields."""
-    if isinstance(value, tuple(_STRATEGIES.values())):
+    """An option of an engine: strategies and limits become a pair of their name and fields."""
+    if isinstance(value, tuple(_CONFIGS.values())):
         return [type(value).__name__, _fields(value)]
     return os.fspath(value) if isinstance(value, os.PathLike) else _simple(value)
 
@@ -156,8 +154,8 @@ def result_from_wire(done: Done) -> GenerationResult:
 
 def option_from_wire(name: str, value: Any) -> Any:
     """The other way round."""
-    if isinstance(value, list) and len(value) == 2 and value[0] in _STRATEGIES:
-        return _made(_STRATEGIES[value[0]], name, value[1])
+    if isinstance(value, list) and len(value) == 2 and value[0] in _CONFIGS:
+        return _made(_CONFIGS[value[0]], name, value[1])
     return value
 
 
@@ -247,5 +245,5 @@ _DEFAULTS = _fields(SamplingParams())
 def _made(kind: type[Any], option: str, values: Mapping[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(kind)}
     if not isinstance(values, Mapping) or not values.keys() <= known:
-        raise InvalidRequest(option, f"is not {kind.__name__}(...): {values!r}")
+        raise InvalidRequest(option, f"is not {kind.__name__}(...): {shown(values)}")
     return kind(**values)

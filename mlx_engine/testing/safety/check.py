@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable
-from numbers import Real
 from typing import Final
 
+from mlx_engine.checks import number
 from mlx_engine.engine.base import BaseEngine
-from mlx_engine.errors import InvalidRequest
 from mlx_engine.testing.safety.overseer import Hang, Overseer
 from mlx_engine.testing.safety.plan import Choice
 from mlx_engine.testing.safety.report import (
@@ -115,10 +113,9 @@ def check_cancellation(
         say: told of the progress, and of failures, from another thread.
     """
     _check_outside()
-    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds < math.inf:
-        raise InvalidRequest("seconds", f"must be a number above 0, not {seconds!r}")
+    seconds = number("seconds", seconds, low=0, above=True, what="a number of seconds")
     overseer, choice = Overseer(), Choice.parse(only)
-    sweep = Sweep(engine_factory, prompt, float(seconds), seed, choice, exact, say, overseer)
+    sweep = Sweep(engine_factory, prompt, seconds, seed, choice, exact, say, overseer)
     began = time.monotonic()
     try:
         overseer.run(sweep.run)

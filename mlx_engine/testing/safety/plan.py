@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from mlx_engine.checks import shown
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.testing.safety.endings import ALL_WAYS
 from mlx_engine.testing.safety.operations import Operation
@@ -54,10 +55,10 @@ class Choice:
             return cls()
         names = text.split(_SEPARATOR)
         if len(names) > 3:
-            raise InvalidRequest("only", f"must be 'operation / way / moment', not {text!r}")
+            raise InvalidRequest("only", f"must be 'operation / way / moment', not {shown(text)}")
         operation, way, moment = (*names, None, None)[:3]
         if way is not None and way not in (ways := [one.name for one in ALL_WAYS]):
-            raise InvalidRequest("only", f"there is no way {way!r}, only {_listed(ways)}")
+            raise InvalidRequest("only", f"there is no way {shown(way)}, only {_listed(ways)}")
         when = None if moment is None else Moment.parse(moment)
         if moment is not None and when is None:
             raise InvalidRequest("only", f"a moment is 'step 3' or '40%', not {moment!r}")
@@ -74,7 +75,9 @@ class Choice:
         chosen = [one for one in operations if one.name == self.operation]
         if not chosen:
             names = _listed(one.name for one in operations)
-            raise InvalidRequest("only", f"there is no operation {self.operation!r}, only {names}")
+            raise InvalidRequest(
+                "only", f"there is no operation {shown(self.operation)}, only {names}"
+            )
         return chosen
 
     @property
