@@ -13,6 +13,10 @@ from mlx_engine.errors import InvalidRequest
 from mlx_engine.params import SamplingParams
 
 
+class TokenIds(list[int]):
+    """Token ids of which each is known to be one: a prompt may have a million of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
     """A plain prompt.
@@ -115,6 +119,8 @@ def checked_priority(priority: int) -> int:
 
 
 def _token_ids(prompt: object) -> list[int]:
+    if isinstance(prompt, TokenIds):
+        return prompt
     if isinstance(prompt, bytes | bytearray):
         raise InvalidRequest("prompt", "must be a string, not bytes; decode it first")
     if _is_mlx_array(prompt) or not (isinstance(prompt, Sequence) or _is_vector(prompt)):

@@ -109,6 +109,7 @@ def spelled(error: InvalidRequest) -> str:
     kinds = (SamplingParams, ModelConfig, QueueConfig, BatchConfig)
     names = {field.name for kind in kinds for field in fields(kind)}
     names |= {"num_draft_tokens", "q_bits", "q_group_size", "seconds", "only", "max_clients"}
+    names |= {"cache_folder"}
     names |= {*_SPELLINGS}
     message = str(error)
     if error.option not in names:
@@ -335,6 +336,11 @@ def _host_options() -> argparse.ArgumentParser:
     add("--queue-limit", type=int, metavar="N", help="requests that may wait; others are refused")
     add("--max-wait", type=float, metavar="SECONDS", help="for a request to wait at most")
     add("--max-clients", type=int, metavar="N", help="connected at once; others are refused")
+    add(
+        "--cache-folder",
+        metavar="DIR",
+        help="where clients may keep prompt caches, by plain names; by default nowhere",
+    )
     add(
         "--drain",
         type=number_or_none,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from mlx_engine.config import AsEngine, SpecPrefill, Strategies
 from mlx_engine.remote.beat import Watchdog
@@ -29,12 +30,14 @@ class RemoteEngine(LinkedEngine):
     asked to end, what is in flight may finish, and new requests get ``EngineStopped``.
 
     Requests are those of a client among others: ``stats`` and ``check_health`` are of the
-    engine as a whole, and files of ``save_prompt_cache`` are written by the host.
+    engine as a whole. ``save_prompt_cache`` and ``load_prompt_cache`` take a plain name, of a
+    file in the folder that the host has for them (``--cache-folder``, ``cache_folder``); without
+    one they are refused.
 
     What cannot go there: ``run_blocking``, logits processors, by name or not, chat templates
-    among ``chat_template_kwargs``, and requests of more than 8 MiB (``InvalidRequest``). Who has
-    1,024 requests under way gets ``EngineBusy``; who leaves 64 MiB of answers unread is cut off
-    (``EngineDead``).
+    among ``chat_template_kwargs``, and requests of more than 8 MiB or 65,536 values
+    (``InvalidRequest``). Who has 1,024 requests or 64 MiB of them under way gets ``EngineBusy``;
+    who leaves 64 MiB of answers unread is cut off (``EngineDead``).
     """
 
     frame_limit = MAX_GUEST_FRAME
@@ -66,6 +69,9 @@ class RemoteEngine(LinkedEngine):
 
     def _greeting(self) -> bytes:
         return encode([Hello()])
+
+    def _file_there(self, path: Path) -> str:
+        return str(path)  # a name in the host's folder
 
     def _check_strategies(
         self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
