@@ -15,6 +15,10 @@ from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.params import SamplingParams
 
 
+class TokenIds(list[int]):
+    """Token ids of which each is known to be one: a prompt may have a million of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
     """A plain prompt.
@@ -102,6 +106,8 @@ def checked_priority(priority: int) -> int:
 
 
 def _token_ids(prompt: object) -> list[int]:
+    if isinstance(prompt, TokenIds):
+        return prompt
     if isinstance(prompt, bytes | bytearray):
         raise InvalidRequest("prompt", "must be a string, not bytes; decode it first")
     if _is_mlx_array(prompt) or not (isinstance(prompt, Sequence) or _is_vector(prompt)):

@@ -24,6 +24,7 @@ from mlx_engine.outputs import ShutdownReport
 from mlx_engine.remote.serving.host import EngineHost
 from mlx_engine.remote.signals import SignalHandlers, install_signal_handlers
 
+_OF_THE_HOST = ("max_clients", "cache_folder")
 _LOOK = 0.5  # seconds between two looks whether the engine has failed
 
 
@@ -42,8 +43,8 @@ async def _serve(args: argparse.Namespace, bar: ProgressBar) -> int:
     engine = kind(
         **engine_options(args), **queue_options(args), **strategies(args), on_progress=bar
     )
-    most = {"max_clients": args.max_clients} if "max_clients" in args else {}
-    host = EngineHost(engine, args.socket, **most)
+    own = {name: value for name, value in vars(args).items() if name in _OF_THE_HOST}
+    host = EngineHost(engine, args.socket, **own)
     program = _Program(engine, host, args.drain)
     with install_signal_handlers(program, timeout=args.drain) as handlers:
         program.handlers = handlers

@@ -113,6 +113,7 @@ def spelled(error: InvalidRequest) -> str:
     kinds = (SamplingParams, ModelConfig, QueueConfig, BatchConfig)
     names = {field.name for kind in kinds for field in fields(kind)}
     names |= {"num_draft_tokens", "q_bits", "q_group_size", "seconds", "only", "max_clients"}
+    names |= {"cache_folder"}
     names |= {*_SPELLINGS}
     message = str(error)
     if error.option not in names:
@@ -347,6 +348,11 @@ def _host_options() -> argparse.ArgumentParser:
         help="on the size of a request, as in RequestLimits, or LIMIT=none; may be repeated",
     )
     add("--max-clients", type=int, metavar="N", help="connected at once; others are refused")
+    add(
+        "--cache-folder",
+        metavar="DIR",
+        help="where clients may keep prompt caches, by plain names; by default nowhere",
+    )
     add(
         "--drain",
         type=number_or_none,

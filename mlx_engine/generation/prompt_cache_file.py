@@ -47,8 +47,8 @@ def fingerprint(loaded: LoadedModel) -> str:
 def save(path: Path, cache: PromptCache, fingerprint: str) -> int:
     """Write all of it into one file, in place of the one that is there. On the MLX thread.
 
-    Whatever happens, the path has either the old file or the new one. Prompts with caches of
-    a class that a file cannot have are left out.
+    Whatever happens, the path has either the old file or the new one, which only its owner can
+    read. Prompts with caches of a class that a file cannot have are left out.
 
     Args:
         fingerprint: of the model.
@@ -57,7 +57,7 @@ def save(path: Path, cache: PromptCache, fingerprint: str) -> int:
         The number of prompts written.
 
     Raises:
-        InvalidRequest: it cannot be written; the file that was there is as it was.
+        InvalidRequest: it cannot be written, or is no regular file; what was there is as it was.
     """
     try:
         path = path.resolve()  # a symbolic link stays one
@@ -82,7 +82,7 @@ def save(path: Path, cache: PromptCache, fingerprint: str) -> int:
         "entries": entries,
     }
     try:
-        replace_safetensors(path, found, {_KEY: json.dumps(about)})
+        replace_safetensors(path, found, {_KEY: json.dumps(about)}, private=True)
     except (OSError, RuntimeError) as error:  # mlx raises the latter
         raise InvalidRequest(
             "path", f"{path}: the prompt cache cannot be written there ({error}); give another path"
@@ -108,9 +108,11 @@ def load(path: Path, cache: PromptCache, fingerprint: str, template: Cache) -> i
             another model, or of an engine with other KV cache options.
     """
     try:
-        there = path.is_file()
+        there, regular = path.exists(), path.is_file()
     except OSError:  # its name is too long, say
-        there = False
+        there = regular = False
+    if there and not regular:  # one would wait for ever at the end of a pipe
+        raise InvalidRequest("path", f"{path}: it is no regular file; give another path")
     if not there:
         raise InvalidRequest("path", f"{path}: there is no such file; save a prompt cache first")
     try:

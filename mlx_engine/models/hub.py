@@ -40,14 +40,15 @@ def download(
         # As a file, not as a module of the package: that would import mlx_lm for nothing. -P
         # keeps this folder, whose names are common ones, off the child's path.
         command = [sys.executable, "-P", str(Path(__file__).with_name("hub_child.py"))]
-        seen: list[dict[str, Any]] = []
+        lines, outcome = GrowingLines(reports), dict[str, Any]()
 
         def on_tick() -> None:
-            written = reports.read_text("utf-8").split("\n")[:-1]  # the last is not complete
-            for line in written[len(seen) :]:
-                seen.append(_parsed(line))
-                if on_progress is not None and "done" in seen[-1]:
-                    on_progress(Progress("download", seen[-1]["done"], seen[-1]["total"]))
+            for report in map(_parsed, lines.new()):
+                if "path" in report or "error" in report:
+                    outcome.clear()
+                    outcome.update(report)
+                elif on_progress is not None and "done" in report:
+                    on_progress(Progress("download", report["done"], report["total"]))
 
         try:
             run_child(
@@ -60,14 +61,33 @@ def download(
             )
         except OSError as error:
             raise ModelLoadError(f"{repo}: the download cannot be started: {error}") from error
-        outcome: dict[str, Any] = next(
-            (r for r in reversed(seen) if "path" in r or "error" in r), {}
-        )
         if "path" in outcome:
             return Path(outcome["path"])
         raise ModelLoadError(
             outcome.get("error") or f"{repo}: the download failed:\n{last_lines(log)}"
         )
+
+
+class GrowingLines:
+    """The lines of a file that somebody else writes; each is read once.
+
+    Args:
+        path: it is there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._place = 0  # bytes that have been read
+        self._begun = b""  # of a line that was not complete
+
+    def new(self) -> list[str]:
+        """Those that were completed since the last call."""
+        with self._path.open("rb") as file:
+            file.seek(self._place)
+            read = file.read()
+        self._place += len(read)
+        *complete, self._begun = (self._begun + read).split(b"\n")
+        return [line.decode("utf-8", "replace") for line in complete]
 
 
 def _parsed(line: str) -> dict[str, Any]:

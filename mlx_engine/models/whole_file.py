@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import mlx.core as mx
 
+_OWNERS = 0o600  # what has prompts in it is for nobody else
 
-def replace_safetensors(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+
+def replace_safetensors(
+    path: Path, arrays: dict[str, mx.array], metadata: dict[str, str], *, private: bool = False
+) -> None:
     """Write a safetensors file, whatever its suffix, in place of the one that is there.
 
+    A symbolic link stays one.
+
+    Args:
+        private: nobody else may read it, whatever the umask says, nor may they while it is
+            written; what the old file's permissions forbid stays forbidden.
+
     Raises:
-        OSError, RuntimeError: of the system or of MLX; the old file is as it was.
+        OSError, RuntimeError: of the system or of MLX, or what is there is no regular file; it
+            is as it was.
     """
-    if path.is_dir():
-        raise IsADirectoryError("it is a folder")
+    path = path.resolve()
+    mode = _mode_of(path)
     _remove_left_over(path)
     # mlx appends .safetensors to any other name.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
     try:
+        if private:
+            _create(temporary)
         mx.save_safetensors(str(temporary), arrays, metadata)
         _sync(temporary, os.O_RDWR)
+        if private and mode is not None:
+            os.chmod(temporary, _OWNERS & mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -29,6 +45,33 @@ def replace_safetensors(path: Path, arrays: dict[str, mx.array], metadata: dict[
         _sync(path.parent, os.O_RDONLY)
     except OSError:
         pass  # not every system can; it is the new file's name that a power cut may undo
+
+
+def _mode_of(path: Path) -> int | None:
+    """The permissions of what is there, if anything is.
+
+    Raises:
+        OSError: it is a folder, a device or a pipe, which no file takes the place of.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError("it is a folder")
+    if not stat.S_ISREG(mode):
+        raise OSError("it is no regular file")
+    return stat.S_IMODE(mode)
+
+
+def _create(temporary: Path) -> None:
+    """Make an empty file, which whoever writes into it finds with its permissions."""
+    temporary.unlink(missing_ok=True)
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _OWNERS)
+    try:
+        os.fchmod(handle, _OWNERS)  # the umask may have taken some of it
+    finally:
+        os.close(handle)
 
 
 def _sync(path: Path, flags: int) -> None:

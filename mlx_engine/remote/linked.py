@@ -270,13 +270,17 @@ class LinkedEngine(BaseEngine):
     async def _cache_file(self, action: Any, path: Path) -> int:
         def frame(number: int) -> bytes:
             try:
-                return encode_strictly([CacheFile(number, action, str(path.absolute()))])
+                return encode_strictly([CacheFile(number, action, self._file_there(path))])
             except (UnicodeEncodeError, OSError) as error:
                 raise InvalidRequest("path", f"cannot go to another process: {error}") from error
 
         answer = await self._ask(Ticket(self._lifecycle.new_id(action)), frame)
         assert isinstance(answer, int)
         return answer
+
+    def _file_there(self, path: Path) -> str:
+        """What a file is called where the engine is."""
+        return str(path.absolute())
 
     async def _ask(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from mlx_engine.config import AsEngine, SpecPrefill, Strategies
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits, checked_limits
@@ -30,11 +31,14 @@ class RemoteEngine(LinkedEngine):
     asked to end, what is in flight may finish, and new requests get ``EngineStopped``.
 
     Requests are those of a client among others: ``stats`` and ``check_health`` are of the
-    engine as a whole, and files of ``save_prompt_cache`` are written by the host.
+    engine as a whole. ``save_prompt_cache`` and ``load_prompt_cache`` take a plain name, of a
+    file in the folder that the host has for them (``--cache-folder``, ``cache_folder``); without
+    one they are refused.
 
-    What cannot go there: ``run_blocking``, logits processors, by name or not, and requests of
-    more than 8 MiB, or above the host's ``RequestLimits`` (``InvalidRequest``). Who has
-    1,024 requests under way gets ``EngineBusy``; who leaves 64 MiB of answers unread is cut off
+    What cannot go there: ``run_blocking``, logits processors, by name or not, chat templates
+    among ``chat_template_kwargs``, and requests of more than 8 MiB or 65,536 values, or above
+    the host's ``RequestLimits`` (``InvalidRequest``). Who has 1,024 requests or 64 MiB of them
+    under way gets ``EngineBusy``; who leaves 64 MiB of answers unread is cut off
     (``EngineDead``).
     """
 
@@ -70,6 +74,9 @@ class RemoteEngine(LinkedEngine):
 
     def _greeting(self) -> bytes:
         return encode([Hello()])
+
+    def _file_there(self, path: Path) -> str:
+        return str(path)  # a name in the host's folder
 
     def _check_strategies(
         self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None

@@ -185,7 +185,7 @@ def test_an_empty_cache_can_be_saved(engine: SimpleEngine, tmp_path: Path) -> No
 def test_a_broken_file_says_so_and_changes_nothing(engine: SimpleEngine, tmp_path: Path) -> None:
     path, stored = tmp_path / "cache", PromptCache(MB)
     refused(path, "no such file")
-    refused(tmp_path, "no such file")
+    refused(tmp_path, "no regular file")
     stored.store(words(1, 100), kv(100))
     save(path, stored, "model")
     whole = path.read_bytes()

@@ -194,3 +194,37 @@ asyncio.run(main())
     done = run(program, hub.url, tmp_path)
     assert done.stdout == "created True\n", done.stderr
     assert hub.sent < 300
+
+
+def test_what_a_download_reports_is_read_once(tmp_path: Path) -> None:
+    """It reports all the time, and is looked at twenty times a second, for hours."""
+    from mlx_engine.models.hub import GrowingLines
+
+    path = tmp_path / "reports"
+    path.touch()
+    lines, seen, read = GrowingLines(path), list[str](), 0
+    said = [json.dumps({"done": number, "total": "é"}, ensure_ascii=False) for number in range(500)]
+    text = "".join(f"{line}\n" for line in said).encode()
+    for start in range(0, len(text), 7):  # within lines and within characters
+        with path.open("ab") as file:
+            file.write(text[start : start + 7])
+        seen += lines.new()
+        read = max(read, len(lines._begun))
+    assert seen == said
+    assert lines.new() == []
+    assert read < 60, "no more than a line is kept"
+
+
+def test_a_look_at_a_long_download_costs_what_is_new(tmp_path: Path) -> None:
+    from mlx_engine.models.hub import GrowingLines
+
+    path = tmp_path / "reports"
+    path.write_bytes(b'{"done": 1}\n' * 1_000_000)
+    lines = GrowingLines(path)
+    assert len(lines.new()) == 1_000_000
+    began = time.thread_time()
+    for _ in range(200):
+        with path.open("ab") as file:
+            file.write(b'{"done": 2}\n')
+        assert lines.new() == ['{"done": 2}']
+    assert time.thread_time() - began < 0.5

@@ -88,15 +88,16 @@ async def test_two_clients_share_an_engine_and_get_the_tokens_that_it_gives_here
     assert (await engine.generate(PROMPT, max_tokens=30)).tokens == here.tokens
 
 
-async def test_a_prompt_cache_is_saved_and_loaded_for_a_client(
-    remote: RemoteEngine, tmp_path: Path
+async def test_a_prompt_cache_is_saved_and_loaded_for_a_client_in_the_hosts_folder(
+    engine: BaseEngine, tmp_path: Path
 ) -> None:
-    await remote.generate(PROMPT * 30, max_tokens=3)
-    assert await remote.save_prompt_cache(tmp_path / "cache") == 1
-    assert (tmp_path / "cache").stat().st_size
-    assert await remote.load_prompt_cache(tmp_path / "cache") == 1
-    with pytest.raises(InvalidRequest, match="no such file"):
-        await remote.load_prompt_cache(tmp_path / "none")
+    async with hosted(engine, cache_folder=tmp_path) as host, client(host) as remote:
+        await remote.generate(PROMPT * 30, max_tokens=3)
+        assert await remote.save_prompt_cache("cache") == 1
+        assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o600
+        assert await remote.load_prompt_cache("cache") == 1
+        with pytest.raises(InvalidRequest, match="no such file"):
+            await remote.load_prompt_cache("none")
 
 
 async def test_what_a_client_may_not_ask_is_an_error_with_the_name_of_the_option(

@@ -239,6 +239,7 @@ def test_the_options_of_the_queue_are_passed_on() -> None:
     expected = {"max_wait": 2.5, "max_decode_pause_ms": None, "kv_cache_memory_bytes": 9}
     assert queue_options(parse(line.split())) == expected
     assert parse(["host", "--socket", "s", "--max-clients", "2"]).max_clients == 2
+    assert parse(["host", "--socket", "s", "--cache-folder", "d"]).cache_folder == "d"
     assert parse(["host", "--socket", "s", "--drain", "none"]).drain is None
     assert spelled(InvalidRequest("queue_limit", "no")) == "argument --queue-limit: no"
 

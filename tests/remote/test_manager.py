@@ -25,6 +25,7 @@ from mlx_engine import (
 )
 from mlx_engine.remote.replicas.manager import EngineManager
 from mlx_engine.remote.replicas.restarts import RestartPolicy
+from mlx_engine.remote.replicas.waiting_room import waiting_limits
 from tests.conftest import other_tasks
 from tests.remote.scripted import Scripted, ScriptedRequest, World, until
 
@@ -39,8 +40,10 @@ def world() -> World:
     return World()
 
 
-def managed(world: World, replicas: int = 2, restart: RestartPolicy = AT_ONCE) -> EngineManager:
-    return EngineManager._of(world.make, replicas, restart)
+def managed(
+    world: World, replicas: int = 2, restart: RestartPolicy = AT_ONCE, **limits: Any
+) -> EngineManager:
+    return EngineManager._of(world.make, replicas, restart, waiting_limits(limits))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -538,6 +541,119 @@ async def test_those_that_wait_are_told_when_there_is_no_hope(world: World) -> N
             with pytest.raises(EngineDead, match="the disk is away"):
                 await task
         assert manager.state is EngineState.FAILED
+
+
+async def down(world: World, manager: EngineManager, *numbers: int) -> asyncio.Event:
+    """Replicas restart, and do not get far before the event."""
+    gate = asyncio.Event()
+    world.starts.extend([gate] * len(numbers))
+    for number in numbers:
+        world[number].crash()
+    await until(lambda: not world.starts)
+    return gate
+
+
+async def test_no_more_wait_for_a_replica_than_the_queue_may_have(world: World) -> None:
+    async with managed(world, 2, queue_limit=3) as manager:
+        gate = await down(world, manager, 1, 2)
+        waiting = [await generating(manager) for _ in range(3)]
+        with pytest.raises(EngineBusy, match=r"3 requests wait for one \(queue_limit=3\)") as busy:
+            await manager.generate("hi")
+        assert busy.value.retry_after >= 1
+        with pytest.raises(EngineBusy):
+            await anext(manager.stream_generate("hi"))
+        with pytest.raises(EngineBusy):
+            await manager.load_prompt_cache("cache")
+        assert (manager.stats().waiting, manager.stats().rejected) == (3, 3)
+        waiting[0].cancel()
+        await asyncio.wait({waiting[0]})
+        waiting[0] = await generating(manager)
+        gate.set()
+        for task in waiting:
+            assert (await task).finish_reason == "stop"
+        assert (manager.stats().waiting, manager.stats().rejected) == (0, 3)
+
+
+async def test_without_a_word_about_it_those_who_wait_are_bounded_too(world: World) -> None:
+    async with managed(world, 1) as manager:
+        gate = await down(world, manager, 1)
+        tasks = [asyncio.create_task(manager.generate("hi")) for _ in range(1100)]
+        await until(lambda: sum(task.done() for task in tasks) == 76)
+        assert manager.stats().waiting == 1024
+        gate.set()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert sum(isinstance(end, EngineBusy) for end in ends) == 76
+        assert manager.stats().rejected == 76
+
+
+async def test_a_request_waits_for_a_replica_no_longer_than_max_wait(world: World) -> None:
+    async with managed(world, 1, max_wait=0.1) as manager:
+        gate = await down(world, manager, 1)
+        began = time.monotonic()
+        with pytest.raises(EngineBusy, match=r"waited for 0.1 s \(max_wait\)") as busy:
+            await manager.generate("hi")
+        assert time.monotonic() - began >= 0.1
+        assert busy.value.retry_after >= 1
+        assert manager.stats().rejected == 1
+        gate.set()
+        await all_run(manager, 1)
+        assert (await manager.generate("hi")).finish_reason == "stop"
+
+
+async def test_waiting_counts_together_however_often_it_begins(world: World) -> None:
+    """A replica that comes up and falls at once gives nobody another turn of waiting."""
+    world.answer_at_once = False
+    policy = RestartPolicy(max_restarts=10, backoff=0.0)
+    async with managed(world, 1, policy, max_wait=0.3) as manager:
+        began = time.monotonic()
+        task = await generating(manager)
+        await requested(world)
+        gate = await down(world, manager, 1)
+        await asyncio.wait({task}, timeout=0.2)
+        assert not task.done()
+        gate.set()
+        await requested(world)
+        world[1].terminate()  # which is nobody's fault
+        gate = asyncio.Event()
+        world.starts.append(gate)
+        with pytest.raises((EngineBusy, EngineDead)):
+            await task
+        assert time.monotonic() - began < 0.3 + 0.25
+        gate.set()
+
+
+@pytest.mark.parametrize("limits", [{"queue_limit": 0}, {"max_wait": 0}])
+async def test_who_may_not_wait_is_refused_while_no_replica_is_up(
+    world: World, limits: dict[str, Any]
+) -> None:
+    async with managed(world, 1, **limits) as manager:
+        assert (await manager.generate("hi")).finish_reason == "stop"
+        gate = await down(world, manager, 1)
+        with pytest.raises(EngineBusy, match=f"{next(iter(limits))}=0"):
+            await manager.generate("hi")
+        gate.set()
+        await all_run(manager, 1)
+        assert (await manager.generate("hi")).finish_reason == "stop"
+
+
+async def test_who_is_refused_is_told_when_a_replica_is_likely_to_be_up(world: World) -> None:
+    patient = RestartPolicy(backoff=25.0, max_backoff=30.0)
+    async with managed(world, 1, patient, queue_limit=0) as manager:
+        world[1].crash()
+        await until(lambda: states(manager) == ["restarting"])
+        with pytest.raises(EngineBusy, match="try again in about 2") as busy:
+            await manager.generate("hi")
+        assert 20 < busy.value.retry_after <= 25.1
+
+
+async def test_the_limits_of_replicas_are_those_of_waiting_for_one() -> None:
+    assert waiting_limits({}).queue_limit == 1024
+    assert waiting_limits({}).max_wait == 600
+    given = waiting_limits({"queue_limit": 7, "max_wait": None})
+    assert (given.queue_limit, given.max_wait) == (7, None)
+    for wrong in ({"queue_limit": -1}, {"max_wait": "x"}):
+        with pytest.raises(InvalidRequest, match=next(iter(wrong))):
+            EngineManager("demo", **wrong)  # type: ignore[arg-type]
 
 
 # Scaling --------------------------------------------------------------------------------------

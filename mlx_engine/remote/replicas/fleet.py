@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +14,10 @@ from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.replicas.replica import Replica
 from mlx_engine.remote.replicas.routing import Router, Work
+from mlx_engine.remote.replicas.waiting_room import WaitingRoom
 from mlx_engine.turn import wake
 
+_SOONEST = 1.0  # seconds after which to try again, at least
 _RECHECK = 1.0  # seconds after which to look whether an event loop was closed meanwhile
 
 
@@ -25,18 +28,22 @@ class NoneUp(Exception):
 class Fleet:
     """Replicas, and the router among them. Every method may be called from any thread.
 
+    Args:
+        room: for requests that wait until a replica is up.
+
     Attributes:
+        room: the same.
         leftovers: tasks of requests that were aborted; see ``Flight``.
         home: the event loop in which replicas are watched and restarted, once it is known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: WaitingRoom) -> None:
+        self.room = room
         self.leftovers: set[asyncio.Task[Any]] = set()
         self._lock = threading.RLock()
         self._router = Router()
         self._replicas: dict[str, Replica] = {}
-        self._watchers: list[asyncio.Future[None]] = []
-        self._waiting = 0
+        self._watchers: dict[asyncio.Future[None], None] = {}
         self._end: tuple[str, Exit | None] | None = None
         self.home: asyncio.AbstractEventLoop | None = None
 
@@ -47,11 +54,6 @@ class Fleet:
 
     def __len__(self) -> int:
         return len(self._replicas)
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait until a replica is up."""
-        return self._waiting
 
     def add(self, replica: Replica) -> None:
         """A replica is there from now on, and up if it runs."""
@@ -155,39 +157,49 @@ class Fleet:
             )
             return [replica for _, replica in ranked[:count]]
 
-    async def until_up(self) -> list[Replica]:
+    async def until_up(self, waited: float = 0.0) -> list[Replica]:
         """Wait until replicas can be asked; gives them.
+
+        Args:
+            waited: seconds that the request has waited before.
 
         Raises:
             EngineDead: the fleet is closed.
+            EngineBusy: too many wait, or this one has for too long.
         """
-        with self._lock:
-            self._waiting += 1
-        try:
+        self.check()
+        if up := self.up():
+            return up
+        began = time.monotonic()
+        with self.room.entered(self._retry_after()):
             while True:
                 with self.change() as changed:
                     self.check()
                     if up := self.up():
                         return up
-                    await asyncio.wait({changed}, timeout=_RECHECK)
-        finally:
-            with self._lock:
-                self._waiting -= 1
+                    so_far = waited + time.monotonic() - began
+                    left = self.room.left(so_far, self._retry_after())
+                    timeout = _RECHECK if left is None else min(left, _RECHECK)
+                    await asyncio.wait({changed}, timeout=timeout)
+
+    def _retry_after(self) -> float:
+        """Seconds until a replica is likely to be up."""
+        return max(_SOONEST, min((one.up_in() for one in self), default=_SOONEST))
 
     @contextmanager
     def change(self) -> Iterator[asyncio.Future[None]]:
         """A future of the running event loop that is done at the next change, within."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self._lock:
-            self._watchers.append(future)
+            self._watchers[future] = None
         try:
             yield future
         finally:
             with self._lock:
-                self._watchers = [one for one in self._watchers if one is not future]
+                self._watchers.pop(future, None)
 
     def _notify(self) -> None:
         """Under the lock."""
-        watchers, self._watchers = self._watchers, []
+        watchers, self._watchers = self._watchers, {}
         for future in watchers:
             wake(future)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 
 from mlx_engine.asks import Ask
-from mlx_engine.checks import integer, shown
-from mlx_engine.config import AsEngine, BatchedOptions, SpecPrefill
+from mlx_engine.checks import shown
+from mlx_engine.config import AsEngine, BatchedOptions, QueueConfig, SpecPrefill
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
 from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
@@ -25,11 +25,12 @@ from mlx_engine.remote.process_engine import ProcessEngine
 from mlx_engine.remote.ray_engine import RayEngine
 from mlx_engine.remote.replicas.fleet import Fleet
 from mlx_engine.remote.replicas.flight import Flight
-from mlx_engine.remote.replicas.replica import Factory, Replica, ReplicaInfo
+from mlx_engine.remote.replicas.replica import Factory, Replica, ReplicaInfo, checked_count, maker
 from mlx_engine.remote.replicas.restarts import RestartPolicy
 from mlx_engine.remote.replicas.routed import RoutedRequest
 from mlx_engine.remote.replicas.supervisor import Supervisor
 from mlx_engine.remote.replicas.tasks import all_results
+from mlx_engine.remote.replicas.waiting_room import BOUNDED, WaitingRoom, waiting_limits
 from mlx_engine.remote.wire.options import EngineKind
 from mlx_engine.stream import Producer
 from mlx_engine.turn import clean_up
@@ -47,7 +48,9 @@ class EngineManager(BaseEngine):
     after the first wait, however often.
 
     A request goes where the beginning of its prompt has been, unless the load there outweighs
-    that. It waits while all replicas restart. If its replica ends before anything of the answer
+    that. It waits while all replicas restart: 1,024 of them for 600 s at most, or as many as
+    ``queue_limit`` says and as long as ``max_wait`` does, which are for each replica as well;
+    others get ``EngineBusy``. If its replica ends before anything of the answer
     has been given to the caller, it is done again on another one, from the beginning; after two
     such ends it gets ``EngineDead``, since it may be what kills them. If a replica is busy the
     others are asked before ``EngineBusy`` is raised.
@@ -82,18 +85,9 @@ class EngineManager(BaseEngine):
             InvalidRequest: an argument is of the wrong type, out of its range, contradicts
                 another one, or is not for this kind of engine.
         """
-
-        def process(name: str) -> ProcessEngine:
-            return ProcessEngine(
-                model,
-                engine=engine,
-                watchdog=watchdog,
-                name=name,
-                on_progress=on_progress,
-                **options,
-            )
-
-        self._set_up(process, replicas, restart)
+        kind = {"engine": engine, "watchdog": watchdog, "on_progress": on_progress}
+        process = maker(ProcessEngine, model, {**kind, **options})
+        self._set_up(process, replicas, restart, waiting_limits(options))
 
     @classmethod
     def on_ray(
@@ -126,22 +120,11 @@ class EngineManager(BaseEngine):
         Raises:
             InvalidRequest: as for the manager itself.
         """
-
-        def actor(name: str) -> RayEngine:
-            return RayEngine(
-                model,
-                engine=engine,
-                num_cpus=num_cpus,
-                resources=resources,
-                scheduling_strategy=scheduling_strategy,
-                env_vars=env_vars,
-                watchdog=watchdog,
-                name=name,
-                on_progress=on_progress,
-                **options,
-            )
-
-        return cls._of(actor, replicas, restart)
+        place = {"num_cpus": num_cpus, "resources": resources, "env_vars": env_vars}
+        kind = {"engine": engine, "watchdog": watchdog, "on_progress": on_progress, **place}
+        kind["scheduling_strategy"] = scheduling_strategy
+        actor = maker(RayEngine, model, {**kind, **options})
+        return cls._of(actor, replicas, restart, waiting_limits(options))
 
     @classmethod
     def _of(
@@ -149,21 +132,24 @@ class EngineManager(BaseEngine):
         factory: Factory,
         replicas: int = 1,
         restart: RestartPolicy = RestartPolicy(),  # noqa: B008 - it never changes
+        limits: QueueConfig = BOUNDED,
     ) -> Self:
         """A manager of engines of any kind; ``factory(name)`` makes one that is not started."""
         manager = cls.__new__(cls)
-        manager._set_up(factory, replicas, restart)
+        manager._set_up(factory, replicas, restart, limits)
         return manager
 
-    def _set_up(self, factory: Factory, replicas: int, restart: RestartPolicy) -> None:
+    def _set_up(
+        self, factory: Factory, replicas: int, restart: RestartPolicy, limits: QueueConfig
+    ) -> None:
         if not isinstance(restart, RestartPolicy):
             raise InvalidRequest("restart", f"must be RestartPolicy(...), not {shown(restart)}")
-        self._wanted = _checked_count(replicas)
+        self._wanted = checked_count(replicas)
         # Never started: it checks the options now, and the arguments of requests later.
         self._prototype = factory("prototype")
         self._limits, self._queue = self._prototype._limits, self._prototype._queue
         self._lifecycle = Lifecycle()
-        self._fleet = Fleet()
+        self._fleet = Fleet(WaitingRoom(limits))
         self._supervisor = Supervisor(self._fleet, factory, restart, self._lifecycle.fail)
         self._home: asyncio.AbstractEventLoop | None = None
         self._finalizer: weakref.finalize[[Supervisor], EngineManager] | None = None
@@ -195,11 +181,13 @@ class EngineManager(BaseEngine):
     def stats(self) -> EngineStats:
         """The counters of all replicas together, those that are gone included.
 
-        ``state`` is the manager's, and ``waiting`` has those that wait until a replica is up. A
-        request that was done again counts in both replicas.
+        ``state`` is the manager's; ``waiting`` and ``rejected`` have those that wait until a
+        replica is up, and those that may not. A request that was done again counts in both
+        replicas.
         """
-        stats = self._supervisor.stats(self.state.value)
-        return replace(stats, waiting=stats.waiting + self._fleet.waiting)
+        stats, room = self._supervisor.stats(self.state.value), self._fleet.room
+        waiting, rejected = stats.waiting + room.waiting, stats.rejected + room.rejected
+        return replace(stats, waiting=waiting, rejected=rejected)
 
     def replica_stats(self) -> dict[str, EngineStats]:
         """The counters of each replica, over all its restarts, by its name."""
@@ -293,7 +281,7 @@ class EngineManager(BaseEngine):
                 stays, and those that run are untouched.
             EngineNotStarted, EngineStopped, EngineDead: by the manager's state.
         """
-        wanted = _checked_count(replicas)
+        wanted = checked_count(replicas)
         self._check_running()
         self._check_home()
         async with self._scaling:
@@ -407,7 +395,3 @@ def _abandoned(supervisor: Supervisor) -> None:
         ResourceWarning,
         stacklevel=2,
     )
-
-
-def _checked_count(replicas: int) -> int:
-    return integer("replicas", replicas, low=1)

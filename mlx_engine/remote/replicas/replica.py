@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mlx_engine.checks import integer
 from mlx_engine.errors import EngineDead
 from mlx_engine.lifecycle import EngineState
 from mlx_engine.outputs import EngineStats
@@ -63,6 +64,8 @@ class Replica:
         self._restarts = 0
         self._last_exit: Exit | None = None
         self._past: tuple[EngineStats, ...] = ()
+        self._due = 0.0  # the next start, by time.monotonic
+        self._took = 0.0  # seconds, the latest start
 
     @property
     def info(self) -> ReplicaInfo:
@@ -79,9 +82,15 @@ class Replica:
         now = self.engine.stats()
         return total(now.state, (*self._past, now))
 
+    def up_in(self) -> float:
+        """Seconds until it is likely to be up. From any thread."""
+        return max(0.0, self._due + self._took - time.monotonic())
+
     async def start(self) -> None:
         """Start the engine; raises what that raises, and is cancelled like that."""
+        began = time.monotonic()
         await self.engine.start()
+        self._took = time.monotonic() - began
 
     def runs(self) -> None:
         """The engine has been started: wait for its exit from now on, in ``task``."""
@@ -97,6 +106,7 @@ class Replica:
 
     def restart(self, after: float) -> None:
         """Get another engine ``after`` so many seconds, in ``task``."""
+        self._due = time.monotonic() + after
         self.task = asyncio.create_task(self._restart(after), name=f"{self.name} restart")
 
     def failed_restart(self, error: BaseException) -> Exit:
@@ -122,6 +132,21 @@ class Replica:
         engine, past = self._factory(self.name), bygone(self.stats())
         self.engine, self._past = engine, (past,)
         await self.start()
+
+
+def maker(kind: Any, model: Any, options: dict[str, Any]) -> Factory:
+    """What makes engines of a kind, by their names, with these options."""
+
+    def make(name: str) -> LinkedEngine:
+        engine: LinkedEngine = kind(model, name=name, **options)
+        return engine
+
+    return make
+
+
+def checked_count(replicas: int) -> int:
+    """``replicas``, if there can be so many; raises ``InvalidRequest`` if not."""
+    return integer("replicas", replicas, low=1)
 
 
 async def start_together(replicas: Sequence[Replica]) -> None:

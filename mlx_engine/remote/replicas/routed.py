@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -27,10 +28,11 @@ MAX_ATTEMPTS = 3  # with those that were stopped by somebody else
 class RoutedRequest:
     """What makes the answer to one request, on whatever replica; a ``Producer``.
 
-    While no replica is up it waits for one. If its replica ends before anything of the answer
-    has been given to the caller, it is done again on another one, from the beginning:
-    ``on_progress`` is then told of a second prefill. After ``MAX_DEATHS`` it gets its
-    ``EngineDead``, since it may be what kills them. A replica that is busy is passed over.
+    While no replica is up it waits for one, as far as the fleet's waiting room allows. If its
+    replica ends before anything of the answer has been given to the caller, it is done again on
+    another one, from the beginning: ``on_progress`` is then told of a second prefill. After
+    ``MAX_DEATHS`` it gets its ``EngineDead``, since it may be what kills them. A replica that is
+    busy is passed over.
     """
 
     def __init__(
@@ -75,7 +77,13 @@ class RoutedRequest:
         work = Work.of(self._ask)
         busy: dict[str, EngineBusy] = {}
         attempts = deaths = 0
+        waited, none_up = 0.0, False
         while True:
+            if none_up:
+                began = time.monotonic()
+                await flight.do(self._fleet.until_up(waited))
+                waited += time.monotonic() - began
+                none_up = False
             try:
                 with self._fleet.assigned(work, busy) as (name, engine):
                     return await self._attempt(flight, engine, emit)
@@ -83,7 +91,7 @@ class RoutedRequest:
                 if busy and self._fleet.up():
                     raise min(busy.values(), key=lambda error: error.retry_after) from None
                 busy.clear()
-                await flight.do(self._fleet.until_up())
+                none_up = True
             except EngineBusy as error:
                 busy[name] = error
             except EngineNotRunning as error:

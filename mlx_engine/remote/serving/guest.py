@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Protocol, cast
-
-import msgspec
 
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineBusy, EngineStopped
 from mlx_engine.outputs import ShutdownReport
+from mlx_engine.remote.serving.cache_folder import CacheFolder
+from mlx_engine.remote.serving.complaints import Complaints
+from mlx_engine.remote.serving.round_robin import RoundRobin
 from mlx_engine.remote.serving.session import Session
 from mlx_engine.remote.wire.frames import MAX_GUEST_FRAME, FrameSplitter, WireError, framed
+from mlx_engine.remote.wire.greeting import MAX_HELLO, check_hello
+from mlx_engine.remote.wire.intake import Refusal, messages_in
 from mlx_engine.remote.wire.messages import (
-    MAGIC,
-    VERSION,
     CacheFile,
     Generate,
     Heartbeat,
-    Hello,
     Refused,
     Shutdown,
     Stopped,
     ToServer,
-    decode_from_client,
     encode,
 )
 from mlx_engine.remote.wire.outbox import Outbox
@@ -34,12 +32,11 @@ from mlx_engine.remote.wire.values import error_to_wire
 
 MAX_UNSENT = 64 * 2**20  # bytes that may wait for a client to read them
 _MAX_UNSENT_BEFORE_BEAT = 2**20  # bytes; a client that is stopped need not hear more beats
-_MAX_HELLO = 4096  # bytes
-_MANY = 0xDD  # the first byte of a list of more than 65,535 messages in msgpack
 _MOST_REQUESTS = 1024  # of one client at a time
+_MOST_BYTES = 64 * 2**20  # of its large requests at a time
+_MOST_STEPS = 16  # in a slice: what a request starts, or a cancel ends, comes on top
 _LINGER = 1.0  # seconds for a client to read the last word
 
-_log = logging.getLogger("mlx_engine.host")
 _numbers = itertools.count(1)
 
 
@@ -54,8 +51,20 @@ class Reception(Protocol):
     def hello_timeout(self) -> float:
         """Seconds in which a guest must have said who it is."""
 
+    @property
+    def cache_folder(self) -> CacheFolder | None:
+        """Where guests may keep prompt caches."""
+
+    @property
+    def turns(self) -> RoundRobin:
+        """Gives guests slices of the event loop."""
+
+    @property
+    def complaints(self) -> Complaints:
+        """Of guests that do not behave."""
+
     def arrived(self, guest: Guest) -> str | None:
-        """Somebody has connected; a reason to close the connection without a word."""
+        """Somebody has connected; a reason to refuse it."""
 
     def greeted(self, guest: Guest, session: Session) -> str | None:
         """It has said who it is; a reason to refuse it."""
@@ -85,7 +94,8 @@ class Guest(asyncio.Protocol):
         self.gone: asyncio.Future[None] = loop.create_future()
         self._loop = loop
         self._host = host
-        self._frames = FrameSplitter(MAX_GUEST_FRAME)
+        self._frames = FrameSplitter(MAX_HELLO)
+        self._steps: Iterator[None] | None = None  # of working off what it has said
         self._over = False  # the last word is said, or there is nobody to say it to
         self._timers: list[asyncio.TimerHandle] = []
         self._deadline: float | None = None  # of its own shutdown, by the loop's clock
@@ -97,6 +107,11 @@ class Guest(asyncio.Protocol):
         """Whether it has said who it is, and may still ask."""
         return self.session is not None and not self._over
 
+    @property
+    def over(self) -> bool:
+        """Whether the last word is said, or there is nobody to say it to."""
+        return self._over
+
     def put_last(self, make: Callable[[], object]) -> None:
         """Tell it what ``make`` makes, after what there is to tell now; once for many calls."""
         if self.session is not None:
@@ -106,6 +121,15 @@ class Guest(asyncio.Protocol):
         """Tell it something, once it has said who it is; in the order of what it is told."""
         if self.session is not None:
             self._outbox.put(message)
+
+    def evict(self, reason: str) -> None:
+        """Send it away, since it has not said who it is and others want in."""
+        self._refuse(reason, "silent")
+
+    def abort(self) -> None:
+        """Close the connection without another word."""
+        self._over = True
+        self._transport.abort()
 
     def beat(self, heartbeat: Heartbeat) -> None:
         """Give a sign of life, unless earlier ones wait to be read."""
@@ -132,25 +156,54 @@ class Guest(asyncio.Protocol):
         self._timers = [self._loop.call_later(self._host.hello_timeout, self._no_hello)]
         reason = self._host.arrived(self)
         if reason is not None:
-            self._drop(reason)
+            self._refuse(reason, "leaving")
 
     def data_received(self, data: bytes) -> None:
         """By asyncio: it says something."""
+        if not self._over:
+            self._frames.push(data)
+            self._host.turns.add(self)
+
+    def work(self, deadline: float) -> bool:
+        """Take some of what it has said; while there is more, no more of it is read."""
         if self._over:
-            return
+            return False
+        if self._steps is None:
+            self._steps = self._taking()
         try:
-            for frame in self._frames.feed(data):
+            for count, _ in enumerate(self._steps, 1):
                 if self._over:
-                    return
-                if self.session is None:
-                    self._hello(frame)
-                    continue
-                if frame[:1] and frame[0] == _MANY:
-                    raise WireError("there are too many messages in a frame")
-                for message in decode_from_client(frame):
-                    self._take(self.session, message)
+                    break
+                if count == _MOST_STEPS or self._loop.time() >= deadline:
+                    if not self._transport.is_closing():
+                        self._transport.pause_reading()
+                    return True
         except WireError as error:
-            self._refuse(str(error))
+            self._refuse(str(error), "nonsense")
+        self._steps = None
+        if self._over:
+            self._frames.clear()
+        if not self._transport.is_closing():
+            self._transport.resume_reading()  # if it is over, to see when the other side closes
+        return False
+
+    def _taking(self) -> Iterator[None]:
+        """Take what it has said, in short steps.
+
+        Raises:
+            WireError: it makes no sense.
+        """
+        while (frame := self._frames.pop()) is not None:
+            if (session := self.session) is None:
+                self._hello(frame)
+                yield
+                continue
+            for step in messages_in(frame, self._host.engine.context_length):
+                if isinstance(step.message, Refusal):
+                    self._outbox.put(error_to_wire(step.message.number, step.message.error))
+                elif step.message is not None:
+                    self._take(session, step.message, step.size)
+                yield
 
     def eof_received(self) -> None:
         """By asyncio: it will say nothing more, and so nobody is there to be answered."""
@@ -162,6 +215,9 @@ class Guest(asyncio.Protocol):
         self._over = True
         for timer in self._timers:
             timer.cancel()
+        self._host.turns.discard(self)
+        self._steps = None
+        self._frames.clear()
         self._spawn(self._clean_up())
 
     def _write(self, payload: bytes) -> None:
@@ -169,23 +225,21 @@ class Guest(asyncio.Protocol):
             return
         # What waits already, not this: a single answer may be longer.
         if self._transport.get_write_buffer_size() > MAX_UNSENT:
-            self._drop("it does not read what it has asked for")
+            self._drop("it does not read what it has asked for", "unread")
         else:
             self._transport.write(framed(payload))
 
-    def _drop(self, reason: str) -> None:
-        self._log(reason)
-        self._over = True
-        self._transport.abort()
+    def _drop(self, reason: str, kind: str) -> None:
+        self._complain(reason, kind)
+        self.abort()
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str, kind: str) -> None:
         if not self._over:
-            self._log(reason)
+            self._complain(reason, kind)
             self.say_last(Refused(reason))
 
-    def _log(self, reason: str) -> None:
-        """One line, whatever bytes of a stranger are in the reason."""
-        _log.warning("%s: %.300s; its connection is closed", self.name, " ".join(reason.split()))
+    def _complain(self, reason: str, kind: str) -> None:
+        self._host.complaints.log(kind, f"{self.name}: {reason:.260}; its connection is closed")
 
     def _close(self) -> None:
         """Close once the other side has; a reset would cost it what it has not read yet."""
@@ -217,39 +271,39 @@ class Guest(asyncio.Protocol):
 
     def _no_hello(self) -> None:
         if self.session is None and not self._over:
-            self._refuse(f"nothing was said within {self._host.hello_timeout:g} s")
+            self._refuse(f"nothing was said within {self._host.hello_timeout:g} s", "silent")
 
     def _hello(self, frame: bytes) -> None:
-        _check_hello(frame)
+        check_hello(frame)
         session = Session(
             self._host.engine,
             self._outbox,
             trusted=False,
             on_over=lambda: self._host.request_over(self),
+            cache_folder=self._host.cache_folder,
             client=f"@{self.name.replace(' ', '-')}",
         )
         reason = self._host.greeted(self, session)
         if reason is not None:
-            self._refuse(reason)
+            self._refuse(reason, "not wanted")
             return
         self.session = session
+        self._frames.limit = MAX_GUEST_FRAME
         self.put(session.welcome())
         self.put(self._host.heartbeat())  # its watchdog counts from the first one on
 
-    def _take(self, session: Session, message: ToServer) -> None:
+    def _take(self, session: Session, message: ToServer, size: int) -> None:
         match message:
             case Shutdown():
                 self._leave(session, message.remaining)
             case Generate() | CacheFile() if self._leaving:
                 stopped = EngineStopped("the client is leaving: no new requests")
                 self._outbox.put(error_to_wire(message.number, stopped))
-            case Generate() | CacheFile() if session.pending >= _MOST_REQUESTS:
-                busy = EngineBusy(
-                    f"this client has {_MOST_REQUESTS} requests under way already", retry_after=1.0
-                )
+            case Generate() | CacheFile() if (most := _full(session, size)) is not None:
+                busy = EngineBusy(f"this client has {most} under way already", retry_after=1.0)
                 self._outbox.put(error_to_wire(message.number, busy))
             case _:
-                session.take(message)
+                session.take(message, size)
 
     def _leave(self, session: Session, remaining: float | None) -> None:
         """It wants to go: its requests may finish for so long, the engine goes on."""
@@ -269,30 +323,10 @@ class Guest(asyncio.Protocol):
         self.say_last(Stopped(ShutdownReport()))
 
 
-def _check_hello(frame: bytes) -> None:
-    """See that a client says hello, in whatever version; nothing else of it is looked at.
-
-    Raises:
-        WireError: it does not, or in another version.
-    """
-    said: Any = None
-    if len(frame) <= _MAX_HELLO:
-        try:
-            said = msgspec.msgpack.decode(frame)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
-            pass
-    hello = said[0] if isinstance(said, list) and said else None
-    if not (
-        isinstance(hello, list)
-        and len(hello) >= 3
-        and hello[:2] == [Hello.__name__.lower(), MAGIC]
-        and type(version := hello[2]) is int
-    ):
-        raise WireError("that is no greeting of mlx_engine")
-    if version != VERSION:
-        older = "host" if version > VERSION else "client"
-        raise WireError(
-            f"this host speaks version {VERSION}, the client speaks {version}: upgrade the {older}"
-        )
-    if len(said) > 1:
-        raise WireError("a client waits for an answer to its greeting")
+def _full(session: Session, size: int) -> str | None:
+    """How much a client has under way, if one more request of that size would be too much."""
+    if session.pending >= _MOST_REQUESTS:
+        return f"{_MOST_REQUESTS} requests"
+    if session.held + size > _MOST_BYTES:
+        return f"requests of {session.held} bytes"
+    return None

@@ -14,9 +14,12 @@ from mlx_engine.lifecycle import checked_timeout
 from mlx_engine.outputs import ShutdownReport
 from mlx_engine.remote.connection import BEAT
 from mlx_engine.remote.links.socket_file import SocketFile, check_free, checked_socket_path
+from mlx_engine.remote.serving.cache_folder import CacheFolder
+from mlx_engine.remote.serving.complaints import Complaints
 from mlx_engine.remote.serving.door import Door
 from mlx_engine.remote.serving.guest import Guest
 from mlx_engine.remote.serving.heart import Heart
+from mlx_engine.remote.serving.round_robin import RoundRobin
 from mlx_engine.remote.serving.session import Session
 from mlx_engine.remote.wire.messages import Heartbeat, Leaving, Refused, Stopped
 from mlx_engine.turn import clean_up, outlast
@@ -24,7 +27,7 @@ from mlx_engine.turn import clean_up, outlast
 if TYPE_CHECKING:
     from mlx_engine.engine.local import LocalEngine
 
-_MAX_STRANGERS = 64
+_MAX_STRANGERS = 64  # who have not said who they are
 _ASKED_TO_END = "the host was asked to end"
 
 
@@ -38,18 +41,26 @@ class EngineHost:
     Only the user who runs it can connect: the socket is created with these permissions. Each
     client has requests of its own; those of one that goes away are cancelled. One that says
     what makes no sense, says nothing or does not read is sent away, with a line in the log
-    ``mlx_engine.host``. Clients cannot have functions imported. They share the engine: the long
-    prompt of one delays the others.
+    ``mlx_engine.host``, at most one of its kind in ten seconds. Clients cannot have functions
+    imported, nor give chat templates, which are programs, nor name files, unless there is a
+    folder for them. They share the engine: the long prompt of one delays the others.
 
-    A message of a client has 8 MiB at most, a request what the engine's ``RequestLimits`` allow,
-    a client 1,024 requests under way at a time (more get ``EngineBusy``), and up to 64 MiB may
-    wait for it to be read.
+    A message of a client has 8 MiB at most, and 65,536 values beside the token ids of its
+    prompt, of which a list or a map counts as four; a request what the engine's
+    ``RequestLimits`` allow (more get ``InvalidRequest``); a client has 1,024 requests and 64 MiB
+    of them under way at a time (more get ``EngineBusy``), and up to 64 MiB may wait for it to be
+    read. What clients send is taken in turns, and a client is not listened to while there is
+    something of its to be taken. Of those who do not say who they are, the one that has been
+    there longest goes when there are more than 64.
 
     Attributes:
         engine: what is served; the application may use it too, as long as the host serves it:
             the end of ``async with host``, and ``shutdown()``, end the engine as well.
         path: of the socket.
         hello_timeout: seconds for a client to say who it is.
+        cache_folder: where clients may keep prompt caches; ``None`` is nowhere.
+        turns: gives clients slices of the event loop.
+        complaints: the lines in the log.
     """
 
     def __init__(
@@ -59,6 +70,7 @@ class EngineHost:
         *,
         max_clients: int = 64,
         hello_timeout: float = 10.0,
+        cache_folder: str | os.PathLike[str] | None = None,
     ) -> None:
         """Make a host; nothing listens before it is started.
 
@@ -67,6 +79,8 @@ class EngineHost:
             path: of the socket. That of a host that is dead is replaced.
             max_clients: how many may be connected at once; others are refused.
             hello_timeout: seconds in which a client must have said who it is.
+            cache_folder: in which clients may save and load prompt caches, by plain names;
+                up to 100 files. Without one, they cannot.
 
         Raises:
             InvalidRequest: an argument is of the wrong type or out of its range; something
@@ -82,9 +96,13 @@ class EngineHost:
         self.hello_timeout = number(
             "hello_timeout", hello_timeout, low=0, above=True, endless=True, what="seconds"
         )
+        self.cache_folder = None if cache_folder is None else CacheFolder(cache_folder)
         check_free(self.path)  # so that it is known before a model is loaded
         self._heart = Heart()
+        self.turns = RoundRobin()
+        self.complaints = Complaints()
         self._guests: set[Guest] = set()  # strangers, who have not said who they are, included
+        self._strangers: dict[Guest, None] = {}  # the oldest first
         self._door: Door | None = None
         self._beating: asyncio.Task[None] | None = None
         self._leaving = False
@@ -204,12 +222,21 @@ class EngineHost:
     # What guests tell
 
     def arrived(self, guest: Guest) -> str | None:
-        """Somebody has connected; a reason to close the connection without a word."""
+        """Somebody has connected; a reason to refuse it."""
         self._guests.add(guest)
         if self._leaving:
             return _ASKED_TO_END
-        if len(self._guests) - self.clients > _MAX_STRANGERS:
-            return f"{_MAX_STRANGERS} others have connected and have not said who they are"
+        self._strangers[guest] = None
+        waiting = [one for one in self._strangers if not one.over]
+        if len(waiting) > _MAX_STRANGERS:
+            waiting[0].evict(
+                f"{_MAX_STRANGERS} others have connected since and have not said who they are, "
+                "and neither have you"
+            )
+        if len(self._strangers) > 2 * _MAX_STRANGERS:  # they do not go when they are told to
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.abort()
         return None
 
     def greeted(self, guest: Guest, session: Session) -> str | None:
@@ -218,6 +245,7 @@ class EngineHost:
             return _ASKED_TO_END
         if self.clients >= self._max_clients:
             return f"this host serves {self._max_clients} clients already, which is its limit"
+        self._strangers.pop(guest, None)
         self._heart.sessions.add(session)
         return None
 
@@ -233,5 +261,6 @@ class EngineHost:
     def left(self, guest: Guest) -> None:
         """Its connection is closed, and its requests are over."""
         self._guests.discard(guest)
+        self._strangers.pop(guest, None)
         if guest.session is not None:
             self._heart.sessions.discard(guest.session)

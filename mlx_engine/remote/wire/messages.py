@@ -225,6 +225,24 @@ def decode_from_client(payload: bytes) -> list[ToServer]:
     return _decoded(_from_client, payload)
 
 
+def message_from_client(payload: bytes | memoryview) -> ToServer:
+    """One message of a client's, without a list around it.
+
+    Raises:
+        WireError: it is not what a client says.
+    """
+    return _decoded(_one_from_client, payload)
+
+
+def parts_of(payload: bytes | memoryview) -> list[msgspec.Raw]:
+    """The entries of a list, none of which is looked into.
+
+    Raises:
+        WireError: it is no list, or no msgpack.
+    """
+    return _decoded(_parts, payload)
+
+
 def decode_from_server(payload: bytes) -> list[ToClient]:
     """The messages in a frame of a server's.
 
@@ -234,7 +252,7 @@ def decode_from_server(payload: bytes) -> list[ToClient]:
     return _decoded(_from_server, payload)
 
 
-def _decoded(decoder: msgspec.msgpack.Decoder[T], payload: bytes) -> T:
+def _decoded(decoder: msgspec.msgpack.Decoder[T], payload: bytes | memoryview) -> T:
     try:
         return decoder.decode(payload)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
@@ -251,4 +269,6 @@ def _plain(value: object) -> object:
 _strict_encoder = msgspec.msgpack.Encoder()
 _encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
 _from_client = msgspec.msgpack.Decoder(list[ToServer])
+_one_from_client: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
+_parts = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _from_server = msgspec.msgpack.Decoder(list[ToClient])

@@ -1,0 +1,59 @@
+"""What the clients of a host have sent is worked off in slices, one client after another."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+_SLICE = 0.002  # seconds
+_REST = 0.001  # seconds between two slices at least
+
+
+class Worker(Protocol):
+    """Who has something to be worked off."""
+
+    def work(self, deadline: float) -> bool:
+        """Do some of it, until then by the loop's clock; whether there is more. Never raises."""
+
+
+class RoundRobin:
+    """Gives each client a slice of the event loop in turn.
+
+    After a slice the loop is left to all others for as long as that took: to tokens on their
+    way out, and to the MLX thread, which needs the GIL. So no client holds up another one's
+    tokens, whatever it sends, and none its requests for longer than its share.
+    """
+
+    def __init__(self) -> None:
+        self._queue: dict[Worker, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._free_at = 0.0  # by the loop's clock
+
+    def add(self, worker: Worker) -> None:
+        """It has something to be worked off: now, if nobody else has and the loop is rested."""
+        self._queue[worker] = None
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            if self._free_at <= loop.time():
+                self._slice()
+            else:
+                self._timer = loop.call_at(self._free_at, self._slice)
+
+    def discard(self, worker: Worker) -> None:
+        """It has nothing any more."""
+        self._queue.pop(worker, None)
+
+    def _slice(self) -> None:
+        self._timer = None
+        if not self._queue:
+            return
+        loop = asyncio.get_running_loop()
+        worker = next(iter(self._queue))
+        del self._queue[worker]
+        began = loop.time()
+        if worker.work(began + _SLICE):
+            self._queue[worker] = None
+        ended = loop.time()
+        self._free_at = ended + ended - began
+        if self._queue:
+            self._timer = loop.call_at(max(self._free_at, ended + _REST), self._slice)
