@@ -15,6 +15,8 @@ from typing import Any, Generic, TypeVar
 
 import anyio
 
+from mlx_engine.event_loop import running_loop
+
 T = TypeVar("T")
 
 
@@ -239,7 +241,7 @@ class Pending(Generic[T]):
         *,
         attended: bool = True,
     ) -> None:
-        self._loop = asyncio.get_running_loop() if attended else None
+        self._loop = running_loop() if attended else None
         self._on_cancel = on_cancel
         self._on_done = on_done
         self._out: asyncio.Future[None] | None = self._loop.create_future() if self._loop else None
@@ -389,6 +391,6 @@ _current: contextvars.ContextVar[Turn[Any] | None] = contextvars.ContextVar(
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
     try:
-        return asyncio.get_running_loop()
+        return running_loop()
     except RuntimeError:
         return None
