@@ -18,6 +18,7 @@ from mlx_engine.errors import (
     EngineStopped,
     MLXEngineError,
 )
+from mlx_engine.event_loop import running_loop
 from mlx_engine.outputs import ShutdownReport
 from mlx_engine.turn import clean_up, to_the_end, wake
 
@@ -222,6 +223,7 @@ class Lifecycle:
                 if the event loop ends before it is done.
         """
         timeout = checked_timeout(timeout)
+        running_loop()
         with self._lock:
             if self._state is EngineState.STOPPED:
                 return self._report
@@ -243,7 +245,7 @@ class Lifecycle:
 
     async def _finish(self, release: Callable[[], Awaitable[None]]) -> ShutdownReport:
         await self._idle(None)
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
         with self._lock:
             other = self._releasing  # unless it was closed meanwhile, and never will
             mine = self._state is EngineState.DRAINING and (other is None or other.is_closed())
@@ -301,7 +303,7 @@ class Lifecycle:
 
     def _watch(self) -> asyncio.Future[None]:
         """A future of the running loop that is done at the next change. Under the lock."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[None] = running_loop().create_future()
         self._watchers.append(future)
         return future
 

@@ -12,8 +12,8 @@ from mlx_engine.checks import integer_or_none, shown
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.params import SamplingParams
 
-_DIGITS = 4_000  # of an integer among values; Python writes out no more than 4,300
-_BITS = int(_DIGITS * math.log2(10))
+_DIGITS = 4_300  # of an integer among values; Python reads and writes no more
+_BITS = math.ceil(_DIGITS * math.log2(10))
 _NUMBERS = (int, float, type(None))
 
 

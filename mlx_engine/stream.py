@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Protocol
 
 from mlx_engine.errors import StreamClosed, StreamConsumed
+from mlx_engine.event_loop import running_loop
 from mlx_engine.outputs import (
     FinishReason,
     GenerationChunk,
@@ -183,7 +184,7 @@ class GenerationStream:
         assert self._channel is not None
         if not self._task.done():
             self.cancel()
-            if self._task.get_loop() is asyncio.get_running_loop():
+            if self._task.get_loop() is running_loop():
                 await outlast(self._task)
             elif not self._task.get_loop().is_closed():
                 raise RuntimeError(
@@ -242,7 +243,7 @@ class GenerationStream:
             return self._channel
         if self._closed:
             raise StreamClosed("the stream has been closed and cannot be started any more")
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
         channel = self._channel = _Channel(loop)
         # The task knows the channel, not the stream: a dropped stream must become garbage. What
         # the task waits for is held by whoever does it, and holds the task.

@@ -16,6 +16,8 @@ from typing import Any, Generic, TypeVar
 
 import anyio
 
+from mlx_engine.event_loop import running_loop
+
 T = TypeVar("T")
 
 
@@ -248,7 +250,7 @@ class Pending(Generic[T]):
         attended: bool = True,
         priority: int = 0,
     ) -> None:
-        self._loop = asyncio.get_running_loop() if attended else None
+        self._loop = running_loop() if attended else None
         self.rank = (priority, next(_arrivals))
         self._on_cancel = on_cancel
         self._on_done = on_done
@@ -405,6 +407,6 @@ _current: contextvars.ContextVar[Turn[Any] | None] = contextvars.ContextVar(
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
     try:
-        return asyncio.get_running_loop()
+        return running_loop()
     except RuntimeError:
         return None

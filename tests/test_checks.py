@@ -128,6 +128,9 @@ def test_a_number_that_no_float_can_hold_is_refused_by_name(
 def test_what_is_no_integer_that_can_travel_is_refused_by_name(
     make: Callable[..., object], name: str, value: Any
 ) -> None:
+    if (name, value) == ("logit_bias", "5"):  # a key of JSON
+        assert SamplingParams(logit_bias={"5": 1.0}).logit_bias == {5: 1.0}
+        return
     with pytest.raises(InvalidRequest, match=f"^{name}: ") as caught:
         make(**{name: value})
     assert caught.value.option == name

@@ -18,6 +18,7 @@ from mlx_engine.checks import shown
 from mlx_engine.config import AsEngine, QueueConfig, SpecPrefill
 from mlx_engine.engine.many import at_once, in_order, made_once, params_for_each
 from mlx_engine.errors import InvalidRequest, MLXEngineError
+from mlx_engine.event_loop import running_loop
 from mlx_engine.lifecycle import EngineState
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import EngineStats, GenerationResult, ProgressCallback, ShutdownReport
@@ -32,7 +33,8 @@ class BaseEngine(abc.ABC):
     """A model behind ``await``.
 
     Use it as ``async with Engine(model) as engine:``, or call ``start()`` and ``stop()``.
-    It may be used from several event loops at once.
+    It may be used from several event loops at once. They are asyncio's: what is awaited in
+    another one, as under anyio on trio, raises ``RuntimeError``.
     """
 
     _limits: RequestLimits = DEFAULT_LIMITS
@@ -143,6 +145,7 @@ class BaseEngine(abc.ABC):
             EngineNotStarted, EngineStopped, EngineDead: by the engine's state.
             GenerationError: this request failed; others go on.
         """
+        running_loop()
         source = TextPrompt.of(prompt, self._limits)
         ask = Ask(source, self._limits.params(params, options), priority, prefill, decode)
         return await self._producer(ask, checked_callback(on_progress)).run(None)
@@ -198,6 +201,7 @@ class BaseEngine(abc.ABC):
         Cancellation and errors are those of ``generate``; a model without a chat template,
         or a template without tools, is an ``InvalidRequest``.
         """
+        running_loop()
         source = ChatPrompt.of(messages, tools, chat_template_kwargs, self._limits)
         ask = Ask(source, self._limits.params(params, options), priority, prefill, decode)
         return await self._producer(ask, checked_callback(on_progress)).run(None)
@@ -257,6 +261,7 @@ class BaseEngine(abc.ABC):
             InvalidRequest: an argument is not acceptable for any prompt.
             EngineNotStarted, EngineStopped, EngineDead: by the engine's state, at the call.
         """
+        running_loop()
         checked_priority(priority)
         self._check_strategies(prefill, decode)
         given = params_for_each(prompts, params)
@@ -289,6 +294,7 @@ class BaseEngine(abc.ABC):
             GenerationError: MLX failed meanwhile; the file is the old one.
             EngineBusy, EngineNotStarted, EngineStopped, EngineDead: as in ``generate``.
         """
+        running_loop()
         return await self._save_prompt_cache(checked_path(path))
 
     async def load_prompt_cache(self, path: str | os.PathLike[str]) -> int:
@@ -307,6 +313,7 @@ class BaseEngine(abc.ABC):
             GenerationError: MLX failed meanwhile.
             EngineBusy, EngineNotStarted, EngineStopped, EngineDead: as in ``generate``.
         """
+        running_loop()
         return await self._load_prompt_cache(checked_path(path))
 
     @abc.abstractmethod

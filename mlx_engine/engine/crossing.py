@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from mlx_engine.event_loop import running_loop
 from mlx_engine.outputs import Progress, ProgressCallback
 from mlx_engine.turn import Turn, outlast
 
@@ -18,7 +18,7 @@ def in_this_loop(callback: ProgressCallback | None) -> ProgressCallback | None:
     """``callback``, called in the running event loop from whatever thread."""
     if callback is None:
         return None
-    loop = asyncio.get_running_loop()
+    loop = running_loop()
     # Not the context of a turn, in which the callback could not begin a request of its own.
     context = contextvars.copy_context()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import asyncio
 import functools
 import inspect
 import threading
@@ -16,6 +15,7 @@ from mlx_engine.checks import shown
 from mlx_engine.config import QueueConfig
 from mlx_engine.engine.admission import Admission, RequestTicket
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
+from mlx_engine.event_loop import running_loop
 from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket
 from mlx_engine.meter import Meter
 from mlx_engine.outputs import EngineStats, PromptCacheStats, ShutdownReport
@@ -124,7 +124,7 @@ class EngineLife(abc.ABC):
             stop.set()
             return True
 
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
 
         def should_stop() -> bool:
             return stop.is_set() or loop.is_closed()

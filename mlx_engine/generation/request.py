@@ -17,6 +17,7 @@ from mlx_engine.asks import ChatPrompt, TextPrompt
 from mlx_engine.clock import Clock
 from mlx_engine.config import Strategies
 from mlx_engine.errors import ContextLengthExceeded, GenerationError, MLXEngineError
+from mlx_engine.event_loop import running_loop
 from mlx_engine.generation.prompt import encode, option_of
 from mlx_engine.generation.sampling import (
     Sampling,
@@ -130,7 +131,7 @@ class Request:
             emit: gets each chunk at once; ``None`` makes no chunks.
         """
         self._clock.submitted = time.perf_counter()
-        self._loop = asyncio.get_running_loop()
+        self._loop = running_loop()
         self._on_progress = in_this_loop(self._on_progress)
         self._emit = emit
         if self._params.logits_processors:

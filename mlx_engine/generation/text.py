@@ -10,6 +10,7 @@ done on text, since the same text can be tokenized in many ways.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -223,5 +224,23 @@ def _tool_call(call: object, raw: str) -> ToolCall:
     if isinstance(call, dict):
         name, arguments, given = call.get("name"), call.get("arguments", {}), call.get("id")
         if isinstance(name, str) and isinstance(arguments, dict):
+            if _HALF.search(raw):
+                try:
+                    name, arguments = _valid(name), _valid(arguments)
+                except RecursionError:
+                    return ToolCall(None, None, raw, error="it is nested too deep")
             return ToolCall(name, arguments, raw, id=given if isinstance(given, str) else None)
     return ToolCall(None, None, raw, error="the text is not a call with a name and arguments")
+
+
+# Half of a character beyond the first 65,536, as JSON spells those; alone it is in no text.
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _valid(value: Any) -> Any:
+    """A value whose strings are text, so that the next turn's prompt may have them in it."""
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, dict):
+        return {_valid(key): _valid(item) for key, item in value.items()}
+    return [_valid(item) for item in value] if isinstance(value, list) else value

@@ -18,6 +18,7 @@ from mlx_engine.checks import shown
 from mlx_engine.engine.base import BaseEngine, checked_callback
 from mlx_engine.engine.crossing import in_this_loop
 from mlx_engine.errors import EngineNotRunning, EngineStopped, InvalidRequest, MLXEngineError
+from mlx_engine.event_loop import running_loop
 from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
 from mlx_engine.outputs import (
     EngineStats,
@@ -132,7 +133,7 @@ class LinkedEngine(BaseEngine):
             EngineNotStarted: the start that another task had begun did not succeed.
         """
         lifecycle = self._lifecycle
-        ticket = Ticket(lifecycle.new_id("start"), loop=asyncio.get_running_loop())
+        ticket = Ticket(lifecycle.new_id("start"), loop=running_loop())
         connection = Connection(
             self.name,
             self._make_link(),
@@ -192,6 +193,7 @@ class LinkedEngine(BaseEngine):
             InvalidRequest: ``timeout`` is not such a number.
         """
         timeout = checked_timeout(timeout)
+        running_loop()
         connection = self._connection
         if connection is not None:
             connection.end_by(None if timeout is None else time.monotonic() + timeout)
@@ -203,6 +205,7 @@ class LinkedEngine(BaseEngine):
         Raises:
             EngineNotStarted: it has never been started.
         """
+        running_loop()
         connection = self._connection
         if connection is None:
             self._lifecycle.check_running()

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Sequence
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
+from mlx_engine.event_loop import running_loop
 from mlx_engine.lifecycle import checked_timeout
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class SignalHandlers(Generic[T]):
         self.received: signal.Signals | None = None
         self._engine = engine
         self._timeout = timeout
-        self._loop = asyncio.get_running_loop()
+        self._loop = running_loop()
         self._before: dict[signal.Signals, Any] = {}
         self._first: asyncio.Future[None] = self._loop.create_future()
         self._shutdowns: list[asyncio.Task[T]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 
+from mlx_engine.event_loop import running_loop
 from mlx_engine.turn import wake
 
 
@@ -47,7 +48,7 @@ class Gate:
             with self._lock:
                 if self._arrived >= times:
                     return
-                changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                changed: asyncio.Future[None] = running_loop().create_future()
                 self._watchers.append(changed)
             await changed
 

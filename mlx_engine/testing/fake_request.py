@@ -11,6 +11,7 @@ from mlx_engine.asks import Ask, ChatPrompt
 from mlx_engine.clock import Clock
 from mlx_engine.engine.crossing import in_this_loop
 from mlx_engine.errors import ContextLengthExceeded, GenerationError, MLXEngineError
+from mlx_engine.event_loop import running_loop
 from mlx_engine.outputs import (
     FinishReason,
     GenerationResult,
@@ -109,7 +110,7 @@ class FakeRequest:
     def submitted(self, emit: Emit | None) -> None:
         """The caller waits from now on, in this event loop."""
         self._clock.submitted = time.perf_counter()
-        self._loop = asyncio.get_running_loop()
+        self._loop = running_loop()
         self._on_progress = in_this_loop(self._on_progress)
         self._emit = emit
 

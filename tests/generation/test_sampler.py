@@ -270,9 +270,6 @@ async def test_options_never_seen_before_are_no_new_programs(
     [
         ("logit_bias", {"logit_bias": {100: 1.0}}),
         ("stop_token_ids", {"stop_token_ids": [3, 100]}),
-        ("logits_processors", {"logits_processors": ["no_such_module:f"]}),
-        ("logits_processors", {"logits_processors": ["math:no_such_name"]}),
-        ("logits_processors", {"logits_processors": ["math:pi"]}),
     ],
 )
 async def test_options_that_do_not_suit_a_model_are_refused_without_mlx(
@@ -282,6 +279,16 @@ async def test_options_that_do_not_suit_a_model_are_refused_without_mlx(
     for refuse in (check_sampling, lambda p, size: make_sampling(p, vocab_size=size)):
         with pytest.raises(InvalidRequest, match=rf"^{option}"):
             refuse(params, 100)
+
+
+@pytest.mark.parametrize("name", ["no_such_module:f", "math:no_such_name", "math:pi"])
+async def test_a_processor_that_cannot_be_imported_is_refused_when_its_work_begins(
+    name: str,
+) -> None:
+    params = SamplingParams(logits_processors=[name])
+    check_sampling(params, 100)  # a module may use MLX as soon as it is imported
+    with pytest.raises(InvalidRequest, match=r"^logits_processors"):
+        make_sampling(params, vocab_size=100)
 
 
 async def test_checking_makes_no_logits_processor() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ from mlx_lm.tool_parsers import json_tools, mistral
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from mlx_engine.generation.text import Piece, TextAssembler
+from mlx_engine.asks import ChatPrompt
+from mlx_engine.generation.text import Piece, TextAssembler, parse_tool_calls
 from tests.tiny import make_tokenizer
 
 
@@ -348,3 +351,25 @@ def test_random_texts_are_cut_and_joined_as_the_obvious_way_does() -> None:
         assert joined(pieces, "content") == chat.content
         assert joined(pieces, "reasoning") == chat.reasoning
         assert chat.stopped is assembler.stopped
+
+
+@pytest.mark.parametrize(
+    ("escaped", "text"),
+    [
+        (r"\ud83d\ude42", "🙂"),
+        (r"a\ud83d", "a\ufffd"),
+        (r"\ude42b", "\ufffdb"),
+        (r"\uD83Dx\uDE42", "\ufffdx\ufffd"),
+        (r"\u017c", "ż"),
+    ],
+)
+def test_half_characters_in_the_arguments_of_a_call_are_made_text(escaped: str, text: str) -> None:
+    raw = f'{{"name": "f", "arguments": {{"k{escaped}": ["{escaped}", {{"a": "{escaped}"}}]}}}}'
+    tokenizer = SimpleNamespace(tool_parser=lambda raw, tools: json.loads(raw))
+    (call,) = parse_tool_calls(tokenizer, raw, None)  # type: ignore[arg-type]
+    assert call.arguments == {f"k{text}": [text, {"a": text}]}
+    ChatPrompt.of([{"role": "assistant", "tool_calls": [{"function": vars_of(call)}]}])
+
+
+def vars_of(call: Any) -> dict[str, Any]:
+    return {"name": call.name, "arguments": call.arguments}

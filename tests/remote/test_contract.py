@@ -162,7 +162,7 @@ async def test_what_cannot_travel_is_refused(pair: tuple[BaseEngine, ProcessEngi
         engine.stream_generate("a", logits_processors=[processors.slow])
     with pytest.raises(ValueError, match=r"func: a function cannot go"):
         await engine.run_blocking(print)
-    with pytest.raises(ValueError, match=r"messages: .*cannot go to another process"):
+    with pytest.raises(ValueError, match=r"chat_template_kwargs: .*cannot go to another process"):
         await engine.chat(USER, chat_template_kwargs={"odd": object()})
     assert (await engine.generate("a", max_tokens=2)).finish_reason == "length"
 
@@ -301,7 +301,7 @@ async def test_values_of_other_types_are_the_same_or_are_refused(
         here, elsewhere = pair
         assert await told(outcome, elsewhere) == await told(outcome, here)
     for odd in (Decimal("1.5"), {1, 2}, datetime.now(UTC)):
-        with pytest.raises(ValueError, match=r"^messages: .* cannot go to another process"):
+        with pytest.raises(ValueError, match=r"^tools: .* cannot go to another process"):
             await pair[1].chat(USER, tools=[{**TOOL, "x": odd}])
     with pytest.raises(ValueError, match=r"^top_k: must be an integer, from 0 to"):
         await pair[1].generate("a", top_k=2**70)

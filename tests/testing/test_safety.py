@@ -346,7 +346,7 @@ def test_a_model_that_cannot_be_loaded_is_no_failure_of_the_check() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seconds": 0}, "seconds: must be a number above 0"),
+        ({"seconds": 0}, "seconds: must be a number of seconds, above 0"),
         ({"only": "sing"}, "only: there is no operation 'sing', only 'save_prompt_cache'"),
         ({"only": "generate / politely"}, "only: there is no way 'politely', only 'Task.cancel'"),
         ({"only": "generate / TaskGroup / soon"}, "only: a moment is 'step 3' or '40%'"),

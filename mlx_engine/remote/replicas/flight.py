@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from mlx_engine.errors import MLXEngineError
+from mlx_engine.event_loop import running_loop
 from mlx_engine.lifecycle import Lifecycle, Ticket
 from mlx_engine.remote.replicas.tasks import cancel, look_at
 from mlx_engine.turn import outlast, wake
@@ -32,7 +33,7 @@ class Flight:
     def __init__(
         self, request_id: str, lifecycle: Lifecycle, leftovers: set[asyncio.Task[Any]]
     ) -> None:
-        self._ticket = Ticket(request_id, loop=asyncio.get_running_loop())
+        self._ticket = Ticket(request_id, loop=running_loop())
         self._lifecycle = lifecycle
         self._leftovers = leftovers
         self._lock = threading.Lock()
@@ -75,7 +76,7 @@ class Flight:
             EngineStopped: it was aborted; the work may go on for a while.
             BaseException: whatever the work raises.
         """
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
         task = loop.create_task(work, name=f"{self._ticket.request_id} work")
         over: asyncio.Future[None] = loop.create_future()
         task.add_done_callback(lambda _: wake(over))

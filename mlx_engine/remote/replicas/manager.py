@@ -17,6 +17,7 @@ from mlx_engine.checks import shown
 from mlx_engine.config import AsEngine, BatchedOptions, QueueConfig, SpecPrefill
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
+from mlx_engine.event_loop import running_loop
 from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
 from mlx_engine.outputs import EngineStats, ProgressCallback, ShutdownReport
 from mlx_engine.remote.beat import Watchdog
@@ -210,7 +211,7 @@ class EngineManager(BaseEngine):
             EngineDead: a replica ended while it started.
             EngineStopped: the manager is being shut down.
         """
-        loop, supervisor = asyncio.get_running_loop(), self._supervisor
+        loop, supervisor = running_loop(), self._supervisor
 
         def abort(_: MLXEngineError) -> bool:  # is kept, and must not keep this manager
             supervisor.cancel_jobs()
@@ -282,8 +283,8 @@ class EngineManager(BaseEngine):
             EngineNotStarted, EngineStopped, EngineDead: by the manager's state.
         """
         wanted = checked_count(replicas)
-        self._check_running()
         self._check_home()
+        self._check_running()
         async with self._scaling:
             self._check_running()
             more = wanted - len(self._fleet)
@@ -301,7 +302,8 @@ class EngineManager(BaseEngine):
 
     def _check_home(self) -> None:
         home = self._home
-        if home is None or home.is_closed() or home is asyncio.get_running_loop():
+        here = running_loop()
+        if home is None or home.is_closed() or home is here:
             return
         raise RuntimeError("a manager is scaled and shut down in the event loop that started it")
 

@@ -20,6 +20,7 @@ from mlx_engine.outputs import (
 )
 from mlx_engine.remote.beat import Phase
 from mlx_engine.remote.wire.frames import WireError
+from mlx_engine.remote.wire.json_values import extension_from_wire
 
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ class Generate(_Message):
 
     Attributes:
         prompt: text or token ids; ``None`` in a chat.
-        chat: messages, tools, and keyword arguments of the template.
+        chat: messages, tools, and keyword arguments of the template, by ``json_values``.
         params: fields of ``SamplingParams`` that are not at their defaults.
         prefill: ``"as engine"``, ``None``, or fields of ``SpecPrefill``.
         stream: whether chunks are wanted.
@@ -139,12 +140,12 @@ class Done(_Message):
     """A request is over, and this is its result; after ``Cancel``, what there was by then.
 
     Attributes:
-        arguments: of each of its tool calls, as JSON; the result is without them.
+        arguments: of each of its tool calls, by ``json_values``; the result is without them.
     """
 
     number: int
     result: GenerationResult
-    arguments: list[str | None]
+    arguments: list[dict[Any, Any] | None]
 
 
 class CacheFileDone(_Message):
@@ -268,7 +269,9 @@ def _plain(value: object) -> object:
 
 _strict_encoder = msgspec.msgpack.Encoder()
 _encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
-_from_client = msgspec.msgpack.Decoder(list[ToServer])
-_one_from_client: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
+_from_client = msgspec.msgpack.Decoder(list[ToServer], ext_hook=extension_from_wire)
+_one_from_client: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(
+    ToServer, ext_hook=extension_from_wire
+)
 _parts = msgspec.msgpack.Decoder(list[msgspec.Raw])
-_from_server = msgspec.msgpack.Decoder(list[ToClient])
+_from_server = msgspec.msgpack.Decoder(list[ToClient], ext_hook=extension_from_wire)

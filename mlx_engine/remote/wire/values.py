@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from numbers import Integral, Real
 from typing import Any
 
 from mlx_engine import errors
@@ -19,11 +17,11 @@ from mlx_engine.limits import RequestLimits
 from mlx_engine.outputs import GenerationResult, ToolCall
 from mlx_engine.params import SamplingParams
 from mlx_engine.remote.wire.frames import MAX_FRAME
+from mlx_engine.remote.wire.json_values import PLAIN, encodable, simple, to_wire
 from mlx_engine.remote.wire.messages import Done, Failed, Generate, encode_strictly
 from mlx_engine.turn import what_it_says
 
 _CONFIGS = {kind.__name__: kind for kind in (DraftModel, MTP, SpecPrefill, RequestLimits)}
-_PLAIN = (str, int, float, bool, type(None))
 _UNWRITABLE = (TypeError, ValueError, OverflowError, RecursionError)
 
 
@@ -40,10 +38,9 @@ def ask_to_wire(
     """
     source = ask.source
     if isinstance(source, ChatPrompt):
-        option, prompt = "messages", None
-        chat = _plain([source.messages, source.tools, source.template_kwargs])
+        prompt, chat = None, tuple(map(_part, _PARTS, _parts(source)))
     else:
-        option, prompt, chat = "prompt", source.prompt, None
+        prompt, chat = source.prompt, None
     prefill = ask.prefill
     message = Generate(
         number=number,
@@ -62,12 +59,39 @@ def ask_to_wire(
     except _UNWRITABLE:
         for part, value in (*message.params.items(), ("priority", ask.priority)):
             _encoded(part, value)  # it may be this that cannot be written
-        payload = _encoded(option, message)
+        for part, value in zip(_PARTS, chat or (), strict=False):
+            _encoded(part, value)
+        payload = _encoded("prompt" if chat is None else "messages", message)
     if len(payload) > limit:
+        sizes = (
+            {"prompt": 0}
+            if chat is None
+            else {
+                part: len(_encoded(part, value)) for part, value in zip(_PARTS, chat, strict=True)
+            }
+        )
         raise InvalidRequest(
-            option, f"takes {len(payload)} bytes, of which {limit} may go to another process"
+            max(sizes, key=lambda part: sizes[part]),
+            f"takes {len(payload)} bytes with the rest of the request, of which {limit} may go "
+            "to another process",
         )
     return payload
+
+
+_PARTS = ("messages", "tools", "chat_template_kwargs")  # of a chat, as its caller knows them
+
+
+def _parts(chat: ChatPrompt) -> tuple[Any, Any, Any]:
+    return chat.messages, chat.tools, chat.template_kwargs
+
+
+def _part(option: str, value: Any) -> Any:
+    try:
+        return to_wire(value)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(
+            option, f"has something in it that cannot go to another process: {error}"
+        ) from error
 
 
 def _encoded(option: str, value: Any) -> bytes:
@@ -121,23 +145,24 @@ def option_to_wire(value: Any) -> Any:
     """An option of an engine: strategies and limits become a pair of their name and fields."""
     if isinstance(value, tuple(_CONFIGS.values())):
         return [type(value).__name__, _fields(value)]
-    return os.fspath(value) if isinstance(value, os.PathLike) else _simple(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else simple(value)
 
 
 def result_to_wire(number: int, result: GenerationResult) -> Done:
-    """A result; what the model has written as arguments of tool calls goes as JSON."""
-    calls, arguments = list[ToolCall](), list[str | None]()
+    """A result; what the model has written as arguments of tool calls goes as in a request."""
+    calls, arguments = list[ToolCall](), list[dict[Any, Any] | None]()
     for call in result.tool_calls:
-        text, error = None, call.error
+        given, error = None, call.error
         if call.arguments is not None:
             try:
-                text = json.dumps(call.arguments, default=repr)
-            except (TypeError, ValueError, RecursionError) as failure:  # a key, or a huge number
+                given = to_wire(call.arguments, lenient=True)
+            except _UNWRITABLE as failure:  # a key, or a huge number
                 error = f"its arguments are no JSON: {what_it_says(failure)}"
-        name = _text(call.name) if error is None else None
-        ours = {"id": _text(call.id), "raw": _text(call.raw), "error": _text(error)}
+                given = None
+        name = encodable(call.name) if error is None else None
+        ours = {"id": encodable(call.id), "raw": encodable(call.raw), "error": encodable(error)}
         calls.append(replace(call, name=name, arguments=None, **ours))
-        arguments.append(text)
+        arguments.append(given)
     return Done(number, replace(result, tool_calls=tuple(calls)), arguments)
 
 
@@ -146,8 +171,8 @@ def result_from_wire(done: Done) -> GenerationResult:
     if not done.arguments:
         return done.result
     calls = tuple(
-        call if text is None else replace(call, arguments=json.loads(text))
-        for call, text in zip(done.result.tool_calls, done.arguments, strict=True)
+        call if given is None else replace(call, arguments=given)
+        for call, given in zip(done.result.tool_calls, done.arguments, strict=True)
     )
     return replace(done.result, tool_calls=calls)
 
@@ -167,9 +192,9 @@ def error_to_wire(number: int, error: BaseException) -> Failed:
     return Failed(
         number=number,
         kind=type(error).__name__,
-        message=_text(str(error)),
-        state={k: _text(v) for k, v in vars(error).items() if isinstance(v, _PLAIN)},
-        cause=None if cause is None else _text(what_it_says(cause)),
+        message=encodable(str(error)),
+        state={k: encodable(v) for k, v in vars(error).items() if isinstance(v, PLAIN)},
+        cause=None if cause is None else encodable(what_it_says(cause)),
     )
 
 
@@ -186,44 +211,6 @@ def error_from_wire(failed: Failed) -> MLXEngineError:
 
 class RemoteCause(Exception):
     """The error in another process from which one of ours was raised, in words."""
-
-
-def _text(value: Any) -> Any:
-    """A string without what no UTF-8 has, and anything else as it is."""
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
-
-
-def _plain(value: Any) -> Any:
-    """What JSON has a form for, in plain types; all else would be another prompt there.
-
-    Raises:
-        InvalidRequest: something else is in it.
-    """
-    if isinstance(value, Mapping):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    value = _simple(value)
-    if not isinstance(value, _PLAIN):
-        raise InvalidRequest(
-            "messages",
-            "has something in it that cannot go to another process, of the type "
-            f"{type(value).__name__}",
-        )
-    return value
-
-
-def _simple(value: Any) -> Any:
-    """A number or string of a derived type, NumPy's among them, as one of Python's own."""
-    if type(value) in _PLAIN:
-        return value
-    if isinstance(value, str):
-        return str(value)
-    if type(value).__name__ in ("bool", "bool_"):
-        return bool(value)
-    if isinstance(value, Integral):
-        return int(value)
-    return float(value) if isinstance(value, Real) else value
 
 
 def _fields(value: Any) -> dict[str, Any]:
