@@ -34,7 +34,7 @@ class StringSet:
     """
 
     def __init__(self, strings: Collection[str]) -> None:
-        self._strings = sorted({string for string in strings if string})
+        self._strings = sorted(string for string in strings if string)
         self.root = _Node(0, len(self._strings), 0, None)
 
     def step(self, node: _Node, char: str) -> _Node:

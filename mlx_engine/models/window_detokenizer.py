@@ -60,15 +60,14 @@ class Window:
 
     def _move_on(self) -> None:
         rest = self._text[self._given :]
-        head, tail = self._tokens[:_CONTEXT], self._tokens[-_CONTEXT:]
-        for kept in (tail, head + tail):
-            text = self._decode(kept)
-            # What is held must come out alike, and not as the beginning of a text.
-            if text.endswith(rest) and (len(text) > len(rest) or not self._any):
-                break
-        else:
+        kept = self._tokens[-_CONTEXT:]
+        text = self._decode(kept)
+        # What is held must come out alike, and not as the beginning of a text.
+        if not (text.endswith(rest) and (len(text) > len(rest) or not self._any)):
             if len(self._tokens) < _LONGEST:
                 return
+            kept = self._tokens[:_CONTEXT] + kept
+            text = self._decode(kept)
         self._tokens, self._text, self._given = kept, text, max(0, len(text) - len(rest))
 
 
