@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Protocol
 
 _SLICE = 0.002  # seconds
@@ -19,7 +20,7 @@ class Worker(Protocol):
 class RoundRobin:
     """Gives each client a slice of the event loop in turn.
 
-    After a slice the loop is left to all others for as long as that took: to tokens on their
+    After a slice the loop is left to all others for as long as it was used: to tokens on their
     way out, and to the MLX thread, which needs the GIL. So no client holds up another one's
     tokens, whatever it sends, and none its requests for longer than its share.
     """
@@ -50,10 +51,10 @@ class RoundRobin:
         loop = asyncio.get_running_loop()
         worker = next(iter(self._queue))
         del self._queue[worker]
-        began = loop.time()
-        if worker.work(began + _SLICE):
+        began = time.thread_time()  # a processor that others have meanwhile is not used by it
+        if worker.work(loop.time() + _SLICE):
             self._queue[worker] = None
-        ended = loop.time()
-        self._free_at = ended + ended - began
+        used = time.thread_time() - began
+        self._free_at = loop.time() + used
         if self._queue:
-            self._timer = loop.call_at(max(self._free_at, ended + _REST), self._slice)
+            self._timer = loop.call_later(max(used, _REST), self._slice)
