@@ -18,6 +18,7 @@ from typing import Any
 
 from mlx_engine.errors import EngineDead
 from mlx_engine.line import Line
+from mlx_engine.threads import start_now
 from mlx_engine.turn import Stage, Turn, current_turn
 
 
@@ -109,7 +110,7 @@ class MLXThread(Line[Turn[Any]]):
         """Queue a turn without waiting for it. From any thread, this one included.
 
         Raises:
-            EngineDead: the interpreter is shutting down.
+            EngineDead: the interpreter is shutting down, or the thread cannot be started.
         """
         with self._changed:
             if self._closing:
@@ -125,11 +126,10 @@ class MLXThread(Line[Turn[Any]]):
         self.submit(turn)
 
     def _start(self) -> None:
-        self._pid = os.getpid()
         # A daemon, so that the interpreter does not wait for it before it runs atexit
         # functions; ours then ends and joins it.
-        thread = threading.Thread(target=self._main, name="mlx", daemon=True)
-        thread.start()
+        thread = start_now(self._main, "mlx")
+        self._pid = os.getpid()
         self._thread = thread
         atexit.register(self._close)
 

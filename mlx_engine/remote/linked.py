@@ -201,7 +201,7 @@ class LinkedEngine(BaseEngine):
             EngineNotStarted: it has never been started.
         """
         connection = self._connection
-        if connection is None:
+        if connection is None or not connection.opened:
             self._lifecycle.check_running()
         assert connection is not None
         return await io_thread.run(connection.exited)
@@ -234,7 +234,7 @@ class LinkedEngine(BaseEngine):
         """Wait until what runs the engine is gone; not to be cut short."""
         if self._finalizer is not None:
             self._finalizer.detach()
-        if connection is None or connection.exit is not None:
+        if connection is None or not connection.opened or connection.exit is not None:
             return
         closed = functools.partial(connection.closed, patience)
         await to_the_end(lambda: io_thread.run(closed))

@@ -110,11 +110,9 @@ class Simulation:
         """
         asyncio.run(_start_mlx_thread())
         condition, driven = mlx_thread._changed, DrivenCondition(self.driver)
-        threads, io_loop, io_pid = crossing.threading, io_thread._loop, io_thread._pid
+        start, io_loop, io_pid = crossing.Start, io_thread._loop, io_thread._pid
         undo_joints, undo_watch = self.driver.joints(*_JOINTS), self._watch()
-        crossing.threading = SimpleNamespace(  # type: ignore[assignment]
-            Thread=self._thread, Event=threads.Event
-        )
+        crossing.Start = self._start  # type: ignore[assignment,misc]
         io_thread._loop, io_thread._pid = self._io_loop, os.getpid()
         self.driver.start(self._io_loop.run_forever, "I/O")
 
@@ -139,12 +137,14 @@ class Simulation:
             self.driver.settle()
             self._io_loop.close()
             io_thread._loop, io_thread._pid = io_loop, io_pid
-            crossing.threading = threads
+            crossing.Start = start  # type: ignore[misc]
             undo_watch()
             undo_joints()
 
-    def _thread(self, *, target: Callable[[], object], name: str) -> Any:
-        return SimpleNamespace(start=lambda: self.driver.start(target, name))
+    def _start(
+        self, target: Callable[[], object], name: str, failed: object, *, daemon: bool
+    ) -> Any:
+        return SimpleNamespace(begin=lambda: self.driver.start(target, name), give_up=lambda: None)
 
     def _io_has_work(self) -> bool:
         loop = self._io_loop
