@@ -64,6 +64,10 @@ class Start:
             self._settle()
             raise dead(_WHAT, error) from error
 
+    def limit(self) -> asyncio.TimerHandle:
+        """Have it given up after 10 s, by a timer of the running event loop: to be cancelled."""
+        return asyncio.get_running_loop().call_later(START_LIMIT, self.give_up)
+
     def give_up(self) -> None:
         """Do without the thread, unless it runs by now. From any thread."""
         self._fail(TimeoutError("it did not come to run"))
@@ -148,7 +152,7 @@ def in_thread(func: Callable[[], T], name: str) -> asyncio.Future[T]:
             soon(value, None)
 
     start = Start(run, name, lambda error: soon(None, error))
-    limit = loop.call_later(START_LIMIT, start.give_up)
+    limit = start.limit()
     try:
         start.begin()
     except EngineDead as error:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from mlx_engine.errors import EngineDead
 from mlx_engine.outputs import Progress, ProgressCallback
-from mlx_engine.threads import START_LIMIT, Start
+from mlx_engine.threads import Start
 from mlx_engine.turn import Turn, outlast
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ async def off_loop(func: Callable[[], T], stop: threading.Event) -> T:
 
     start = Start(work, "find model", failed, daemon=False)
     start.begin()
-    limit = asyncio.get_running_loop().call_later(START_LIMIT, start.give_up)
+    limit = start.limit()
     try:
         await outlast(turn.out, cancel)
     finally:

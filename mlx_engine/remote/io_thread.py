@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar
 
 from mlx_engine.errors import EngineDead
 from mlx_engine.forks import tell_after_fork
-from mlx_engine.threads import START_LIMIT, Start, dead
+from mlx_engine.threads import Start, dead
 from mlx_engine.turn import Pending, outlast
 
 T = TypeVar("T")
@@ -88,9 +88,7 @@ class IOThread:
             BaseException: whatever the coroutine raises.
         """
         work, start = self._enter(func)
-        limit = None
-        if start is not None and start.pending:
-            limit = asyncio.get_running_loop().call_later(START_LIMIT, start.give_up)
+        limit = start.limit() if start is not None and start.pending else None
         cancel = functools.partial(self._cancel, work)
         try:
             await outlast(work.out, cancel)

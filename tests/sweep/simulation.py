@@ -144,7 +144,11 @@ class Simulation:
     def _start(
         self, target: Callable[[], object], name: str, failed: object, *, daemon: bool
     ) -> Any:
-        return SimpleNamespace(begin=lambda: self.driver.start(target, name), give_up=lambda: None)
+        return SimpleNamespace(
+            begin=lambda: self.driver.start(target, name),
+            give_up=lambda: None,
+            limit=lambda: SimpleNamespace(cancel=lambda: None),
+        )
 
     def _io_has_work(self) -> bool:
         loop = self._io_loop

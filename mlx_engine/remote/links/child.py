@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import os
@@ -76,9 +77,9 @@ class Child:
             self._opened.close()
             raise
 
-    def give_up(self) -> None:
-        """Do without it, unless its thread runs by now. From any thread."""
-        self._thread.give_up()
+    def limit(self) -> asyncio.TimerHandle:
+        """Do without it if there is no thread for it after 10 s; see ``Start.limit``."""
+        return self._thread.limit()
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal, now or as soon as it is there. From any thread."""

@@ -20,7 +20,7 @@ from mlx_engine.errors import EngineDead
 from mlx_engine.remote.links.child import Child
 from mlx_engine.remote.links.link import Ending, FrameProtocol, SocketEnd
 from mlx_engine.remote.wire.frames import framed
-from mlx_engine.threads import START_LIMIT, dead
+from mlx_engine.threads import dead
 
 _LINES = 60  # of standard error that are kept
 _WIDTH = 500  # characters of each
@@ -102,7 +102,7 @@ class ProcessLink(SocketEnd):
 
     async def _birth(self, child: Child) -> None:
         """Wait until the child is there."""
-        limit = self._loop.call_later(START_LIMIT, child.give_up)
+        limit = child.limit()
         try:
             ends: set[asyncio.Future[Any]] = {self._born, self.gone}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
