@@ -6,6 +6,8 @@ import os
 import weakref
 from typing import Protocol
 
+NO_FORK = "does not survive a fork: start the process with the 'spawn' method instead"
+
 
 class Forked(Protocol):
     """What has something to do in a fork of its process."""

@@ -113,8 +113,10 @@ class EngineLife(abc.ABC):
             InvalidRequest: an option does not suit the model.
             EngineStopped: the engine is being shut down.
             EngineNotStarted: the start that another task had begun did not succeed.
-            EngineDead: the engine has failed; ``stop()`` it first.
+            EngineDead: the engine has failed; ``stop()`` it first. Or there is no thread for it.
+            RuntimeError: this process was forked from one that has used MLX.
         """
+        mlx_thread.check_fork()
         stop = threading.Event()
 
         def abort(_: MLXEngineError) -> bool:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from mlx_engine.errors import EngineDead
-from mlx_engine.forks import tell_after_fork
+from mlx_engine.forks import NO_FORK, tell_after_fork
 from mlx_engine.threads import Start, dead
 from mlx_engine.turn import Pending, outlast
 
@@ -99,6 +99,13 @@ class IOThread:
                 cancel()
         return work.outcome()
 
+    def check_fork(self) -> None:
+        """Raise ``RuntimeError`` in a process forked from one that uses engines elsewhere."""
+        if self._loop is not None and self._pid != os.getpid():
+            raise RuntimeError(
+                f"an engine elsewhere was used before this process was forked, and {NO_FORK}"
+            )
+
     def tell_at_exit(self, user: IOUser) -> None:
         """Tell ``user`` when the interpreter exits, if it is still there."""
         self._users.add(user)
@@ -169,11 +176,7 @@ class IOThread:
         if loop is None:
             with self._lock:
                 loop = self._loop or self._new_loop()
-        if self._pid != os.getpid():
-            raise RuntimeError(
-                "an engine in another process does not survive a fork of the process that uses "
-                "it: start the process with the 'spawn' method instead"
-            )
+        self.check_fork()
         return loop
 
     def _new_loop(self) -> asyncio.AbstractEventLoop:

@@ -17,6 +17,7 @@ from mlx_engine.asks import Ask
 from mlx_engine.engine.base import BaseEngine, checked_callback
 from mlx_engine.engine.crossing import in_this_loop
 from mlx_engine.errors import EngineNotRunning, EngineStopped, InvalidRequest, MLXEngineError
+from mlx_engine.forks import tell_after_fork
 from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
 from mlx_engine.outputs import (
     EngineStats,
@@ -64,6 +65,12 @@ class LinkedEngine(BaseEngine):
         self._lifecycle = Lifecycle()
         self._connection: Connection | None = None
         self._finalizer: weakref.finalize[[Connection], LinkedEngine] | None = None
+        tell_after_fork(self)
+
+    def after_fork(self) -> None:
+        """In a fork of this process: what runs the engine is the other one's, which has it."""
+        if self._connection is not None and self._connection.exit is None:
+            self._connection = None
 
     @abc.abstractmethod
     def _make_link(self) -> Callable[[], Link]:
@@ -124,10 +131,13 @@ class LinkedEngine(BaseEngine):
 
         Raises:
             ModelLoadError, InvalidRequest: as raised by the engine itself.
-            EngineDead: what runs it has ended, or makes no progress.
+            EngineDead: what runs it has ended, or makes no progress; or a thread, a file or a
+                process cannot be had for it, and it says what to do.
             EngineStopped: the engine is being shut down.
             EngineNotStarted: the start that another task had begun did not succeed.
+            RuntimeError: this process was forked from one that uses engines elsewhere.
         """
+        io_thread.check_fork()
         lifecycle = self._lifecycle
         ticket = Ticket(lifecycle.new_id("start"), loop=asyncio.get_running_loop())
         connection = Connection(
