@@ -144,6 +144,15 @@ class Lifecycle:
             if self._state is EngineState.RUNNING:
                 self.move(EngineState.FAILED)
 
+    async def failed(self) -> Exception:
+        """Wait until it is FAILED; gives the error that tells why."""
+        while True:
+            with self._lock:
+                if self._state is EngineState.FAILED:
+                    return self._failure()
+                changed = self._watch()
+            await self._wait(changed)
+
     def check_running(self) -> None:
         """Raise the error that tells why requests are refused, unless they are taken.
 
@@ -328,7 +337,7 @@ class Lifecycle:
         self._watchers.append(future)
         return future
 
-    async def _wait(self, future: asyncio.Future[None], timeout: float) -> None:
+    async def _wait(self, future: asyncio.Future[None], timeout: float | None = None) -> None:
         try:
             await asyncio.wait({future}, timeout=timeout)
         finally:

@@ -189,6 +189,13 @@ class EngineLife(abc.ABC):
             )
         return await self._lifecycle.shutdown(timeout, self._release)
 
+    async def failed(self) -> Exception:
+        """Wait until the engine cannot serve any more; gives what requests are told then.
+
+        Cancellation: ends the waiting.
+        """
+        return await self._lifecycle.failed()
+
     async def run_blocking(
         self,
         func: Callable[..., T],

@@ -216,13 +216,14 @@ class IOThread:
 
     def _close(self, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
         """At exit: end the loop, so that nothing runs while the interpreter is torn down."""
-        if self._pid != os.getpid():
+        if self._pid != os.getpid() or loop.is_closed():
             return
-        ending = asyncio.run_coroutine_threadsafe(self._end_all(), loop)
-        with contextlib.suppress(TimeoutError):
-            ending.result(2 * _LAST)
-        _call_in(loop, loop.stop)
-        thread.join(_LAST)
+        if thread.is_alive():
+            ending = asyncio.run_coroutine_threadsafe(self._end_all(), loop)
+            with contextlib.suppress(TimeoutError):
+                ending.result(2 * _LAST)
+            _call_in(loop, loop.stop)
+            thread.join(_LAST)
         with self._lock:
             if not thread.is_alive():
                 loop.close()
