@@ -11,46 +11,44 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mlx_engine.config import MTP, DraftModel, SpecPrefill
-from mlx_engine.errors import (
-    ContextLengthExceeded,
-    EngineBusy,
-    EngineDead,
-    EngineNotRunning,
-    EngineNotStarted,
-    EngineStopped,
-    GenerationError,
-    InvalidRequest,
-    MLXEngineError,
-    ModelLoadError,
-    StreamClosed,
-    StreamConsumed,
-)
-from mlx_engine.lifecycle import EngineState
-from mlx_engine.limits import RequestLimits
-from mlx_engine.outputs import (
-    EngineStats,
-    FinishReason,
-    GenerationChunk,
-    GenerationResult,
-    Progress,
-    ProgressCallback,
-    PromptCacheLookup,
-    PromptCacheStats,
-    Segment,
-    ShutdownReport,
-    Timings,
-    TokenLogprob,
-    ToolCall,
-    Usage,
-)
-from mlx_engine.params import SamplingOptions, SamplingParams
-from mlx_engine.stream import GenerationStream
-
 if TYPE_CHECKING:
+    from mlx_engine.config import MTP, DraftModel, SpecPrefill
     from mlx_engine.engine.base import BaseEngine
     from mlx_engine.engine.batched import BatchedEngine
     from mlx_engine.engine.simple import SimpleEngine
+    from mlx_engine.errors import (
+        ContextLengthExceeded,
+        EngineBusy,
+        EngineDead,
+        EngineNotRunning,
+        EngineNotStarted,
+        EngineStopped,
+        GenerationError,
+        InvalidRequest,
+        MLXEngineError,
+        ModelLoadError,
+        StreamClosed,
+        StreamConsumed,
+    )
+    from mlx_engine.lifecycle import EngineState
+    from mlx_engine.limits import RequestLimits
+    from mlx_engine.outputs import (
+        EngineStats,
+        FinishReason,
+        GenerationChunk,
+        GenerationResult,
+        Progress,
+        ProgressCallback,
+        PromptCacheLookup,
+        PromptCacheStats,
+        Segment,
+        ShutdownReport,
+        Timings,
+        TokenLogprob,
+        ToolCall,
+        Usage,
+    )
+    from mlx_engine.params import SamplingOptions, SamplingParams
     from mlx_engine.remote.beat import Watchdog
     from mlx_engine.remote.exits import Exit
     from mlx_engine.remote.health import Health
@@ -62,6 +60,7 @@ if TYPE_CHECKING:
     from mlx_engine.remote.replicas.restarts import RestartPolicy
     from mlx_engine.remote.serving.host import EngineHost
     from mlx_engine.remote.signals import install_signal_handlers
+    from mlx_engine.stream import GenerationStream
 
 __version__ = "0.1.0"
 
@@ -116,20 +115,54 @@ __all__ = [
     "install_signal_handlers",
 ]
 
-# What needs MLX, or msgspec, is imported when it is first asked for.
+# Imported when it is first asked for: some of it needs MLX, or msgspec, and all of it takes time.
 _LATER = {
+    "MTP": "mlx_engine.config",
     "BaseEngine": "mlx_engine.engine.base",
     "BatchedEngine": "mlx_engine.engine.batched",
+    "ContextLengthExceeded": "mlx_engine.errors",
+    "DraftModel": "mlx_engine.config",
+    "EngineBusy": "mlx_engine.errors",
+    "EngineDead": "mlx_engine.errors",
     "EngineHost": "mlx_engine.remote.serving.host",
     "EngineManager": "mlx_engine.remote.replicas.manager",
+    "EngineNotRunning": "mlx_engine.errors",
+    "EngineNotStarted": "mlx_engine.errors",
+    "EngineState": "mlx_engine.lifecycle",
+    "EngineStats": "mlx_engine.outputs",
+    "EngineStopped": "mlx_engine.errors",
     "Exit": "mlx_engine.remote.exits",
+    "FinishReason": "mlx_engine.outputs",
+    "GenerationChunk": "mlx_engine.outputs",
+    "GenerationError": "mlx_engine.errors",
+    "GenerationResult": "mlx_engine.outputs",
+    "GenerationStream": "mlx_engine.stream",
     "Health": "mlx_engine.remote.health",
+    "InvalidRequest": "mlx_engine.errors",
+    "MLXEngineError": "mlx_engine.errors",
+    "ModelLoadError": "mlx_engine.errors",
     "ProcessEngine": "mlx_engine.remote.process_engine",
+    "Progress": "mlx_engine.outputs",
+    "ProgressCallback": "mlx_engine.outputs",
+    "PromptCacheLookup": "mlx_engine.outputs",
+    "PromptCacheStats": "mlx_engine.outputs",
     "RayEngine": "mlx_engine.remote.ray_engine",
     "RemoteEngine": "mlx_engine.remote.remote_engine",
     "ReplicaInfo": "mlx_engine.remote.replicas.replica",
+    "RequestLimits": "mlx_engine.limits",
     "RestartPolicy": "mlx_engine.remote.replicas.restarts",
+    "SamplingOptions": "mlx_engine.params",
+    "SamplingParams": "mlx_engine.params",
+    "Segment": "mlx_engine.outputs",
+    "ShutdownReport": "mlx_engine.outputs",
     "SimpleEngine": "mlx_engine.engine.simple",
+    "SpecPrefill": "mlx_engine.config",
+    "StreamClosed": "mlx_engine.errors",
+    "StreamConsumed": "mlx_engine.errors",
+    "Timings": "mlx_engine.outputs",
+    "TokenLogprob": "mlx_engine.outputs",
+    "ToolCall": "mlx_engine.outputs",
+    "Usage": "mlx_engine.outputs",
     "Watchdog": "mlx_engine.remote.beat",
     "install_signal_handlers": "mlx_engine.remote.signals",
 }

@@ -19,6 +19,7 @@ from mlx_engine.errors import (
     MLXEngineError,
 )
 from mlx_engine.event_loop import running_loop
+from mlx_engine.forks import NO_FORK, tell_after_fork
 from mlx_engine.outputs import ShutdownReport
 from mlx_engine.turn import clean_up, to_the_end, wake
 
@@ -91,12 +92,28 @@ class Lifecycle:
         self._starter: Ticket | None = None
         self._releasing: asyncio.AbstractEventLoop | None = None  # in which that is done
         self._report = ShutdownReport()
-        self._failure: Callable[[], EngineDead] = _unknown
+        self._failure: Callable[[], Exception] = _unknown
+        self._inherited = False
+        tell_after_fork(self)
 
     @property
     def state(self) -> EngineState:
         """The present state."""
         return self._state
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this process is a fork of the one in which the engine was started."""
+        return self._inherited
+
+    def after_fork(self) -> None:
+        """In a fork of this process: what ran the engine is not there, nor what was in flight."""
+        self._lock = threading.RLock()  # somebody may have held it
+        self._in_flight, self._draining, self._watchers = {}, [], []
+        self._starter = self._releasing = None
+        if self._state not in (EngineState.CREATED, EngineState.STOPPED):
+            self._inherited, self._state = True, EngineState.FAILED
+            self._failure = _forked
 
     def new_id(self, prefix: str = "req") -> str:
         """A name that no other request of this engine has."""
@@ -126,11 +143,21 @@ class Lifecycle:
             if self._state is EngineState.RUNNING:
                 self.move(EngineState.FAILED)
 
+    async def failed(self) -> Exception:
+        """Wait until it is FAILED; gives the error that tells why."""
+        while True:
+            with self._lock:
+                if self._state is EngineState.FAILED:
+                    return self._failure()
+                changed = self._watch()
+            await self._wait(changed)
+
     def check_running(self) -> None:
         """Raise the error that tells why requests are refused, unless they are taken.
 
         Raises:
             EngineNotStarted, EngineStopped, EngineDead: by the state.
+            RuntimeError: this process is a fork of the one in which the engine was started.
         """
         match self._state:
             case EngineState.CREATED:
@@ -225,6 +252,9 @@ class Lifecycle:
         timeout = checked_timeout(timeout)
         running_loop()
         with self._lock:
+            if self._inherited:  # there is nothing here to stop
+                self._state = EngineState.STOPPED
+                self._report = ShutdownReport()
             if self._state is EngineState.STOPPED:
                 return self._report
             if self._state is not EngineState.DRAINING:
@@ -307,7 +337,7 @@ class Lifecycle:
         self._watchers.append(future)
         return future
 
-    async def _wait(self, future: asyncio.Future[None], timeout: float) -> None:
+    async def _wait(self, future: asyncio.Future[None], timeout: float | None = None) -> None:
         try:
             await asyncio.wait({future}, timeout=timeout)
         finally:
@@ -324,6 +354,10 @@ class Lifecycle:
 def checked_timeout(timeout: float | None) -> float | None:
     """``timeout``, if it can be one; raises ``InvalidRequest`` if not."""
     return number_or_none("timeout", timeout, low=0, endless=True, what="seconds")
+
+
+def _forked() -> RuntimeError:
+    return RuntimeError(f"the engine was started before this process was forked, and {NO_FORK}")
 
 
 def _unknown() -> EngineDead:

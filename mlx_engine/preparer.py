@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic, TypeVar
 
-from mlx_engine.errors import GenerationError, MLXEngineError
+from mlx_engine.errors import EngineDead, GenerationError, MLXEngineError
 from mlx_engine.line import Line
 from mlx_engine.ranked import Ranked
+from mlx_engine.threads import Start
 from mlx_engine.turn import Pending
 
 P = TypeVar("P", bound=Pending[Any])
@@ -39,9 +41,10 @@ class Preparer(Generic[P]):
             if self._threads >= _THREADS:
                 return
             self._threads += 1
+        start = Start(self._run, "prepare", partial(self._fail, work))
         try:
-            threading.Thread(target=self._run, name="prepare", daemon=True).start()
-        except RuntimeError as error:  # the system has none left
+            start.begin()
+        except EngineDead as error:
             self._fail(work, error)
 
     def discard(self, work: Preparing[P]) -> None:
@@ -71,16 +74,13 @@ class Preparer(Generic[P]):
             error = raised
         self._line.left(work.one, error)
 
-    def _fail(self, work: Preparing[P], error: RuntimeError) -> None:
+    def _fail(self, work: Preparing[P], error: EngineDead) -> None:
         """There is no thread for it, unless another one still runs."""
         with self._lock:
             self._threads -= 1
             if self._threads:
                 return
-        failed = GenerationError(
-            f"no thread can be started to prepare the request ({error}); close what is not needed, "
-            "or raise the limit of the system, and try again"
-        )
+        failed = GenerationError(f"the prompt is not prepared: {error}")
         failed.__cause__ = error
         if self._line.take_to_prepare(work.one):
             self._line.left(work.one, failed)

@@ -124,6 +124,9 @@ def waking_together() -> Iterator[None]:
 
     Waking a loop costs a system call and the GIL; a decode step may have many to wake.
     """
+    if getattr(_saved, "futures", None) is not None:  # within another one, which wakes
+        yield
+        return
     futures: list[asyncio.Future[None]] = []
     _saved.futures = futures
     try:

@@ -18,7 +18,9 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_engine.errors import EngineDead
+from mlx_engine.forks import NO_FORK, tell_after_fork
 from mlx_engine.line import Line
+from mlx_engine.threads import start_now
 from mlx_engine.turn import Pending, Stage, Turn, current_turn
 
 
@@ -42,6 +44,7 @@ class MLXThread(Line[Turn[Any]]):
         self.attended_seconds = 0.0  # spent on turns that somebody waited for
         self._chores: list[Callable[[], None]] = []
         self._exit_jobs: list[Callable[[], None]] = []
+        tell_after_fork(self)
 
     @property
     def locked(self) -> bool:
@@ -110,17 +113,22 @@ class MLXThread(Line[Turn[Any]]):
                 "this code already runs inside a turn on the MLX thread, and would wait for "
                 "itself for ever: call the MLX functions directly here"
             )
+        self.check_fork()
+
+    def check_fork(self) -> None:
+        """Raise ``RuntimeError`` in a process forked from one that has used MLX."""
         if self._thread is not None and self._pid != os.getpid():
-            raise RuntimeError(
-                "MLX was used before this process was forked, and does not survive a fork: "
-                "start the process with the 'spawn' method instead"
-            )
+            raise RuntimeError(f"MLX was used before this process was forked, and {NO_FORK}")
+
+    def after_fork(self) -> None:
+        """In a fork of this process: the thread is not there, and may have held the lock."""
+        self._changed = threading.Condition()
 
     def submit(self, turn: Turn[Any]) -> None:
         """Queue a turn without waiting for it. From any thread, this one included.
 
         Raises:
-            EngineDead: the interpreter is shutting down.
+            EngineDead: the interpreter is shutting down, or the thread cannot be started.
         """
         with self._changed:
             if self._closing:
@@ -159,11 +167,10 @@ class MLXThread(Line[Turn[Any]]):
         self.submit(turn)
 
     def _start(self) -> None:
-        self._pid = os.getpid()
         # A daemon, so that the interpreter does not wait for it before it runs atexit
         # functions; ours then ends and joins it.
-        thread = threading.Thread(target=self._main, name="mlx", daemon=True)
-        thread.start()
+        thread = start_now(self._main, "mlx")
+        self._pid = os.getpid()
         self._thread = thread
         atexit.register(self._close)
 

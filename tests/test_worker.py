@@ -517,7 +517,7 @@ async def test_a_thread_that_could_not_be_started_is_tried_again(
     thread = MLXThread()
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", cannot)
-        with pytest.raises(RuntimeError, match="can't start"):
+        with pytest.raises(EngineDead, match="can't start new thread: the limit of memory"):
             await thread.run(Turn(lambda: None))
     assert await thread.run(Turn(lambda: "works")) == "works"
     await asyncio.to_thread(thread._close)

@@ -14,20 +14,11 @@ Exit codes: 0 fine, 1 the model or the engine failed, 2 the arguments are not ac
 
 from __future__ import annotations
 
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-from mlx_engine.cli import interrupts
-from mlx_engine.cli.options import parse, spelled
-from mlx_engine.cli.output import say
-from mlx_engine.errors import InvalidRequest, MLXEngineError
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_BROKEN_PIPE = 128 + 13  # what a shell shows for a process that SIGPIPE ended
+from mlx_engine.cli import leaving
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,55 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: by argparse, for ``--help``, ``--version`` and arguments that it refuses.
     """
-    args = parse(argv)
-    # Not taken back: Ctrl-C while the interpreter exits would print a traceback.
-    interrupts.install()
-    _quiet_libraries()
-    _prepare_streams()
-    try:
-        # Only now, since it imports MLX; --help and --version come without.
-        code: int = import_module(f"mlx_engine.cli.{args.command.replace('-', '_')}").run(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        return interrupts.EXIT_INTERRUPTED
-    except InvalidRequest as error:
-        return _fail(spelled(error), EXIT_USAGE)
-    except MLXEngineError as error:
-        return _fail(str(error), EXIT_FAILED)
-    except BrokenPipeError:
-        _abandon_output()
-        return EXIT_BROKEN_PIPE
-    except OSError as error:  # the disk behind standard output is full, for one
-        return _fail(str(error), EXIT_FAILED)
+    # Before all that takes time to import, of which Ctrl-C would print a traceback; and not
+    # taken back, or it would while the interpreter exits.
+    leaving.install(sys.argv[1:] if argv is None else argv)
+    code: int = import_module("mlx_engine.cli.command").run(argv)
     return code
-
-
-def _fail(message: str, code: int) -> int:
-    say(f"error: {' '.join(message.splitlines())}")
-    return code
-
-
-def _quiet_libraries() -> None:
-    """Keep the remarks of transformers and the Hub off the terminal, unless asked for."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-
-
-def _prepare_streams() -> None:
-    """A byte that is no text, or a character that the terminal lacks, ends nothing."""
-    for name in ("stdin", "stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by the parent process
-            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
-        elif name != "stderr":
-            stream.reconfigure(errors="replace")
-
-
-def _abandon_output() -> None:
-    """Nobody reads: let what is still in the buffers go nowhere, without a complaint."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(nowhere, stream.fileno())

@@ -11,8 +11,9 @@ import argparse
 import asyncio
 import os
 import signal
+from typing import Any
 
-from mlx_engine.cli import interrupts
+from mlx_engine.cli.leaving import EXIT_INTERRUPTED
 from mlx_engine.cli.options import engine_options, queue_options, strategies
 from mlx_engine.cli.output import ProgressBar, say
 from mlx_engine.engine.batched import BatchedEngine
@@ -25,7 +26,6 @@ from mlx_engine.remote.serving.host import EngineHost
 from mlx_engine.remote.signals import SignalHandlers, install_signal_handlers
 
 _OF_THE_HOST = ("max_clients", "cache_folder")
-_LOOK = 0.5  # seconds between two looks whether the engine has failed
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,7 +58,7 @@ async def _serve(args: argparse.Namespace, bar: ProgressBar) -> int:
             if handlers.received is None:
                 raise
             await handlers.wait()
-    return 0 if handlers.received is signal.SIGTERM else interrupts.EXIT_INTERRUPTED
+    return 0 if handlers.received is signal.SIGTERM else EXIT_INTERRUPTED
 
 
 async def _end(engine: LocalEngine, handlers: SignalHandlers[ShutdownReport]) -> None:
@@ -68,15 +68,17 @@ async def _end(engine: LocalEngine, handlers: SignalHandlers[ShutdownReport]) ->
         EngineDead: it has.
     """
     signalled = asyncio.ensure_future(handlers.wait())
+    failed = asyncio.ensure_future(engine.failed())
     try:
-        while engine.state is not EngineState.FAILED:
-            done, _ = await asyncio.wait({signalled}, timeout=_LOOK)
-            if done:
-                signalled.result()
-                return
-        engine._check_running()
+        ends: set[asyncio.Future[Any]] = {signalled, failed}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if signalled.done():
+            signalled.result()
+        else:
+            raise failed.result()
     finally:
         signalled.cancel()
+        failed.cancel()
 
 
 class _Program:
@@ -95,7 +97,7 @@ class _Program:
         if self._loading and self.handlers is not None:
             # The load is stuck in native code, for one. Nothing is lost but time.
             received = self.handlers.received
-            os._exit(interrupts.EXIT_INTERRUPTED if received is signal.SIGINT else 0)
+            os._exit(EXIT_INTERRUPTED if received is signal.SIGINT else 0)
         self._loading = self._engine.state is EngineState.STARTING
         pending = self._host.pending
         if pending and timeout != 0:

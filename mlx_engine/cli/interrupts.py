@@ -9,32 +9,20 @@ at the prompt of a chat       KeyboardInterrupt
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
+
+from mlx_engine.cli.leaving import leave_at_once
 
 T = TypeVar("T")
 Handler = Callable[[int, FrameType | None], Any]
 
-EXIT_INTERRUPTED = 130
-
-
-def leave_at_once(signum: int = 0, frame: FrameType | None = None) -> NoReturn:
-    """End the process, without the interpreter's own exit, which may wait."""
-    os._exit(EXIT_INTERRUPTED)
-
 
 def do_nothing(signum: int = 0, frame: FrameType | None = None) -> None:
     """Between two moments in which Ctrl-C has a meaning."""
-
-
-def install() -> None:
-    """From now on Ctrl-C ends the process at once, wherever nothing else is said."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, leave_at_once)
 
 
 @contextmanager

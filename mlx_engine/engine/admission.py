@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_engine.config import QueueConfig
 from mlx_engine.errors import EngineBusy, MLXEngineError
+from mlx_engine.forks import tell_after_fork
 from mlx_engine.lifecycle import Lifecycle, Ticket
 from mlx_engine.line import Line
 from mlx_engine.outputs import GenerationResult
@@ -34,6 +35,12 @@ class Admission:
         self._inside: dict[str, tuple[Pending[Any], Line[Any]]] = {}
         self._finished = self._cancelled = self._failed = self._rejected = 0
         self._seconds_per_request = _FIRST_GUESS
+        tell_after_fork(self)
+
+    def after_fork(self) -> None:
+        """In a fork of this process: nobody is inside, and the lock may be held."""
+        self._lock = threading.RLock()
+        self._inside = {}
 
     @contextmanager
     def enter(self, ticket: Ticket, work: Pending[Any], line: Line[Any]) -> Iterator[None]:

@@ -7,8 +7,10 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from mlx_engine.errors import EngineDead
 from mlx_engine.event_loop import running_loop
 from mlx_engine.outputs import Progress, ProgressCallback
+from mlx_engine.threads import Start
 from mlx_engine.turn import Turn, outlast
 
 T = TypeVar("T")
@@ -36,6 +38,7 @@ async def off_loop(func: Callable[[], T], stop: threading.Event) -> T:
 
     Raises:
         asyncio.CancelledError: the first one, once the work is over.
+        EngineDead: no thread can be had for it.
         BaseException: whatever ``func`` raises.
     """
     turn = Turn(func)
@@ -44,10 +47,21 @@ async def off_loop(func: Callable[[], T], stop: threading.Event) -> T:
         turn.execute()
         turn.announce()
 
-    threading.Thread(target=work, name="find model").start()
+    def failed(error: EngineDead) -> None:
+        turn.error = error
+        turn.announce()
+
+    def cancel() -> None:
+        stop.set()
+        start.give_up()
+
+    start = Start(work, "find model", failed, daemon=False)
+    start.begin()
+    limit = start.limit()
     try:
-        await outlast(turn.out, stop.set)
+        await outlast(turn.out, cancel)
     finally:
+        limit.cancel()
         if not turn.out.done():  # the coroutine is being destroyed, its loop is gone
             stop.set()
     return turn.outcome()

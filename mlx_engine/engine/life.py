@@ -116,8 +116,10 @@ class EngineLife(abc.ABC):
             InvalidRequest: an option does not suit the model.
             EngineStopped: the engine is being shut down.
             EngineNotStarted: the start that another task had begun did not succeed.
-            EngineDead: the engine has failed; ``stop()`` it first.
+            EngineDead: the engine has failed; ``stop()`` it first. Or there is no thread for it.
+            RuntimeError: this process was forked from one that has used MLX.
         """
+        mlx_thread.check_fork()
         stop = threading.Event()
 
         def abort(_: MLXEngineError) -> bool:
@@ -196,6 +198,13 @@ class EngineLife(abc.ABC):
                 "it for ever: shut the engine down from outside"
             )
         return await self._lifecycle.shutdown(timeout, self._release)
+
+    async def failed(self) -> Exception:
+        """Wait until the engine cannot serve any more; gives what requests are told then.
+
+        Cancellation: ends the waiting.
+        """
+        return await self._lifecycle.failed()
 
     async def run_blocking(
         self,

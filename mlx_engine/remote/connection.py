@@ -104,6 +104,11 @@ class Connection:
 
     # From any thread
 
+    @property
+    def opened(self) -> bool:
+        """Whether there is, or was, anything at its other end."""
+        return self._link is not None
+
     def _send_soon(self, frame: bytes) -> None:
         io_thread.call(self._send, frame)
 

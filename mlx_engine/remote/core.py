@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import faulthandler
 import fcntl
+import functools
 import os
 import signal
 import socket
@@ -41,6 +42,7 @@ from mlx_engine.remote.wire.messages import (
 from mlx_engine.remote.wire.options import options_from_wire
 from mlx_engine.remote.wire.outbox import Outbox
 from mlx_engine.remote.wire.values import error_to_wire
+from mlx_engine.threads import in_thread
 from mlx_engine.turn import what_it_says
 
 if TYPE_CHECKING:
@@ -52,12 +54,12 @@ EXIT_FAILED = 1
 def main() -> NoReturn:
     """Be the process of an engine."""
     # An application may have blocked or ignored signals, which is inherited.
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the parent
     faulthandler.enable()  # what native code was doing when it crashed goes to standard error
     faulthandler.register(signal.SIGUSR1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent has blocked some until now
     descriptors = [int(text) for text in sys.argv[2:]]
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
@@ -136,7 +138,8 @@ class _Core(asyncio.Protocol):
         sys.path += [path for path in configure.sys_path if path not in sys.path]
         self._heart.phase = "load"
         kind = {"simple": "SimpleEngine", "batched": "BatchedEngine"}[configure.kind]
-        module = await asyncio.to_thread(import_module, f"mlx_engine.engine.{configure.kind}")
+        name = f"mlx_engine.engine.{configure.kind}"
+        module = await in_thread(functools.partial(import_module, name), "import")
         engine: LocalEngine = getattr(module, kind)(
             configure.model,
             **options_from_wire(configure.options),

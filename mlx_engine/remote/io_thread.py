@@ -10,13 +10,18 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
 import os
+import selectors
+import socket
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from mlx_engine.errors import EngineDead
+from mlx_engine.forks import NO_FORK, tell_after_fork
+from mlx_engine.threads import Start, dead
 from mlx_engine.turn import Pending, outlast
 
 T = TypeVar("T")
@@ -34,28 +39,44 @@ class IOUser(Protocol):
         """The loop is about to end. In the loop."""
 
 
+class _Work(Pending[T]):
+    """A coroutine function that somebody waits for; a task, once it has begun."""
+
+    def __init__(
+        self, func: Callable[[], Coroutine[Any, Any, T]], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        super().__init__()
+        self.func = func
+        self.loop = loop  # of the I/O thread
+        self.task: asyncio.Task[T] | None = None
+
+
 class IOThread:
-    """An event loop on a daemon thread, started when it is first needed."""
+    """An event loop on a daemon thread, started when it is first needed.
+
+    If that cannot be done, whoever needed it is told so, and the next one tries again.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may be where this is
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = 0
+        self._start: Start | None = None
+        self._works: set[_Work[Any]] = set()  # that are not over
         self._users: weakref.WeakSet[IOUser] = weakref.WeakSet()
+        tell_after_fork(self)
 
     def call(self, func: Callable[..., object], *args: object) -> None:
-        """Call ``func`` in the loop, soon. From any thread; nothing happens at exit.
+        """Call ``func`` in the loop, soon. From any thread; nothing happens at exit, nor when
+        there is no loop and none can be had.
 
         Raises:
             RuntimeError: this process was forked from one that uses engines elsewhere.
         """
-        loop = self._running_loop()
-        try:
-            loop.call_soon_threadsafe(func, *args)
-        except RuntimeError:
-            pass  # it was closed: the interpreter is shutting down
+        with contextlib.suppress(EngineDead):
+            _call_in(self._running_loop(), func, *args)
 
-    async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def run(self, func: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run a coroutine function in the loop, and wait for it in the caller's.
 
         Cancellation: the coroutine is cancelled; the first ``CancelledError`` is raised when it
@@ -63,95 +84,152 @@ class IOThread:
 
         Raises:
             RuntimeError: this process was forked from one that uses engines elsewhere.
-            EngineDead: the interpreter is shutting down.
+            EngineDead: the thread cannot be started, or the interpreter is shutting down.
             BaseException: whatever the coroutine raises.
         """
-        loop = self._running_loop()
-        if loop.is_closed():
-            raise EngineDead(_EXIT)
-        tasks: list[asyncio.Task[T]] = []
-
-        def cancel() -> None:
-            self.call(lambda: [task.cancel() for task in tasks])
-
-        pending: Pending[T] = Pending(cancel)
-
-        def ended(task: asyncio.Task[T]) -> None:
-            if task.cancelled():  # by the caller, who then is told so, or at exit
-                pending.error = EngineDead(_EXIT)
-            elif (error := task.exception()) is not None:
-                pending.error = error
-            else:
-                pending.value = task.result()
-            pending.announce()
-
-        def look() -> None:
-            """Whether anybody waits: a loop that is closed cancels nothing."""
-            if pending.orphaned:
-                tasks[0].cancel()
-            elif not tasks[0].done():
-                loop.call_later(_LOOK, look)
-
-        def begin() -> None:
-            tasks.append(loop.create_task(work()))
-            tasks[0].add_done_callback(ended)
-            loop.call_later(_LOOK, look)
-
-        self.call(begin)
+        work, start = self._enter(func)
+        limit = start.limit() if start is not None and start.pending else None
+        cancel = functools.partial(self._cancel, work)
         try:
-            await outlast(pending.out, cancel)
+            await outlast(work.out, cancel)
         finally:
-            if not pending.out.done():  # the coroutine is being destroyed, its loop is gone
+            if limit is not None:
+                limit.cancel()
+            if not work.out.done():  # the coroutine is being destroyed, its loop is gone
                 cancel()
-        return pending.outcome()
+        return work.outcome()
+
+    def check_fork(self) -> None:
+        """Raise ``RuntimeError`` in a process forked from one that uses engines elsewhere."""
+        if self._loop is not None and self._pid != os.getpid():
+            raise RuntimeError(
+                f"an engine elsewhere was used before this process was forked, and {NO_FORK}"
+            )
 
     def tell_at_exit(self, user: IOUser) -> None:
         """Tell ``user`` when the interpreter exits, if it is still there."""
         self._users.add(user)
 
+    def after_fork(self) -> None:
+        """In a fork of this process: the thread is not there, and may have held the lock."""
+        self._lock = threading.RLock()
+
+    # What is to be done in the loop
+
+    def _enter(self, func: Callable[[], Coroutine[Any, Any, T]]) -> tuple[_Work[T], Start | None]:
+        with self._lock:
+            loop = self._running_loop()
+            if loop.is_closed():
+                raise EngineDead(_EXIT)
+            work = _Work(func, loop)
+            self._works.add(work)  # before the loop ends: then it is told
+            _call_in(loop, self._begin, work)
+            return work, self._start
+
+    def _begin(self, work: _Work[Any]) -> None:
+        with self._lock:
+            if work not in self._works:
+                return  # it was cancelled on its way here
+            work.task = work.loop.create_task(work.func())
+        work.task.add_done_callback(functools.partial(self._ended, work))
+        work.loop.call_later(_LOOK, self._look, work)
+
+    def _look(self, work: _Work[Any]) -> None:
+        """Whether anybody waits: a loop that is closed cancels nothing."""
+        assert work.task is not None
+        if work.orphaned:
+            work.task.cancel()
+        elif not work.task.done():
+            work.loop.call_later(_LOOK, self._look, work)
+
+    def _ended(self, work: _Work[Any], task: asyncio.Task[Any]) -> None:
+        if task.cancelled():  # by the caller, who then is told so, or at exit
+            self._over(work, EngineDead(_EXIT))
+        elif (error := task.exception()) is not None:
+            self._over(work, error)
+        else:
+            work.value = task.result()
+            self._over(work)
+
+    def _cancel(self, work: _Work[Any]) -> None:
+        """From any thread."""
+        with self._lock:
+            task = work.task
+        if task is None:
+            self._over(work)
+        else:
+            _call_in(work.loop, task.cancel)
+
+    def _over(self, work: _Work[Any], error: BaseException | None = None) -> None:
+        """Tell whoever waits, once. From any thread."""
+        with self._lock:
+            if work not in self._works:
+                return
+            self._works.discard(work)
+        work.error = error
+        work.announce()
+
+    # The loop
+
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         loop = self._loop
         if loop is None:
-            with self._lock:  # not taken afterwards: a signal handler may be where this is
-                if self._loop is None:
-                    self._start()
-                loop = self._loop
-        assert loop is not None
-        if self._pid != os.getpid():
-            raise RuntimeError(
-                "an engine in another process cannot be used after os.fork(): start the "
-                "process with the 'spawn' method instead"
-            )
+            with self._lock:
+                loop = self._loop or self._new_loop()
+        self.check_fork()
         return loop
 
-    def _start(self) -> None:
-        self._pid = os.getpid()
-        self._loop = asyncio.SelectorEventLoop()
-        ready = threading.Event()
-        thread = threading.Thread(
-            target=self._main, args=(self._loop, ready), name="mlx-engine io", daemon=True
+    def _new_loop(self) -> asyncio.AbstractEventLoop:
+        """A loop that will run; what is called in it until then waits for that."""
+        try:
+            _check_descriptors()
+            loop = asyncio.SelectorEventLoop()
+        except OSError as error:
+            raise dead("the I/O thread cannot be started", error) from error
+        start = Start(
+            functools.partial(self._main, loop),
+            "mlx-engine io",
+            functools.partial(self._not_started, loop),
         )
-        thread.start()
-        ready.wait()
-        atexit.register(self._close, thread)
-
-    def _main(self, loop: asyncio.AbstractEventLoop, ready: threading.Event) -> None:
-        asyncio.set_event_loop(loop)
-        loop.call_soon(ready.set)
-        loop.run_forever()
-
-    def _close(self, thread: threading.Thread) -> None:
-        """At exit: end the loop, so that nothing runs while the interpreter is torn down."""
-        loop = self._loop
-        if loop is None or self._pid != os.getpid():
-            return
-        ending = asyncio.run_coroutine_threadsafe(self._end_all(), loop)
-        with contextlib.suppress(TimeoutError):
-            ending.result(2 * _LAST)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(_LAST)
-        if not thread.is_alive():
+        try:
+            start.begin()
+        except EngineDead:
             loop.close()
+            raise
+        self._loop, self._pid, self._start = loop, os.getpid(), start
+        return loop
+
+    def _not_started(self, loop: asyncio.AbstractEventLoop, error: EngineDead) -> None:
+        """There is no thread for ``loop``: it is as if nobody had asked for one."""
+        with self._lock:
+            self._loop = self._start = None
+            works = [work for work in self._works if work.loop is loop]
+        loop.close()
+        for work in works:
+            self._over(work, EngineDead(error.reason))  # an error of its own for each
+
+    def _main(self, loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        atexit.register(self._close, loop, threading.current_thread())
+        while not _ran(loop):
+            pass
+
+    def _close(self, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+        """At exit: end the loop, so that nothing runs while the interpreter is torn down."""
+        if self._pid != os.getpid() or loop.is_closed():
+            return
+        if thread.is_alive():
+            ending = asyncio.run_coroutine_threadsafe(self._end_all(), loop)
+            with contextlib.suppress(TimeoutError):
+                ending.result(2 * _LAST)
+            _call_in(loop, loop.stop)
+            thread.join(_LAST)
+        with self._lock:
+            if not thread.is_alive():
+                loop.close()
+            works = list(self._works)
+        for work in works:  # that came after all others had been told, or are stuck
+            self._over(work, EngineDead(_EXIT))
 
     async def _end_all(self) -> None:
         """Tell everybody that there will be no more, and let what goes on end."""
@@ -162,6 +240,35 @@ class IOThread:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=_LAST)
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, func: Callable[..., object], *args: object) -> None:
+    try:
+        loop.call_soon_threadsafe(func, *args)
+    except RuntimeError:
+        pass  # it was closed: the interpreter is shutting down
+
+
+def _ran(loop: asyncio.AbstractEventLoop) -> bool:
+    """Run a loop until it is stopped; ``False`` if memory was too short for a turn of it."""
+    try:
+        loop.run_forever()
+    except MemoryError:
+        return False  # the callbacks that are left wait for the next turn
+    return True
+
+
+def _check_descriptors() -> None:
+    """Raise ``OSError`` unless a loop can have the three that it needs.
+
+    A loop that could be made in part would complain when it is dropped.
+    """
+    selector = selectors.DefaultSelector()
+    try:
+        for end in socket.socketpair():
+            end.close()
+    finally:
+        selector.close()
 
 
 io_thread = IOThread()

@@ -19,6 +19,7 @@ from mlx_engine.engine.base import BaseEngine, checked_callback
 from mlx_engine.engine.crossing import in_this_loop
 from mlx_engine.errors import EngineNotRunning, EngineStopped, InvalidRequest, MLXEngineError
 from mlx_engine.event_loop import running_loop
+from mlx_engine.forks import tell_after_fork
 from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
 from mlx_engine.outputs import (
     EngineStats,
@@ -68,6 +69,12 @@ class LinkedEngine(BaseEngine):
         self._lifecycle = Lifecycle()
         self._connection: Connection | None = None
         self._finalizer: weakref.finalize[[Connection], LinkedEngine] | None = None
+        tell_after_fork(self)
+
+    def after_fork(self) -> None:
+        """In a fork of this process: what runs the engine is the other one's, which has it."""
+        if self._connection is not None and self._connection.exit is None:
+            self._connection = None
 
     @abc.abstractmethod
     def _make_link(self) -> Callable[[], Link]:
@@ -128,10 +135,13 @@ class LinkedEngine(BaseEngine):
 
         Raises:
             ModelLoadError, InvalidRequest: as raised by the engine itself.
-            EngineDead: what runs it has ended, or makes no progress.
+            EngineDead: what runs it has ended, or makes no progress; or a thread, a file or a
+                process cannot be had for it, and it says what to do.
             EngineStopped: the engine is being shut down.
             EngineNotStarted: the start that another task had begun did not succeed.
+            RuntimeError: this process was forked from one that uses engines elsewhere.
         """
+        io_thread.check_fork()
         lifecycle = self._lifecycle
         ticket = Ticket(lifecycle.new_id("start"), loop=running_loop())
         connection = Connection(
@@ -207,7 +217,7 @@ class LinkedEngine(BaseEngine):
         """
         running_loop()
         connection = self._connection
-        if connection is None:
+        if connection is None or not connection.opened:
             self._lifecycle.check_running()
         assert connection is not None
         return await io_thread.run(connection.exited)
@@ -240,7 +250,7 @@ class LinkedEngine(BaseEngine):
         """Wait until what runs the engine is gone; not to be cut short."""
         if self._finalizer is not None:
             self._finalizer.detach()
-        if connection is None or connection.exit is not None:
+        if connection is None or not connection.opened or connection.exit is not None:
             return
         closed = functools.partial(connection.closed, patience)
         await to_the_end(lambda: io_thread.run(closed))

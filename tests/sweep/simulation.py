@@ -114,14 +114,9 @@ class Simulation:
         """
         asyncio.run(_start_mlx_thread())
         condition, driven = mlx_thread._changed, DrivenCondition(self.driver)
-        threads, io_loop, io_pid = crossing.threading, io_thread._loop, io_thread._pid
+        start, io_loop, io_pid = crossing.Start, io_thread._loop, io_thread._pid
         undo_joints, undo_watch = self.driver.joints(*_JOINTS), self._watch()
-        crossing.threading = SimpleNamespace(  # type: ignore[assignment]
-            Thread=self._thread, Event=threads.Event
-        )
-        preparer.threading = SimpleNamespace(  # type: ignore[assignment]
-            Thread=self._thread, Lock=threads.Lock
-        )
+        crossing.Start = preparer.Start = self._start  # type: ignore[assignment,misc]
         gather, batched._GATHER = batched._GATHER, 0.0  # nobody else goes on meanwhile
         io_thread._loop, io_thread._pid = self._io_loop, os.getpid()
         self.driver.start(self._io_loop.run_forever, "I/O")
@@ -147,13 +142,19 @@ class Simulation:
             self.driver.settle()
             self._io_loop.close()
             io_thread._loop, io_thread._pid = io_loop, io_pid
-            crossing.threading = preparer.threading = threads
+            crossing.Start = preparer.Start = start  # type: ignore[misc]
             batched._GATHER = gather
             undo_watch()
             undo_joints()
 
-    def _thread(self, *, target: Callable[[], object], name: str, daemon: bool = False) -> Any:
-        return SimpleNamespace(start=lambda: self.driver.start(target, name))
+    def _start(
+        self, target: Callable[[], object], name: str, failed: object, *, daemon: bool = True
+    ) -> Any:
+        return SimpleNamespace(
+            begin=lambda: self.driver.start(target, name),
+            give_up=lambda: None,
+            limit=lambda: SimpleNamespace(cancel=lambda: None),
+        )
 
     def _io_has_work(self) -> bool:
         loop = self._io_loop

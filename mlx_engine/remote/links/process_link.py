@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import pty
 import signal
-import site
 import socket
-import subprocess
-import sys
-import threading
 import weakref
 from collections import deque
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
-import mlx_engine
 from mlx_engine.errors import EngineDead
+from mlx_engine.remote.links.child import Child
 from mlx_engine.remote.links.link import Ending, FrameProtocol, SocketEnd
 from mlx_engine.remote.wire.frames import framed
+from mlx_engine.threads import dead
 
 _LINES = 60  # of standard error that are kept
 _WIDTH = 500  # characters of each
 _READS = 4  # pieces of it at a time
 _DUMP = 0.2  # seconds for the stacks to be written
 _CODE_WAIT = 1.0  # seconds from the end of the connection to the exit code
+_SPAWN_WAIT = 0.5  # seconds that one who ends it waits until it is there
 _REST_WAIT = 0.25  # seconds from the exit code to the end of the connection
 
+_UNWANTED = "it was ended before its process was there"
+
 _log = logging.getLogger("mlx_engine.core")
-_living: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()
 _links: weakref.WeakSet[ProcessLink] = weakref.WeakSet()
 
 
@@ -51,7 +51,10 @@ class ProcessLink(SocketEnd):
         super().__init__()
         self._name = name
         self._loop = asyncio.get_running_loop()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
+        self._born: asyncio.Future[None] = self._loop.create_future()
+        self._failure: EngineDead | None = None
+        self._unwanted = False
         self._transport: asyncio.Transport | None = None
         self._errors: int | None = None  # file descriptors
         self._lifeline: int | None = None
@@ -65,20 +68,51 @@ class ProcessLink(SocketEnd):
     @property
     def pid(self) -> int | None:
         """Of the child, once it has been started."""
-        return None if self._process is None else self._process.pid
+        return None if self._child is None else self._child.pid
 
     async def open(self) -> None:
         """Start the child."""
         try:
-            ours = self._spawn()
-        except (OSError, RuntimeError, ValueError) as error:
-            self._end(f"its process could not be started: {error}")
-            raise EngineDead(f"the engine's process could not be started: {error}") from error
-        try:
+            ours, child = self._begin()
+            try:
+                await self._birth(child)
+                assert self._errors is not None
+                self._loop.add_reader(self._errors, self._read_errors)
+            except BaseException:
+                ours.close()
+                raise
             await self._loop.create_unix_connection(lambda: FrameProtocol(self), sock=ours)
+        except OSError as error:
+            told = dead("the engine's process could not be started", error)
+            self._fail(told.reason)
+            raise told from error
+        except EngineDead as error:
+            self._fail(error.reason)
+            raise
         except BaseException:
             self.kill()
             raise
+
+    def _fail(self, reason: str) -> None:
+        """It could not be opened; a child that is there all the same is ended."""
+        if self._child is None or self._failure is not None:
+            self._end(reason)
+        else:
+            self.kill()
+
+    async def _birth(self, child: Child) -> None:
+        """Wait until the child is there."""
+        limit = child.limit()
+        try:
+            ends: set[asyncio.Future[Any]] = {self._born, self.gone}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            limit.cancel()
+        if self._failure is not None:
+            raise self._failure
+        if self.gone.done():
+            ending = self.gone.result()
+            raise EngineDead(ending.detail, exit_code=ending.exit_code, stderr=ending.stderr)
 
     def send(self, frame: bytes) -> None:
         """Send a frame, soon, in order."""
@@ -95,49 +129,61 @@ class ProcessLink(SocketEnd):
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """SIGKILL. A child that is not there in time is waited for no longer: its thread ends it
+        as soon as it is there.
+        """
+        self._unwanted = True
+        if self._child is None:
+            self._end(_UNWANTED)
+            return
+        if not self._born.done():
+            self._set_timer(_SPAWN_WAIT, functools.partial(self._end, _UNWANTED))
         self._signal(signal.SIGKILL)
 
-    def _spawn(self) -> socket.socket:
-        if not sys.executable:
-            raise OSError("sys.executable does not tell which Python to start")
-        # -P: the folder in which the application was started must not shadow anything.
-        command = [sys.executable, "-P", "-m", "mlx_engine.remote.core", self._name]
+    def _begin(self) -> tuple[socket.socket, Child]:
+        """Have the child started; our end of the socket comes with it."""
+        if self.gone.done():
+            raise EngineDead(_UNWANTED)
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as childs:
             ours, theirs = socket.socketpair()
             undo.callback(ours.close)
+            ours.setblocking(False)
             childs.callback(theirs.close)
             self._errors, errors = os.pipe()
             os.set_blocking(self._errors, False)
             childs.callback(os.close, errors)
             self._lifeline, terminal = _terminal()
+            _links.add(self)
             passed = [_above_two(theirs.fileno(), childs)]
             if terminal is not None:
                 childs.callback(os.close, terminal)
                 passed.append(_above_two(terminal, childs))
-            process = subprocess.Popen(
-                [*command, *map(str, passed)],
-                stdin=subprocess.DEVNULL,
-                stdout=errors,
-                stderr=errors,
-                pass_fds=passed,
-                env=_environment(),
-                start_new_session=True,  # Ctrl-C in a terminal is for us
+            # -P: the folder in which the application was started must not shadow anything.
+            arguments = ["-P", "-m", "mlx_engine.remote.core", self._name, *map(str, passed)]
+            child = Child(
+                arguments,
+                passed,
+                errors,
+                childs.pop_all(),
+                started=self._soon(self._started),
+                failed=self._soon(self._not_started),
+                exited=self._soon(self._exited),
             )
-            undo.callback(_kill, process)
-            threading.Thread(
-                target=_wait,
-                args=(process, self._loop, self._exited),
-                name="mlx-engine wait",
-                daemon=True,
-            ).start()
+            child.begin()
+            self._child = child
             undo.pop_all()
-        self._process = process
-        _living.add(process)
-        _links.add(self)
-        self._loop.add_reader(self._errors, self._read_errors)
-        ours.setblocking(False)
-        return ours
+        return ours, child
+
+    def _soon(self, func: Callable[..., object]) -> Callable[..., None]:
+        """``func``, to be called in the loop from whatever thread."""
+
+        def call(*args: object) -> None:
+            try:
+                self._loop.call_soon_threadsafe(func, *args)
+            except RuntimeError:
+                pass  # the interpreter is shutting down
+
+        return call
 
     def forget_lifeline(self) -> None:
         """In a fork of this process: it must not keep the child alive when this one ends."""
@@ -146,8 +192,21 @@ class ProcessLink(SocketEnd):
             self._lifeline = None
 
     def _signal(self, number: signal.Signals) -> None:
-        if self._process is not None and self._code is None:
-            self._process.send_signal(number)
+        if self._child is not None and self._code is None:
+            self._child.signal(number)
+
+    # What its thread tells, once
+
+    def _started(self) -> None:
+        self._born.set_result(None)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _not_started(self, error: EngineDead) -> None:
+        self._failure = error
+        self._born.set_result(None)
+        if self._unwanted:  # nobody opens it any more
+            self._end(error.reason)
 
     # What may happen, in any order: the exit code comes, the socket ends.
 
@@ -231,35 +290,12 @@ class ProcessLink(SocketEnd):
             _log.info("%s: %s", self._name, text)
 
 
-def _wait(
-    process: subprocess.Popen[bytes],
-    loop: asyncio.AbstractEventLoop,
-    exited: object,
-) -> None:
-    """On a thread of its own: as soon as the process has ended, say so."""
-    code = process.wait()
-    try:
-        loop.call_soon_threadsafe(exited, code)  # type: ignore[arg-type]
-    except RuntimeError:
-        pass  # the interpreter is shutting down
-
-
 def _terminal() -> tuple[int | None, int | None]:
     """Our side and the child's side of a pseudo-terminal, if there are any to be had."""
     try:
         return pty.openpty()
     except OSError:
         return None, None
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with a way to this package, wherever it was imported from."""
-    root = str(Path(mlx_engine.__file__).parents[1])
-    environment = dict(os.environ)
-    if root not in [*site.getsitepackages(), site.getusersitepackages()]:
-        paths = [path for path in (environment.get("PYTHONPATH"), root) if path]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-    return environment
 
 
 def _above_two(descriptor: int, stack: contextlib.ExitStack) -> int:
@@ -271,25 +307,10 @@ def _above_two(descriptor: int, stack: contextlib.ExitStack) -> int:
     return copy
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(1)
-
-
-def _kill_the_living() -> None:
-    """At exit: children of engines that nobody stopped."""
-    for process in list(_living):
-        if process.poll() is None:
-            _kill(process)
-
-
 def _forked() -> None:
-    """In a fork of this process: its children are not ours."""
-    _living.clear()
+    """In a fork of this process: what keeps its children alive must end with this process."""
     for link in list(_links):
         link.forget_lifeline()
 
 
-atexit.register(_kill_the_living)
 os.register_at_fork(after_in_child=_forked)

@@ -30,6 +30,7 @@ from mlx_engine.remote.links.link import Ending, Link
 from mlx_engine.remote.links.process_link import ProcessLink
 from mlx_engine.remote.links.relay import Place, Relay, batches
 from mlx_engine.remote.wire.frames import FrameSplitter, framed
+from mlx_engine.threads import in_thread
 
 STACKS_TIME: Final = 0.5  # seconds: 0.2 for the core to write them, 0.3 for the way
 KILL_TIME: Final = 0.5  # seconds for the actor to end the core and to tell how that went
@@ -98,7 +99,7 @@ class RayLink(Link):
         """
         # It may join a cluster, for seconds, and a thread cannot be cancelled. Whatever actor it
         # makes then ends at once, as nobody has a handle of it.
-        creating = self._loop.run_in_executor(None, self._create)
+        creating = in_thread(self._create, "mlx-engine ray")
         try:
             self._actor = await asyncio.shield(creating)
             self.gone.add_done_callback(lambda _: self._opened.set())

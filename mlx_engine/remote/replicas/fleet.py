@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mlx_engine.errors import EngineDead
+from mlx_engine.forks import tell_after_fork
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.replicas.replica import Replica
@@ -46,6 +47,13 @@ class Fleet:
         self._watchers: dict[asyncio.Future[None], None] = {}
         self._end: tuple[str, Exit | None] | None = None
         self.home: asyncio.AbstractEventLoop | None = None
+        tell_after_fork(self)
+
+    def after_fork(self) -> None:
+        """In a fork of this process: nobody waits, and the lock may be held."""
+        self._lock = threading.RLock()
+        self._watchers, self.home = {}, None
+        self.room.after_fork()
 
     def __iter__(self) -> Iterator[Replica]:
         """Those that are there now, oldest first; one that leaves is not."""

@@ -301,14 +301,14 @@ class EngineManager(BaseEngine):
         self._has_chat_template, self._context_length = False, None
 
     def _check_home(self) -> None:
-        home = self._home
+        home = None if self._lifecycle.inherited else self._home
         here = running_loop()
         if home is None or home.is_closed() or home is here:
             return
         raise RuntimeError("a manager is scaled and shut down in the event loop that started it")
 
     def _check_running(self) -> None:
-        if self.state is EngineState.FAILED:
+        if self.state is EngineState.FAILED and not self._lifecycle.inherited:
             self._fleet.check()  # which knows more of the reason
         self._lifecycle.check_running()
 

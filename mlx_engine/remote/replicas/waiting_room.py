@@ -37,6 +37,10 @@ class WaitingRoom:
         self._limits = limits
         self._lock = threading.Lock()
 
+    def after_fork(self) -> None:
+        """In a fork of this process: nobody waits, and the lock may be held."""
+        self._lock, self.waiting = threading.Lock(), 0
+
     @contextmanager
     def entered(self, retry_after: float) -> Iterator[None]:
         """Within, one more waits.

@@ -1,0 +1,48 @@
+"""Waking waiters together: once for each event loop, however blocks are nested."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mlx_engine.turn import wake, waking_together
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_wakes_within_nested_blocks_wait_for_the_end_of_the_outer_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = asyncio.get_running_loop()
+    futures = [loop.create_future() for _ in range(3)]
+    calls: list[Callable[..., Any]] = []
+    soon = loop.call_soon_threadsafe
+
+    def noted(func: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        calls.append(func)
+        return soon(func, *args, **options)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", noted)
+    with waking_together():
+        wake(futures[0])
+        with waking_together():
+            wake(futures[1])
+        assert not calls, "the inner block has woken"
+        wake(futures[2])
+        assert not calls, "the outer block waits no more"
+    assert len(calls) == 1
+    await asyncio.wait_for(asyncio.gather(*futures), 5)
+
+
+async def test_a_nested_block_that_raises_leaves_the_outer_one_as_it_was() -> None:
+    future = asyncio.get_running_loop().create_future()
+    with waking_together():
+        with pytest.raises(LookupError), waking_together():
+            raise LookupError
+        wake(future)
+        await asyncio.sleep(0)
+        assert not future.done()
+    await asyncio.wait_for(future, 5)
