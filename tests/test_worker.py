@@ -17,7 +17,7 @@ from mlx_engine.errors import EngineDead
 from mlx_engine.turn import Stage, Turn
 from mlx_engine.worker import MLXThread, mlx_thread
 from tests.conftest import other_tasks
-from tests.waiting import PATIENCE, turns, until
+from tests.waiting import PATIENCE, expire, turns, until
 
 pytestmark = pytest.mark.anyio
 
@@ -55,12 +55,6 @@ async def run(func: Callable[[], Any], on_cancel: Callable[[], None] | None = No
 
 async def inside(work: Work) -> None:
     await until(work.entered.is_set)
-
-
-async def expire_inside(work: Work, limit: asyncio.Timeout) -> None:
-    """Let a time limit be over once the work is on the thread."""
-    await inside(work)
-    limit.reschedule(asyncio.get_running_loop().time())
 
 
 async def test_a_function_runs_on_the_mlx_thread_and_its_result_comes_back() -> None:
@@ -172,7 +166,7 @@ async def test_timeout_raises_timeout_error_once_the_worker_is_out() -> None:
     work = Work(obedient=True)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(None) as limit:
-            expiring = asyncio.create_task(expire_inside(work, limit))
+            expiring = asyncio.create_task(expire(limit, work.entered.is_set))
             await run(work, work.on_cancel)
     await expiring
     assert work.returned.is_set()
@@ -184,7 +178,7 @@ async def test_nested_timeouts_that_both_expire_during_the_drain() -> None:
 
     async def expire_both() -> None:
         for limit in (inner, outer):
-            await expire_inside(work, limit)
+            await expire(limit, work.entered.is_set)
             await until(limit.expired)
             await turns()
         work.release.set()
@@ -261,7 +255,7 @@ async def test_native_cancel_during_the_drain_of_an_anyio_cancel_is_not_lost() -
         await inside(work)
         scope.cancel()
         await turns()
-        await expire_inside(work, limit)
+        await expire(limit, work.entered.is_set)
         await until(limit.expired)
         await turns()
         work.release.set()

@@ -43,3 +43,9 @@ async def turns(count: int = 20) -> None:
     """Let the event loop do what it has to do already, and what follows from that."""
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+async def expire(limit: asyncio.Timeout, happened: Callable[[], object]) -> None:
+    """Let a time limit be over once something has happened."""
+    await until(happened)
+    limit.reschedule(asyncio.get_running_loop().time())
