@@ -20,6 +20,7 @@ from mlx_engine import (
     StreamClosed,
     StreamConsumed,
 )
+from mlx_engine import stream as stream_module
 from mlx_engine.worker import mlx_thread
 from tests.conftest import other_tasks, settled
 from tests.guard import Gate
@@ -229,6 +230,82 @@ async def test_a_slow_reader_does_not_hold_the_engine(engine: SimpleEngine) -> N
         other = await engine.generate(PROMPT, max_tokens=5, ignore_eos=True)
         assert len(other.tokens) == 5
         assert len([chunk async for chunk in stream]) == 29
+
+
+async def backlog(engine: SimpleEngine) -> GenerationStream:
+    """A stream whose chunks have all been made before any is read."""
+    stream = stream_of(engine)
+    await stream.__aenter__()
+    await until(lambda: stream._task is not None and stream._task.done())
+    return stream
+
+
+@pytest.mark.parametrize(("chunks", "seconds", "most"), [(5, 0.0, 5), (64, 0.003, 2)])
+async def test_a_reader_of_a_backlog_lets_others_in(
+    engine: SimpleEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    chunks: int,
+    seconds: float,
+    most: int,
+) -> None:
+    """Every so many chunks, or sooner if what is done with each takes that many seconds."""
+    monkeypatch.setattr(stream_module, "_SOME", chunks)
+    stream = await backlog(engine)
+    in_a_row = [0]
+
+    async def other() -> None:
+        while True:
+            in_a_row.append(0)
+            await asyncio.sleep(0)
+
+    loop = asyncio.get_running_loop()
+    now = loop.time()
+    monkeypatch.setattr(loop, "time", lambda: now)
+    task = asyncio.create_task(other())
+    async for _ in stream:
+        in_a_row[-1] += 1
+        now += seconds
+    monkeypatch.undo()
+    task.cancel()
+    assert sum(in_a_row) == 20
+    assert max(in_a_row[1:]) <= most
+
+
+async def test_a_reader_of_a_backlog_hears_that_it_was_cancelled_and_no_token_is_lost(
+    engine: SimpleEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "_SOME", 5)
+    stream = await backlog(engine)
+    read = 0
+
+    async def consume() -> None:
+        nonlocal read
+        async for _ in stream:
+            read += 1
+            if read == 3:
+                task.cancel()
+
+    task = asyncio.create_task(consume())
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert 3 <= read <= 8
+    assert len(stream.result.tokens) == 20
+
+
+async def test_a_shielded_read_of_a_backlog_loses_no_chunk(
+    engine: SimpleEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "_SOME", 1)  # each read gives way
+    stream = await backlog(engine)
+    chunks = []
+    for _ in range(10):
+        read = asyncio.ensure_future(anext(stream))
+        waiting = asyncio.ensure_future(asyncio.shield(read))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        chunks.append(await read)
+    chunks += [chunk async for chunk in stream]
+    assert tuple(token for chunk in chunks for token in chunk.tokens) == stream.result.tokens
 
 
 async def test_cancel_ends_the_answer_and_keeps_what_there_is(

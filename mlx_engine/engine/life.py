@@ -126,7 +126,7 @@ class EngineLife(abc.ABC):
         def should_stop() -> bool:
             return stop.is_set() or loop.is_closed()
 
-        ticket = Ticket(self._lifecycle.new_id("start"), loop=loop)
+        ticket = Ticket(self._lifecycle.new_id("start"), loop=loop, reported=False)
         if not await self._lifecycle.begin_start(ticket, abort):
             return
         try:
@@ -216,7 +216,7 @@ class EngineLife(abc.ABC):
         """
         if not callable(func) or inspect.iscoroutinefunction(func):
             raise InvalidRequest("func", f"must be a synchronous function, not {func!r}")
-        ticket = RequestTicket(self._lifecycle.new_id("call"))
+        ticket = RequestTicket(self._lifecycle.new_id("call"), reported=False)
         return await self._run_blocking_serialized(
             func, *args, on_cancel=on_cancel, _ticket=ticket, **kwargs
         )
@@ -235,7 +235,7 @@ class EngineLife(abc.ABC):
         Takes the generation lock in the order of arrival, and holds it until ``func`` has
         returned, whatever happens to the caller meanwhile; see ``MLXThread.run``.
         """
-        ticket = _ticket or Ticket(self._lifecycle.new_id("work"))
+        ticket = _ticket or Ticket(self._lifecycle.new_id("work"), reported=False)
         turn = Turn(
             functools.partial(func, *args, **kwargs),
             on_cancel,

@@ -129,7 +129,8 @@ class LinkedEngine(BaseEngine):
             EngineNotStarted: the start that another task had begun did not succeed.
         """
         lifecycle = self._lifecycle
-        ticket = Ticket(lifecycle.new_id("start"), loop=asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        ticket = Ticket(lifecycle.new_id("start"), loop=loop, reported=False)
         connection = Connection(
             self.name,
             self._make_link(),
@@ -271,7 +272,8 @@ class LinkedEngine(BaseEngine):
             except (UnicodeEncodeError, OSError) as error:
                 raise InvalidRequest("path", f"cannot go to another process: {error}") from error
 
-        answer = await self._ask(Ticket(self._lifecycle.new_id(action)), frame)
+        ticket = Ticket(self._lifecycle.new_id(action), reported=False)
+        answer = await self._ask(ticket, frame)
         assert isinstance(answer, int)
         return answer
 

@@ -105,7 +105,7 @@ async def test_stop_while_loading_ends_the_load_at_once(
     await turns()
     assert not stopping.done()
     stop.go()
-    assert (await stopping).aborted == ("start-1", "work-1")
+    assert await stopping == ShutdownReport(), "a start is no request"
     with pytest.raises(EngineStopped):
         await starting
     assert tiny_engine.state is EngineState.STOPPED
@@ -237,6 +237,37 @@ async def test_a_request_cancelled_by_its_own_caller_is_not_reported_as_aborted(
     assert await stopping == ShutdownReport(finished=("req-1",))
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_what_is_no_request_is_drained_and_not_reported(
+    engine: BaseEngine, tmp_path: Path
+) -> None:
+    go = threading.Event()
+    function = asyncio.create_task(engine.run_blocking(go.wait, PATIENCE))
+    saving = asyncio.create_task(engine.save_prompt_cache(tmp_path / "cache"))
+    task = request(engine, 3)
+    await until(lambda: (stats := engine.stats()).waiting + stats.running == 3)
+    stopping = asyncio.create_task(engine.shutdown(None))
+    await turns()
+    go.set()
+    assert await stopping == ShutdownReport(finished=("req-1",))
+    assert len((await task).tokens) == 3
+    assert await function
+    assert await saving == 0
+
+
+async def test_what_is_no_request_is_aborted_and_not_reported(
+    engine: BaseEngine, tmp_path: Path
+) -> None:
+    go = threading.Event()
+    function = asyncio.create_task(engine.run_blocking(go.wait, PATIENCE, on_cancel=go.set))
+    loading = asyncio.create_task(engine.load_prompt_cache(tmp_path / "cache"))
+    task = request(engine, 3)
+    await until(lambda: (stats := engine.stats()).waiting + stats.running == 3)
+    assert await engine.stop() == ShutdownReport(aborted=("req-1",))
+    for each in (function, loading, task):
+        with pytest.raises(EngineStopped):
+            await each
 
 
 async def test_queue_limit_refuses_and_says_when_to_come_back(
@@ -462,7 +493,7 @@ async def test_stop_while_a_failed_start_cleans_up(tiny_path: Path, gate: MakeGa
     holder = asyncio.create_task(SimpleEngine(tiny_path).run_blocking(lambda: None))
     stopping = asyncio.create_task(engine.stop())
     stop.go()
-    assert (await stopping).aborted[0] == "start-1"
+    assert await stopping == ShutdownReport()
     outcomes = await asyncio.gather(starting, holder, return_exceptions=True)
     assert all(isinstance(error, Exception) for error in outcomes)
     assert engine.state is EngineState.STOPPED
