@@ -57,7 +57,8 @@ class Ticket:
         request_id: its name.
         loop: the event loop without which it would never end; ``None`` if the MLX thread
             ends it.
-        abortable: whether a shutdown may abort it, and reports on it.
+        abortable: whether a shutdown may abort it; else it does not wait for it either.
+        reported: whether a shutdown reports on it: it is a request, whose name its caller knows.
     """
 
     def __init__(
@@ -66,9 +67,11 @@ class Ticket:
         *,
         loop: asyncio.AbstractEventLoop | None = None,
         abortable: bool = True,
+        reported: bool = True,
     ) -> None:
         self.request_id = request_id
         self.abortable = abortable
+        self.reported = reported
         self.abort: Abort | None = None
         self.aborted = False
         self._loop = loop
@@ -299,9 +302,10 @@ class Lifecycle:
             if self._releasing is not loop:
                 return
             self._releasing = None
+            told = [t for t in self._draining if t.reported]
             self._report = ShutdownReport(
-                finished=tuple(t.request_id for t in self._draining if not t.aborted),
-                aborted=tuple(t.request_id for t in self._draining if t.aborted),
+                finished=tuple(t.request_id for t in told if not t.aborted),
+                aborted=tuple(t.request_id for t in told if t.aborted),
             )
             self._draining = []
             self.move(EngineState.STOPPED)

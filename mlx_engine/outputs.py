@@ -186,6 +186,10 @@ class GenerationResult:
 class ShutdownReport:
     """What became of the requests that were in flight when an engine was shut down.
 
+    Requests are what has an id that its caller knows: answers, whole or as streams. Of a start, a
+    function of ``run_blocking`` or a prompt cache on its way to a file nothing is told here,
+    though it is drained or aborted in the same way.
+
     Attributes:
         finished: ids of those that came to their own end.
         aborted: ids of those that were ended; their callers got ``EngineStopped``.

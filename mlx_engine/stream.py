@@ -24,6 +24,11 @@ from mlx_engine.turn import clean_up, is_destroyed, outlast, wake
 
 Emit = Callable[[GenerationChunk], None]
 
+# A reader of chunks that are there already gives way to others in its event loop, and hears that it
+# was cancelled, after so many of them or so many seconds.
+_SOME = 64
+_WHILE = 0.005
+
 
 class Producer(Protocol):
     """What makes the chunks of one stream."""
@@ -63,6 +68,19 @@ class _Channel:
         self._ended = False
         self.chunks: deque[GenerationChunk] = deque()
         self.pushed = False
+        self._read = 0  # chunks since the reader last gave way
+        self._until = loop.time() + _WHILE  # when it is to do so, at the latest
+
+    def is_others_turn(self) -> bool:
+        """Whether the reader has had the event loop to itself for so long that it gives way."""
+        self._read += 1
+        if self._read < _SOME and self._loop.time() < self._until:
+            return False
+        self._give_way()
+        return True
+
+    def _give_way(self) -> None:
+        self._read, self._until = 0, self._loop.time() + _WHILE
 
     def push(self, chunk: GenerationChunk) -> None:
         """From any thread."""
@@ -85,6 +103,7 @@ class _Channel:
             try:
                 if not self.chunks and not self._ended:
                     await sleeper
+                    self._give_way()
             finally:
                 with contextlib.suppress(ValueError):  # the writer has it
                     self._sleepers.remove(sleeper)
@@ -123,8 +142,9 @@ class GenerationStream:
 
     Cancellation: when a task is cancelled while it waits for a chunk, the request is
     cancelled with it; ``CancelledError`` is raised once the work has left MLX, within one
-    token or one prefill chunk. To wait for a chunk with a time limit and go on reading
-    afterwards, put ``asyncio.shield`` around a task that reads.
+    token or one prefill chunk. One that reads what was made before hears of it within 64 chunks
+    or 5 ms, and lets others of its event loop in as often. To wait for a chunk with a time limit
+    and go on reading afterwards, put ``asyncio.shield`` around a task that reads.
     """
 
     def __init__(self, producer: Producer) -> None:
@@ -203,10 +223,11 @@ class GenerationStream:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if is_destroyed(exc):
+        home = None if self._task is None else self._task.get_loop()
+        if is_destroyed(exc, home):
             self._closed = True
             self.cancel()
-        await clean_up(exc, self.aclose)
+        await clean_up(exc, self.aclose, home)
 
     def __aiter__(self) -> GenerationStream:
         if self._iterated:
@@ -225,9 +246,12 @@ class GenerationStream:
         if self._closed:
             raise StreamClosed("the stream has been closed and cannot be read any further")
         channel = self._channel or self._start()
-        if channel.chunks:
-            return channel.chunks.popleft()
         try:
+            if channel.chunks:
+                if channel.is_others_turn():
+                    await asyncio.sleep(0)
+                if channel.chunks:
+                    return channel.chunks.popleft()
             chunk = await channel.get()
         except asyncio.CancelledError as cancelled:
             await clean_up(cancelled, self.aclose)

@@ -157,15 +157,17 @@ def _set_done(*futures: asyncio.Future[None]) -> None:
 
 
 async def clean_up(
-    error: BaseException | None, work: Callable[[], Coroutine[Any, Any, object]]
+    error: BaseException | None,
+    work: Callable[[], Coroutine[Any, Any, object]],
+    home: asyncio.AbstractEventLoop | None = None,
 ) -> None:
     """Await ``work()`` after ``error``: if that was a cancellation, it is the one to tell.
 
     A ``CancelledError`` out of the work is dropped when ``error`` is one already, since the
-    caller is about to raise that; otherwise it goes on. In a coroutine that is being destroyed,
-    its event loop being gone, nothing can be awaited, and nothing is done.
+    caller is about to raise that; otherwise it goes on. Nothing is done in a coroutine that is
+    being destroyed, as ``is_destroyed`` tells.
     """
-    if is_destroyed(error):
+    if is_destroyed(error, home):
         return
     try:
         await work()
@@ -174,9 +176,17 @@ async def clean_up(
             raise
 
 
-def is_destroyed(error: BaseException | None) -> bool:
-    """Whether the coroutine that got ``error`` is being destroyed, outside of any event loop."""
-    return error is not None and asyncio._get_running_loop() is None
+def is_destroyed(
+    error: BaseException | None, home: asyncio.AbstractEventLoop | None = None
+) -> bool:
+    """Whether the coroutine that got ``error`` is being destroyed, so that it cannot await.
+
+    That may be within another event loop. In the loop ``home``, an ``async with`` is left with the
+    same error by a generator that is closed, which may await.
+    """
+    running = asyncio._get_running_loop()
+    destroyed = isinstance(error, GeneratorExit) and running is not home
+    return error is not None and (running is None or destroyed)
 
 
 def what_it_says(error: BaseException) -> str:
@@ -320,7 +330,7 @@ class Pending(Generic[T]):
             self.value = self.error = None
         if not self.attended:
             return
-        if _running_loop() is self._loop:
+        if asyncio._get_running_loop() is self._loop:
             _set_done(self.out)
         else:
             wake(self.out)
@@ -406,10 +416,3 @@ def current_turn() -> Turn[Any] | None:
 _current: contextvars.ContextVar[Turn[Any] | None] = contextvars.ContextVar(
     "_current", default=None
 )
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return running_loop()
-    except RuntimeError:
-        return None

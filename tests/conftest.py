@@ -8,7 +8,6 @@ import gc
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,11 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from mlx_engine import BaseEngine, BatchedEngine, SimpleEngine
-from mlx_engine.turn import Turn
+from mlx_engine.line import Line
+from mlx_engine.turn import Pending, Turn
 from mlx_engine.worker import mlx_thread
 from tests.guard import GUARD, Gate
+from tests.waiting import turns, until, until_now
 
 ROOT = Path(__file__).parent.parent
 
@@ -142,20 +143,35 @@ def nothing_is_left_behind(old_garbage: None) -> Iterator[None]:
     GUARD.violations.clear()
     before = set(threading.enumerate())
     yield
-    end = time.monotonic() + 2
-    while left := [
-        thread
-        for thread in threading.enumerate()
-        if thread not in before and not thread.name.startswith(("mlx", "asyncio_"))
-    ]:
-        assert time.monotonic() < end, f"threads left behind: {left}"
-        time.sleep(0.01)
-    while mlx_thread.busy and time.monotonic() < end:
-        time.sleep(0.001)  # the turn of a batch ends a moment after its last request is over
+    until_now(lambda: not _threads_since(before), "threads are left behind")
+    # The turn of a batch ends a moment after its last request is over.
+    until_now(lambda: not mlx_thread.busy, "the MLX thread is still at work")
     gc.collect()
     assert not GUARD.violations
     assert not mlx_thread.locked
     assert mlx_thread.waiting == 0
+
+
+def _threads_since(before: set[threading.Thread]) -> list[threading.Thread]:
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread not in before and not thread.name.startswith(("mlx", "asyncio_"))
+    ]
+
+
+@pytest.fixture
+def told_to_stop(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once any work has been told to stop, or was withdrawn from a queue."""
+    told = threading.Event()
+    cancel = Line._cancel
+
+    def noted(line: Line[Any], one: Pending[Any]) -> None:
+        cancel(line, one)
+        told.set()
+
+    monkeypatch.setattr(Line, "_cancel", noted)
+    return told
 
 
 def other_tasks() -> set[asyncio.Task[object]]:
@@ -173,7 +189,7 @@ async def cancel_inside(gate: Gate, work: Awaitable[object], times: int = 3) -> 
     await gate.reached()
     for _ in range(times):
         task.cancel()
-        await asyncio.sleep(0.001)
+        await turns()
         assert mlx_thread.locked, "the lock is free while the worker is inside"
         assert not task.done()
     gate.go()
@@ -183,7 +199,4 @@ async def cancel_inside(gate: Gate, work: Awaitable[object], times: int = 3) -> 
 
 async def settled() -> None:
     """MLX is free. The turn of a batch ends a moment after its last request is over."""
-    end = time.monotonic() + 2
-    while mlx_thread.busy:
-        assert time.monotonic() < end, "the MLX thread is still at work"
-        await asyncio.sleep(0.0005)
+    await until(lambda: not mlx_thread.busy, "the MLX thread is still at work")

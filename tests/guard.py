@@ -8,10 +8,8 @@ for the fixture that looks at the end of each test, in case somebody swallowed t
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +20,7 @@ from mlx_lm.models import llama
 from mlx_engine.models.mtp_heads import MTPHead
 from mlx_engine.models.split import SplitModel
 from mlx_engine.worker import mlx_thread
+from tests.waiting import PATIENCE, until, until_now
 
 
 class TwoInsideMLX(AssertionError):
@@ -99,16 +98,24 @@ class Gate:
         self.calls += 1
         if self.calls == self._at:
             self._reached.set()
-            self._go.wait(30)
+            self._go.wait(PATIENCE)
 
     async def reached(self) -> None:
-        end = time.monotonic() + 20
-        while not self._reached.is_set():
-            assert time.monotonic() < end, f"{self._name} was entered {self.calls} times only"
-            await asyncio.sleep(0.0005)
+        await until(self._reached.is_set, f"{self._name} was not entered {self._at} times")
 
     def go(self) -> None:
         self._go.set()
+
+    def go_after(self, happened: Callable[[], object]) -> None:
+        """Let it go once something has happened, whatever the caller does meanwhile."""
+
+        def wait() -> None:
+            try:
+                until_now(happened, "the gate stays closed: it has not happened")
+            finally:
+                self.go()
+
+        threading.Thread(target=wait, name="gate", daemon=True).start()
 
 
 GUARD = Guard()

@@ -15,6 +15,12 @@ def is_alive(pid: int) -> bool:
     return True
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether it was stopped by a signal."""
+    command = ["ps", "-o", "stat=", "-p", str(pid)]
+    return subprocess.run(command, capture_output=True, text=True).stdout.startswith("T")
+
+
 def children() -> list[str]:
     """The processes of engines that this one has started: id, parent, state, command."""
     command = ["ps", "-ww", "-A", "-o", "pid=,ppid=,stat=,args="]

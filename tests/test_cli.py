@@ -29,10 +29,10 @@ from mlx_engine.outputs import GenerationChunk, Progress
 from mlx_engine.params import SamplingParams
 from tests.generation.rigged import made
 from tests.models.mtp_checkpoints import MIMO
+from tests.stuck import StuckModel
+from tests.waiting import PATIENCE, until_now
 
 COMMAND = [sys.executable, "-m", "mlx_engine"]
-LIMIT = 40  # seconds for a process to start, load and answer, on a busy machine
-PROMPTLY = 5  # seconds
 SAYS_A = ["--logit-bias", "64=100"]  # the tiny model's token 64 is "a"
 ENDLESS = [*SAYS_A, "--max-tokens", "16000"]
 TWELVE = [*SAYS_A, "--max-tokens", "12"]
@@ -56,7 +56,7 @@ def _ctrl_c_is_not_ignored() -> Iterator[None]:
 
 def finish(*args: str, stdin: bytes = b"") -> tuple[int, str, str]:
     """Run a command to its end: exit code, standard output, standard error."""
-    done = subprocess.run([*COMMAND, *args], input=stdin, capture_output=True, timeout=LIMIT)
+    done = subprocess.run([*COMMAND, *args], input=stdin, capture_output=True, timeout=PATIENCE)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -100,7 +100,7 @@ class Terminal:
     def press(self, keys: str) -> None:
         os.write(self._master, keys.encode())
 
-    def wait_for(self, pattern: str, timeout: float = LIMIT) -> None:
+    def wait_for(self, pattern: str, timeout: float = PATIENCE) -> None:
         """Until ``pattern`` is shown, after what was waited for before."""
         deadline = time.monotonic() + timeout
         while not (match := re.compile(pattern).search(self.shown, self._seen)):
@@ -112,14 +112,14 @@ class Terminal:
 
         Between showing its prompt and waiting for a key, ``input()`` is deaf to signals.
         """
-        for _ in range(PROMPTLY):
+        for _ in range(60):
             self.press(keys)
             with suppress(AssertionError):
                 self.wait_for(pattern, timeout=1)
                 return
         pytest.fail(f"{pattern!r} is not in {self.shown[self._seen :]!r}")
 
-    def exit_code(self, timeout: float = LIMIT) -> int:
+    def exit_code(self, timeout: float = PATIENCE) -> int:
         deadline = time.monotonic() + timeout
         while self._read(deadline):
             pass
@@ -192,24 +192,22 @@ def test_ctrl_c_during_an_answer_keeps_what_was_printed(tiny_path: Path) -> None
         assert process.stderr is not None
         first = process.stdout.read(1)
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=PROMPTLY)
+        output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert re.fullmatch(b"a+\n", first + output)
     assert errors == b""
 
 
 def test_a_second_ctrl_c_leaves_while_the_load_is_stuck(tiny_path: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(tiny_path, tmp_path / "stuck")
-    (model / "tokenizer.json").unlink()
-    os.mkfifo(model / "tokenizer.json")
-    with started("generate", "hello", "--model", str(model)) as process:
-        writer = os.open(model / "tokenizer.json", os.O_WRONLY)  # once the loader reads it
-        deadline = time.monotonic() + PROMPTLY
+    model = StuckModel(tiny_path, tmp_path / "stuck")
+    with started("generate", "hello", "--model", str(model.path)) as process:
+        until_now(lambda: model.is_read)
+        deadline = time.monotonic() + PATIENCE
         while process.poll() is None and time.monotonic() < deadline:
             process.send_signal(signal.SIGINT)
             _ends_within(process, 0.3)  # two signals at once would be one
         assert _ends_within(process, 0)
-        os.close(writer)
+        model.close()
         _, errors = process.communicate()
     assert process.returncode == 130
     assert errors == b""
@@ -229,7 +227,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(tiny_path: Path) -> No
         process.stdout.read(1)
         process.stdout.close()
         process.stdout = None
-        _, errors = process.communicate(timeout=PROMPTLY)
+        _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 141
     assert errors == b""
 
@@ -268,11 +266,11 @@ def test_chat_survives_ctrl_c_and_ends_with_ctrl_d(tiny_path: Path) -> None:
         terminal.wait_for(r"hello\r\n")
         terminal.wait_for("aaa")
         terminal.press("\x03")
-        terminal.wait_for(r"\n[^\n]*> ", PROMPTLY)
+        terminal.wait_for(r"\n[^\n]*> ")
         terminal.press("/reset\r")
-        terminal.wait_for(r"forgotten\r\n[^\n]*> ", PROMPTLY)
+        terminal.wait_for(r"forgotten\r\n[^\n]*> ")
         terminal.press("\x04")
-        assert terminal.exit_code(PROMPTLY) == 0
+        assert terminal.exit_code() == 0
     assert "Traceback" not in terminal.shown
 
 
@@ -325,7 +323,7 @@ def test_the_version_comes_without_mlx() -> None:
         "try: main(['--version'])\nexcept SystemExit as e: assert e.code == 0\n"
         "print([m for m in ('mlx', 'mlx_lm', 'transformers') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=LIMIT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=PATIENCE)
     assert re.fullmatch(rb"mlx-engine \d+\.\d+\.\d+\S*\n\[\]\n", done.stdout)
 
 

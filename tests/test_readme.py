@@ -49,7 +49,6 @@ async def test_the_other_blocks_run(block: str, tiny_path: Path) -> None:
 
 
 @pytest.mark.demo
-@pytest.mark.timeout(300)
 def test_the_tour_runs(tmp_path: Path) -> None:
     tour = blocks("python")[0]
     script = tmp_path / "tour.py"
@@ -69,7 +68,6 @@ def test_the_tour_runs(tmp_path: Path) -> None:
 
 @pytest.mark.demo
 @pytest.mark.anyio
-@pytest.mark.timeout(300)
 async def test_the_demo_model_gives_the_tokens_of_mlx_lm() -> None:
     prompt = "The capital of France is"
 

@@ -13,7 +13,8 @@ import pytest
 from mlx_engine.cli import selftest
 from mlx_engine.cli.options import parse
 from mlx_engine.testing import FakeEngine
-from tests.test_cli import LIMIT, finish, started
+from tests.test_cli import finish, started
+from tests.waiting import PATIENCE
 
 
 def test_a_safe_engine_gets_a_report(tiny_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_ctrl_c_ends_it(tiny_path: Path) -> None:
             assert process.stderr is not None
             assert process.stderr.readline().startswith(b"mlx-engine: ")
             process.send_signal(signal.SIGINT)
-            out, _ = process.communicate(timeout=LIMIT)
+            out, _ = process.communicate(timeout=PATIENCE)
     finally:
         signal.signal(signal.SIGINT, before)
     assert process.returncode == 130

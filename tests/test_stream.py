@@ -20,9 +20,11 @@ from mlx_engine import (
     StreamClosed,
     StreamConsumed,
 )
+from mlx_engine import stream as stream_module
 from mlx_engine.worker import mlx_thread
 from tests.conftest import other_tasks, settled
 from tests.guard import Gate
+from tests.waiting import turns, until
 
 pytestmark = pytest.mark.anyio
 
@@ -34,12 +36,12 @@ def stream_of(engine: SimpleEngine, max_tokens: int = 20) -> GenerationStream:
     return engine.stream_generate(PROMPT, max_tokens=max_tokens, ignore_eos=True)
 
 
-async def free(limit: float = 5.0) -> None:
+async def free() -> None:
     """Wait until nobody is inside MLX and the stream's task is gone."""
-    end = time.monotonic() + limit
-    while mlx_thread.busy or other_tasks():
-        assert time.monotonic() < end, "the engine is still busy, or a task is left"
-        await asyncio.sleep(0.001)
+    await until(
+        lambda: not mlx_thread.busy and not other_tasks(),
+        "the engine is still busy, or a task is left",
+    )
 
 
 async def test_chunks_joined_are_the_result(engine: SimpleEngine) -> None:
@@ -91,7 +93,7 @@ async def test_it_starts_when_first_read_and_never_before(tiny_engine: SimpleEng
         _ = stream.result
     async with tiny_engine:
         later = stream_of(tiny_engine)
-        await asyncio.sleep(0.01)
+        await turns()
         await settled()
         async for chunk in later:
             assert isinstance(chunk, GenerationChunk)
@@ -99,8 +101,7 @@ async def test_it_starts_when_first_read_and_never_before(tiny_engine: SimpleEng
 
 async def test_entering_starts_it(engine: SimpleEngine) -> None:
     async with stream_of(engine) as stream:
-        while engine.stats().finished == 0:
-            await asyncio.sleep(0.001)
+        await until(lambda: engine.stats().finished)
         assert len([chunk async for chunk in stream]) == 20, "chunks wait for a late reader"
 
 
@@ -143,13 +144,13 @@ async def test_result_before_the_end_and_without_a_start(
 
 
 async def test_break_in_a_context_frees_the_engine_within_one_token(
-    engine: SimpleEngine, gate: MakeGate
+    engine: SimpleEngine, gate: MakeGate, told_to_stop: threading.Event
 ) -> None:
     stop = gate("model", 6)
     async with stream_of(engine, 500) as stream:
         async for _ in stream:
             await stop.reached()
-            threading.Timer(0.02, stop.go).start()
+            stop.go_after(told_to_stop.is_set)
             break
     await settled()
     assert stop.calls <= 7
@@ -231,6 +232,82 @@ async def test_a_slow_reader_does_not_hold_the_engine(engine: SimpleEngine) -> N
         assert len([chunk async for chunk in stream]) == 29
 
 
+async def backlog(engine: SimpleEngine) -> GenerationStream:
+    """A stream whose chunks have all been made before any is read."""
+    stream = stream_of(engine)
+    await stream.__aenter__()
+    await until(lambda: stream._task is not None and stream._task.done())
+    return stream
+
+
+@pytest.mark.parametrize(("chunks", "seconds", "most"), [(5, 0.0, 5), (64, 0.003, 2)])
+async def test_a_reader_of_a_backlog_lets_others_in(
+    engine: SimpleEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    chunks: int,
+    seconds: float,
+    most: int,
+) -> None:
+    """Every so many chunks, or sooner if what is done with each takes that many seconds."""
+    monkeypatch.setattr(stream_module, "_SOME", chunks)
+    stream = await backlog(engine)
+    in_a_row = [0]
+
+    async def other() -> None:
+        while True:
+            in_a_row.append(0)
+            await asyncio.sleep(0)
+
+    loop = asyncio.get_running_loop()
+    now = loop.time()
+    monkeypatch.setattr(loop, "time", lambda: now)
+    task = asyncio.create_task(other())
+    async for _ in stream:
+        in_a_row[-1] += 1
+        now += seconds
+    monkeypatch.undo()
+    task.cancel()
+    assert sum(in_a_row) == 20
+    assert max(in_a_row[1:]) <= most
+
+
+async def test_a_reader_of_a_backlog_hears_that_it_was_cancelled_and_no_token_is_lost(
+    engine: SimpleEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "_SOME", 5)
+    stream = await backlog(engine)
+    read = 0
+
+    async def consume() -> None:
+        nonlocal read
+        async for _ in stream:
+            read += 1
+            if read == 3:
+                task.cancel()
+
+    task = asyncio.create_task(consume())
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert 3 <= read <= 8
+    assert len(stream.result.tokens) == 20
+
+
+async def test_a_shielded_read_of_a_backlog_loses_no_chunk(
+    engine: SimpleEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "_SOME", 1)  # each read gives way
+    stream = await backlog(engine)
+    chunks = []
+    for _ in range(10):
+        read = asyncio.ensure_future(anext(stream))
+        waiting = asyncio.ensure_future(asyncio.shield(read))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        chunks.append(await read)
+    chunks += [chunk async for chunk in stream]
+    assert tuple(token for chunk in chunks for token in chunk.tokens) == stream.result.tokens
+
+
 async def test_cancel_ends_the_answer_and_keeps_what_there_is(
     engine: SimpleEngine, gate: MakeGate
 ) -> None:
@@ -274,10 +351,10 @@ async def test_aclose_waits_until_the_work_is_out_however_often_cancelled(
     await anext(stream)
     await stop.reached()
     closing = asyncio.create_task(stream.aclose())
-    await asyncio.sleep(0.001)
+    await turns()
     for _ in range(3):
         closing.cancel()
-        await asyncio.sleep(0.001)
+        await turns()
         assert not closing.done()
         assert mlx_thread.locked
     stop.go()
@@ -301,7 +378,7 @@ async def test_the_first_cancellation_is_told_through_an_async_with(
     await stop.reached()
     for message in ("first", "second", "third"):
         task.cancel(message)
-        await asyncio.sleep(0.001)
+        await turns()
     stop.go()
     with pytest.raises(asyncio.CancelledError) as caught:
         await task
@@ -309,11 +386,13 @@ async def test_the_first_cancellation_is_told_through_an_async_with(
 
 
 async def test_timeout_around_one_read_raises_timeout_error(
-    engine: SimpleEngine, gate: MakeGate
+    engine: SimpleEngine, gate: MakeGate, told_to_stop: threading.Event
 ) -> None:
     stop = gate("model", 1)
     stream = stream_of(engine)
-    threading.Timer(0.05, stop.go).start()
+    await stream.__aenter__()
+    await stop.reached()
+    stop.go_after(told_to_stop.is_set)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(anext(stream), 0.01)
     await settled()

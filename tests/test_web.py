@@ -17,6 +17,7 @@ import uvicorn
 from mlx_engine import BatchedEngine, EngineStats
 from tests.conftest import ROOT, other_tasks
 from tests.guard import GUARD, Gate
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -72,9 +73,7 @@ class Site:
         return stats
 
     async def until(self, holds: Callable[[EngineStats], bool]) -> None:
-        async with asyncio.timeout(10):
-            while not holds(self.stats()):
-                await asyncio.sleep(0.001)
+        await until(lambda: holds(self.stats()))
 
     @contextlib.asynccontextmanager
     async def post(self, body: object, path: str = "/v1/chat/completions") -> AsyncIterator[Reply]:

@@ -6,6 +6,7 @@ No MLX here: an engine may be in this process or elsewhere.
 from __future__ import annotations
 
 import abc
+import asyncio
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,7 @@ class BaseEngine(abc.ABC):
 
     _limits: RequestLimits = DEFAULT_LIMITS
     _queue: QueueConfig = QueueConfig()  # as far as it is known here
+    _entered_in: asyncio.AbstractEventLoop | None = None
 
     @property
     @abc.abstractmethod
@@ -103,6 +105,7 @@ class BaseEngine(abc.ABC):
 
     async def __aenter__(self) -> Self:
         await self.start()
+        self._entered_in = asyncio.get_running_loop()
         return self
 
     async def __aexit__(
@@ -111,7 +114,8 @@ class BaseEngine(abc.ABC):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await clean_up(exc, self.stop)
+        home = self._entered_in or asyncio._get_running_loop()
+        await clean_up(exc, self.stop, home)
 
     async def generate(
         self,

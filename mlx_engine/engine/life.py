@@ -131,7 +131,7 @@ class EngineLife(abc.ABC):
         def should_stop() -> bool:
             return stop.is_set() or loop.is_closed()
 
-        ticket = Ticket(self._lifecycle.new_id("start"), loop=loop)
+        ticket = Ticket(self._lifecycle.new_id("start"), loop=loop, reported=False)
         if not await self._lifecycle.begin_start(ticket, abort):
             return
         try:
@@ -235,7 +235,7 @@ class EngineLife(abc.ABC):
         """
         if not callable(func) or inspect.iscoroutinefunction(func):
             raise InvalidRequest("func", f"must be a synchronous function, not {shown(func)}")
-        ticket = RequestTicket(self._lifecycle.new_id("call"))
+        ticket = RequestTicket(self._lifecycle.new_id("call"), reported=False)
         return await self._run_blocking_serialized(
             func, *args, on_cancel=on_cancel, _ticket=ticket, **kwargs
         )
@@ -258,7 +258,7 @@ class EngineLife(abc.ABC):
         Args:
             _prepare: done before, on a thread of the preparer; see ``Preparing``.
         """
-        ticket = _ticket or Ticket(self._lifecycle.new_id("work"))
+        ticket = _ticket or Ticket(self._lifecycle.new_id("work"), reported=False)
         turn = Turn(
             functools.partial(func, *args, **kwargs),
             on_cancel,

@@ -143,11 +143,11 @@ class LocalEngine(EngineLife, BaseEngine):
         )
 
     async def _save_prompt_cache(self, path: Path) -> int:
-        ticket = RequestTicket(self._lifecycle.new_id("save"))
+        ticket = RequestTicket(self._lifecycle.new_id("save"), reported=False)
         return await self._run_blocking_serialized(self._save, path, _ticket=ticket)
 
     async def _load_prompt_cache(self, path: Path) -> int:
-        ticket = RequestTicket(self._lifecycle.new_id("load"))
+        ticket = RequestTicket(self._lifecycle.new_id("load"), reported=False)
         return await self._run_blocking_serialized(self._load, path, _ticket=ticket)
 
     def _prepare(self, request: Request) -> MLXEngineError | None:

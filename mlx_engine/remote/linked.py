@@ -143,7 +143,7 @@ class LinkedEngine(BaseEngine):
         """
         io_thread.check_fork()
         lifecycle = self._lifecycle
-        ticket = Ticket(lifecycle.new_id("start"), loop=running_loop())
+        ticket = Ticket(lifecycle.new_id("start"), loop=running_loop(), reported=False)
         connection = Connection(
             self.name,
             self._make_link(),
@@ -287,7 +287,8 @@ class LinkedEngine(BaseEngine):
             except (UnicodeEncodeError, OSError) as error:
                 raise InvalidRequest("path", f"cannot go to another process: {error}") from error
 
-        answer = await self._ask(Ticket(self._lifecycle.new_id(action)), frame)
+        ticket = Ticket(self._lifecycle.new_id(action), reported=False)
+        answer = await self._ask(ticket, frame)
         assert isinstance(answer, int)
         return answer
 

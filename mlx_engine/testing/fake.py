@@ -141,13 +141,13 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
         )
 
     async def _save_prompt_cache(self, path: Path) -> int:
-        ticket = RequestTicket(self._lifecycle.new_id("save"))
+        ticket = RequestTicket(self._lifecycle.new_id("save"), reported=False)
         return await self._run_blocking_serialized(
             lambda: self._slot.cache.save(path), _ticket=ticket
         )
 
     async def _load_prompt_cache(self, path: Path) -> int:
-        ticket = RequestTicket(self._lifecycle.new_id("load"))
+        ticket = RequestTicket(self._lifecycle.new_id("load"), reported=False)
         return await self._run_blocking_serialized(
             lambda: self._slot.cache.load(path), _ticket=ticket
         )

@@ -21,6 +21,7 @@ from mlx_engine import (
 from mlx_engine.engine.seats import Seat, Seats
 from tests.conftest import make_tiny, settled
 from tests.guard import Gate
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -122,7 +123,7 @@ async def test_nobody_starves_behind_better_priorities(tiny_path: Path, batched_
                 served += 1
 
         crowd = [asyncio.create_task(important()) for _ in range(4)]
-        await asyncio.sleep(0.02)
+        await until(lambda: served >= len(crowd))
         before = served
         await engine.generate([2], max_tokens=1, priority=1000)
         assert served - before <= 24
@@ -264,7 +265,6 @@ async def test_a_request_that_does_not_fit_now_waits_and_stored_prompts_give_way
         stop = gate("model", 3)
         big = [request(engine, [n] * 400, 20) for n in (1, 2, 3)]
         await stop.reached()
-        await asyncio.sleep(0.01)
         stats = engine.stats()
         assert (stats.running, stats.waiting) == (2, 1)
         assert stats.prompt_cache.nbytes == 0

@@ -19,6 +19,7 @@ from mlx_engine import (
     InvalidRequest,
 )
 from tests.guard import GUARD, Gate
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -202,7 +203,7 @@ async def test_a_prefill_in_which_mlx_fails_costs_its_own_request_only(
     others = asyncio.create_task(answers(engine))
     await stop.reached()
     failing = asyncio.ensure_future(long)
-    await asyncio.sleep(0.005)
+    await until(lambda: engine.stats().waiting == 1)
     calls = 0
 
     def hook(name: str) -> None:

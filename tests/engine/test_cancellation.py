@@ -26,6 +26,7 @@ from tests.conftest import cancel_inside, other_tasks, settled
 from tests.generation.rigged import made
 from tests.guard import GUARD, Gate
 from tests.models.mtp_checkpoints import MIMO
+from tests.waiting import turns, until
 
 pytestmark = pytest.mark.anyio
 
@@ -91,7 +92,7 @@ async def five_times(operation: Operation, gate: Gate) -> None:
 
 async def let_go_later(gate: Gate) -> None:
     for _ in range(5):
-        await asyncio.sleep(0.001)
+        await turns()
         assert mlx_thread.locked, "the lock is free while the worker is inside"
     gate.go()
 
@@ -213,8 +214,7 @@ async def test_cancelled_while_queued_it_never_enters(
         """Reached when the operation is in the queue; there is no worker to let go."""
 
         async def reached(self) -> None:
-            while not engine.stats().waiting:
-                await asyncio.sleep(0.0005)
+            await until(lambda: engine.stats().waiting)
             queued.set()
 
         def go(self) -> None:
@@ -241,7 +241,12 @@ async def test_cancelled_while_queued_it_never_enters(
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_loop_shutdown_waits_for_the_worker(
-    tiny_path: Path, engine_type: type[SimpleEngine], gate: MakeGate, operation: str, phase: str
+    tiny_path: Path,
+    engine_type: type[SimpleEngine],
+    gate: MakeGate,
+    told_to_stop: threading.Event,
+    operation: str,
+    phase: str,
 ) -> None:
     engine = engine_type(tiny_path, prefill_step_size=STEP, prompt_cache_bytes=0)
     asyncio.run(engine.start())
@@ -251,7 +256,7 @@ def test_loop_shutdown_waits_for_the_worker(
         asyncio.create_task(OPERATIONS[operation](engine))  # type: ignore[arg-type]  # noqa: RUF006
         await stop.reached()
 
-    threading.Timer(0.05, stop.go).start()
+    stop.go_after(told_to_stop.is_set)
     asyncio.run(main())
     asyncio.run(settled())
     assert stop.calls == PHASES[phase][1]
@@ -324,10 +329,11 @@ async def test_a_cancelled_stop_still_stops(engine: BaseEngine, gate: MakeGate) 
     request = asyncio.create_task(plain(engine))
     await stop.reached()
     task = asyncio.create_task(engine.stop())
-    await asyncio.sleep(0.001)
+    await turns()
     task.cancel()
-    await asyncio.sleep(0.001)
+    await turns()
     task.cancel()
+    await turns()
     assert not task.done()
     stop.go()
     with pytest.raises(asyncio.CancelledError):

@@ -12,6 +12,7 @@ import pytest
 
 from mlx_engine import BaseEngine
 from tests.conftest import ROOT
+from tests.waiting import PATIENCE
 
 START = """
 import asyncio, os, sys, threading
@@ -127,11 +128,10 @@ def one(script: Path, name: str) -> tuple[int, str]:
         if "twice" in name:
             time.sleep(0.1)
             process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     return process.returncode, errors
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", ENDINGS)
 def test_processes_end_with_the_right_code(
     tiny_path: Path, engine_type: type[BaseEngine], tmp_path: Path, name: str
@@ -161,7 +161,7 @@ asyncio.run(main())
     script = tmp_path / "program.py"
     script.write_text(START.format(path=str(tiny_path), engine="SimpleEngine") + body)
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, cwd=ROOT
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT
     )
     assert (done.returncode, done.stdout) == (0, "cleared by mlx\n"), done.stderr
 
@@ -188,7 +188,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     )
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, cwd=ROOT
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT
     )
     assert "does not survive a fork" in done.stdout
     assert done.stdout.endswith("5\n")
@@ -202,4 +202,4 @@ def test_importing_the_package_starts_nothing() -> None:
         "assert not [m for m in sys.modules if m.split('.')[0] in ('mlx', 'mlx_lm')]\n"
         "assert 'transformers' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE, cwd=ROOT)

@@ -13,6 +13,7 @@ import pytest
 
 from mlx_engine import BatchedEngine, GenerationResult, InvalidRequest, SimpleEngine
 from tests.conftest import make_tiny, settled
+from tests.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.anyio
 
@@ -121,10 +122,9 @@ async def test_a_prompt_that_is_prefilled_beside_others_stores_what_it_shares(
 
         await ask(*system, *range(1, 31))
         await settled()
-        turn = asyncio.create_task(engine.run_blocking(go.wait, 10))
+        turn = asyncio.create_task(engine.run_blocking(go.wait, PATIENCE))
         both = [ask(*system, *range(40, 60)), ask(1, 2, 3)]
-        while engine.stats().waiting < 2:
-            await asyncio.sleep(0.001)
+        await until(lambda: engine.stats().waiting == 2)
         go.set()
         await asyncio.gather(turn, *both)
         await settled()

@@ -24,6 +24,7 @@ from mlx_engine.testing import FakeEngine
 from mlx_engine.testing import Gate as PlayGate
 from tests.conftest import settled
 from tests.guard import Gate
+from tests.waiting import turns
 
 pytestmark = pytest.mark.anyio
 
@@ -79,7 +80,7 @@ async def test_cancelled_it_cancels_all_and_waits_for_them(
     await stop.reached()
     for _ in range(times):
         task.cancel()
-        await asyncio.sleep(0.001)
+        await turns()
         assert not task.done()
     stop.go()
     with pytest.raises(asyncio.CancelledError):
@@ -97,7 +98,7 @@ async def test_stopped_meanwhile_each_request_says_so(engine: BaseEngine, gate: 
     )
     await stop.reached()
     stopping = asyncio.create_task(engine.stop())
-    await asyncio.sleep(0.001)
+    await turns()
     stop.go()
     await stopping
     assert all(isinstance(result, EngineStopped) for result in await task)

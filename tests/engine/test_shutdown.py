@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -29,11 +29,13 @@ from mlx_engine import (
 from mlx_engine.worker import mlx_thread
 from tests.conftest import other_tasks
 from tests.guard import Gate
+from tests.waiting import PATIENCE, turns, until, until_now
 
 pytestmark = pytest.mark.anyio
 
 MakeGate = Callable[[str, int], Gate]
 PROMPT = [1, 2, 3]
+MAX_WAIT = 1000.0  # seconds; tests that need it to pass say when
 
 
 def request(engine: BaseEngine, max_tokens: int = 10) -> asyncio.Task[GenerationResult]:
@@ -42,8 +44,13 @@ def request(engine: BaseEngine, max_tokens: int = 10) -> asyncio.Task[Generation
 
 async def queued(engine: BaseEngine, count: int) -> None:
     """Wait until one request is in work and ``count`` others are in the engine as well."""
-    while (stats := engine.stats()).waiting + stats.running < count + 1:
-        await asyncio.sleep(0.0005)
+    await until(lambda: (stats := engine.stats()).waiting + stats.running > count)
+
+
+def aborted(engine: BaseEngine) -> bool:
+    """Whether a shutdown has told all that was in flight to end."""
+    left = engine._lifecycle._draining  # type: ignore[attr-defined]
+    return bool(left) and all(ticket.aborted for ticket in left)
 
 
 async def test_the_life_of_an_engine(tiny_engine: BaseEngine) -> None:
@@ -95,10 +102,10 @@ async def test_stop_while_loading_ends_the_load_at_once(
     starting = asyncio.create_task(tiny_engine.start())
     await stop.reached()
     stopping = asyncio.create_task(tiny_engine.shutdown(None))
-    await asyncio.sleep(0.01)
+    await turns()
     assert not stopping.done()
     stop.go()
-    assert (await stopping).aborted == ("start-1", "work-1")
+    assert await stopping == ShutdownReport(), "a start is no request"
     with pytest.raises(EngineStopped):
         await starting
     assert tiny_engine.state is EngineState.STOPPED
@@ -138,7 +145,7 @@ async def test_stop_aborts_and_tells_everyone(engine: BaseEngine, gate: MakeGate
     reader = asyncio.create_task(read())
     await stop.reached()
     await queued(engine, 4)
-    threading.Timer(0.02, stop.go).start()
+    stop.go_after(lambda: aborted(engine))
     report = await engine.stop()
     assert report.finished == ()
     assert sorted(report.aborted) == [f"req-{n}" for n in range(1, 6)]
@@ -155,8 +162,8 @@ async def test_shutdown_with_time_lets_requests_finish(engine: BaseEngine, gate:
     stop = gate("model", 5)
     tasks = [request(engine) for _ in range(3)]
     await stop.reached()
-    stopping = asyncio.create_task(engine.shutdown(30))
-    await asyncio.sleep(0.005)
+    stopping = asyncio.create_task(engine.shutdown(10 * PATIENCE))
+    await turns()
     assert engine.state is EngineState.DRAINING
     with pytest.raises(EngineStopped, match="draining"):
         await engine.generate(PROMPT)
@@ -175,10 +182,8 @@ async def test_shutdown_aborts_what_is_left_when_time_is_over(
     stop = gate("model", 5)
     task = request(engine, 5000)
     await stop.reached()
-    threading.Timer(0.05, stop.go).start()
-    begin = time.monotonic()
+    stop.go_after(lambda: aborted(engine))
     report = await engine.shutdown(0.02)
-    assert time.monotonic() - begin < 5
     assert report == ShutdownReport(aborted=("req-1",))
     with pytest.raises(EngineStopped):
         await task
@@ -191,8 +196,8 @@ async def test_two_shutdowns_at_once_the_earlier_deadline_counts(
     task = request(engine, 5000)
     await stop.reached()
     patient = asyncio.create_task(engine.shutdown(None))
-    await asyncio.sleep(0.005)
-    threading.Timer(0.05, stop.go).start()
+    await turns()
+    stop.go_after(lambda: aborted(engine))
     assert await engine.shutdown(0.01) == await patient == ShutdownReport(aborted=("req-1",))
     with pytest.raises(EngineStopped):
         await task
@@ -202,7 +207,7 @@ async def test_shutdown_from_another_loop_and_thread(engine: BaseEngine, gate: M
     stop = gate("model", 5)
     task = request(engine, 5000)
     await stop.reached()
-    threading.Timer(0.05, stop.go).start()
+    stop.go_after(lambda: aborted(engine))
     report = await asyncio.to_thread(lambda: asyncio.run(engine.shutdown(0)))
     assert report.aborted == ("req-1",)
     with pytest.raises(EngineStopped):
@@ -225,12 +230,44 @@ async def test_a_request_cancelled_by_its_own_caller_is_not_reported_as_aborted(
     task = request(engine, 5000)
     await stop.reached()
     stopping = asyncio.create_task(engine.shutdown(None))
-    await asyncio.sleep(0.005)
+    await turns()
     task.cancel()
+    await turns()
     stop.go()
     assert await stopping == ShutdownReport(finished=("req-1",))
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_what_is_no_request_is_drained_and_not_reported(
+    engine: BaseEngine, tmp_path: Path
+) -> None:
+    go = threading.Event()
+    function = asyncio.create_task(engine.run_blocking(go.wait, PATIENCE))
+    saving = asyncio.create_task(engine.save_prompt_cache(tmp_path / "cache"))
+    task = request(engine, 3)
+    await until(lambda: (stats := engine.stats()).waiting + stats.running == 3)
+    stopping = asyncio.create_task(engine.shutdown(None))
+    await turns()
+    go.set()
+    assert await stopping == ShutdownReport(finished=("req-1",))
+    assert len((await task).tokens) == 3
+    assert await function
+    assert await saving == 0
+
+
+async def test_what_is_no_request_is_aborted_and_not_reported(
+    engine: BaseEngine, tmp_path: Path
+) -> None:
+    go = threading.Event()
+    function = asyncio.create_task(engine.run_blocking(go.wait, PATIENCE, on_cancel=go.set))
+    loading = asyncio.create_task(engine.load_prompt_cache(tmp_path / "cache"))
+    task = request(engine, 3)
+    await until(lambda: (stats := engine.stats()).waiting + stats.running == 3)
+    assert await engine.stop() == ShutdownReport(aborted=("req-1",))
+    for each in (function, loading, task):
+        with pytest.raises(EngineStopped):
+            await each
 
 
 async def test_queue_limit_refuses_and_says_when_to_come_back(
@@ -286,16 +323,29 @@ async def test_queue_limit_counts_those_who_wait_not_the_one_about_to_run(
 
 
 async def test_max_wait_ends_waiting_not_running(
-    tiny_path: Path, simple_type: Any, gate: MakeGate
+    tiny_path: Path, simple_type: Any, gate: MakeGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with simple_type(tiny_path, max_wait=0.03) as engine:
+    times_up: list[Callable[[], object]] = []
+
+    def timer(delay: float, callback: Callable[..., object], *args: object) -> asyncio.TimerHandle:
+        if delay == MAX_WAIT:
+            times_up.append(functools.partial(callback, *args))
+        return call_later(delay, callback, *args)
+
+    loop = asyncio.get_running_loop()
+    call_later = loop.call_later
+    async with simple_type(tiny_path, max_wait=MAX_WAIT) as engine:
+        monkeypatch.setattr(loop, "call_later", timer)
         stop = gate("model", 3)
         running = request(engine)
         await stop.reached()
+        waiting = request(engine)
+        await until(lambda: len(times_up) == 2)
+        for time_is_up in times_up:
+            time_is_up()
         with pytest.raises(EngineBusy, match="max_wait"):
-            await engine.generate(PROMPT)
+            await waiting
         assert mlx_thread.waiting == 0
-        await asyncio.sleep(0.05)
         stop.go()
         assert len((await running).tokens) == 10
         assert engine.stats().rejected == 1
@@ -346,14 +396,13 @@ async def test_a_forgotten_engine_warns_and_drops_its_model_on_the_mlx_thread(
     with pytest.warns(ResourceWarning, match="without being stopped"):
         del engine
         gc.collect()
-    while not dropped_on:
-        await asyncio.sleep(0.001)
+    await until(lambda: dropped_on)
     assert dropped_on == [True]
 
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_loop_that_ends_during_a_shutdown_leaves_no_model(
-    tiny_path: Path, gate: MakeGate, inside: bool
+    tiny_path: Path, gate: MakeGate, told_to_stop: threading.Event, inside: bool
 ) -> None:
     engine = SimpleEngine(tiny_path)
     stop = gate("model", 3 if inside else 10_000)
@@ -365,13 +414,13 @@ def test_a_loop_that_ends_during_a_shutdown_leaves_no_model(
             await stop.reached()
         asyncio.create_task(engine.shutdown(None))  # noqa: RUF006
         await asyncio.sleep(0)
-        threading.Timer(0.02, stop.go).start()
+        if inside:
+            stop.go_after(told_to_stop.is_set)
 
     asyncio.run(main())
     assert asyncio.run(engine.stop()) is not None
     assert engine.state is EngineState.STOPPED
-    while engine._slot.filled:
-        time.sleep(0.001)
+    until_now(lambda: not engine._slot.filled)
 
 
 @pytest.mark.parametrize("collected", ["at the end", "with no loop", "in another loop"])
@@ -380,12 +429,12 @@ def test_a_start_whose_loop_was_closed_does_not_block_the_next(
 ) -> None:
     from mlx_engine.engine import local
 
-    stopped = threading.Event()
+    begun, stopped = threading.Event(), threading.Event()
     original = local.find_model
 
     def slow(config: object, progress: object, should_stop: Callable[[], bool]) -> Path:
-        while not should_stop():
-            time.sleep(0.005)
+        begun.set()
+        until_now(should_stop)
         stopped.set()
         raise local.Interrupted
 
@@ -393,12 +442,12 @@ def test_a_start_whose_loop_was_closed_does_not_block_the_next(
     monkeypatch.setattr(local, "find_model", slow)
     loop = asyncio.new_event_loop()
     task = loop.create_task(engine.start())
-    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.run_until_complete(until(begun.is_set))
     task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()
     assert engine.state is EngineState.STARTING
     monkeypatch.setattr(local, "find_model", original)
-    assert stopped.wait(5)
+    assert stopped.wait(PATIENCE)
 
     coroutine = task.get_coro()
     assert coroutine is not None
@@ -444,7 +493,7 @@ async def test_stop_while_a_failed_start_cleans_up(tiny_path: Path, gate: MakeGa
     holder = asyncio.create_task(SimpleEngine(tiny_path).run_blocking(lambda: None))
     stopping = asyncio.create_task(engine.stop())
     stop.go()
-    assert (await stopping).aborted[0] == "start-1"
+    assert await stopping == ShutdownReport()
     outcomes = await asyncio.gather(starting, holder, return_exceptions=True)
     assert all(isinstance(error, Exception) for error in outcomes)
     assert engine.state is EngineState.STOPPED
@@ -460,10 +509,10 @@ async def test_a_stop_whose_helper_task_is_cancelled_still_stops(
     task = request(engine, 1000)
     await stop.reached()
     stopping = asyncio.create_task(engine.stop())
-    await asyncio.sleep(0.005)
+    await turns()
     for other in other_tasks() - {task, stopping}:
         other.cancel()
-    await asyncio.sleep(0.005)
+    await turns()
     stop.go()
     assert (await stopping).aborted == ("req-1",)
     assert engine.state is EngineState.STOPPED

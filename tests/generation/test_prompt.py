@@ -16,6 +16,7 @@ from mlx_engine.generation.prompt import encode
 from mlx_engine.testing import FakeEngine
 from tests.conftest import make_tiny
 from tests.tiny import CONTEXT
+from tests.waiting import PROMPTLY
 
 pytestmark = pytest.mark.anyio
 
@@ -98,7 +99,7 @@ async def test_ten_megabytes_of_prompt_are_refused_at_once(engine: SimpleEngine)
         await engine.generate(text)
     with pytest.raises(ContextLengthExceeded, match="characters of messages"):
         await engine.chat([{"role": "user", "content": text}])
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < PROMPTLY, "to tokenize them takes minutes"
 
 
 async def test_text_that_is_a_little_too_long_is_counted_in_tokens(engine: SimpleEngine) -> None:

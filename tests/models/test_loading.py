@@ -18,6 +18,7 @@ from mlx_engine.engine import local
 from mlx_engine.turn import Turn
 from mlx_engine.worker import mlx_thread
 from tests.conftest import ROOT
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.anyio
 
@@ -214,7 +215,7 @@ def test_importing_mlx_lm_does_not_lower_the_limit_of_open_files(
         [sys.executable, "-c", LIMITS.format(before=before)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         cwd=ROOT,
     )
     assert done.stdout == f"{after}\n", done.stderr

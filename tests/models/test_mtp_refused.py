@@ -23,6 +23,7 @@ from tests.models.mtp_checkpoints import (
     load,
     off,
 )
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.anyio
 
@@ -185,7 +186,7 @@ def test_the_command_says_what_it_wrote(tmp_path: Path) -> None:
         [sys.executable, "-c", COMMAND, str(made.checkpoint), str(made.converted)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         cwd=ROOT,
     )
     path = made.converted / "mtp.safetensors"

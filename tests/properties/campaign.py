@@ -16,8 +16,9 @@ from mlx_engine import (
 )
 from mlx_engine.worker import mlx_thread
 from tests.conftest import other_tasks, settled
-from tests.properties.cases import ALL, PATIENCE, Act, Answers
+from tests.properties.cases import ALL, Act, Answers
 from tests.properties.faults import Faults, Place, chain
+from tests.waiting import PATIENCE
 
 
 class Campaign:

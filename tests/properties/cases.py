@@ -27,7 +27,6 @@ from tests.models.mtp_checkpoints import MIMO, QWEN_NEXT
 from tests.properties.faults import Faults
 
 ALL = os.environ.get("MLX_ENGINE_FAULTS") == "all"
-PATIENCE = 20.0  # seconds that anything may take before it counts as hung
 DRAW = random.Random(5)
 SHORT = [DRAW.randrange(1, 250) for _ in range(24)]
 OTHERS = [[DRAW.randrange(1, 250) for _ in range(length)] for length in (5, 17)]

@@ -29,8 +29,8 @@ from tests.conftest import other_tasks, settled
 from tests.guard import GUARD
 from tests.properties import programs as ops
 from tests.properties.programs import CHATS, PARAMS, PROMPTS, Operation
+from tests.waiting import PATIENCE
 
-PATIENCE = 10.0  # seconds that anything may take before it counts as hung
 MOST_FAULTS = 2  # of the model's in a program: three steps in a row that fail end an engine
 SCRIPTED = "scripted fault"
 

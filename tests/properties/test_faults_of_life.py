@@ -18,13 +18,13 @@ from tests.properties.cases import (
     CASES,
     GREEDY,
     LONG,
-    PATIENCE,
     SHORT,
     folder_of,
     ordinary,
     outcome,
 )
 from tests.properties.faults import Faults
+from tests.waiting import PATIENCE
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(600)]
 

@@ -21,7 +21,7 @@ NEW = "MLX_ENGINE_EXAMPLES" in os.environ
 EXAMPLES = int(os.environ.get("MLX_ENGINE_EXAMPLES", "60"))
 LIMIT = 150_000  # bytes of prompt cache: some prompts give way to others
 
-pytestmark = pytest.mark.timeout(60 + 3 * EXAMPLES)
+pytestmark = pytest.mark.timeout(600 + 10 * EXAMPLES)
 bounded = settings(
     max_examples=EXAMPLES,
     deadline=None,

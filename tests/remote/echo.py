@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.remote.links.link import Ending, Link
+from tests.waiting import until
 
 CHILD = Path(__file__).with_name("echo_child.py")
 LENGTH = struct.Struct(">I")
@@ -23,6 +24,7 @@ class EchoLink(Link):
         super().__init__()
         self._name = name
         self._killed = False
+        self._said = b""
 
     async def open(self) -> None:
         if self._name == "broken":
@@ -50,7 +52,9 @@ class EchoLink(Link):
 
     def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
         with self._process.stderr as stderr:  # type: ignore[union-attr]
-            said = stderr.read().decode()
+            while piece := stderr.read1():  # type: ignore[attr-defined]
+                self._said += piece
+        said = self._said.decode()
         code = self._process.wait()
         asyncio.run_coroutine_threadsafe(self._end(code, said), loop)
 
@@ -63,7 +67,7 @@ class EchoLink(Link):
 
     async def dump_stacks(self) -> None:
         self._process.send_signal(signal.SIGUSR1)
-        await asyncio.sleep(0.1)
+        await until(lambda: b"Current thread" in self._said)
 
     def terminate(self) -> None:
         self._process.terminate()

@@ -6,8 +6,7 @@ import asyncio
 import shutil
 import socket
 import tempfile
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from mlx_engine.remote.wire.messages import (
     decode_from_server,
     encode,
 )
+from tests.waiting import PATIENCE, until
 
 PROMPT = [1, 2, 3]
 ENDLESS = 16000  # tokens
@@ -53,13 +53,6 @@ async def hosted(engine: BaseEngine, **options: Any) -> AsyncIterator[EngineHost
 async def client(host: EngineHost) -> AsyncIterator[RemoteEngine]:
     async with RemoteEngine(host.path) as remote:
         yield remote
-
-
-async def until(condition: Callable[[], object], what: str = "", limit: float = 10) -> None:
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, what or "it did not happen"
-        await asyncio.sleep(0.002)
 
 
 def endless(engine: BaseEngine) -> asyncio.Task[GenerationResult]:
@@ -115,7 +108,7 @@ class Stranger:
 
     async def end(self) -> list[ToClient]:
         """Everything it is told until the connection is closed."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while await self.hear():
                 pass
         return self.heard

@@ -77,14 +77,6 @@ class World:
         ]
 
 
-async def until(condition: Callable[[], object], limit: float = 5.0) -> None:
-    """Wait for what no event tells."""
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, "it has not come"
-        await asyncio.sleep(0.001)
-
-
 class Scripted(BaseEngine):
     def __init__(self, name: str, world: World) -> None:
         self.name = name
@@ -95,6 +87,7 @@ class Scripted(BaseEngine):
         self.stuck = False  # no answer to a cancellation or a stop; only a kill ends it
         self.exit: asyncio.Future[Exit] | None = None
         self.stops: list[tuple[float, float | None]] = []
+        self.killed: float | None = None
         self.saved: list[Path] = []
         self.nbytes = 0
         self._state = EngineState.CREATED
@@ -206,6 +199,7 @@ class Scripted(BaseEngine):
         return self.exit.result()
 
     def kill(self) -> None:
+        self.killed = time.monotonic()
         self.crash()
 
     async def run_blocking(self, func: Any, /, *args: Any, **kwargs: Any) -> Any:

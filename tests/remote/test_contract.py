@@ -33,6 +33,7 @@ from mlx_engine import (
     Timings,
 )
 from tests.remote import processors
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -192,9 +193,8 @@ async def test_a_stream_is_read_once_and_closed(pair: tuple[BaseEngine, ProcessE
     assert stream.result.request_id == stream.request_id
     with pytest.raises(StreamClosed):
         await anext(stream)
-    while (stats := engine.stats()).running:
-        await asyncio.sleep(0.001)
-    assert stats.waiting == 0
+    await until(lambda: not engine.stats().running)
+    assert engine.stats().waiting == 0
 
 
 async def test_cancel_keeps_what_there_is(pair: tuple[BaseEngine, ProcessEngine]) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from mlx_engine import EngineDead, ProcessEngine
+from tests.waiting import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.demo]
 
@@ -20,7 +21,6 @@ async def read(engine: ProcessEngine, count: int) -> tuple[int, ...]:
     return tuple(tokens)
 
 
-@pytest.mark.timeout(300)
 async def test_the_load_and_the_kill_of_one_do_not_disturb_the_other() -> None:
     async with ProcessEngine("demo", engine="batched") as living:
         answer = await living.generate(PROMPT, max_tokens=24, ignore_eos=True)
@@ -39,8 +39,7 @@ async def test_the_load_and_the_kill_of_one_do_not_disturb_the_other() -> None:
         async with dying:
             reading = asyncio.create_task(read(living, 24))
             asked = asyncio.create_task(dying.generate(PROMPT, max_tokens=100))
-            while not dying.stats().prompt_tokens:
-                await asyncio.sleep(0.01)
+            await until(lambda: dying.stats().prompt_tokens)
             dying.kill()
             with pytest.raises(EngineDead, match="SIGKILL"):
                 await asked

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from mlx_engine import (
     RequestLimits,
     SimpleEngine,
 )
-from mlx_engine.remote.beat import Watchdog
 from mlx_engine.remote.remote_engine import RemoteEngine
 from mlx_engine.remote.serving import session
 from mlx_engine.remote.serving.host import EngineHost
@@ -36,7 +36,7 @@ from mlx_engine.remote.wire.messages import (
     Stopped,
 )
 from tests.conftest import ROOT
-from tests.guard import GUARD
+from tests.guard import GUARD, Gate
 from tests.remote.hosting import (
     ENDLESS,
     PROMPT,
@@ -48,8 +48,9 @@ from tests.remote.hosting import (
     hosted,
     running,
     short_folder,
-    until,
 )
+from tests.remote.lives import watch_closely
+from tests.waiting import PATIENCE, expire, until
 
 pytestmark = pytest.mark.anyio
 LOG = "mlx_engine.host"
@@ -142,14 +143,19 @@ async def test_a_cancelled_request_leaves_the_engine_before_the_caller_knows(
     host: EngineHost, remote: RemoteEngine
 ) -> None:
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.3):
+        async with asyncio.timeout(None) as limit:
+            at_work = asyncio.create_task(expire(limit, lambda: host.engine.stats().running))
             await remote.generate(PROMPT, max_tokens=ENDLESS, ignore_eos=True)
+    await at_work
     await free(host)
     stream = remote.stream_generate(PROMPT, max_tokens=ENDLESS, ignore_eos=True)
+    read = 0
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.3), stream:
+        async with asyncio.timeout(None) as limit, stream:
+            at_work = asyncio.create_task(expire(limit, lambda: read > 3))
             async for _ in stream:
-                pass
+                read += 1
+    await at_work
     await free(host)
     assert stream.result.finish_reason == "cancelled"
     assert len(stream.result.tokens) > 3
@@ -162,9 +168,11 @@ async def test_a_clients_shutdown_drains_its_own_requests_only(host: EngineHost)
         await running(host)
         short = asyncio.create_task(leaving.generate(PROMPT, max_tokens=20, ignore_eos=True))
         await running(host, 2)
+        shutdown = asyncio.create_task(leaving.shutdown(10 * PATIENCE))
+        await until(lambda: leaving.state is EngineState.DRAINING)
         if isinstance(host.engine, SimpleEngine):  # where it waits for the other one
-            asyncio.get_running_loop().call_later(0.3, other.cancel)
-        report = await leaving.shutdown(20)
+            other.cancel()
+        report = await shutdown
         assert len((await short).tokens) == 20
         assert (report.finished, report.aborted) == (("req-1",), ())
         assert leaving.state is EngineState.STOPPED
@@ -248,17 +256,19 @@ async def test_a_client_that_is_dropped_unstopped_warns_and_leaves(host: EngineH
 
 
 async def test_a_draining_host_lets_requests_finish_and_takes_no_new_ones(
-    host: EngineHost, remote: RemoteEngine
+    host: EngineHost, remote: RemoteEngine, gate: Callable[[str, int], Gate]
 ) -> None:
+    stop = gate("model", 20)
     task = asyncio.create_task(remote.generate(PROMPT, max_tokens=300, ignore_eos=True))
     await running(host)
-    shutdown = asyncio.create_task(host.shutdown(30))
+    shutdown = asyncio.create_task(host.shutdown(10 * PATIENCE))
     await until(lambda: remote.state is EngineState.DRAINING)
     assert not os.path.exists(host.path), "another host may take its place at once"
     with pytest.raises(EngineStopped):
         await remote.generate(PROMPT)
     with pytest.raises(EngineDead, match="no such socket"):
         await RemoteEngine(host.path).start()
+    stop.go()
     assert len((await task).tokens) == 300
     report = await shutdown
     assert len(report.finished) == 1
@@ -276,7 +286,7 @@ async def test_the_earliest_deadline_of_a_host_aborts_and_clients_are_told(
     task = endless(remote)
     await running(host)
     draining = asyncio.create_task(host.shutdown(None))
-    await asyncio.sleep(0.05)
+    await until(lambda: remote.state is EngineState.DRAINING)
     assert not draining.done()
     report = await host.shutdown(0)
     assert len(report.aborted) == 1
@@ -367,10 +377,11 @@ async def test_what_cannot_be_told_of_an_answer_is_told_its_caller(
 
 
 async def test_a_host_that_is_stopped_is_noticed(host: EngineHost) -> None:
-    async with RemoteEngine(host.path, watchdog=Watchdog(silence=0.5)) as remote:
+    async with RemoteEngine(host.path) as remote:
         task = endless(remote)
         await running(host)
         host._beating.cancel()  # type: ignore[union-attr]
+        await watch_closely(remote, silence=0.5)
         with pytest.raises(EngineDead, match=r"no sign of life.*connection to its host was closed"):
             await task
         await free(host)

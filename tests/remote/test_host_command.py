@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -18,12 +16,11 @@ from mlx_engine.cli.options import parse, queue_options, spelled
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.remote.remote_engine import RemoteEngine
 from tests.conftest import ROOT
-from tests.remote.hosting import ENDLESS, PROMPT, short_folder, until
+from tests.remote.hosting import ENDLESS, PROMPT, short_folder
+from tests.stuck import StuckModel
+from tests.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.anyio
-
-LIMIT = 40  # seconds for a process to start and load, on a busy machine
-PROMPTLY = 5  # seconds
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +45,7 @@ class Command:
 
     async def line(self) -> str:
         assert self.process.stderr is not None
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(PATIENCE):
             return (await self.process.stderr.readline()).decode()
 
     def send(self, number: signal.Signals) -> None:
@@ -56,7 +53,7 @@ class Command:
 
     async def end(self) -> tuple[int, str]:
         """Exit code, and the rest of what it says."""
-        async with asyncio.timeout(PROMPTLY):
+        async with asyncio.timeout(PATIENCE):
             output, errors = await self.process.communicate()
         assert output == b""
         assert self.process.returncode is not None
@@ -132,7 +129,7 @@ async def test_a_host_whose_engine_has_failed_ends(
 ) -> None:
     lost = tmp_path / "lost"
     arguments = ("-c", LOST, str(lost), "host", str(tiny_path), "--socket", str(path))
-    async with started_as(*arguments) as host, asyncio.timeout(LIMIT):
+    async with started_as(*arguments) as host, asyncio.timeout(PATIENCE):
         assert "serving" in await host.line()
         async with RemoteEngine(path) as remote:
             assert (await remote.generate(PROMPT, max_tokens=2)).tokens
@@ -194,32 +191,26 @@ async def test_a_signal_ends_an_idle_host_at_once(
 async def test_a_signal_ends_the_load_and_a_second_one_a_load_that_is_stuck(
     tiny_path: Path, tmp_path: Path, path: Path, number: signal.Signals, code: int
 ) -> None:
-    model = shutil.copytree(tiny_path, tmp_path / "stuck")
-    tokenizer = (model / "tokenizer.json").read_bytes()
-    (model / "tokenizer.json").unlink()
-    os.mkfifo(model / "tokenizer.json")
     for stuck in (False, True):
-        async with started(model, "--socket", path) as host:
-            async with asyncio.timeout(LIMIT):  # until the loader reads it
-                writer = await asyncio.to_thread(os.open, model / "tokenizer.json", os.O_WRONLY)
+        model = StuckModel(tiny_path, tmp_path / f"stuck {stuck}")
+        async with started(model.path, "--socket", path) as host:
+            await until(lambda model=model: model.is_read)  # type: ignore[misc]
             host.send(number)
             if stuck:
                 await asyncio.sleep(0.3)  # two signals at once would be one
                 assert host.process.returncode is None
                 host.send(number)
             else:
-                await asyncio.to_thread(os.write, writer, tokenizer)
-                os.close(writer)
+                model.go_on()
             assert await host.end() == (code, "")
-            if stuck:
-                os.close(writer)
+        model.close()
         assert list(path.parent.iterdir()) == []
 
 
 async def test_what_is_wrong_is_told_before_the_model_is_loaded(path: Path) -> None:
     path.touch()
     async with started("./there/is/none", "--socket", path) as host:
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(PATIENCE):
             line = await host.line()
         assert line.startswith(f"mlx-engine: error: argument --socket: {path} exists and is not")
         assert await host.end() == (2, "")

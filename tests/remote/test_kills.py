@@ -11,7 +11,6 @@ import os
 import random
 import signal
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from mlx_engine import (
 )
 from tests.conftest import other_tasks
 from tests.processes import children
+from tests.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.anyio
 
@@ -62,7 +62,7 @@ async def kill_at(moment: str, manager: EngineManager, choose: random.Random) ->
     if moment in ("start", "load"):  # of the replica that comes back from a kill before
         os.kill(choose.choice(pids(manager)), signal.SIGKILL)
         before = set(pids(manager))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while not (new := set(pids(manager)) - before):
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0 if moment == "start" else choose.uniform(0.2, 0.9))
@@ -84,7 +84,7 @@ async def kill_at(moment: str, manager: EngineManager, choose: random.Random) ->
         pass  # it was the one that had been killed
 
 
-@pytest.mark.timeout(60 + 8 * KILLS)
+@pytest.mark.timeout(300 + 60 * KILLS)
 async def test_after_every_kill_everybody_is_told_and_it_serves_again(
     tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +115,7 @@ async def test_after_every_kill_everybody_is_told_and_it_serves_again(
                 ]
                 await asyncio.sleep(0)
             await kill_at(moment, manager, choose)
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE):
                 ends = await asyncio.gather(*tasks, return_exceptions=True)
             for number, end in enumerate(ends):
                 if isinstance(end, GenerationResult):
@@ -124,15 +124,12 @@ async def test_after_every_kill_everybody_is_told_and_it_serves_again(
                     assert isinstance(end, MLXEngineError), repr(end)
                     assert isinstance(end, EngineDead), repr(end)
                 told[type(end).__name__] += 1
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE):
                 assert (await ask(manager, 0, False)).tokens == expected[0]
                 while any(info.state != "running" for info in manager.replicas):
                     await asyncio.sleep(0.01)
     print(f"{KILLS} kills: {dict(told)}")
     assert not children()
     gc.collect()
-    end = time.monotonic() + 2
-    while left := other_tasks():
-        assert time.monotonic() < end, left
-        await asyncio.sleep(0.01)
+    await until(lambda: not other_tasks(), "tasks are left")
     assert set(os.listdir(tmp_path)) <= {"mlx"}, "MLX keeps its compiled kernels there"

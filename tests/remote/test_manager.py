@@ -27,7 +27,8 @@ from mlx_engine.remote.replicas.manager import EngineManager
 from mlx_engine.remote.replicas.restarts import RestartPolicy
 from mlx_engine.remote.replicas.waiting_room import waiting_limits
 from tests.conftest import other_tasks
-from tests.remote.scripted import Scripted, ScriptedRequest, World, until
+from tests.remote.scripted import Scripted, ScriptedRequest, World
+from tests.waiting import PATIENCE, PROMPTLY, until
 
 pytestmark = pytest.mark.anyio
 
@@ -866,9 +867,11 @@ async def test_all_replicas_are_stopped_at_the_same_time_and_those_that_are_stuc
     tasks[0].cancel()  # and waits for its replica, which does not answer
     began = time.monotonic()
     report = await manager.shutdown(0.3)
-    assert 0.3 <= time.monotonic() - began < 1.3
+    assert 0.3 <= time.monotonic() - began < PATIENCE
     stops = [world[number].stops[0][0] for number in (1, 2, 3)]
-    assert max(stops) - min(stops) < 0.1
+    kills = [killed for number in (1, 2, 3) if (killed := world[number].killed)]
+    assert len(kills) == 3
+    assert max(stops) < min(kills), "none had to wait for another one's end"
     assert len(report.aborted) == 3
     with pytest.raises(asyncio.CancelledError):
         await tasks[0]
@@ -900,7 +903,7 @@ async def test_a_shutdown_during_a_restart(world: World) -> None:
     task = await generating(manager)
     began = time.monotonic()
     report = await manager.shutdown(0.1)
-    assert time.monotonic() - began < 1.1
+    assert time.monotonic() - began < PROMPTLY
     assert report.aborted == ("req-1",)
     with pytest.raises(EngineStopped):
         await task
@@ -908,11 +911,11 @@ async def test_a_shutdown_during_a_restart(world: World) -> None:
 
 
 async def test_a_shutdown_during_the_wait_before_a_restart(world: World) -> None:
-    manager = managed(world, 1, RestartPolicy(backoff=20.0))
+    manager = managed(world, 1, RestartPolicy(backoff=1000.0, max_backoff=1000.0))
     await manager.start()
     world[1].crash()
     await until(lambda: states(manager) == ["restarting"])
-    await asyncio.wait_for(manager.stop(), 1)
+    await asyncio.wait_for(manager.stop(), PROMPTLY)
     assert len(world.lives["replica-1"]) == 1
     assert not other_tasks()
 
@@ -946,7 +949,7 @@ async def test_a_shutdown_while_a_replica_leaves(world: World) -> None:
     world[2].stuck = True
     began = time.monotonic()
     await manager.shutdown(0.1)
-    assert time.monotonic() - began < 1.1
+    assert time.monotonic() - began < PROMPTLY
     await scaling
     for task in tasks:
         with pytest.raises(EngineStopped):

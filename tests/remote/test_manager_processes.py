@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 
 from mlx_engine import EngineDead, EngineState, EngineStopped, InvalidRequest, ModelLoadError
-from mlx_engine.remote.beat import Watchdog
+from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.replicas.manager import EngineManager
 from mlx_engine.remote.replicas.restarts import RestartPolicy
 from tests.conftest import other_tasks
 from tests.processes import children
+from tests.remote.lives import LONG, NAMED, pid_of, watch_closely
+from tests.waiting import PROMPTLY, until
 
 pytestmark = pytest.mark.anyio
 
-NAMED = "tests.remote.processors:"
 QUICK = RestartPolicy(backoff=0.05)
-LONG: dict[str, Any] = {"max_tokens": 5000, "ignore_eos": True}
 
 
 @pytest.fixture(autouse=True)
@@ -37,20 +37,20 @@ def no_process_is_left() -> Iterator[None]:
 @pytest.fixture
 async def manager(tiny_path: Path) -> AsyncIterator[EngineManager]:
     """A running manager of two processes, each with many requests at once."""
-    manager = EngineManager(
-        tiny_path, replicas=2, engine="batched", restart=QUICK, watchdog=Watchdog(decode=2.0)
-    )
+    manager = EngineManager(tiny_path, replicas=2, engine="batched", restart=QUICK)
     async with manager:
         yield manager
     assert not other_tasks()
 
 
+def engine_of(manager: EngineManager, name: str) -> LinkedEngine:
+    (replica,) = [one for one in manager._supervisor.everyone if one.name == name]
+    return replica.engine
+
+
 def send(manager: EngineManager, name: str, number: signal.Signals) -> None:
     """Send a signal to the process of a replica."""
-    (replica,) = [one for one in manager._supervisor.everyone if one.name == name]
-    connection = replica.engine._connection
-    assert connection is not None
-    os.kill(connection._link.pid, number)  # type: ignore[union-attr]
+    os.kill(pid_of(engine_of(manager, name)), number)
 
 
 def at_work(manager: EngineManager) -> list[str]:
@@ -58,20 +58,18 @@ def at_work(manager: EngineManager) -> list[str]:
     return [name for name, stats in manager.replica_stats().items() if stats.running]
 
 
-async def until_all_run(manager: EngineManager, restarts: int, limit: float = 20.0) -> None:
-    async with asyncio.timeout(limit):
-        while (
-            any(info.state != "running" for info in manager.replicas)
-            or sum(info.restarts for info in manager.replicas) < restarts
-        ):
-            await asyncio.sleep(0.01)
+async def until_all_run(manager: EngineManager, restarts: int) -> None:
+    await until(
+        lambda: (
+            all(info.state == "running" for info in manager.replicas)
+            and sum(info.restarts for info in manager.replicas) >= restarts
+        )
+    )
 
 
 async def until_at_work(manager: EngineManager) -> str:
-    async with asyncio.timeout(10):
-        while not (names := at_work(manager)):
-            await asyncio.sleep(0.01)
-    return names[0]
+    await until(lambda: at_work(manager))
+    return at_work(manager)[0]
 
 
 async def test_it_is_used_as_an_engine(manager: EngineManager, tmp_path: Path) -> None:
@@ -144,7 +142,7 @@ async def test_a_stream_that_has_begun_gets_the_end_of_its_process(manager: Engi
             async for _ in stream:
                 pass
     assert dead.value.signal == "SIGKILL"
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < PROMPTLY
     assert (await manager.generate([1], max_tokens=2)).tokens  # the other one, at once
 
 
@@ -159,15 +157,14 @@ async def test_a_request_that_kills_its_process(manager: EngineManager) -> None:
 async def test_a_process_that_is_stuck_is_ended_and_comes_back(manager: EngineManager) -> None:
     stuck = asyncio.create_task(manager.generate([1], logits_processors=[NAMED + "park"]))
     name = await until_at_work(manager)
+    await watch_closely(engine_of(manager, name), decode=1)
     await until_all_run(manager, 1)
     (ended,) = [info for info in manager.replicas if info.restarts]
     assert ended.name == name
     assert ended.last_exit is not None
     assert ended.last_exit.kind == "stalled"
     stuck.cancel()
-    began = time.monotonic()
     report = await manager.shutdown(0)
-    assert time.monotonic() - began < 1.2
     assert report.aborted in ((), ("req-1",))
     with pytest.raises((asyncio.CancelledError, EngineStopped)):
         await stuck
@@ -206,7 +203,7 @@ async def test_stopped_processes_hold_up_no_shutdown(manager: EngineManager) -> 
         send(manager, name, signal.SIGSTOP)
     began = time.monotonic()
     report = await manager.shutdown(0.5)
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < PROMPTLY
     assert len(report.aborted) == 4
     for task in asked:
         with pytest.raises(EngineStopped):

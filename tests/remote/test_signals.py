@@ -12,7 +12,8 @@ import pytest
 
 from mlx_engine import BaseEngine, EngineState, EngineStopped, InvalidRequest, SimpleEngine
 from mlx_engine.remote.signals import install_signal_handlers
-from tests.remote.hosting import ENDLESS, PROMPT, until
+from tests.remote.hosting import ENDLESS, PROMPT
+from tests.waiting import PATIENCE, turns, until
 
 pytestmark = pytest.mark.anyio
 
@@ -70,7 +71,7 @@ async def test_the_second_signal_aborts(engine: BaseEngine) -> None:
         waiting = asyncio.create_task(handlers.wait())
         send(signal.SIGTERM)
         await until(lambda: engine.state is EngineState.DRAINING)
-        await asyncio.sleep(0.05)
+        await turns()
         assert not task.done()
         send(signal.SIGINT)
         report = await waiting
@@ -124,7 +125,7 @@ async def test_what_the_parent_has_ignored_stays_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with install_signal_handlers(Fake()) as handlers:
         send(signal.SIGINT)
-        await asyncio.sleep(0.01)
+        await turns()
         assert handlers.received is None
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -188,7 +189,7 @@ def test_another_thread_is_told_what_to_do() -> None:
 
     thread = threading.Thread(target=lambda: asyncio.run(install()))
     thread.start()
-    thread.join(5)
+    thread.join(PATIENCE)
     assert "signals arrive in the main thread" in errors[0]
     with pytest.raises(RuntimeError, match="no running event loop"):
         install_signal_handlers(SimpleEngine("none"))

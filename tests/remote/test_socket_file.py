@@ -23,6 +23,7 @@ from tests.remote.hosting import (
     PROMPT,
     short_folder,
 )
+from tests.waiting import turns
 
 pytestmark = pytest.mark.anyio
 LOG = "mlx_engine.host"
@@ -39,7 +40,7 @@ async def test_a_living_host_is_not_replaced_and_does_not_notice(
 ) -> None:
     with pytest.raises(InvalidRequest, match=f"another host serves on {host.path}"):
         EngineHost(engine, host.path)  # type: ignore[arg-type]
-    await asyncio.sleep(0.05)
+    await turns()
     assert caplog.records == []
 
 

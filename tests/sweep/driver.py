@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-_PATIENCE = 30  # seconds in which a thread must come to its next pause
+_PATIENCE = 90  # seconds in which a thread must come to its next pause
 
 Ready = Callable[[], object]
 

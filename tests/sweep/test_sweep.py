@@ -23,7 +23,7 @@ from tests.sweep.simulation import Simulation
 
 pytestmark = [
     # Of the plays that must be asked for, those that start MTP engines take minutes.
-    pytest.mark.timeout(1200 if ASKED else 300),
+    pytest.mark.timeout(3600 if ASKED else 900),
     # When an event loop is closed, streams that are in no "async with" warn, and so do the
     # coroutines of tasks that have not begun.
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::RuntimeWarning"),

@@ -32,8 +32,7 @@ from mlx_engine.testing import (
 from mlx_engine.testing.safety import books, overseer, sweep, trial
 from mlx_engine.testing.safety.endings import ALL_WAYS
 from tests.conftest import make_tiny
-
-pytestmark = pytest.mark.timeout(300)
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +40,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("tiny"), "0")
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What never ends is told soon."""
-    monkeypatch.setattr(sweep, "_PATIENCE", 1.0)
-    monkeypatch.setattr(overseer, "_GRACE", 0.2)
+def limits(monkeypatch: pytest.MonkeyPatch, patience: float, rest: float) -> None:
+    monkeypatch.setattr(sweep, "_PATIENCE", patience)
+    monkeypatch.setattr(overseer, "_GRACE", rest)
     for module in (books, trial):
-        monkeypatch.setattr(module, "_REST", 0.2)
+        monkeypatch.setattr(module, "_REST", rest)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No engine is found to hang because the machine is busy."""
+    limits(monkeypatch, PATIENCE, PATIENCE)
+
+
+@pytest.fixture
+def impatient(patient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What never ends is told soon."""
+    limits(monkeypatch, 3.0, 0.5)
 
 
 def check(make: Callable[[], BaseEngine], **options: Any) -> SafetyReport:
@@ -103,7 +112,7 @@ def test_a_fake_engine_is_safe_at_every_moment_of_every_way(width: int) -> None:
     said: list[str] = []
     report = assert_cancellation_safe(
         lambda: FakeEngine("Hello there, you!", max_batch_size=width, seconds_per_token=0.0005),
-        seconds=60,
+        seconds=10 * PATIENCE,
         only="generate, before another",
         report=said.append,
     )
@@ -158,12 +167,12 @@ def test_one_that_swallows_a_cancellation_is_found_and_how_to_see_it_again() -> 
             except asyncio.CancelledError:
                 return await task  # a result for a caller that was cancelled
 
-    report = fails(Swallows, only="generate", seconds=10)
+    report = fails(Swallows, only="generate", seconds=PATIENCE)
     assert "the outcome is not honest" in report.failures[0].problem
     where = report.failures[0].where
     assert where.startswith("generate / ")
     assert f'only="{where}"' in str(report)
-    again = fails(Swallows, only=where, seconds=10)
+    again = fails(Swallows, only=where, seconds=PATIENCE)
     assert {failure.where for failure in again.failures} == {where}
     assert sum(row.failures for row in again.rows) == len(again.failures) == 5
     assert "After 5 failures no more was tried." in again.notes

@@ -28,12 +28,18 @@ class Flight:
         request_id: the name of the ticket.
         lifecycle: what it is in flight in.
         leftovers: gets the tasks that an abort has left; they leave it when they are over.
+        reported: whether a shutdown reports on it; see ``Ticket``.
     """
 
     def __init__(
-        self, request_id: str, lifecycle: Lifecycle, leftovers: set[asyncio.Task[Any]]
+        self,
+        request_id: str,
+        lifecycle: Lifecycle,
+        leftovers: set[asyncio.Task[Any]],
+        *,
+        reported: bool = True,
     ) -> None:
-        self._ticket = Ticket(request_id, loop=running_loop())
+        self._ticket = Ticket(request_id, loop=running_loop(), reported=reported)
         self._lifecycle = lifecycle
         self._leftovers = leftovers
         self._lock = threading.Lock()

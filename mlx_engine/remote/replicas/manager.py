@@ -217,7 +217,7 @@ class EngineManager(BaseEngine):
             supervisor.cancel_jobs()
             return True
 
-        ticket = Ticket(self._lifecycle.new_id("start"), loop=loop)
+        ticket = Ticket(self._lifecycle.new_id("start"), loop=loop, reported=False)
         if not await self._lifecycle.begin_start(ticket, abort):
             return
         try:
@@ -371,7 +371,8 @@ class EngineManager(BaseEngine):
 
     def _flight(self, prefix: str) -> Flight:
         self._check_running()
-        return Flight(self._lifecycle.new_id(prefix), self._lifecycle, self._fleet.leftovers)
+        name = self._lifecycle.new_id(prefix)
+        return Flight(name, self._lifecycle, self._fleet.leftovers, reported=False)
 
     async def run_blocking(
         self,

@@ -22,7 +22,7 @@ from mlx_engine.remote.serving.heart import Heart
 from mlx_engine.remote.serving.round_robin import RoundRobin
 from mlx_engine.remote.serving.session import Session
 from mlx_engine.remote.wire.messages import Heartbeat, Leaving, Refused, Stopped
-from mlx_engine.turn import clean_up, outlast
+from mlx_engine.turn import clean_up, is_destroyed, outlast
 
 if TYPE_CHECKING:
     from mlx_engine.engine.local import LocalEngine
@@ -107,6 +107,7 @@ class EngineHost:
         self._beating: asyncio.Task[None] | None = None
         self._leaving = False
         self._closing: asyncio.Task[None] | None = None
+        self._entered_in: asyncio.AbstractEventLoop | None = None
 
     @property
     def clients(self) -> int:
@@ -179,13 +180,15 @@ class EngineHost:
             error = raised
             raise
         finally:
-            if self._closing is None:
-                self._closing = asyncio.create_task(self._close(report))
-            await clean_up(error, functools.partial(outlast, self._closing))
+            if not is_destroyed(error):
+                if self._closing is None:
+                    self._closing = asyncio.create_task(self._close(report))
+                await clean_up(error, functools.partial(outlast, self._closing))
         return report
 
     async def __aenter__(self) -> Self:
         await self.start()
+        self._entered_in = asyncio.get_running_loop()
         return self
 
     async def __aexit__(
@@ -194,7 +197,8 @@ class EngineHost:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await clean_up(exc, self.stop)
+        home = self._entered_in or asyncio._get_running_loop()
+        await clean_up(exc, self.stop, home)
 
     async def _close(self, report: ShutdownReport) -> None:
         """The engine is stopped: say so to everybody."""
