@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 
 from mlx_engine.checks import number_or_none
+from mlx_engine.drain import clean_up, to_the_end
 from mlx_engine.errors import (
     EngineDead,
     EngineNotStarted,
@@ -21,7 +22,7 @@ from mlx_engine.errors import (
 from mlx_engine.event_loop import running_loop
 from mlx_engine.forks import NO_FORK, tell_after_fork
 from mlx_engine.outputs import ShutdownReport
-from mlx_engine.turn import clean_up, to_the_end, wake
+from mlx_engine.turn import wake
 
 
 class EngineState(enum.Enum):

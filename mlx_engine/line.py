@@ -7,7 +7,8 @@ import threading
 from collections import OrderedDict
 from typing import Any, Generic, Protocol, TypeVar
 
-from mlx_engine.turn import Pending, Stage, outlast
+from mlx_engine.drain import outlast
+from mlx_engine.turn import Pending, Stage
 
 T = TypeVar("T")
 P = TypeVar("P", bound=Pending[Any])

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Protocol
 
+from mlx_engine.drain import clean_up, is_destroyed, outlast
 from mlx_engine.errors import StreamClosed, StreamConsumed
 from mlx_engine.event_loop import running_loop
 from mlx_engine.outputs import (
@@ -20,7 +21,7 @@ from mlx_engine.outputs import (
     Segment,
     TokenLogprob,
 )
-from mlx_engine.turn import clean_up, is_destroyed, outlast, wake
+from mlx_engine.turn import wake
 
 Emit = Callable[[GenerationChunk], None]
 

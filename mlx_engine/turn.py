@@ -10,11 +10,9 @@ import itertools
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
-
-import anyio
 
 from mlx_engine.event_loop import running_loop
 
@@ -49,64 +47,6 @@ def checkpoint() -> None:
     should_stop = _should_stop.get()
     if should_stop is not None and should_stop():
         raise Interrupted
-
-
-async def outlast(future: asyncio.Future[Any], on_cancel: Callable[[], None] | None = None) -> None:
-    """Wait until ``future`` is done, however often the caller is cancelled meanwhile.
-
-    This is the drain. ``asyncio.wait`` leaves the future alone when its caller is
-    cancelled, and the shielded scope keeps anyio, which cancels level-triggered, from
-    waking the loop again and again. The future's own outcome is not looked at.
-
-    Args:
-        future: of the running event loop; a task is a future.
-        on_cancel: called once, at the first cancellation.
-
-    Raises:
-        asyncio.CancelledError: the first one received, after ``future`` is done.
-    """
-    try:
-        await asyncio.wait({future})
-    except asyncio.CancelledError:
-        try:
-            if on_cancel is not None:
-                on_cancel()
-        finally:
-            with anyio.CancelScope(shield=True):
-                while not future.done():
-                    try:
-                        await asyncio.wait({future})
-                    except asyncio.CancelledError:
-                        continue  # the first one is on its way already
-        raise
-
-
-async def to_the_end(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Do ``work()`` in a task of its own, to its end, however often the caller is cancelled.
-
-    Whoever ends an event loop cancels all of its tasks, that one as well: then it is done anew,
-    so it must be possible to do it twice.
-
-    Raises:
-        asyncio.CancelledError: the first one received, when the work is over.
-        BaseException: whatever the work raises.
-    """
-    cancelled: asyncio.CancelledError | None = None
-    while True:
-        task = asyncio.ensure_future(work())
-        try:
-            await outlast(task)
-        except asyncio.CancelledError as error:
-            cancelled = cancelled or error
-        if not task.cancelled():
-            break
-    if cancelled is None:
-        return task.result()
-    task.exception()  # nobody gets it
-    try:
-        raise cancelled
-    finally:
-        del cancelled  # no cycle from its traceback to this frame
 
 
 def wake(future: asyncio.Future[None]) -> None:
@@ -154,39 +94,6 @@ def _set_done(*futures: asyncio.Future[None]) -> None:
     for future in futures:
         if not future.done():
             future.set_result(None)
-
-
-async def clean_up(
-    error: BaseException | None,
-    work: Callable[[], Coroutine[Any, Any, object]],
-    home: asyncio.AbstractEventLoop | None = None,
-) -> None:
-    """Await ``work()`` after ``error``: if that was a cancellation, it is the one to tell.
-
-    A ``CancelledError`` out of the work is dropped when ``error`` is one already, since the
-    caller is about to raise that; otherwise it goes on. Nothing is done in a coroutine that is
-    being destroyed, as ``is_destroyed`` tells.
-    """
-    if is_destroyed(error, home):
-        return
-    try:
-        await work()
-    except asyncio.CancelledError:
-        if not isinstance(error, asyncio.CancelledError):
-            raise
-
-
-def is_destroyed(
-    error: BaseException | None, home: asyncio.AbstractEventLoop | None = None
-) -> bool:
-    """Whether the coroutine that got ``error`` is being destroyed, so that it cannot await.
-
-    That may be within another event loop. In the loop ``home``, an ``async with`` is left with the
-    same error by a generator that is closed, which may await.
-    """
-    running = asyncio._get_running_loop()
-    destroyed = isinstance(error, GeneratorExit) and running is not home
-    return error is not None and (running is None or destroyed)
 
 
 def what_it_says(error: BaseException) -> str:

@@ -48,7 +48,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a plain await in the drain: the second cancellation ends it",
-        "turn.py",
+        "drain.py",
         """                while not future.done():
                     try:
                         await asyncio.wait({future})
@@ -59,7 +59,7 @@ MUTATIONS = (
     ),
     Mutation(
         "no shield around the drain: an anyio scope cancels it at every turn of the loop",
-        "turn.py",
+        "drain.py",
         "with anyio.CancelScope(shield=True):",
         "with anyio.CancelScope(shield=False):",
     ),
@@ -72,7 +72,7 @@ MUTATIONS = (
     ),
     Mutation(
         "CancelledError is swallowed",
-        "turn.py",
+        "drain.py",
         "                        continue  # the first one is on its way already\n        raise\n",
         "                        continue  # the first one is on its way already\n",
     ),

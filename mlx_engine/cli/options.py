@@ -12,7 +12,8 @@ from dataclasses import fields
 from typing import Any
 
 from mlx_engine import __version__
-from mlx_engine.cli.values import bias, count_or_auto, count_or_none, number_or_none, request_limit
+from mlx_engine.cli.sampling_options import default_of, option_group, sampling_options
+from mlx_engine.cli.values import count_or_auto, number_or_none, request_limit
 from mlx_engine.config import (
     DEMO_MODEL,
     MTP,
@@ -126,10 +127,6 @@ def _given(args: argparse.Namespace, kind: type[Any]) -> dict[str, Any]:
     return {field.name: given[field.name] for field in fields(kind) if field.name in given}
 
 
-def _default(kind: type[Any], option: str) -> Any:
-    return next(field.default for field in fields(kind) if field.name == option)
-
-
 def _flag(option: str) -> str:
     return _SPELLINGS.get(option, f"--{option.replace('_', '-')}")
 
@@ -140,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    source, cache, sampling = _source_options(), _cache_options(), _sampling_options()
+    source, cache, sampling = _source_options(), _cache_options(), sampling_options()
     paths = _path_options()
 
     generate = commands.add_parser(
@@ -241,13 +238,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _group(title: str) -> tuple[argparse.ArgumentParser, argparse._ArgumentGroup]:
-    parser = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    return parser, parser.add_argument_group(title)
-
-
 def _source_options() -> argparse.ArgumentParser:
-    parser, group = _group("model")
+    parser, group = option_group("model")
     add = group.add_argument
     add("--revision", metavar="NAME", help="branch, tag or commit of the repository")
     add("--trust-remote-code", action="store_true", help="run Python code of the models")
@@ -255,7 +247,7 @@ def _source_options() -> argparse.ArgumentParser:
 
 
 def _cache_options() -> argparse.ArgumentParser:
-    parser, group = _group("adapters and KV cache")
+    parser, group = option_group("adapters and KV cache")
     add = group.add_argument
     add("--adapter-path", metavar="FOLDER", help="LoRA adapters to apply")
     add("--context-length", type=int, metavar="N", help="tokens of prompt and answer together")
@@ -263,7 +255,7 @@ def _cache_options() -> argparse.ArgumentParser:
     add("--kv-bits", type=int, metavar="N", help="quantise the KV cache: 2, 3, 4, 5, 6 or 8")
     add("--kv-group-size", type=int, metavar="N", help="values that share a scale in it")
     add("--quantized-kv-start", type=int, metavar="N", help="tokens from which on it is quantised")
-    step = _default(ModelConfig, "prefill_step_size")
+    step = default_of(ModelConfig, "prefill_step_size")
     add(
         "--prefill-step-size",
         type=int,
@@ -280,7 +272,7 @@ def _cache_options() -> argparse.ArgumentParser:
 
 
 def _path_options() -> argparse.ArgumentParser:
-    parser, group = _group("faster decoding and prefill")
+    parser, group = option_group("faster decoding and prefill")
     add = group.add_argument
     add("--draft-model", metavar="MODEL", help="a small model with the same tokenizer proposes")
     add("--num-draft-tokens", type=count_or_auto, metavar="N", help="at a time; 'auto' (default)")
@@ -294,7 +286,7 @@ def _path_options() -> argparse.ArgumentParser:
     )
     add("--mtp-head", metavar="FILE", help="what extract-mtp wrote, if not in the model's folder")
     add("--prefill-draft", metavar="MODEL", help="SpecPrefill: a small model scores long prompts")
-    keep, long = _default(SpecPrefill, "keep"), _default(SpecPrefill, "threshold")
+    keep, long = default_of(SpecPrefill, "keep"), default_of(SpecPrefill, "threshold")
     add(
         "--prefill-keep",
         dest="keep",
@@ -313,7 +305,7 @@ def _path_options() -> argparse.ArgumentParser:
 
 
 def _host_options() -> argparse.ArgumentParser:
-    parser, group = _group("requests")
+    parser, group = option_group("requests")
     add = group.add_argument
     add(
         "--engine",
@@ -322,7 +314,7 @@ def _host_options() -> argparse.ArgumentParser:
         help="one request at a time, or many in one batch (default)",
     )
     size, pause = (
-        _default(BatchConfig, name) for name in ("max_batch_size", "max_decode_pause_ms")
+        default_of(BatchConfig, name) for name in ("max_batch_size", "max_decode_pause_ms")
     )
     add("--max-batch-size", type=int, metavar="N", help=f"requests in work; {size} by default")
     add(
@@ -360,44 +352,4 @@ def _host_options() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="for requests in flight to finish at the end; 30 by default, 'none': no limit",
     )
-    return parser
-
-
-def _sampling_options() -> argparse.ArgumentParser:
-    parser, group = _group("sampling")
-    add = group.add_argument
-    most = _default(SamplingParams, "max_tokens")
-    add(
-        "--max-tokens",
-        type=count_or_none,
-        metavar="N",
-        help=f"to generate; {most} by default, 'none': as many as the context holds",
-    )
-    add("--temperature", "--temp", type=float, metavar="X", help="0 is greedy")
-    add("--top-p", type=float, metavar="P", help="nucleus sampling; 1 is off")
-    add("--top-k", type=int, metavar="K", help="choose from the K most probable tokens; 0 is off")
-    add("--min-p", type=float, metavar="P", help="drop tokens below P times the best one")
-    add("--xtc-probability", type=float, metavar="P", help="chance to exclude top choices")
-    add("--xtc-threshold", type=float, metavar="P", help="probability that makes a top choice")
-    add("--repetition-penalty", type=float, metavar="X", help="factor on recent tokens; 1 is off")
-    add("--presence-penalty", type=float, metavar="X", help="subtracted once from recent tokens")
-    add("--frequency-penalty", type=float, metavar="X", help="subtracted per recent occurrence")
-    add(
-        "--logit-bias",
-        type=bias,
-        action="append",
-        metavar="TOKEN=VALUE",
-        help="add VALUE to the logit of a token id; may be repeated",
-    )
-    add("--seed", type=int, metavar="N", help="makes sampling repeat")
-    add("--stop", action="append", metavar="TEXT", help="ends the answer; may be repeated")
-    add(
-        "--stop-token-id",
-        dest="stop_token_ids",
-        type=int,
-        action="append",
-        metavar="N",
-        help="ends the answer; may be repeated",
-    )
-    add("--ignore-eos", action="store_true", help="go on after the end of the answer")
     return parser

@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar, Unpack
 from mlx_engine.asks import Ask, ChatPrompt, TextPrompt, checked_priority
 from mlx_engine.checks import shown
 from mlx_engine.config import AsEngine, QueueConfig, SpecPrefill
+from mlx_engine.drain import clean_up
 from mlx_engine.engine.many import at_once, in_order, made_once, params_for_each
 from mlx_engine.errors import InvalidRequest, MLXEngineError
 from mlx_engine.event_loop import running_loop
@@ -25,7 +26,6 @@ from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import EngineStats, GenerationResult, ProgressCallback, ShutdownReport
 from mlx_engine.params import SamplingOptions, SamplingParams
 from mlx_engine.stream import GenerationStream, Producer
-from mlx_engine.turn import clean_up
 
 T = TypeVar("T")
 

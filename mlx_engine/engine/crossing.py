@@ -7,11 +7,12 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from mlx_engine.drain import outlast
 from mlx_engine.errors import EngineDead
 from mlx_engine.event_loop import running_loop
 from mlx_engine.outputs import Progress, ProgressCallback
 from mlx_engine.threads import Start
-from mlx_engine.turn import Turn, outlast
+from mlx_engine.turn import Turn
 
 T = TypeVar("T")
 

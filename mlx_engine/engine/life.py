@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from mlx_engine.checks import shown
 from mlx_engine.config import QueueConfig
+from mlx_engine.drain import clean_up, is_destroyed, to_the_end
 from mlx_engine.engine.admission import Admission, RequestTicket
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
 from mlx_engine.event_loop import running_loop
@@ -20,7 +21,7 @@ from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket
 from mlx_engine.meter import Meter
 from mlx_engine.outputs import EngineStats, PromptCacheStats, ShutdownReport
 from mlx_engine.preparer import Preparer, Preparing
-from mlx_engine.turn import Interrupted, Pending, Turn, clean_up, is_destroyed, to_the_end
+from mlx_engine.turn import Interrupted, Pending, Turn
 from mlx_engine.worker import mlx_thread
 
 T = TypeVar("T")

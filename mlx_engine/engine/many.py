@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 from mlx_engine.config import QueueConfig
+from mlx_engine.drain import outlast
 from mlx_engine.engine.crossing import in_this_loop
 from mlx_engine.errors import EngineBusy, InvalidRequest, MLXEngineError
 from mlx_engine.outputs import Progress, ProgressCallback
 from mlx_engine.params import SamplingParams
-from mlx_engine.turn import outlast
 
 T = TypeVar("T")
 

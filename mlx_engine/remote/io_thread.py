@@ -19,10 +19,11 @@ import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
+from mlx_engine.drain import outlast
 from mlx_engine.errors import EngineDead
 from mlx_engine.forks import NO_FORK, tell_after_fork
 from mlx_engine.threads import Start, dead
-from mlx_engine.turn import Pending, outlast
+from mlx_engine.turn import Pending
 
 T = TypeVar("T")
 

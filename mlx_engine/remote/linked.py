@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 from mlx_engine.asks import Ask
 from mlx_engine.checks import shown
+from mlx_engine.drain import clean_up, is_destroyed, to_the_end
 from mlx_engine.engine.base import BaseEngine, checked_callback
 from mlx_engine.engine.crossing import in_this_loop
 from mlx_engine.errors import EngineNotRunning, EngineStopped, InvalidRequest, MLXEngineError
@@ -39,7 +40,7 @@ from mlx_engine.remote.totals import bygone
 from mlx_engine.remote.wire.frames import MAX_FRAME
 from mlx_engine.remote.wire.messages import CacheFile, Welcome, encode_strictly
 from mlx_engine.stream import Emit
-from mlx_engine.turn import Pending, clean_up, is_destroyed, to_the_end
+from mlx_engine.turn import Pending
 
 T = TypeVar("T")
 

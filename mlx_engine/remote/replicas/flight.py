@@ -8,11 +8,12 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, TypeVar
 
+from mlx_engine.drain import outlast
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.event_loop import running_loop
 from mlx_engine.lifecycle import Lifecycle, Ticket
 from mlx_engine.remote.replicas.tasks import cancel, look_at
-from mlx_engine.turn import outlast, wake
+from mlx_engine.turn import wake
 
 T = TypeVar("T")
 

@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar, Unpack
 from mlx_engine.asks import Ask
 from mlx_engine.checks import shown
 from mlx_engine.config import AsEngine, BatchedOptions, QueueConfig, SpecPrefill
+from mlx_engine.drain import clean_up
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
 from mlx_engine.event_loop import running_loop
@@ -34,7 +35,6 @@ from mlx_engine.remote.replicas.tasks import all_results
 from mlx_engine.remote.replicas.waiting_room import BOUNDED, WaitingRoom, waiting_limits
 from mlx_engine.remote.wire.options import EngineKind
 from mlx_engine.stream import Producer
-from mlx_engine.turn import clean_up
 
 T = TypeVar("T")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_engine.checks import integer
+from mlx_engine.drain import to_the_end
 from mlx_engine.errors import EngineDead
 from mlx_engine.lifecycle import EngineState
 from mlx_engine.outputs import EngineStats
@@ -17,7 +18,7 @@ from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.replicas.restarts import GiveUp, Restart, RestartHistory, RestartPolicy
 from mlx_engine.remote.totals import bygone, total
-from mlx_engine.turn import to_the_end, what_it_says
+from mlx_engine.turn import what_it_says
 
 Factory = Callable[[str], LinkedEngine]
 ReplicaState = Literal["starting", "running", "restarting", "leaving"]

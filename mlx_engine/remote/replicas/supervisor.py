@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from mlx_engine.drain import outlast
 from mlx_engine.errors import EngineStopped
 from mlx_engine.outputs import EngineStats
 from mlx_engine.remote.exits import Exit
@@ -17,7 +18,7 @@ from mlx_engine.remote.replicas.replica import Factory, Replica, start_together,
 from mlx_engine.remote.replicas.restarts import GiveUp, RestartPolicy
 from mlx_engine.remote.replicas.tasks import cancel_from_anywhere, until_done
 from mlx_engine.remote.totals import bygone, total
-from mlx_engine.turn import outlast, what_it_says
+from mlx_engine.turn import what_it_says
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
-from mlx_engine.turn import outlast
+from mlx_engine.drain import outlast
 
 T = TypeVar("T")
 

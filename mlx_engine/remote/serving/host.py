@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from mlx_engine.checks import integer, number, shown
+from mlx_engine.drain import clean_up, is_destroyed, outlast
 from mlx_engine.errors import EngineStopped, InvalidRequest
 from mlx_engine.lifecycle import checked_timeout
 from mlx_engine.outputs import ShutdownReport
@@ -22,7 +23,6 @@ from mlx_engine.remote.serving.heart import Heart
 from mlx_engine.remote.serving.round_robin import RoundRobin
 from mlx_engine.remote.serving.session import Session
 from mlx_engine.remote.wire.messages import Heartbeat, Leaving, Refused, Stopped
-from mlx_engine.turn import clean_up, is_destroyed, outlast
 
 if TYPE_CHECKING:
     from mlx_engine.engine.local import LocalEngine
