@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -156,8 +157,9 @@ class _Chat:
 
     def _shows_tools(self, tokenizer: TokenizerWrapper, chat: ChatPlaces, text: str) -> bool:
         """Whether the template shows them to the model, as far as that can be known."""
-        names = [(tool.get("function") or tool).get("name") for tool in self.tools or ()]
-        if chat.head().shows_tools and all(name and str(name) in text for name in names):
+        described = (tool.get("function", tool) for tool in self.tools or ())
+        names = [each.get("name") for each in described if isinstance(each, Mapping)]
+        if chat.head().shows_tools and names and all(str(name) in text for name in names):
             return True
         return text != self._render(tokenizer, tools=None)
 

@@ -155,13 +155,17 @@ async def ask(
     return result
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 async def test_a_turn_has_all_of_the_one_before_that_is_still_in_it(
     models: Path, engine_type: EngineType, architecture: str
 ) -> None:
     folder = models / architecture
     async with engine_type(folder) as engine, SimpleEngine(folder, prompt_cache_bytes=0) as cold:
-        for (name, (turns, tools)), kwargs in itertools.product(CHATS.items(), THINKING):
+        for name, kwargs in itertools.product(CHATS, THINKING):
+            if kwargs and "reasoning" in name:
+                continue  # whether it is given back makes no other prompt then
+            turns, tools = CHATS[name]
             options = {"chat_template_kwargs": kwargs}
             template = Template(folder, tools, kwargs)
             server = Server(template, tools, kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mlx_engine.asks import ChatPrompt
+from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation import chat_places
 from mlx_engine.generation.chat_places import ChatPlaces, EncodedText
+from mlx_engine.generation.prompt import encode
 from tests.chat_models import TEMPLATE
 from tests.tiny import make_tokenizer
 
@@ -176,3 +180,38 @@ def test_what_is_remembered_is_bounded_and_goes_with_its_tokenizer(
     before = len(chat_places._memories)
     del tokenizer
     assert len(chat_places._memories) == before - 1
+
+
+class Counting(TokenizerWrapper):
+    """Counts renders of more than a system message and one by the user."""
+
+    long = 0
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        if len(messages) > 2:
+            type(self).long += 1
+        text: str = super().apply_chat_template(messages, **options)
+        return text
+
+
+@pytest.mark.parametrize("cuttable", [True, False])
+def test_a_request_renders_its_conversation_at_most_twice(cuttable: bool) -> None:
+    fast = make_tokenizer()
+    fast.chat_template = TEMPLATE
+    loaded: Any = SimpleNamespace(
+        tokenizer=Counting(fast, tool_call_start="<tool_call>", tool_call_end="</tool_call>"),
+        context_length=None,
+        longest_token=20,
+        cuttable=cuttable,
+    )
+    messages = [SYSTEM, USER]
+    for _ in range(5):
+        messages = [*messages, *CALLS]
+        Counting.long = 0
+        encoded = encode(ChatPrompt.of(messages, TOOLS), loaded)
+        assert Counting.long == 2
+        assert encoded.initial_state == "reasoning"
+        assert bool(encoded.places) is not cuttable
+    with pytest.raises(InvalidRequest, match="does not show tools"):
+        fast.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        encode(ChatPrompt.of([USER, *CALLS[1:]], TOOLS), loaded)

@@ -25,7 +25,7 @@ from mlx_lm.models.deepseek_v41 import LayerCache
 
 from mlx_engine import SimpleEngine
 from mlx_engine.generation.prompt_cache import Hit, PromptCache, PromptCacheLookup
-from mlx_engine.generation.snapshot import arrays, snapshot
+from mlx_engine.generation.snapshot import arrays, snapshot, state_arrays
 
 pytestmark = pytest.mark.anyio
 
@@ -273,6 +273,95 @@ def test_a_checkpoint_lets_a_hybrid_model_share_a_system_prompt(engine: SimpleEn
     assert (hit.cached, hit.checkpoint) == (40, None)
     answer, _ = greedy(model, put(model, third[40:-1], hit.cache), third[-1])
     assert answer == greedy(model, put(model, third[:-1]), third[-1])[0]
+
+
+@pytest.mark.parametrize("make", [hybrid, recurrent, windowed])
+@pytest.mark.parametrize("longer_first", [False, True])
+@on_mlx_thread
+def test_places_of_a_conversation_hold_what_can_be_cut_back_once(
+    engine: SimpleEngine, make: Test, longer_first: bool
+) -> None:
+    model: Any = make()
+    prompt, places = words(11, 256), [60, 120, 200, 256]
+    caches = {place: put(model, prompt[:place]) for place in places}
+    alone = {}
+    for place, cache in caches.items():
+        single = PromptCache(64 * MB)
+        assert single.store(prompt[:place], cache)
+        alone[place] = single.nbytes
+    stored = PromptCache(64 * MB)
+    for place in sorted(places, reverse=longer_first):
+        assert stored.store(prompt[:place], caches[place])
+    assert len(stored) == 1
+    (entry,) = stored.entries()
+    assert stored.nbytes == entry.nbytes == sum(array.nbytes for array in held(entry))
+    if make is not recurrent:
+        assert stored.nbytes < 0.8 * sum(alone.values())
+    for place in places:
+        before = [array.tolist() for array in held(entry)]
+        hit = stored.fetch([*prompt[:place], 61, 61])
+        assert hit.cached == place
+        answer, logits = greedy(model, put(model, [61], hit.cache), 61)
+        expected, cold = greedy(model, put(model, [*prompt[:place], 61]), 61)
+        assert answer == expected
+        assert mx.allclose(logits, cold, atol=1e-4).item()
+        assert [array.tolist() for array in held(entry)] == before
+    assert "kept only at 60, 120, 200, 256" in explained(stored, [*prompt[:90], 61, 61])
+
+
+def held(entry: Any) -> list[mx.array]:
+    states = [state_arrays(mark.state) for mark in entry.marks]
+    return [*arrays(entry.cache), *(array for state in states for array in state)]
+
+
+def explained(stored: PromptCache, prompt: list[int]) -> str:
+    stored.fetch(prompt)
+    return lookup(stored).reason
+
+
+@on_mlx_thread
+def test_places_go_to_the_conversation_that_was_stored_last(engine: SimpleEngine) -> None:
+    model, stored, system = hybrid(), PromptCache(MB), words(12, 50)
+    first, second = ([*system, 50 + i, *words(40 + i, 30)] for i in range(2))
+    for prompt in (system, first, second):
+        stored.store(prompt, put(model, prompt), places=[50, len(prompt)])
+    one, other = stored.entries()
+    assert (one.places, other.places) == ([81], [50, 81])
+    stored.shrink(stored.nbytes - 1)
+    assert stored.fetch([*system, 1, 2]).cached == 50, "the beginning of both is left"
+
+
+@on_mlx_thread
+def test_an_answer_that_a_conversation_has_rewritten_is_the_first_to_go(
+    engine: SimpleEngine,
+) -> None:
+    model, stored = hybrid(), PromptCache(MB)
+    other, prompt = words(13, 60), words(14, 60)
+    stored.store(other, put(model, other), places=[60])
+    answered = [*prompt, *words(15, 40)]
+    stored.store(answered, put(model, answered), places=[50, 60])
+    stored.store(prompt, put(model, prompt), places=[50, 60])
+    rewritten = [*prompt, *words(16, 30)]
+    stored.store(rewritten, put(model, rewritten), places=[50, 60, 90])
+    assert [len(entry.tokens) for entry in stored.entries()] == [100, 60, 90]
+    stored.shrink(stored.nbytes - 1)
+    assert stored.fetch([*other, 1, 2]).cached == 60
+
+
+@on_mlx_thread
+def test_of_many_turns_the_places_of_the_last_and_a_few_others_are_kept(
+    engine: SimpleEngine,
+) -> None:
+    """Of the others, those after which the most tokens would have to be prefilled again."""
+    stored, prompt = PromptCache(MB), words(17, 2000)
+    ends = [40, 400, *range(410, 600, 10), 900, 1500]
+    for end in ends:
+        state = ArraysCache(1)
+        state[0] = mx.ones((1, 3, 4))
+        stored.store(prompt[:end], [state, *kv(end)], places=[40, end])
+    (entry,) = stored.entries()
+    assert len(entry.places) == 1 + 8 + 1
+    assert {40, 400, 900, 1500} < set(entry.places)
 
 
 @on_mlx_thread
