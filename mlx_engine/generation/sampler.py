@@ -102,7 +102,7 @@ def can_be_sampled(logprobs: mx.array, tokens: mx.array) -> mx.array:
         tokens: chosen from ``logprobs``.
     """
     chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)
-    return mx.isfinite(chosen[:, 0])
+    return mx.abs(chosen[:, 0]) < mx.inf
 
 
 class _Group:
@@ -225,13 +225,11 @@ def _categorical(logits: mx.array, number: mx.array) -> mx.array:
     """
     logits = logits.astype(mx.float32)
     weights = mx.exp(logits - mx.max(logits, axis=-1, keepdims=True))
-    before = mx.cumsum(weights, axis=-1, inclusive=False)
-    # The sums round differently: the end of the last weight is never passed, for behind it are
-    # tokens that are excluded.
-    end = before[..., -1:] + weights[..., -1:]
-    goal = mx.minimum(number * weights.sum(axis=-1, keepdims=True), end * _BELOW_ONE)
-    passed = (before <= goal).sum(axis=-1)
-    return (mx.maximum(passed, 1) - 1).astype(mx.uint32)
+    reached = mx.cumsum(weights, axis=-1)
+    # The two sums round differently: the end is never passed, for the tokens behind the last
+    # weight are excluded.
+    goal = mx.minimum(number * weights.sum(axis=-1, keepdims=True), reached[..., -1:] * _BELOW_ONE)
+    return (reached <= goal).sum(axis=-1).astype(mx.uint32)
 
 
 def _key(seed: int, position: int) -> list[int]:

@@ -163,7 +163,7 @@ _NOBODYS: set[Place] = {
 }
 # At these, one step for several; but a row's own processor or sampler in it is its own.
 _JOINT = {("decode_batch", name) for name in ("step", "join", "leave", "end_alone", "extract")}
-_OWN: set[Place] = {("request", "process"), ("decode_batch", "_sample_some")}
+_OWN: set[Place] = {("request", "process"), ("decode_batch", "_sample_row")}
 
 
 def may_fail(where: frozenset[Place], requests: int) -> int:

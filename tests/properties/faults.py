@@ -21,9 +21,9 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, TokenBuffer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerFast
 
-from mlx_engine.generation import prompt_cache, sampling
+from mlx_engine.generation import prompt_cache, sampler, sampling
 from mlx_engine.generation.prompt_cache import PromptCache
-from mlx_engine.generation.sampling import _SeededSampler
+from mlx_engine.generation.sampler import Sampler
 from mlx_engine.generation.sparse.specprefill import SparsePrefill
 from mlx_engine.generation.speculative.drafter import ModelDrafter
 from mlx_engine.generation.speculative.mtp import MTPDrafter
@@ -38,7 +38,7 @@ Place = tuple[str, str]  # a module's name and a function in it
 _HOOKS: list[tuple[Any, str, tuple[str, ...]]] = [  # whose, what it is called here, its methods
     (mx, "mx.", ("clear_cache", "concatenate", "contiguous", "logsumexp", "zeros", "argmax")),
     (mx, "mx.", ("save_safetensors", "load", "minimum", "softmax")),
-    (mx.random, "mx.random.", ("key", "categorical")),
+    (mx.random, "mx.random.", ("uniform", "split")),
     (mx.fast, "mx.fast.", ("scaled_dot_product_attention",)),
     (nn.Module, "Module.", ("parameters", "load_weights")),
     (mlx_lm, "mlx_lm.", ("load",)),
@@ -50,8 +50,9 @@ _HOOKS: list[tuple[Any, str, tuple[str, ...]]] = [  # whose, what it is called h
     (PreTrainedTokenizerFast, "tokenizer.", ("encode", "get_vocab")),
     (Detokenizer, "detokenizer.", ("add", "finish")),
     (StringSearch, "text.", ("feed",)),
-    (_SeededSampler, "sampler.", ("__call__",)),
-    (sampling, "sampling.", ("make_logits_processors", "apply_top_k", "apply_top_p")),
+    (Sampler, "sampler.", ("__call__",)),
+    (sampling, "sampling.", ("make_logits_processors",)),
+    (sampler, "sampling.", ("_key", "_nucleus")),
     (PromptCache, "PromptCache.", ("fetch", "store")),
     (prompt_cache, "PromptCache.", ("packed", "snapshot")),
     (ModelDrafter, "draft.", ("begin", "catch_up", "propose", "verified", "finish")),
