@@ -100,9 +100,20 @@ class Ask:
         object.__setattr__(self, "priority", checked_priority(self.priority))
 
 
-def checked_priority(priority: int) -> int:
-    """``priority``, if it can be one; raises ``InvalidRequest`` if not."""
-    return integer("priority", priority, low=-LARGEST)
+def checked_priority(priority: int, taken: bool = True) -> int:
+    """``priority``, if it can be one; raises ``InvalidRequest`` if not.
+
+    Args:
+        taken: whether the engine has an order of its own; if not, 0 is all that it takes.
+    """
+    number = integer("priority", priority, low=-LARGEST)
+    if number and not taken:
+        raise InvalidRequest(
+            "priority",
+            "an engine that does one request after another serves them in the order of arrival; "
+            "leave it out, or use BatchedEngine",
+        )
+    return number
 
 
 def _token_ids(prompt: object) -> list[int]:

@@ -41,6 +41,7 @@ class BaseEngine(abc.ABC):
     _limits: RequestLimits = DEFAULT_LIMITS
     _queue: QueueConfig = QueueConfig()  # as far as it is known here
     _entered_in: asyncio.AbstractEventLoop | None = None
+    _takes_priority: bool = True
 
     @property
     @abc.abstractmethod
@@ -266,7 +267,7 @@ class BaseEngine(abc.ABC):
             EngineNotStarted, EngineStopped, EngineDead: by the engine's state, at the call.
         """
         running_loop()
-        checked_priority(priority)
+        checked_priority(priority, self._takes_priority)
         self._check_strategies(prefill, decode)
         given = params_for_each(prompts, params)
         self._check_running()

@@ -36,6 +36,8 @@ class BatchedEngine(BurstLife[Request], LocalEngine):
     let the batch wait.
     """
 
+    _takes_priority = True
+
     def __init__(
         self,
         model: str | os.PathLike[str],

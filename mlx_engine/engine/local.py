@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from mlx_engine.asks import Ask
+from mlx_engine.asks import Ask, checked_priority
 from mlx_engine.config import (
     AsEngine,
     Decode,
@@ -40,6 +40,7 @@ class LocalEngine(EngineLife, BaseEngine):
     """A model in this process; the MLX thread does its work, one piece at a time."""
 
     _slot: ModelSlot
+    _takes_priority = False
 
     def __init__(
         self,
@@ -180,6 +181,7 @@ class LocalEngine(EngineLife, BaseEngine):
     def _producer(
         self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
     ) -> RequestProducer:
+        checked_priority(ask.priority, self._takes_priority)
         request = Request(
             ask.source,
             ask.params,

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from mlx_engine.asks import Ask
+from mlx_engine.asks import Ask, checked_priority
 from mlx_engine.checks import shown
 from mlx_engine.drain import clean_up, is_destroyed, to_the_end
 from mlx_engine.engine.base import BaseEngine, checked_callback
@@ -273,6 +273,7 @@ class LinkedEngine(BaseEngine):
         self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
     ) -> RemoteRequest:
         self._check_strategies(ask.prefill, ask.decode)
+        checked_priority(ask.priority, self._takes_priority)
         return RemoteRequest(self, ask, on_progress, request_id or self._lifecycle.new_id())
 
     async def _save_prompt_cache(self, path: Path) -> int:

@@ -63,6 +63,7 @@ class ProcessEngine(LinkedEngine):
         """
         self._plan = EnginePlan.of(engine, model, dict(options))
         self._limits, self._queue = self._plan.limits, self._plan.queue
+        self._takes_priority = self._plan.kind == "batched"
         super().__init__(name or f"engine-{next(_numbers)}", watchdog, on_progress)
 
     def _make_link(self) -> Callable[[], Link]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mlx_engine.asks import Ask
+from mlx_engine.asks import Ask, checked_priority
 from mlx_engine.config import (
     AsEngine,
     BatchConfig,
@@ -104,7 +104,7 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
         self.requests: list[FakeRequest] = []
         self._limits = checked_limits(limits)
         batch = None if max_batch_size is None else BatchConfig(max_batch_size=max_batch_size)
-        self._batched = batch is not None
+        self._batched = self._takes_priority = batch is not None
         self._seats: Seats[FakeRequest] = Seats(1 if batch is None else batch.max_batch_size)
         self._playing: dict[FakeRequest, Iterator[float | None]] = {}
         self._on_progress = checked_callback(on_progress)
@@ -165,6 +165,7 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
         self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
     ) -> RequestProducer:
         self._check_strategies(ask.prefill, ask.decode)
+        checked_priority(ask.priority, self._takes_priority)
         if ask.params.logits_processors:
             raise InvalidRequest(
                 "logits_processors", "what a FakeEngine says is scripted: it has no logits"
@@ -189,10 +190,6 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
         return result
 
     async def _serve_alone(self, request: FakeRequest, ticket: RequestTicket) -> GenerationResult:
-        if request.priority:
-            raise InvalidRequest(
-                "priority", "requests are served in the order of arrival; or give max_batch_size"
-            )
         return await self._run_blocking_serialized(
             self._play_alone,
             request,

@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 
 from mlx_engine import (
+    BaseEngine,
     BatchedEngine,
     EngineBusy,
+    EngineManager,
     GenerationResult,
     InvalidRequest,
+    ProcessEngine,
     SimpleEngine,
 )
 from mlx_engine.engine.seats import Seat, Seats
+from mlx_engine.testing import FakeEngine
 from tests.conftest import make_tiny, settled
 from tests.guard import Gate
 from tests.waiting import until
@@ -141,6 +145,34 @@ async def test_a_priority_must_be_an_integer_and_means_nothing_to_a_simple_engin
     async with SimpleEngine(tiny_path) as simple:
         with pytest.raises(InvalidRequest, match="BatchedEngine"):
             await simple.generate([1], priority=1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        FakeEngine,
+        lambda: SimpleEngine("demo"),
+        lambda: ProcessEngine("demo"),
+        lambda: EngineManager("demo"),
+    ],
+    ids=["fake", "simple", "process", "manager"],
+)
+async def test_a_priority_that_means_nothing_is_refused_when_the_request_is_made(
+    make: Callable[[], BaseEngine],
+) -> None:
+    engine = make()  # not even started
+    user = [{"role": "user", "content": "hi"}]
+    for ask in (
+        lambda: engine.stream_generate("a", priority=1),
+        lambda: engine.stream_chat(user, priority=-1),
+    ):
+        with pytest.raises(InvalidRequest, match=r"^priority: .*BatchedEngine"):
+            ask()
+    with pytest.raises(InvalidRequest, match=r"^priority: "):
+        await engine.generate_batch(["a", "b"], priority=1)
+    engine.stream_generate("a", priority=0)
+    for other in (FakeEngine(max_batch_size=2), ProcessEngine("demo", engine="batched")):
+        other.stream_generate("a", priority=1)
 
 
 async def test_a_request_that_can_never_fit_is_refused_at_once_with_both_numbers(

@@ -208,12 +208,12 @@ async def test_the_same_beginning_goes_to_the_same_replica(manager: EngineManage
 
 async def test_a_batch_takes_all_replicas(world: World, manager: EngineManager) -> None:
     world.answer_at_once = False
-    batch = asyncio.create_task(manager.generate_batch(["a"] * 6))
-    assert len(await requested(world, 4)) == 4  # two in each
+    batch = asyncio.create_task(manager.generate_batch(["a"] * 9))
+    assert len(await requested(world, 6)) == 6  # two in each, and two more that wait
     world.answer_at_once = True
     for request in world.requests:
         request.finish()
-    assert len(await batch) == 6
+    assert len(await batch) == 9
 
 
 async def test_other_errors_are_not_tried_again(world: World, manager: EngineManager) -> None:

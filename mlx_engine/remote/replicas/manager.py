@@ -149,6 +149,7 @@ class EngineManager(BaseEngine):
         # Never started: it checks the options now, and the arguments of requests later.
         self._prototype = factory("prototype")
         self._limits, self._queue = self._prototype._limits, self._prototype._queue
+        self._takes_priority = self._prototype._takes_priority
         self._lifecycle = Lifecycle()
         self._fleet = Fleet(WaitingRoom(limits))
         self._supervisor = Supervisor(self._fleet, factory, restart, self._lifecycle.fail)
