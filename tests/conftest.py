@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
-import subprocess
-import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -20,7 +18,8 @@ from mlx_engine.line import Line
 from mlx_engine.turn import Pending, Turn
 from mlx_engine.worker import mlx_thread
 from tests.guard import GUARD, Gate
-from tests.waiting import turns, until, until_now
+from tests.tiny import main
+from tests.waiting import PATIENCE, turns, until, until_now
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,10 +63,15 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_tiny(folder: Path, *options: str) -> Path:
-    """Write a tiny model in a process of its own: here, MLX belongs to the MLX thread."""
-    subprocess.run(
-        [sys.executable, "-m", "tests.tiny", str(folder), *options], check=True, cwd=ROOT
+    """Write a tiny model, on the MLX thread: what ``python -m tests.tiny`` does."""
+    over = threading.Event()
+    turn = Turn[None](
+        lambda: main([str(folder), *options]), None, lambda _: over.set(), attended=False
     )
+    mlx_thread.submit(turn)
+    assert over.wait(PATIENCE)
+    if turn.error is not None:
+        raise turn.error
     return folder
 
 

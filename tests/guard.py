@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -50,15 +49,18 @@ class Guard:
     def _guarded(self, name: str, func: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(func)
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            with self._inside(name):
+            self._enter(name)
+            try:
                 if self.hook is not None:
                     self.hook(name)
                 return func(*args, **kwargs)
+            finally:
+                with self._lock:
+                    self._depth -= 1
 
         return guarded
 
-    @contextmanager
-    def _inside(self, name: str) -> Iterator[None]:
+    def _enter(self, name: str) -> None:
         me = threading.get_ident()
         with self._lock:
             self.entries += 1
@@ -68,11 +70,6 @@ class Guard:
                 self._fail(f"{name} while another thread is inside")
             self._owner = me
             self._depth += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._depth -= 1
 
     def _fail(self, what: str) -> None:
         self.violations.append(what)

@@ -1,13 +1,14 @@
 """A two-layer random llama with a byte-level tokenizer, in mlx-lm's folder layout.
 
-Run as a program it writes one: ``python -m tests.tiny FOLDER [SEED]``. The tests do that in
-a process of its own, since making a model is MLX work and theirs belongs to the MLX thread.
+Run as a program it writes one: ``python -m tests.tiny FOLDER [SEED]``. The tests do that on the
+MLX thread, since making a model is MLX work.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -84,14 +85,15 @@ def make_model(
     tokenizer.save_pretrained(folder)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the model that the arguments ask for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("seed", type=int, nargs="?", default=0)
     parser.add_argument("--no-chat", action="store_true")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--other", type=json.loads, metavar="JSON", help="config entries")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     make_model(
         options.folder,
         options.seed,
@@ -99,3 +101,7 @@ if __name__ == "__main__":
         layers=options.layers,
         other=options.other,
     )
+
+
+if __name__ == "__main__":
+    main()

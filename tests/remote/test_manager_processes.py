@@ -20,7 +20,7 @@ from mlx_engine.remote.replicas.restarts import RestartPolicy
 from tests.conftest import other_tasks
 from tests.processes import children
 from tests.remote.lives import LONG, NAMED, pid_of, watch_closely
-from tests.waiting import PROMPTLY, until
+from tests.waiting import PROMPTLY, turns, until
 
 pytestmark = pytest.mark.anyio
 
@@ -217,10 +217,13 @@ async def test_kills_among_many_requests(manager: EngineManager) -> None:
     expected = [(await manager.generate(prompt, **options)).tokens for prompt in prompts]
     slow = {**options, "logits_processors": [NAMED + "slow"]}
     asked = [asyncio.create_task(manager.generate(prompt, **slow)) for prompt in prompts]
-    for kill in range(2):  # half of the requests are under both
-        name = await until_at_work(manager)
-        send(manager, name, signal.SIGKILL)
-        await until_all_run(manager, kill + 1)
+    first = await until_at_work(manager)
+    (other,) = {info.name for info in manager.replicas} - {first}
+    send(manager, first, signal.SIGKILL)
+    await until(lambda: engine_of(manager, first).state is not EngineState.RUNNING)
+    await turns()  # half of the requests are with the other one now, and under both kills
+    send(manager, other, signal.SIGKILL)
+    await until_all_run(manager, 2)
     ends = await asyncio.gather(*asked, return_exceptions=True)
     assert sum(not isinstance(end, BaseException) for end in ends) > 0
     for end, tokens in zip(ends, expected, strict=True):
