@@ -1,4 +1,4 @@
-"""Numbers that callers give: of which kind, in which range, and the error that says so.
+"""Numbers and paths that callers give: of which kind, in which range, and the error that says so.
 
 Whatever is given, what is raised is ``InvalidRequest``, and its text is short.
 """
@@ -6,9 +6,11 @@ Whatever is given, what is raised is ``InvalidRequest``, and its text is short.
 from __future__ import annotations
 
 import math
+import os
 from decimal import Decimal
 from itertools import islice
 from numbers import Integral, Real
+from pathlib import Path
 from typing import TypeGuard, TypeVar
 
 from mlx_engine.errors import InvalidRequest
@@ -189,3 +191,12 @@ def _shown(value: object, depth: int) -> str:
 
 def _listed(items: list[str], count: int) -> str:
     return ", ".join([*items, "..."] if count > len(items) else items)
+
+
+def checked_path(path: str | os.PathLike[str]) -> Path:
+    """``path``, if it can be one; raises ``InvalidRequest`` if not."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise InvalidRequest("path", f"must be the path of a file, not {shown(path)}")
+    if "\0" in str(path):
+        raise InvalidRequest("path", f"must not have a NUL character in it: {shown(path)}")
+    return Path(path).expanduser()

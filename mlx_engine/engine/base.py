@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from mlx_engine.asks import Ask, ChatPrompt, TextPrompt, checked_priority
-from mlx_engine.checks import shown
+from mlx_engine.checks import checked_path, shown
 from mlx_engine.config import AsEngine, QueueConfig, SpecPrefill
 from mlx_engine.drain import clean_up
 from mlx_engine.engine.many import at_once, in_order, made_once, params_for_each
@@ -393,12 +393,3 @@ def checked_callback(on_progress: ProgressCallback | None) -> ProgressCallback |
     if on_progress is not None and not callable(on_progress):
         raise InvalidRequest("on_progress", f"must be callable or None, not {shown(on_progress)}")
     return on_progress
-
-
-def checked_path(path: str | os.PathLike[str]) -> Path:
-    """``path``, if it can be one; raises ``InvalidRequest`` if not."""
-    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise InvalidRequest("path", f"must be the path of a file, not {shown(path)}")
-    if "\0" in str(path):
-        raise InvalidRequest("path", f"must not have a NUL character in it: {shown(path)}")
-    return Path(path).expanduser()

@@ -51,10 +51,9 @@ class EngineManager(BaseEngine):
     A request goes where the beginning of its prompt has been, unless the load there outweighs
     that. It waits while all replicas restart: 1,024 of them for 600 s at most, or as many as
     ``queue_limit`` says and as long as ``max_wait`` does, which are for each replica as well;
-    others get ``EngineBusy``. If its replica ends before anything of the answer
-    has been given to the caller, it is done again on another one, from the beginning; after two
-    such ends it gets ``EngineDead``, since it may be what kills them. If a replica is busy the
-    others are asked before ``EngineBusy`` is raised.
+    others get ``EngineBusy``. If its replica ends before anything of the answer has been given
+    to the caller, it is done again on another one, from the beginning; after two such ends it
+    gets ``EngineDead``, since it may be what kills them. If one is busy the others are asked.
 
     Requests may come from several event loops. ``start``, ``scale`` and ``shutdown`` belong to
     one: the one in which it was started, and in which the replicas are watched.
