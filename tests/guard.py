@@ -31,11 +31,16 @@ class Guard:
         self._lock = threading.Lock()
         self._owner: int | None = None
         self._depth = 0
+        self._installed = False
         self.entries = 0
         self.violations: list[str] = []
         self.hook: Callable[[str], None] | None = None
 
     def install(self) -> None:
+        """Wrap them; once, or each call would count as two."""
+        if self._installed:
+            return
+        self._installed = True
         for name in ("eval", "async_eval", "synchronize"):
             setattr(mx, name, self._guarded(name, getattr(mx, name)))
         entries: list[tuple[Any, str, str]] = [

@@ -46,14 +46,6 @@ IN_TERMINAL = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _ctrl_c_is_not_ignored() -> Iterator[None]:
-    """A shell that runs the tests in the background would have their children ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def finish(*args: str, stdin: bytes = b"") -> tuple[int, str, str]:
     """Run a command to its end: exit code, standard output, standard error."""
     done = subprocess.run([*COMMAND, *args], input=stdin, capture_output=True, timeout=PATIENCE)

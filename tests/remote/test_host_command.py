@@ -23,14 +23,6 @@ from tests.waiting import PATIENCE, until
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(autouse=True)
-def _ctrl_c_is_not_ignored() -> Iterator[None]:
-    """A shell that runs the tests in the background would have their children ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture
 def path() -> Iterator[Path]:
     with short_folder() as folder:

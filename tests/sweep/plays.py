@@ -22,8 +22,9 @@ from mlx_engine import (
 )
 from mlx_engine.engine import slot
 from mlx_engine.generation import equipment
+from mlx_engine.models import mtp_check
 from mlx_engine.testing.safety.endings import ALL_WAYS
-from mlx_engine.turn import Interrupted
+from mlx_engine.turn import Interrupted, checkpoint
 from tests.conftest import make_tiny
 from tests.generation.rigged import made
 from tests.models.mtp_checkpoints import MIMO
@@ -284,9 +285,13 @@ def _cache_file(stage: Stage, operation: str) -> Scene:
 
 @contextmanager
 def loaded_once(simulation: Simulation) -> Iterator[None]:
-    """Models and heads are loaded the first time only; a model's load has moments nevertheless."""
+    """Models and heads are loaded the first time only; a model's load has moments nevertheless.
+
+    What a model says to try its head with is asked once as well: there is no moment in between.
+    """
     load, models = slot.load_model, {}
     load_head, heads = equipment.load_head, {}
+    ask, answers = mtp_check._greedy, {}
 
     def load_once(config: Any, path: Path, *, on_progress: Any, should_stop: Any) -> Any:
         for _ in range(2):
@@ -302,11 +307,19 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
             heads[loaded.path] = load_head(loaded, path)
         return heads[loaded.path]
 
+    def ask_once(parts: Any, prompt: Any, eos: Any) -> Any:
+        checkpoint()
+        if id(parts.model) not in answers:  # which is kept in ``models``
+            answers[id(parts.model)] = ask(parts, prompt, eos)
+        return answers[id(parts.model)]
+
     slot.load_model, equipment.load_head = load_once, load_head_once
+    mtp_check._greedy = ask_once
     try:
         yield
     finally:
         slot.load_model, equipment.load_head = load, load_head
+        mtp_check._greedy = ask
         for loaded in (heads, models):
             simulation.on_mlx_thread(loaded.clear)  # they go where they were made
 

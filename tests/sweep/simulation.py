@@ -38,6 +38,7 @@ from tests.sweep.scene import Scene, Schedule
 _WHO: contextvars.ContextVar[str] = contextvars.ContextVar("_WHO", default="")
 _MOST = 20_000  # moments of a run; more is a loop without end
 _FAIR = 8  # steps of the loop after which a thread is let go, whatever the schedule
+_LOOK = 1e-4  # seconds that pass with each look at the clock
 _COLLECT = 16  # runs between two times at which garbage is collected in any case
 _MOST_JUMPS = 200  # of the time, in a run; more is a wait without end
 
@@ -110,8 +111,8 @@ class Simulation:
     def installed(self) -> Iterator[Simulation]:
         """Within, threads advance only when they are told to.
 
-        The clock that measures work goes on with each look at it, and garbage is collected only
-        when that is said, so that neither a busy machine nor what ran before makes a difference.
+        Clocks go on with each look at them, and garbage is collected only when that is said, so
+        that neither a busy machine nor what ran before makes a difference.
         """
         asyncio.run(_start_mlx_thread())
         condition, driven = mlx_thread._changed, DrivenCondition(self.driver)
@@ -164,20 +165,32 @@ class Simulation:
         return bool(loop._ready) or loop.next_timer <= loop.time()
 
     def _own_clock(self) -> Callable[[], None]:
-        """Replace ``time.perf_counter`` for what is driven here; gives what undoes that."""
-        real, here = time.perf_counter, threading.get_ident()
+        """Replace the clocks for what is driven here; gives what undoes that.
 
-        def look() -> float:
+        By ``time.perf_counter`` work is measured, as the schedule says; ``time.monotonic`` is for
+        all that waits.
+        """
+        real_work, real, here = time.perf_counter, time.monotonic, threading.get_ident()
+        now = real()
+
+        def work() -> float:
             if threading.get_ident() != here and not self.driver.drives_me:
-                return real()
+                return real_work()
             run = self._run
             self._now += 1e-4 if run is None else run.schedule.passes(run.draw)
             return self._now
 
-        def undo() -> None:
-            time.perf_counter = real
+        def look() -> float:
+            nonlocal now
+            if threading.get_ident() != here and not self.driver.drives_me:
+                return real()
+            now += _LOOK
+            return now
 
-        time.perf_counter = look
+        def undo() -> None:
+            time.perf_counter, time.monotonic = real_work, real
+
+        time.perf_counter, time.monotonic = work, look
         return undo
 
     def _watch(self) -> Callable[[], None]:
@@ -440,9 +453,11 @@ class Simulation:
     def _check_now(self) -> None:
         for turn in self._inside:
             require(mlx_thread.locked, "I2: the lock is free while a function is inside")
-            require(turn.stage is Stage.RUNNING, f"I2: its stage is {turn.stage} while inside")
+            if turn.stage is not Stage.RUNNING:
+                raise Broken(f"I2: its stage is {turn.stage} while inside")
         require(len(self._inside) <= 1, "I1: two functions at once")
-        require(not GUARD.violations, f"I1: {GUARD.violations}")
+        if GUARD.violations:
+            raise Broken(f"I1: {GUARD.violations}")
 
     def _check_idle(self, scene: Scene, run: _Run) -> None:
         require(not GUARD.violations, f"I1: {GUARD.violations}")
