@@ -44,6 +44,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Modules:
     return _Modules(config, log)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What waits for a cluster goes first, and the sweep last, whose tests fill what time is left.
+
+    Within each of these the order is random, or whatever it was.
+    """
+    items.sort(key=lambda item: ("/test_ray_" not in item.nodeid) + ("/sweep/" in item.nodeid))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how much the sweep has swept, which is told by properties of its tests."""
     passed = terminalreporter.getreports("passed")

@@ -288,10 +288,12 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
     """Models and heads are loaded the first time only; a model's load has moments nevertheless.
 
     What a model says to try its head with is asked once as well: there is no moment in between.
+    And they are not warmed up where nothing is chosen, as before a play and after it.
     """
     load, models = slot.load_model, {}
     load_head, heads = equipment.load_head, {}
     ask, answers = mtp_check._greedy, {}
+    warm_up = slot.warm_up
 
     def load_once(config: Any, path: Path, *, on_progress: Any, should_stop: Any) -> Any:
         for _ in range(2):
@@ -313,13 +315,17 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
             answers[id(parts.model)] = ask(parts, prompt, eos)
         return answers[id(parts.model)]
 
+    def warm_up_in_plays(space: Any, *, batched: bool) -> None:
+        if not simulation.driver.quick:
+            warm_up(space, batched=batched)
+
     slot.load_model, equipment.load_head = load_once, load_head_once
-    mtp_check._greedy = ask_once
+    mtp_check._greedy, slot.warm_up = ask_once, warm_up_in_plays
     try:
         yield
     finally:
         slot.load_model, equipment.load_head = load, load_head
-        mtp_check._greedy = ask
+        mtp_check._greedy, slot.warm_up = ask, warm_up
         for loaded in (heads, models):
             simulation.on_mlx_thread(loaded.clear)  # they go where they were made
 
