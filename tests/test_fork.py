@@ -24,7 +24,7 @@ async def stream():
 
 async def tell(name, work):
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             said = await work()
     except Exception as error:
         said = f"{{type(error).__name__}}: {{error}}"
@@ -72,7 +72,7 @@ def run(kind: str, path: Path, body: str) -> list[str]:
         [sys.executable, "-W", "error::ResourceWarning", "-c", program],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=250,
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr

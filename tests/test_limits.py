@@ -123,11 +123,12 @@ def test_a_request_that_is_too_large_is_refused_when_it_is_made(
     name: str, limit: str, option: str, ask: Callable[[BaseEngine], object]
 ) -> None:
     engine = ENGINES[name]()
-    began = time.perf_counter()
+    began = time.thread_time()
     with pytest.raises(InvalidRequest, match=rf"^{option}: .*\d+ .*{limit}\)$") as caught:
         ask(engine)
-    # Generous: what is refused by counting takes a thousandth, or some tenths at most.
-    assert time.perf_counter() - began < 5
+    # Generous: what is refused by counting takes a thousandth, or some tenths at most. It is the
+    # time of this thread: others of a busy machine do not count.
+    assert time.thread_time() - began < 5
     assert caught.value.option == option
     assert str(getattr(RequestLimits(), limit)) in str(caught.value)
     assert len(str(caught.value)) < 500

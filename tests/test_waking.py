@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mlx_engine.turn import wake, waking_together
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.anyio
 
@@ -34,7 +35,7 @@ async def test_wakes_within_nested_blocks_wait_for_the_end_of_the_outer_one(
         wake(futures[2])
         assert not calls, "the outer block waits no more"
     assert len(calls) == 1
-    await asyncio.wait_for(asyncio.gather(*futures), 5)
+    await asyncio.wait_for(asyncio.gather(*futures), PATIENCE)
 
 
 async def test_a_nested_block_that_raises_leaves_the_outer_one_as_it_was() -> None:
@@ -45,4 +46,4 @@ async def test_a_nested_block_that_raises_leaves_the_outer_one_as_it_was() -> No
         wake(future)
         await asyncio.sleep(0)
         assert not future.done()
-    await asyncio.wait_for(future, 5)
+    await asyncio.wait_for(future, PATIENCE)

@@ -22,15 +22,11 @@ from mlx_engine import (
 )
 from mlx_engine import preparer as preparers
 from mlx_engine.worker import mlx_thread
+from tests.waiting import PATIENCE, expire, turns, until
 
 pytestmark = pytest.mark.anyio
 
 HELD = "hold me"  # the prompt whose preparation stands still
-
-
-async def until(condition: Callable[[], object]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 class Held:
@@ -50,7 +46,7 @@ class Held:
         self.sizes.append(len(what))
         if HELD in str(what):
             self.inside += 1
-            assert self._go.wait(30)
+            assert self._go.wait(PATIENCE)
             self.inside -= 1
         return self._real(what, *args, **options)
 
@@ -113,7 +109,7 @@ async def test_a_cancelled_caller_stays_until_its_prompt_is_left_and_mlx_is_free
     await held.reached()
     for _ in range(3):
         task.cancel()
-        await asyncio.sleep(0.005)
+        await turns()
         assert not task.done()
         assert engine.stats().waiting == 1
         assert not mlx_thread.locked
@@ -147,11 +143,19 @@ async def test_a_time_limit_ends_a_request_whose_prompt_is_being_tokenized(
     engine: BaseEngine, hold: Callable[..., Held]
 ) -> None:
     held = hold(engine)
-    asyncio.get_running_loop().call_later(0.05, held.go)
+
+    async def let_go(limit: asyncio.Timeout) -> None:
+        await expire(limit, lambda: held.inside)
+        await until(limit.expired)
+        await turns()
+        held.go()
+
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.01):
+        async with asyncio.timeout(None) as limit:
+            helper = asyncio.create_task(let_go(limit))
             await engine.generate(HELD)
     assert held.inside == 0
+    await helper
 
 
 async def test_a_stream_goes_on_to_its_end_while_another_prompt_is_being_tokenized(
@@ -235,7 +239,7 @@ async def test_a_stop_aborts_those_that_are_being_prepared_and_comes_back_when_t
     task = ask(engine, HELD)
     await held.reached()
     stopping = asyncio.create_task(engine.shutdown(0))
-    await asyncio.sleep(0.01)
+    await turns()
     assert not stopping.done()
     held.go()
     report = await stopping
@@ -247,11 +251,11 @@ async def test_a_stop_aborts_those_that_are_being_prepared_and_comes_back_when_t
 async def test_time_in_preparation_is_not_waiting(
     tiny_path: Path, engine_type: Any, hold: Callable[..., Held]
 ) -> None:
-    async with engine_type(tiny_path, max_wait=0.01) as engine:
+    async with engine_type(tiny_path, max_wait=0.5) as engine:
         held = hold(engine)
         task = ask(engine, HELD)
         await held.reached()
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.6)
         assert not task.done()
         others = [ask(engine, f"{HELD} too") for _ in range(2)]
         with pytest.raises(EngineBusy):  # of these, one only waits for a thread

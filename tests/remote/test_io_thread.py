@@ -9,6 +9,7 @@ import pytest
 
 from mlx_engine import EngineDead
 from mlx_engine.remote.io_thread import IOThread
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.anyio
 
@@ -42,7 +43,7 @@ async def test_what_comes_when_the_loop_has_just_stopped_is_told_so() -> None:
     late = asyncio.create_task(thread.run(work))
     await asyncio.sleep(0)
     await close(thread, runner)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         with pytest.raises(EngineDead, match="shutting down"):
             await late
         with pytest.raises(EngineDead, match="shutting down"):
@@ -54,7 +55,7 @@ async def test_what_never_began_can_be_cancelled_when_the_loop_has_stopped() -> 
     late = asyncio.create_task(thread.run(work))
     await asyncio.sleep(0)
     late.cancel()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         with pytest.raises(asyncio.CancelledError):
             await late
     await close(thread, runner)
@@ -66,7 +67,7 @@ async def test_the_end_of_the_loop_tells_those_who_wait_for_what_goes_on() -> No
     waiting = [asyncio.create_task(thread.run(for_ever)) for _ in range(3)]
     await thread.run(work)
     await close(thread, runner)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         ends = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(end) for end in ends] == [EngineDead] * 3
     assert not runner.is_alive()
@@ -87,7 +88,7 @@ async def test_short_memory_in_a_turn_of_the_loop_ends_nothing() -> None:
 
     waiting = asyncio.create_task(thread.run(for_ever))
     loop._run_once = short  # type: ignore[attr-defined]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         assert await thread.run(work) is runner
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):

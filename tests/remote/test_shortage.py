@@ -15,6 +15,7 @@ from mlx_engine import EngineDead, EngineManager, EngineState, ProcessEngine, Si
 from mlx_engine.remote.io_thread import IOThread
 from tests.conftest import ROOT
 from tests.processes import children
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.anyio
 
@@ -51,7 +52,7 @@ async def main():
         ended = {shortage}()
         for _ in range(2):
             try:
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     await engine.start()
             except EngineDead as error:
                 print(engine.state.value, type(error).__name__, str(error), flush=True)
@@ -69,7 +70,7 @@ def run(shortage: str, engines: str) -> list[str]:
         [sys.executable, "-W", "error::ResourceWarning", "-c", program],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=250,
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
@@ -166,7 +167,7 @@ async def test_a_start_that_waits_for_a_thread_can_be_cancelled(
 ) -> None:
     monkeypatch.setattr(threads, "START_LIMIT", 1000.0)
     engine = kind(tiny_path)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         start = asyncio.create_task(engine.start())
         await asyncio.sleep(0.05)
         start.cancel()

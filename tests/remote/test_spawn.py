@@ -15,7 +15,7 @@ import pytest
 
 from mlx_engine import EngineDead, EngineState, EngineStopped, ProcessEngine
 from tests.processes import children
-from tests.remote.hosting import until
+from tests.waiting import PATIENCE, PROMPTLY, until
 
 pytestmark = pytest.mark.anyio
 
@@ -82,7 +82,7 @@ async def test_nothing_is_left_of_a_process_that_nobody_wants_when_it_is_there(
     tiny_path: Path, slow: SlowSpawn, way: str
 ) -> None:
     engine = ProcessEngine(tiny_path)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         if way == "drop the loop":
             await asyncio.to_thread(_start_and_close, engine, slow.begun)
         else:
@@ -98,7 +98,7 @@ async def test_nothing_is_left_of_a_process_that_nobody_wants_when_it_is_there(
                 engine.kill()
             with pytest.raises((asyncio.CancelledError, EngineStopped, EngineDead)):
                 await start
-            assert time.monotonic() - began < 2, "it has waited for the process"
+            assert time.monotonic() - began < PROMPTLY, "it has waited for the process"
         await slow.finish()
         await until(lambda: not children())
         async with engine:
