@@ -6,6 +6,7 @@
     python -m benchmarks.cancel_latency    how soon a cancelled request is out of the way
     python -m benchmarks.timeline          one cancellation, moment by moment
     python -m benchmarks.join_stall        how long streams stand still when a long prompt joins
+    python -m benchmarks.newcomers         and while a chat is tokenized, or options are new
     python -m benchmarks.prompt_cache      time to first token with and without the prompt cache
     python -m benchmarks.first_token       the same by prompt length, with SpecPrefill
     python -m benchmarks.specprefill       SpecPrefill by the share that is kept
@@ -34,6 +35,7 @@ NAMES = (
     "cancel_latency",
     "timeline",
     "join_stall",
+    "newcomers",
     "prompt_cache",
     "first_token",
     "specprefill",

@@ -45,6 +45,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "load_prompt_cache": lambda e: e.load_prompt_cache("/tmp/x"),
     "run_blocking": lambda e: e.run_blocking(print),
     "wait_exit": lambda e: e.wait_exit(),
+    "failed": lambda e: e.failed(),
     "scale": lambda e: e.scale(2),
 }
 STREAMS: dict[str, Callable[[Any], Any]] = {

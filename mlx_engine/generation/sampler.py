@@ -148,17 +148,25 @@ class _Group:
             logprobs = self._without_top(logprobs, coin)
         if self._top_k:
             logprobs = self._best(logprobs)
-        return _categorical(logprobs * self._scale.astype(logprobs.dtype), number)
+        logits = logprobs * self._scale.astype(logprobs.dtype)
+        if number is None:
+            return mx.random.categorical(logits)
+        return _categorical(logits, number)
 
-    def _draw(self, positions: Sequence[int]) -> tuple[mx.array | None, mx.array]:
-        """Random numbers in [0, 1) of shape (rows, 1): XTC's, if it is used, and the token's."""
+    def _draw(self, positions: Sequence[int]) -> tuple[mx.array | None, mx.array | None]:
+        """Random numbers in [0, 1) of shape (rows, 1): XTC's, if it is used, and the token's.
+
+        ``None`` for the token's where several rows draw from the global state: MLX does that in
+        one go, by a number for each token, which costs less.
+        """
         shape = (len(positions), 1)
         coin: mx.array | None = None
         seeds = self._seeds * len(positions) if len(self._seeds) == 1 else self._seeds
         if all(seed is None for seed in seeds):
             if self._xtc is not None:
                 coin = mx.random.uniform(shape=shape)
-            return coin, mx.random.uniform(shape=shape)
+            several = len(positions) > 1
+            return coin, None if several else mx.random.uniform(shape=shape)
         keys = mx.array(
             [
                 _NO_KEY if seed is None else _key(seed, position)

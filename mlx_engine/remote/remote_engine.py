@@ -36,7 +36,7 @@ class RemoteEngine(LinkedEngine):
     one they are refused.
 
     What cannot go there: ``run_blocking``, logits processors, by name or not, chat templates
-    among ``chat_template_kwargs``, and requests of more than 8 MiB or 65,536 values, or above
+    among ``chat_template_kwargs``, and requests of more than 8 MiB or 131,072 values, or above
     the host's ``RequestLimits`` (``InvalidRequest``). Who has 1,024 requests or 64 MiB of them
     under way gets ``EngineBusy``; who leaves 64 MiB of answers unread is cut off
     (``EngineDead``).

@@ -334,10 +334,10 @@ def test_a_step_is_short_whatever_the_frame_is() -> None:
 @pytest.mark.parametrize(
     ("request_", "option"),
     [
-        (chat([USER] * 20_000), "messages"),
-        (chat([USER], [{"a": {}}] * 20_000), "messages"),
-        (asked(params={"stop": ["a"] * 70_000}), "params"),
-        (asked(params={"logit_bias": {n: [n] for n in range(20_000)}}), "params"),
+        (chat([USER] * 40_000), "messages"),
+        (chat([USER], [{"a": {}}] * 40_000), "messages"),
+        (asked(params={"stop": ["a"] * 140_000}), "params"),
+        (asked(params={"logit_bias": {n: [n] for n in range(40_000)}}), "params"),
         (asked(prefill={"x": [[]] * 40_000}), "prefill"),
         (asked(prompt=["a"] * 40_000), "prompt"),
         (asked(prompt=[[1] * 10] * 40_000), "prompt"),

@@ -23,6 +23,7 @@ from mlx_engine.remote.serving import guest
 from mlx_engine.remote.serving.host import EngineHost
 from mlx_engine.remote.wire.frames import framed
 from mlx_engine.remote.wire.messages import (
+    VERSION,
     CacheFile,
     CacheFileDone,
     Configure,
@@ -60,13 +61,13 @@ async def test_who_says_nothing_is_sent_away(
 
 
 async def test_another_version_is_told_who_has_to_upgrade(host: EngineHost) -> None:
-    newer = [["hello", "mlx_engine", 2, {"compression": True}], ["something", "new"]]
-    for version, said in ((2, "upgrade the host"), (0, "upgrade the client")):
+    newer = [["hello", "mlx_engine", VERSION + 1, {"compression": True}], ["something", "new"]]
+    for version, said in ((VERSION + 1, "upgrade the host"), (VERSION - 1, "upgrade the client")):
         newer[0][2] = version  # type: ignore[index]
         async with Stranger.at(host) as stranger:
             await stranger.send(framed(encode(newer)))
             reason = await stranger.refusal()
-        assert f"speaks version 1, the client speaks {version}: {said}" in reason
+        assert f"speaks version {VERSION}, the client speaks {version}: {said}" in reason
 
 
 async def test_a_client_of_another_version_raises_that_at_its_start(

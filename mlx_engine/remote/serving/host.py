@@ -45,7 +45,7 @@ class EngineHost:
     imported, nor give chat templates, which are programs, nor name files, unless there is a
     folder for them. They share the engine: the long prompt of one delays the others.
 
-    A message of a client has 8 MiB at most, and 65,536 values beside the token ids of its
+    A message of a client has 8 MiB at most, and 131,072 values beside the token ids of its
     prompt, of which a list or a map counts as four; a request what the engine's
     ``RequestLimits`` allow (more get ``InvalidRequest``); a client has 1,024 requests and 64 MiB
     of them under way at a time (more get ``EngineBusy``), and up to 64 MiB may wait for it to be

@@ -27,7 +27,7 @@ from mlx_engine.remote.wire.messages import (
     parts_of,
 )
 
-MAX_VALUES = 65_536  # in a request beside token ids; a list or a map counts as four
+MAX_VALUES = 131_072  # in a request beside token ids; a list or a map counts as four
 _SMALL = 32 * 2**10  # bytes that are decoded at once, whatever they are: 10 ms at worst
 _COUNTED = 8192  # values in one step, 0.5 ms
 _PIECE = 16 * 2**10  # bytes of token ids in one step, 1 ms

@@ -24,7 +24,7 @@ from mlx_engine.remote.wire.json_values import extension_from_wire
 
 T = TypeVar("T")
 
-VERSION = 1
+VERSION = 2
 MAGIC = "mlx_engine"
 
 
