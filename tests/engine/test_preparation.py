@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from mlx_engine import (
     GenerationError,
     SimpleEngine,
 )
-from mlx_engine import preparer as preparers
 from mlx_engine.worker import mlx_thread
 from tests.waiting import PATIENCE, expire, turns, until
 
@@ -280,15 +278,16 @@ async def test_a_prompt_that_is_far_too_long_is_refused_before_all_of_it_is_toke
 async def test_without_another_thread_a_request_fails_alone_and_the_next_one_works(
     engine: BaseEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none(**_: Any) -> Any:
-        def start() -> None:
-            raise RuntimeError("can't start new thread")
+    real = threading.Thread.start
 
-        return SimpleNamespace(start=start)
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "prepare":
+            raise RuntimeError("can't start new thread")
+        real(thread)
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparers, "threading", SimpleNamespace(Thread=none, Lock=threading.Lock))
-        with pytest.raises(GenerationError, match="no thread can be started"):
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(GenerationError, match="not prepared: .*can't start new thread"):
             await ask(engine, "one")
     assert engine.stats().failed == 1
     assert len((await ask(engine, "two")).tokens) == 3
