@@ -287,7 +287,7 @@ async def test_without_another_thread_a_request_fails_alone_and_the_next_one_wor
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
-        with pytest.raises(GenerationError, match="not prepared: .*can't start new thread"):
+        with pytest.raises(GenerationError, match=r"not prepared: .*can't start new thread"):
             await ask(engine, "one")
     assert engine.stats().failed == 1
     assert len((await ask(engine, "two")).tokens) == 3
