@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 Rank = tuple[int, ...]
 
+FAIR = 8  # every eighth that is taken is the one that came first, whatever the priorities
 _SOME = 16  # ranks of things that have left, which may stay whatever the size
 
 
