@@ -21,15 +21,11 @@ from mlx_engine import (
     threads,
 )
 from mlx_engine.worker import mlx_thread
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
 HELD = "hold me"  # the prompt whose preparation stands still
-
-
-async def until(condition: Callable[[], object]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 class Held:
