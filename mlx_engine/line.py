@@ -23,6 +23,9 @@ class Preparation(Protocol):
     def forget(self) -> None:
         """Nobody wants it any more. Called under the line's lock."""
 
+    def over(self) -> None:
+        """Whoever wanted it waits no more. In the event loop of ``begin``."""
+
 
 class Line(abc.ABC, Generic[P]):
     """Pending work in order of arrival. Its owner, on a thread, takes it up and ends it.
@@ -88,6 +91,8 @@ class Line(abc.ABC, Generic[P]):
         finally:
             if not one.out.done():  # the coroutine is being destroyed, its loop is gone
                 self._cancel(one)
+            elif preparation is not None:
+                preparation.over()
         return one.outcome()
 
     def abort(self, one: Pending[Any], error: BaseException) -> bool:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 from mlx_engine.errors import EngineDead, GenerationError, MLXEngineError
 from mlx_engine.line import Line
-from mlx_engine.ranked import Ranked
+from mlx_engine.ranked import FAIR, Ranked
 from mlx_engine.threads import Start
 from mlx_engine.turn import Pending
 
 P = TypeVar("P", bound=Pending[Any])
+
+Limit = tuple[Start, asyncio.TimerHandle]
 
 _THREADS = 2  # so that one long prompt does not keep all others waiting
 
 
 class Preparer(Generic[P]):
     """Prepares the pending work of an engine, in the order of its ranks, a few pieces at once.
+
+    Every eighth piece is the one that came first, whatever the ranks: it may be the one that gets
+    the next place, and all others would wait for it.
 
     A thread begins when there is something to do, and ends when there is nothing. What it does
     must need no MLX, and should look at ``checkpoint`` between its steps.
@@ -30,27 +35,40 @@ class Preparer(Generic[P]):
 
     def __init__(self, line: Line[P]) -> None:
         self._line = line
-        self._lock = threading.Lock()
-        self._waiting: Ranked[Preparing[P]] = Ranked()
-        self._threads = 0
+        self._lock = threading.RLock()  # a coroutine may be destroyed anywhere, and leaves then
+        self._by_rank: Ranked[Preparing[P]] = Ranked()
+        self._by_arrival: Ranked[Preparing[P]] = Ranked()
+        self._taken = 0
+        self._threads = 0  # that run, or are on their way
 
-    def add(self, work: Preparing[P]) -> None:
-        """Have it done. From any thread."""
+    def add(self, work: Preparing[P]) -> Limit | None:
+        """Have it done. In the event loop of its caller.
+
+        Returns:
+            What gives up the thread that was started for it, if one was.
+        """
         with self._lock:
-            self._waiting.add(work.one.rank, work)
+            self._by_rank.add(work.one.rank, work)
+            self._by_arrival.add(work.one.rank[1:], work)
             if self._threads >= _THREADS:
-                return
+                return None
             self._threads += 1
-        start = Start(self._run, "prepare", partial(self._fail, work))
+        start = Start(self._run, "prepare", self._fail)
         try:
             start.begin()
         except EngineDead as error:
-            self._fail(work, error)
+            self._fail(error)
+            return None
+        return start, start.limit()
 
     def discard(self, work: Preparing[P]) -> None:
         """Nobody wants it any more; nothing happens if a thread has it. From any thread."""
         with self._lock:
-            self._waiting.discard(work.one.rank)
+            self._leave(work)
+
+    def _leave(self, work: Preparing[P]) -> None:
+        self._by_rank.discard(work.one.rank)
+        self._by_arrival.discard(work.one.rank[1:])
 
     def _run(self) -> None:
         while (work := self._next()) is not None:
@@ -59,9 +77,13 @@ class Preparer(Generic[P]):
 
     def _next(self) -> Preparing[P] | None:
         with self._lock:
-            work = self._waiting.pop()
+            oldest = self._taken % FAIR == FAIR - 1
+            work = (self._by_arrival if oldest else self._by_rank).first()
             if work is None:
                 self._threads -= 1
+                return None
+            self._taken += 1
+            self._leave(work)
             return work
 
     def _do(self, work: Preparing[P]) -> None:
@@ -74,16 +96,21 @@ class Preparer(Generic[P]):
             error = raised
         self._line.left(work.one, error)
 
-    def _fail(self, work: Preparing[P], error: EngineDead) -> None:
-        """There is no thread for it, unless another one still runs."""
+    def _fail(self, error: EngineDead) -> None:
+        """A thread does not come. Another one does what there is; if there is none, nobody does."""
         with self._lock:
             self._threads -= 1
             if self._threads:
                 return
-        failed = GenerationError(f"the prompt is not prepared: {error}")
-        failed.__cause__ = error
-        if self._line.take_to_prepare(work.one):
-            self._line.left(work.one, failed)
+            left: list[Preparing[P]] = []
+            while (work := self._by_rank.first()) is not None:
+                self._leave(work)
+                left.append(work)
+        for work in left:
+            failed = GenerationError(f"the prompt is not prepared: {error}")
+            failed.__cause__ = error
+            if self._line.take_to_prepare(work.one):
+                self._line.left(work.one, failed)
 
 
 class Preparing(Generic[P]):
@@ -102,10 +129,18 @@ class Preparing(Generic[P]):
         self.one = one
         self.func = func
         self._preparer = preparer
+        self._limit: Limit | None = None
 
     def begin(self) -> None:
         """See ``Preparation``."""
-        self._preparer.add(self)
+        self._limit = self._preparer.add(self)
+
+    def over(self) -> None:
+        """See ``Preparation``."""
+        if self._limit is not None:
+            start, timer = self._limit
+            if not start.pending:  # others may wait for that thread
+                timer.cancel()
 
     def forget(self) -> None:
         """See ``Preparation``."""

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 Rank = tuple[int, ...]
 
+FAIR = 8  # every eighth that is taken is the one that came first, whatever the priorities
 _SOME = 16  # ranks of things that have left, which may stay whatever the size
 
 
@@ -33,8 +34,7 @@ class Ranked(Generic[T]):
         """Take it out, if it is in."""
         self._things.pop(rank, None)
         if len(self._heap) > 2 * len(self._things) + _SOME:
-            self._heap = list(self._things)
-            heapq.heapify(self._heap)
+            self._forget()
 
     def first(self) -> T | None:
         """The one of the lowest rank."""
@@ -50,9 +50,21 @@ class Ranked(Generic[T]):
         return thing
 
     def below(self, rank: Rank, most: int) -> int:
-        """How many have a lower rank, counted up to ``most``."""
+        """How many have a lower rank, counted up to ``most``; hardly any others are looked at."""
         self.first()
-        if not self._heap or self._heap[0] > rank:
-            return 0
-        lowest = heapq.nsmallest(most, self._things)
-        return sum(other < rank for other in lowest)
+        found = gone = 0
+        places = [0]
+        while places and found < most:
+            place = places.pop()
+            if place < len(self._heap) and self._heap[place] < rank:
+                here = self._heap[place] in self._things
+                found, gone = found + here, gone + (not here)
+                places += (2 * place + 1, 2 * place + 2)  # its children; all lower ones are there
+        if gone > _SOME:
+            self._forget()
+        return found
+
+    def _forget(self) -> None:
+        """Drop the ranks of what has left."""
+        self._heap = list(self._things)
+        heapq.heapify(self._heap)

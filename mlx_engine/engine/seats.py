@@ -11,11 +11,9 @@ from typing import Any, Generic, Protocol, TypeVar
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.line import Line
 from mlx_engine.outputs import GenerationResult
-from mlx_engine.ranked import Ranked
+from mlx_engine.ranked import FAIR, Ranked
 from mlx_engine.turn import Pending, Stage, Turn
 from mlx_engine.worker import mlx_thread
-
-_FAIR = 8  # every eighth place goes to whoever has waited longest, whatever the priorities
 
 
 class Seated(Protocol):
@@ -136,7 +134,7 @@ class Seats(Line[Seat[R]], Generic[R]):
         with self._changed:
             if self.free <= 0:
                 return None
-            oldest = self._taken % _FAIR == _FAIR - 1
+            oldest = self._taken % FAIR == FAIR - 1
             return (self._by_arrival if oldest else self._by_rank).first(self.free)
 
     def gather(self, seconds: float) -> None:

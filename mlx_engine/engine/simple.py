@@ -6,7 +6,6 @@ import functools
 
 from mlx_engine.engine.admission import RequestTicket
 from mlx_engine.engine.local import LocalEngine
-from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.single import generate_single
 from mlx_engine.outputs import GenerationResult
@@ -20,11 +19,6 @@ class SimpleEngine(LocalEngine):
     """
 
     async def _serve(self, request: Request, ticket: RequestTicket) -> GenerationResult:
-        if request.priority:
-            raise InvalidRequest(
-                "priority",
-                "SimpleEngine serves in the order of arrival; leave it out, or use BatchedEngine",
-            )
         return await self._run_blocking_serialized(
             self._generate,
             request,

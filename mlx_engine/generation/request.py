@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -324,7 +325,8 @@ class Request:
             return error
         failed = GenerationError(f"{self.request_id} failed: {what_it_says(error)}")
         if error.__traceback__ is not None:
-            error.add_note("".join(["On the MLX thread:\n", *traceback.format_exception(error)]))
+            where = f"On the thread {threading.current_thread().name!r}:\n"
+            error.add_note("".join([where, *traceback.format_exception(error)]))
         drop_frames(error)
         failed.__cause__ = error
         return failed

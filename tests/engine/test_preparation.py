@@ -18,6 +18,7 @@ from mlx_engine import (
     EngineStopped,
     GenerationError,
     SimpleEngine,
+    threads,
 )
 from mlx_engine.worker import mlx_thread
 from tests.waiting import PATIENCE, expire, turns, until
@@ -275,22 +276,70 @@ async def test_a_prompt_that_is_far_too_long_is_refused_before_all_of_it_is_toke
         assert len(held.sizes) >= 1
 
 
-async def test_without_another_thread_a_request_fails_alone_and_the_next_one_works(
-    engine: BaseEngine, monkeypatch: pytest.MonkeyPatch
+class NoThreads:
+    """Threads that prepare prompts do not come to run."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *, silent: bool) -> None:
+        self.asked = 0
+        self.over = threading.Event()
+        self._silent = silent
+        self._start = threading.Thread.start
+        patch.setattr(threads, "START_LIMIT", 0.2)
+        patch.setattr(threading.Thread, "start", lambda thread: self._refuse(thread))
+
+    def _refuse(self, thread: threading.Thread) -> None:
+        if thread.name != "prepare":
+            self._start(thread)
+            return
+        self.asked += 1
+        if self._silent:
+            self.over.wait(30)
+        raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("silent", [False, True])
+async def test_without_threads_all_that_wait_are_told_and_the_next_one_works(
+    engine: BaseEngine, monkeypatch: pytest.MonkeyPatch, silent: bool
 ) -> None:
-    real = threading.Thread.start
-
-    def start(thread: threading.Thread) -> None:
-        if thread.name == "prepare":
-            raise RuntimeError("can't start new thread")
-        real(thread)
-
+    """Also those for which no thread was started: others were on their way, but never came."""
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", start)
-        with pytest.raises(GenerationError, match=r"not prepared: .*can't start new thread"):
-            await ask(engine, "one")
-    assert engine.stats().failed == 1
+        none = NoThreads(patch, silent=silent)
+        tasks = [ask(engine, str(number)) for number in range(5)]
+        async with asyncio.timeout(30):
+            told = await asyncio.gather(*tasks, return_exceptions=True)
+        none.over.set()
+    said = "it did not come to run" if silent else "can't start new thread"
+    assert [type(each) for each in told] == [GenerationError] * 5
+    assert all(said in str(each) for each in told)
+    assert none.asked == 2
+    assert engine.stats().failed == 5
+    assert engine.stats().waiting == 0
     assert len((await ask(engine, "two")).tokens) == 3
+
+
+async def test_every_eighth_prompt_that_is_prepared_is_the_one_that_came_first(
+    tiny_path: Path, hold: Callable[..., Held]
+) -> None:
+    """Or the place that is kept for it would stand empty until all better ones are prepared."""
+    async with BatchedEngine(tiny_path, max_batch_size=1) as engine:
+        order: list[str] = []
+        prepare = engine._prepare
+
+        def watched(request: Any) -> Any:
+            order.append(request._source.prompt)
+            return prepare(request)
+
+        engine._prepare = watched  # type: ignore[method-assign]
+        held = hold(engine)
+        first = [ask(engine, HELD, priority=-1) for _ in range(2)]
+        await held.reached(2)
+        tasks = [ask(engine, "patient", priority=1)]
+        await asyncio.sleep(0)
+        tasks += [ask(engine, "important", priority=-1) for _ in range(40)]
+        await asyncio.sleep(0)
+        held.go()
+        await asyncio.gather(*first, *tasks)
+    assert order.index("patient") == 7
 
 
 async def test_a_closed_loop_does_not_leave_its_prompt_behind(tiny_path: Path) -> None:

@@ -23,6 +23,9 @@ from mlx_engine import stream as streams
 from mlx_engine.engine import batched, crossing
 from mlx_engine.engine.admission import Admission
 from mlx_engine.engine.seats import Seats
+from mlx_engine.generation import prompt
+from mlx_engine.generation.chat_places import EncodedText
+from mlx_engine.generation.request import Request
 from mlx_engine.line import Line
 from mlx_engine.remote.calls import Call
 from mlx_engine.remote.io_thread import io_thread
@@ -51,6 +54,9 @@ _JOINTS = (
     (Seats, "end"),
     (Line, "refuse"),
     (Line, "take_to_prepare"),
+    (prompt._Chat, "_render"),
+    (EncodedText, "__init__"),
+    (Request, "_fit"),
     (Line, "left"),
 )
 
@@ -155,6 +161,7 @@ class Simulation:
         self, target: Callable[[], object], name: str, failed: object, *, daemon: bool = True
     ) -> Any:
         return SimpleNamespace(
+            pending=False,
             begin=lambda: self.driver.start(target, name),
             give_up=lambda: None,
             limit=lambda: SimpleNamespace(cancel=lambda: None),

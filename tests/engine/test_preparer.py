@@ -1,0 +1,73 @@
+"""The threads that prepare prompts: none is counted that is not there, none holds what it did."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mlx_engine import BaseEngine, GenerationError, preparer, threads
+from mlx_engine.preparer import Preparer, Preparing
+from mlx_engine.turn import Pending
+from tests.waiting import until
+
+pytestmark = pytest.mark.anyio
+
+
+def never_runs(thread: threading.Thread) -> None:
+    """As where memory is short: the thread ends before it can say that it runs."""
+
+
+async def test_who_leaves_before_its_thread_comes_does_not_keep_the_next_one_from_a_thread(
+    engine: BaseEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(threads, "START_LIMIT", 0.05)
+        patch.setattr(threading.Thread, "start", never_runs)
+        for _ in range(2):
+            task = asyncio.create_task(engine.generate("a", max_tokens=3))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+    await until(lambda: engine._preparer._threads == 0)  # type: ignore[attr-defined]
+    assert len((await engine.generate("next", max_tokens=3)).tokens) == 3
+
+
+async def test_a_thread_that_goes_on_holds_nothing_of_what_it_did_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(preparer, "_THREADS", 1)
+    line = SimpleNamespace(take_to_prepare=lambda _: True, left=lambda *_: None)
+    preparing: Preparer[Any] = Preparer(line)  # type: ignore[arg-type]
+    steps = [threading.Event(), threading.Event()]
+    refs = []
+    for step in steps:
+        work = Preparing(preparing, Pending(attended=False), lambda step=step: not step.wait(30))
+        refs.append(weakref.ref(work))
+        work.begin()
+        del work
+    steps[0].set()
+    await until(lambda: refs[0]() is None)
+    assert refs[1]() is not None
+    steps[1].set()
+    await until(lambda: refs[1]() is None)
+
+
+async def test_where_a_prompt_failed_is_told_with_the_thread_on_which_it_did(
+    engine: BaseEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    tokenizer = engine._slot.vocabulary.tokenizer._tokenizer  # type: ignore[attr-defined]
+    monkeypatch.setattr(tokenizer, "encode", broken)
+    with pytest.raises(GenerationError) as caught:
+        await engine.generate("a")
+    (note,) = caught.value.__cause__.__notes__  # type: ignore[union-attr]
+    assert note.startswith("On the thread 'prepare':")
+    assert "in broken" in note
