@@ -155,7 +155,6 @@ async def ask(
     return result
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 async def test_a_turn_has_all_of_the_one_before_that_is_still_in_it(
     models: Path, engine_type: EngineType, architecture: str

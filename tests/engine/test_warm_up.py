@@ -28,7 +28,6 @@ async def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return await made(DENSE_QWEN, tmp_path_factory.mktemp("hybrid"), 3)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", KINDS)
 async def test_first_requests_compile_nothing(hybrid: Path, tmp_path: Path, kind: str) -> None:
     """On the CPU back end MLX keeps what it compiles in files, where it looks for it again."""
