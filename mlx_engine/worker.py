@@ -59,9 +59,9 @@ class MLXThread(Line[Turn[Any]]):
 
     @property
     def busy(self) -> bool:
-        """Whether a turn that enters now would have to wait."""
+        """Whether a turn that enters now would have to wait, if there is none of its lane."""
         with self._changed:
-            return self._running is not None or bool(self._queue)
+            return self._running is not None or self._first() is not None
 
     @property
     def free(self) -> int:
@@ -97,9 +97,11 @@ class MLXThread(Line[Turn[Any]]):
                 self._changed.notify()
 
     def is_used_by_others(self, mine: Turn[Any] | None) -> bool:
-        """Whether a turn other than ``mine`` is on the thread or queued."""
+        """Whether a turn other than ``mine`` is on the thread, or queued and not held up."""
         with self._changed:
-            return self._running not in (None, mine) or any(t is not mine for t in self._queue)
+            lanes = [lane for lane in self._lanes.values() if next(iter(lane)).ready]
+            queued = any(turn.ready and turn is not mine for lane in lanes for turn in lane)
+            return queued or self._running not in (None, mine)
 
     def check_outside(self) -> None:
         """Raise ``RuntimeError`` where waiting for this thread would be waiting for ever.

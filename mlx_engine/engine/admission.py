@@ -100,9 +100,11 @@ class Admission:
     def _check_room(self, line: Line[Any]) -> None:
         if self._limits.queue_limit is None and self._limits.max_wait != 0:
             return
-        waiting, limit = max(0, self._waiting(line) - line.free), self._limits.queue_limit
+        inside, limit = self._waiting(line), self._limits.queue_limit
+        waiting = max(0, inside - line.free)
         full = limit is not None and waiting >= limit
-        if (full or self._limits.max_wait == 0) and line.busy:
+        busy = inside >= max(1, line.free) or line.busy
+        if (full or self._limits.max_wait == 0) and busy:
             self._rejected += 1
             why = f"queue_limit={limit}" if full else "max_wait=0"
             raise self._busy(f"{waiting} requests are waiting ({why})", waiting, line)

@@ -297,6 +297,27 @@ class NoThreads:
         raise RuntimeError("can't start new thread")
 
 
+@pytest.mark.parametrize("kind", [SimpleEngine, BatchedEngine])
+@pytest.mark.parametrize("limits", [{"max_wait": 0}, {"queue_limit": 0}])
+async def test_a_prompt_that_is_being_prepared_makes_its_own_engine_busy_and_no_other(
+    tiny_path: Path, hold: Callable[..., Held], kind: Any, limits: dict[str, Any]
+) -> None:
+    if kind is BatchedEngine:
+        limits = limits | {"max_batch_size": 1}
+    async with SimpleEngine(tiny_path) as other, kind(tiny_path, **limits) as engine:
+        elsewhere, here = hold(other), hold(engine)
+        tasks = [ask(other, HELD)]
+        await elsewhere.reached()
+        assert len((await ask(engine, "free")).tokens) == 3
+        tasks.append(ask(engine, HELD))
+        await here.reached()
+        with pytest.raises(EngineBusy):
+            await ask(engine, "busy")
+        elsewhere.go()
+        here.go()
+        await asyncio.gather(*tasks)
+
+
 @pytest.mark.parametrize("silent", [False, True])
 async def test_without_threads_all_that_wait_are_told_and_the_next_one_works(
     engine: BaseEngine, monkeypatch: pytest.MonkeyPatch, silent: bool
