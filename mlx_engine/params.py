@@ -24,6 +24,7 @@ _NAME = re.compile(r"[\w.]+:[\w.]+")  # of a function, with its module
 _LONGEST = 64  # characters of an unknown option to look at
 _SEED_LIMIT = 2**64
 _COLDEST = 1e-6  # below it logits overflow when they are divided by the temperature
+_LEAST_PENALTY, _PENALTY_LIMIT = 1e-3, 1e3  # beyond, logits in half precision overflow
 _BIAS_LIMIT = 1e30  # logits are float32, or less
 
 
@@ -65,7 +66,7 @@ class SamplingParams:
         min_p: drop tokens less probable than ``min_p`` times the best one, in [0, 1].
         xtc_probability: chance that the top choices are excluded (XTC), in [0, 1].
         xtc_threshold: probability from which a token counts as a top choice, in [0, 0.5].
-        repetition_penalty: factor on logits of the last 20 tokens, above 0; ``None`` or 1
+        repetition_penalty: factor on logits of the last 20 tokens, 0.001 to 1000; ``None`` or 1
             is off (https://arxiv.org/abs/1909.05858).
         presence_penalty: subtracted once from the logit of each of the last 20 tokens.
         frequency_penalty: subtracted for each occurrence among the last 20 tokens.
@@ -75,7 +76,7 @@ class SamplingParams:
         stop: strings that end the answer; not part of it, and matched on text, so that it
             does not matter how the model tokenizes them.
         stop_token_ids: token ids that end the answer.
-        ignore_eos: go on after the model's end-of-sequence tokens.
+        ignore_eos: go on after the model's end-of-sequence tokens, which are text then.
         logprobs: report the log-probability of each token and of the ``logprobs`` best
             ones at its place, 0 to 100; ``None`` for none.
         logits_processors: called as ``processor(tokens, logits)`` on the MLX thread with
@@ -125,7 +126,12 @@ class SamplingParams:
         for name, high in (("xtc_probability", 1.0), ("xtc_threshold", 0.5)):
             self._set(name, number(name, getattr(self, name), low=0.0, high=high))
         if self.repetition_penalty is not None:
-            penalty = number("repetition_penalty", self.repetition_penalty, low=0.0, above=True)
+            penalty = number(
+                "repetition_penalty",
+                self.repetition_penalty,
+                low=_LEAST_PENALTY,
+                high=_PENALTY_LIMIT,
+            )
             self._set("repetition_penalty", penalty)
         for name in ("presence_penalty", "frequency_penalty"):
             if (value := getattr(self, name)) is not None:

@@ -17,6 +17,7 @@ from mlx_engine.outputs import GenerationResult
 from mlx_engine.turn import Pending
 
 _FIRST_GUESS = 1.0  # seconds that a request takes, before any has been seen
+_LOOK = 0.01  # seconds, at least, between two looks at work that is being prepared
 _SMOOTHING = 0.2  # weight of the newest request in the average
 
 
@@ -113,8 +114,9 @@ class Admission:
         self, timers: list[asyncio.TimerHandle], work: Pending[Any], line: Line[Any]
     ) -> None:
         assert self._limits.max_wait is not None
+        seconds = self._limits.max_wait if not timers else max(self._limits.max_wait, _LOOK)
         loop = asyncio.get_running_loop()
-        timers[:] = [loop.call_later(self._limits.max_wait, self._expire, timers, work, line)]
+        timers[:] = [loop.call_later(seconds, self._expire, timers, work, line)]
 
     def _expire(
         self, timers: list[asyncio.TimerHandle], work: Pending[Any], line: Line[Any]

@@ -87,7 +87,6 @@ class Request:
         self._text: TextAssembler | None = None
         self._make_sampling: Callable[[], Sampling] | None = None  # once prepared
         self._ends: frozenset[int] = frozenset()  # token ids that end the answer
-        self._silent: frozenset[int] = frozenset()  # token ids that are signals, not text
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._notes: tuple[str, ...] = ()
@@ -170,8 +169,7 @@ class Request:
             tools=self._source.tools if isinstance(self._source, ChatPrompt) else None,
         )
         stops = frozenset(self._params.stop_token_ids)
-        self._silent = vocabulary.eos | stops
-        self._ends = stops if self._params.ignore_eos else self._silent
+        self._ends = stops if self._params.ignore_eos else vocabulary.eos | stops
 
     def begin(self) -> bool:
         """Its work on the MLX thread begins, with its sampler; ``False`` if it was cancelled.
@@ -229,7 +227,7 @@ class Request:
         self._tokens.append(token)
         if self._params.logprobs is not None and logprobs is not None:
             self._logprobs.append(token_logprob(token, logprobs, self._params.logprobs))
-        pieces = [] if token in self._silent else text.add(token)
+        pieces = [] if token in self._ends else text.add(token)
         reason: FinishReason | None = None
         if token in self._ends or text.stopped:
             reason = "stop"

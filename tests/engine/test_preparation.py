@@ -274,6 +274,11 @@ async def test_a_prompt_that_is_far_too_long_is_refused_before_all_of_it_is_toke
             await engine.generate(text)
         assert sum(held.sizes) < len(text) / 2
         assert len(held.sizes) >= 1
+        held.sizes.clear()
+        dense = "x" * 70_000  # no more characters than may fit, but each is a token
+        with pytest.raises(ContextLengthExceeded, match="characters of prompt have more than"):
+            await engine.generate(dense)
+        assert max(held.sizes) < len(dense)
 
 
 class NoThreads:
