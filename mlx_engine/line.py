@@ -61,6 +61,10 @@ class Line(abc.ABC, Generic[P]):
         """How many are queued."""
         return len(self._queue)
 
+    def waiting_with(self, one: P) -> int:
+        """How many of the same engine are queued, ``one`` included."""
+        return len(self._queue)
+
     async def run(self, one: P, preparation: Preparation | None = None) -> Any:
         """Enter, wait until it is over, and return what it gave.
 

@@ -68,6 +68,11 @@ class MLXThread(Line[Turn[Any]]):
         """How many of the queued turns are about to be taken up."""
         return 0 if self.locked else 1
 
+    def waiting_with(self, one: Turn[Any]) -> int:
+        """How many of the same engine are queued, ``one`` included."""
+        with self._changed:
+            return len(self._lanes.get(one.lane, ()))
+
     def is_current(self) -> bool:
         """Whether the caller is on this thread."""
         return self._thread is not None and threading.get_ident() == self._thread.ident

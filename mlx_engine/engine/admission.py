@@ -124,8 +124,7 @@ class Admission:
         if work.preparing:  # that is work, not waiting
             self._limit_wait(timers, work, line)
             return
-        with self._lock:
-            waiting = self._waiting(line)
+        waiting = line.waiting_with(work)  # many may expire at once: nothing is counted here
         error = self._busy(
             f"the request has waited for {self._limits.max_wait} s (max_wait)", waiting, line
         )

@@ -32,10 +32,10 @@ _CLEAR = 256  # steps after which MLX's free buffers are given back, as in mlx_l
 
 
 def generate_single(request: Request, space: Workspace) -> GenerationResult:
-    """Do a request. Cancelled, it returns what there is by then.
+    """Do a prepared request. Cancelled, it returns what there is by then.
 
     Raises:
-        InvalidRequest: the prompt or an option does not suit this model.
+        InvalidRequest: a logits processor cannot be imported.
         GenerationError: MLX, the tokenizer or a logits processor raised.
     """
     error = _attempt(request, space)

@@ -20,9 +20,11 @@ from mlx_engine import (
     InvalidRequest,
     ProcessEngine,
     SimpleEngine,
+    testing,
 )
 from mlx_engine.engine.seats import Seat, Seats
 from mlx_engine.testing import FakeEngine
+from mlx_engine.turn import Pending, Stage
 from tests.conftest import make_tiny, settled
 from tests.guard import Gate
 from tests.waiting import until
@@ -317,3 +319,28 @@ async def test_waiting_for_memory_is_not_busy_waiting(tiny_path: Path, gate: Mak
         second = request(engine, [2] * 200, 200)
         await asyncio.gather(first, second)
         assert stop.calls <= 2 * (1 + 200 + 1)
+
+
+@pytest.mark.parametrize("width", [None, 1])
+async def test_many_that_have_waited_too_long_leave_without_counting_each_other(
+    width: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them used to be counted by all others, in one go of the event loop."""
+    looks = 0
+
+    def waiting(pending: Pending[Any]) -> bool:
+        nonlocal looks
+        looks += 1
+        return pending.stage is Stage.QUEUED
+
+    monkeypatch.setattr(Pending, "waiting", property(waiting))
+    held = testing.Gate()
+    async with FakeEngine([held, "x"], max_batch_size=width, max_wait=0.2) as engine:
+        first = asyncio.create_task(engine.generate("first"))
+        await held.reached()
+        others = [asyncio.create_task(engine.generate("other")) for _ in range(200)]
+        errors = await asyncio.gather(*others, return_exceptions=True)
+        held.open()
+        await first
+    assert {type(error) for error in errors} == {EngineBusy}
+    assert looks < 2 * len(others)
