@@ -208,7 +208,7 @@ async def test_a_client_that_vanishes_from_the_queue_leaves_it(
 @pytest.mark.parametrize(
     ("body", "named"),
     [
-        ({"messages": HELLO, "max_tokens": 0}, "max_tokens"),
+        ({"messages": HELLO, "max_tokens": -1}, "max_tokens"),
         ({"messages": HELLO, "temperature": "hot"}, "temperature"),
         ({"messages": [{"role": "user"}]}, "content"),
         ({"messages": [{"role": "user", "content": "x" * 20_000}]}, "context"),
