@@ -405,10 +405,10 @@ def test_a_loop_that_ends_during_a_shutdown_leaves_no_model(
     tiny_path: Path, gate: MakeGate, told_to_stop: threading.Event, inside: bool
 ) -> None:
     engine = SimpleEngine(tiny_path)
-    stop = gate("model", 3 if inside else 10_000)
 
     async def main() -> None:
         await engine.start()
+        stop = gate("model", 3 if inside else 10_000)  # the start calls it, too
         if inside:
             asyncio.create_task(engine.generate(PROMPT))  # noqa: RUF006
             await stop.reached()
