@@ -35,11 +35,11 @@ class WaitingRoom:
     def __init__(self, limits: QueueConfig) -> None:
         self.waiting = self.rejected = 0
         self._limits = limits
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a coroutine that waits may be destroyed anywhere
 
     def after_fork(self) -> None:
         """In a fork of this process: nobody waits, and the lock may be held."""
-        self._lock, self.waiting = threading.Lock(), 0
+        self._lock, self.waiting = threading.RLock(), 0
 
     @contextmanager
     def entered(self, retry_after: float) -> Iterator[None]:

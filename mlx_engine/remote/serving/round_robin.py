@@ -52,9 +52,11 @@ class RoundRobin:
         worker = next(iter(self._queue))
         del self._queue[worker]
         began = time.thread_time()  # a processor that others have meanwhile is not used by it
-        if worker.work(loop.time() + _SLICE):
-            self._queue[worker] = None
-        used = time.thread_time() - began
-        self._free_at = loop.time() + used
-        if self._queue:
-            self._timer = loop.call_later(max(used, _REST), self._slice)
+        try:
+            if worker.work(loop.time() + _SLICE):
+                self._queue[worker] = None
+        finally:  # whatever happens to one, the others go on
+            used = time.thread_time() - began
+            self._free_at = loop.time() + used
+            if self._queue:
+                self._timer = loop.call_later(max(used, _REST), self._slice)
