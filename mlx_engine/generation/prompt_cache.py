@@ -184,7 +184,7 @@ class PromptCache:
                 self._entries.move_to_end(key)
                 return True
             if shared and not entry.trimmable:
-                return self._mark(key, cache, last)
+                return self._mark(key, cache, last, places)
         kept, nbytes = packed(cache, size if can_trim else None)
         if not 0 < nbytes <= self._limit:
             self._refused += 1
@@ -204,9 +204,10 @@ class PromptCache:
         self._stored += 1
         return True
 
-    def _mark(self, key: int, cache: Cache, place: int) -> bool:
+    def _mark(self, key: int, cache: Cache, place: int, places: Collection[int]) -> bool:
         """Add a place to an entry that goes further than ``cache``."""
-        marked = self._entries[key].marked(cache, place)
+        keep = {place, *places} if places else ()
+        marked = self._entries[key].marked(cache, place).thinned(keep, self._limit)
         if marked.nbytes > self._limit:
             self._refused += 1
             return False

@@ -365,6 +365,20 @@ def test_of_many_turns_the_places_of_the_last_and_a_few_others_are_kept(
 
 
 @on_mlx_thread
+def test_of_chats_that_leave_a_longer_one_at_many_places_a_few_are_kept(
+    engine: SimpleEngine,
+) -> None:
+    stored, prompt = PromptCache(MB), words(17, 2000)
+    for end in [2000, *range(100, 1900, 50)]:
+        state = ArraysCache(1)
+        state[0] = mx.ones((1, 3, 4))
+        stored.store(prompt[:end], [state, *kv(end)], places=[40, end])
+    (entry,) = stored.entries()
+    assert len(entry.places) <= 1 + 8 + 2
+    assert stored.nbytes == sum(each.nbytes for each in stored.entries())
+
+
+@on_mlx_thread
 def test_a_sliding_window_can_be_cut_until_it_is_full(engine: SimpleEngine) -> None:
     model, stored, prompt = windowed(), PromptCache(MB), words(8, 60)
     stored.store(prompt[:30], put(model, prompt[:30]))
