@@ -166,6 +166,8 @@ async def test_replicas_on_nodes_one_of_which_is_lost(
         one = await manager.generate("hello", max_tokens=20)
         other = ray_cluster.add_node("node_d")  # where they can go
         ray_cluster.remove_node(node)
+        # A request that is with one of them now may die with that, and with the other one too.
+        await until(lambda: all(info.last_exit for info in manager.replicas))
         async with asyncio.timeout(PATIENCE):
             again = await manager.generate("hello", max_tokens=20)
         assert again.tokens == one.tokens

@@ -511,7 +511,7 @@ async def main():
     ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
     link = Echo("node_b")
     await link.open()
-    print(*await link.pids(), flush=True)
+    print("pids:", *await link.pids(), flush=True)
     await asyncio.to_thread(sys.stdin.readline)
 
 asyncio.run(main())
@@ -531,8 +531,11 @@ async def test_driver_that_ends_takes_its_actor_along(ray_cluster: RayCluster, h
     with driver:
         assert driver.stdin is not None
         assert driver.stdout is not None
-        line = await asyncio.to_thread(driver.stdout.readline)
-        pids = [int(pid) for pid in line.split()]
+        line = ""
+        while not line.startswith("pids:"):  # Ray tells there, too, of nodes that are dead
+            line = await asyncio.to_thread(driver.stdout.readline)
+            assert line, "it has ended"
+        pids = [int(pid) for pid in line.split()[1:]]
         assert len(pids) == 2
         if how == "killed":
             driver.kill()
