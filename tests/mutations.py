@@ -19,7 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("tests/test_worker.py", "tests/test_stream.py", "tests/engine/test_cancellation.py")
+TESTS = (
+    "tests/test_worker.py",
+    "tests/test_stream.py",
+    "tests/engine/test_preparation.py",
+    "tests/engine/test_cancellation.py",
+)
 SWEEP = "simple and not draft and not mtp and not specprefill and (generate or stream or run)"
 LIMIT = 300  # seconds for the tests of one mutation
 

@@ -21,7 +21,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, TokenBuffer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerFast
 
-from mlx_engine.generation import prompt_cache, sampler, sampling
+from mlx_engine.generation import prompt_cache, sampler, sampling, stored_prompt
 from mlx_engine.generation.prompt_cache import PromptCache
 from mlx_engine.generation.sampler import Sampler
 from mlx_engine.generation.sparse.specprefill import SparsePrefill
@@ -54,7 +54,8 @@ _HOOKS: list[tuple[Any, str, tuple[str, ...]]] = [  # whose, what it is called h
     (sampling, "sampling.", ("make_logits_processors",)),
     (sampler, "sampling.", ("_key", "_nucleus")),
     (PromptCache, "PromptCache.", ("fetch", "store")),
-    (prompt_cache, "PromptCache.", ("packed", "snapshot")),
+    (prompt_cache, "PromptCache.", ("packed",)),
+    (stored_prompt, "PromptCache.", ("snapshot", "cut_to", "state_beside")),
     (ModelDrafter, "draft.", ("begin", "catch_up", "propose", "verified", "finish")),
     (MTPDrafter, "mtp.", ("begin", "observe", "catch_up", "propose", "verified", "finish")),
     (SparsePrefill, "sparse.", ("step",)),

@@ -191,5 +191,5 @@ def test_another_thread_is_told_what_to_do() -> None:
     thread.start()
     thread.join(PATIENCE)
     assert "signals arrive in the main thread" in errors[0]
-    with pytest.raises(RuntimeError, match="no running event loop"):
+    with pytest.raises(RuntimeError, match="a running asyncio event loop"):
         install_signal_handlers(SimpleEngine("none"))
