@@ -2,7 +2,7 @@
 
 MLX makes a program of what it runs for the first time: mlx_lm's models have functions that are
 compiled (on the CPU back end by a C++ compiler, seconds each), and Metal builds its kernels when
-they are first used.
+they are first used, which are others for long inputs than for short ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from mlx_engine.models.loading import LoadedModel
 from mlx_engine.params import SamplingParams
 from mlx_engine.turn import checkpoint
 
-_PROMPT = 64  # tokens: enough for the kernels of long inputs, soon done by a large model
+_LONG = 64  # tokens: enough for the kernels of long inputs, soon done by a large model
+_SHORT = 8  # tokens, where there are no such kernels: a CPU takes a tenth of a second for each
 _STEPS = 2
 _EVERYTHING = SamplingParams(  # with a seed: the global random state stays as it is
     temperature=0.7,
@@ -69,10 +70,12 @@ def warm_up(space: Workspace, *, batched: bool) -> None:
         mx.clear_cache()
 
 
-def _prompt(loaded: LoadedModel, config: ModelConfig) -> list[int]:
+def _prompt(loaded: LoadedModel, config: ModelConfig, most: int | None = None) -> list[int]:
     """Token ids that every model has, a prefill chunk of them at most, and one more."""
-    room = _PROMPT if loaded.context_length is None else loaded.context_length - _STEPS
-    count = max(4, min(_PROMPT, config.prefill_step_size + 1, room))
+    if most is None:
+        most = _LONG if mx.default_device().type == mx.DeviceType.gpu else _SHORT
+    room = most if loaded.context_length is None else loaded.context_length - _STEPS
+    count = max(4, min(most, config.prefill_step_size + 1, room))
     return [1 + i % (loaded.vocab_size - 1) for i in range(count)]
 
 
@@ -90,8 +93,7 @@ def _alone(loaded: LoadedModel, config: ModelConfig) -> None:
 
 def _together(loaded: LoadedModel, config: ModelConfig) -> None:
     """A row that joins another, and prompts of two lengths that are prefilled together."""
-    prompt = _prompt(loaded, config)
-    prompts = [prompt, prompt[len(prompt) // 2 :]]
+    prompts = _halved(_prompt(loaded, config, _SHORT))
     joint, late = (merge([_prefilled(loaded, config, each)]) for each in prompts)
     for entry, other in zip(joint, late, strict=True):
         entry.extend(other)
@@ -101,8 +103,14 @@ def _together(loaded: LoadedModel, config: ModelConfig) -> None:
         mx.eval(sampler(logits, [0, 0]))
     if may_pad(loaded.model, config):
         checkpoint()
+        prompts = _halved(_prompt(loaded, config))
         empty = merge([make_kv_cache(loaded.model, config) for _ in prompts])
         padded_prefill(loaded.model, empty, [each[:-1] for each in prompts])
+
+
+def _halved(prompt: list[int]) -> list[list[int]]:
+    """Two prompts, of different lengths."""
+    return [prompt, prompt[len(prompt) // 2 :]]
 
 
 def _speculative(loaded: LoadedModel, config: ModelConfig, speculation: Speculation) -> None:

@@ -32,6 +32,7 @@ from mlx_engine import (
     Watchdog,
 )
 from mlx_engine.remote.io_thread import io_thread
+from mlx_engine.remote.links.process_link import ProcessLink
 from tests.conftest import ROOT
 from tests.processes import children, is_alive
 from tests.remote.lives import (
@@ -179,6 +180,23 @@ async def test_killed_while_it_starts(stuck: StuckModel, moment: str) -> None:
     assert caught.value.phase in ("start", "load")
     assert engine.state is EngineState.CREATED
     stuck.repair()
+    async with engine:
+        pass
+
+
+async def test_killed_before_anybody_was_told_that_it_is_there(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as late:
+        late.setattr(ProcessLink, "_started", lambda link: None)
+        engine = ProcessEngine(tiny_path)
+        start = asyncio.create_task(engine.start())
+        await until(lambda: process_of(engine))
+        os.kill(pid_of(engine), signal.SIGKILL)
+        with pytest.raises(EngineDead, match="SIGKILL") as caught:
+            await start
+    assert (caught.value.phase, caught.value.signal) == ("start", "SIGKILL")
+    assert caught.value.exit_code == -signal.SIGKILL
     async with engine:
         pass
 

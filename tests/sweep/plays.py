@@ -20,7 +20,7 @@ from mlx_engine import (
     SimpleEngine,
     SpecPrefill,
 )
-from mlx_engine.engine import slot
+from mlx_engine.engine import batched, slot
 from mlx_engine.generation import equipment
 from mlx_engine.models import mtp_check
 from mlx_engine.testing.safety.endings import ALL_WAYS
@@ -288,12 +288,20 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
     """Models and heads are loaded the first time only; a model's load has moments nevertheless.
 
     What a model says to try its head with is asked once as well: there is no moment in between.
-    And they are not warmed up where nothing is chosen, as before a play and after it.
+    And where nothing is chosen, as before a play and after it, they are not warmed up, and what
+    has been checked of them counts.
     """
     load, models = slot.load_model, {}
     load_head, heads = equipment.load_head, {}
     ask, answers = mtp_check._greedy, {}
     warm_up = slot.warm_up
+    checks = [
+        (equipment, "check_rollback"),
+        (equipment, "check_head"),
+        (equipment, "measure_kv"),
+        (batched, "check_batchable"),
+    ]
+    originals = [getattr(module, name) for module, name in checks]
 
     def load_once(config: Any, path: Path, *, on_progress: Any, should_stop: Any) -> Any:
         for _ in range(2):
@@ -319,13 +327,27 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
         if not simulation.driver.quick:
             warm_up(space, batched=batched)
 
+    def once_but_in_plays(check: Callable[..., Any]) -> Callable[..., Any]:
+        known: dict[int, Any] = {}
+
+        def checked(model: Any, *args: Any) -> Any:
+            if not simulation.driver.quick or id(model) not in known:
+                known[id(model)] = check(model, *args)
+            return known[id(model)]
+
+        return checked
+
     slot.load_model, equipment.load_head = load_once, load_head_once
     mtp_check._greedy, slot.warm_up = ask_once, warm_up_in_plays
+    for (module, name), check in zip(checks, originals, strict=True):
+        setattr(module, name, once_but_in_plays(check))
     try:
         yield
     finally:
         slot.load_model, equipment.load_head = load, load_head
         mtp_check._greedy, slot.warm_up = ask, warm_up
+        for (module, name), check in zip(checks, originals, strict=True):
+            setattr(module, name, check)
         for loaded in (heads, models):
             simulation.on_mlx_thread(loaded.clear)  # they go where they were made
 

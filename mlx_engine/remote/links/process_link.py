@@ -112,7 +112,13 @@ class ProcessLink(SocketEnd):
             raise self._failure
         if self.gone.done():
             ending = self.gone.result()
-            raise EngineDead(ending.detail, exit_code=ending.exit_code, stderr=ending.stderr)
+            raise EngineDead(
+                ending.detail,
+                exit_code=ending.exit_code,
+                signal=ending.signal_name,
+                phase="start",
+                stderr=ending.stderr,
+            )
 
     def send(self, frame: bytes) -> None:
         """Send a frame, soon, in order."""
