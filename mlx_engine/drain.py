@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -15,8 +17,7 @@ async def outlast(future: asyncio.Future[Any], on_cancel: Callable[[], None] | N
     """Wait until ``future`` is done, however often the caller is cancelled meanwhile.
 
     This is the drain. ``asyncio.wait`` leaves the future alone when its caller is
-    cancelled, and the shielded scope keeps anyio, which cancels level-triggered, from
-    waking the loop again and again. The future's own outcome is not looked at.
+    cancelled. The future's own outcome is not looked at.
 
     Args:
         future: of the running event loop; a task is a future.
@@ -32,13 +33,23 @@ async def outlast(future: asyncio.Future[Any], on_cancel: Callable[[], None] | N
             if on_cancel is not None:
                 on_cancel()
         finally:
-            with anyio.CancelScope(shield=True):
-                while not future.done():
-                    try:
-                        await asyncio.wait({future})
-                    except asyncio.CancelledError:
-                        continue  # the first one is on its way already
+            await _stay(future)
         raise
+
+
+async def _stay(future: asyncio.Future[Any]) -> None:
+    """Wait until it is done, whoever cancels the caller; that has been told already.
+
+    anyio cancels again and again, so a scope keeps it away. Others need none, and anyio never
+    lets go of a task within a scope whose event loop is closed.
+    """
+    while not future.done():
+        by_anyio = anyio.current_effective_deadline() == -math.inf
+        with anyio.CancelScope(shield=True) if by_anyio else contextlib.nullcontext():
+            try:
+                await asyncio.wait({future})
+            except asyncio.CancelledError:
+                continue
 
 
 async def to_the_end(work: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -10,6 +10,8 @@ import pytest
 
 import mlx_engine
 from mlx_engine import errors
+from tests.conftest import ROOT
+from tests.mutations import MUTATIONS, Mutation
 
 
 def test_all_is_sorted_and_every_name_is_there() -> None:
@@ -61,3 +63,9 @@ def test_errors_travel_between_processes(error: errors.MLXEngineError) -> None:
         assert type(twin) is type(error)
         assert str(twin) == str(error)
         assert vars(twin) == vars(error)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
+def test_what_is_broken_to_try_the_tests_is_still_there(mutation: Mutation) -> None:
+    source = (ROOT / "mlx_engine" / mutation.file).read_text("utf-8")
+    assert source.count(mutation.old) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from mlx_engine import BaseEngine, EngineState, GenerationChunk, GenerationResult
+from mlx_engine.drain import outlast
 from mlx_engine.remote.serving.host import EngineHost
 from mlx_engine.worker import mlx_thread
 from tests.conftest import other_tasks, settled
@@ -170,3 +172,27 @@ async def test_a_generator_that_is_closed_stops_its_engine(tiny_engine: BaseEngi
     assert tiny_engine.state is EngineState.RUNNING
     await life.aclose()  # type: ignore[attr-defined]
     assert tiny_engine.state is EngineState.STOPPED
+
+
+@pytest.mark.parametrize("cancels", [1, 2])
+def test_whoever_waits_for_work_to_leave_is_let_go_with_its_loop(cancels: int) -> None:
+    loop = asyncio.new_event_loop()
+
+    async def wait() -> None:
+        await outlast(loop.create_future())
+
+    async def give_up(task: asyncio.Task[None]) -> None:
+        for _ in range(cancels):
+            await turns()
+            task.cancel()
+        await turns()
+        assert not task.done()
+
+    task = loop.create_task(wait())
+    loop.run_until_complete(give_up(task))
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    loop.close()
+    kept = weakref.ref(task)
+    del task
+    gc.collect()
+    assert kept() is None

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from anyio._backends._asyncio import _task_states
-
 from mlx_engine import preparer
 from mlx_engine import stream as streams
 from mlx_engine.engine import batched, crossing
@@ -338,7 +336,6 @@ class Simulation:
 
     def _destroy_tasks(self, loop: SteppedLoop) -> None:
         """Those of a closed loop, of which it is told; and so are those that they held."""
-        _task_states.clear()  # anyio's, which keeps tasks alive whose scope was never left
         gc.collect()
         while loop.unhandled:
             loop.unhandled.clear()
