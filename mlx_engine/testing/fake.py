@@ -31,7 +31,7 @@ from mlx_engine.preparer import Preparer
 from mlx_engine.stream import Emit
 from mlx_engine.testing.fake_answer import Answers, another
 from mlx_engine.testing.fake_model import LOOK, FakeModel, Load
-from mlx_engine.testing.fake_request import FakeRequest
+from mlx_engine.testing.fake_request import FakeRequest, Outlet
 from mlx_engine.turn import what_it_says
 from mlx_engine.worker import mlx_thread
 
@@ -174,7 +174,8 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
         return RequestProducer(request, functools.partial(self._complete, request))
 
     async def _complete(self, request: FakeRequest, emit: Emit | None) -> GenerationResult:
-        request.submitted(emit)
+        outlet = Outlet(emit)  # of this coroutine: the engine keeps its requests for ever
+        request.submitted(outlet)
         self.requests.append(request)
         ticket = RequestTicket(request.request_id)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import weakref
 from typing import Any, Literal
 
 from mlx_engine.asks import Ask, ChatPrompt
@@ -28,6 +29,13 @@ from mlx_engine.testing.fake_text import FakeText
 from mlx_engine.turn import drop_frames, what_it_says
 
 Outcome = Literal["waiting", "running", "finished", "cancelled", "failed"]
+
+
+class Outlet:
+    """Where the chunks of a request go. Its caller's coroutine has it, and it alone."""
+
+    def __init__(self, emit: Emit | None) -> None:
+        self.emit = emit
 
 
 class FakeRequest:
@@ -61,7 +69,7 @@ class FakeRequest:
         self.error: BaseException | None = None
         self.prompt_tokens: list[int] = []
         self._on_progress = on_progress
-        self._emit: Emit | None = None
+        self._outlet: weakref.ref[Outlet] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopped = False
         self._limit = self.params.max_tokens
@@ -107,12 +115,12 @@ class FakeRequest:
         """Whether it was cancelled, or its event loop closed, so that nobody waits for it."""
         return self._stopped or (self._loop is not None and self._loop.is_closed())
 
-    def submitted(self, emit: Emit | None) -> None:
-        """The caller waits from now on, in this event loop."""
+    def submitted(self, outlet: Outlet) -> None:
+        """The caller, who has the outlet, waits from now on, in this event loop."""
         self._clock.submitted = time.perf_counter()
         self._loop = running_loop()
         self._on_progress = in_this_loop(self._on_progress)
-        self._emit = emit
+        self._outlet = weakref.ref(outlet)
 
     def cancel(self) -> None:
         """Ask it to stop at its next token. From any thread."""
@@ -121,7 +129,7 @@ class FakeRequest:
     def over(self, outcome: Outcome, error: BaseException | None = None) -> None:
         """Its caller knows."""
         self.outcome, self.error = outcome, error
-        self._emit = self._on_progress = None
+        self._outlet = self._on_progress = None
 
     def prepare(self, context_length: int | None) -> None:
         """Count the tokens of the prompt. On the engine's thread.
@@ -231,11 +239,12 @@ class FakeRequest:
     def _let_out(
         self, token: int | None, pieces: list[tuple[Segment, str]], reason: FinishReason | None
     ) -> None:
-        if self._emit is None:
+        outlet = None if self._outlet is None else self._outlet()
+        if outlet is None or outlet.emit is None:
             return
         tokens = () if token is None else (token,)
         logprobs = tuple(map(self._logprob, tokens)) if self._wants_logprobs else ()
-        emit_pieces(self._emit, pieces, tokens, logprobs, reason)
+        emit_pieces(outlet.emit, pieces, tokens, logprobs, reason)
 
     def _logprob(self, token: int) -> TokenLogprob:
         """What is scripted is certain."""

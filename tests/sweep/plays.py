@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -121,6 +122,7 @@ class Play:
         return f"{self.kind}: {self.operation}"
 
 
+_MTP = dataclasses.replace(MIMO, config={"num_hidden_layers": 1})
 _WHERE = ("simple", "batched", "process", "process, batched")
 _REQUESTS = (
     *("generate", "generate, behind", "stream", "bare stream", "chat", "batch"),
@@ -298,6 +300,7 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
     checks = [
         (equipment, "check_rollback"),
         (equipment, "check_head"),
+        (equipment, "check_sparse"),
         (equipment, "measure_kv"),
         (batched, "check_batchable"),
     ]
@@ -355,4 +358,4 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
 def make_models(folder: Path) -> None:
     """Write the models of all plays; before threads are driven."""
     make_tiny(folder / "plain", "0", "--layers", "1")
-    asyncio.run(made(MIMO, folder / "mtp"))
+    asyncio.run(made(_MTP, folder / "mtp"))

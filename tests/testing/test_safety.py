@@ -187,6 +187,18 @@ def test_one_that_leaves_a_task_is_found(impatient: None) -> None:
     assert "tasks are left in the event loop: the leak" in report.failures[0].problem
 
 
+def test_one_that_keeps_what_waited_in_a_closed_loop_is_found(impatient: None) -> None:
+    kept: set[Any] = set()
+
+    class Keeps(FakeEngine):
+        async def generate(self, *args: Any, **options: Any) -> Any:
+            kept.add(asyncio.current_task())
+            return await super().generate(*args, **options)
+
+    report = fails(lambda: Keeps(seconds_per_token=0.001), only="generate / loop closed", seconds=5)
+    assert "kept alive after its end" in report.failures[0].problem
+
+
 def test_one_whose_errors_nobody_sees_is_found() -> None:
     class Loses(Broken):
         async def cancelled(self) -> None:

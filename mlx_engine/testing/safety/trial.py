@@ -22,7 +22,7 @@ Work = Callable[[], Coroutine[Any, Any, Any]]
 Company = Literal["before it", "after it"]
 
 _AHEAD: Final = 2  # steps that whoever comes first has
-_REST: Final = 2.0  # seconds in which what is left in an event loop may end by itself
+_REST: Final = 10.0  # seconds in which what is left in an event loop may end by itself
 _LOOK: Final = 0.002  # seconds
 
 
@@ -165,8 +165,10 @@ class Trial:
                 yield
             finally:
                 end = time.monotonic() + _REST
-                while not self._bury() and time.monotonic() < end:
+                while not (gone := self._bury()) and time.monotonic() < end:
                     time.sleep(_LOOK)
+            if not gone:
+                raise Fault("what was under way in an event loop is kept alive after its end")
 
     @property
     def ended(self) -> bool:
