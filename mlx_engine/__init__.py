@@ -4,6 +4,37 @@
         result = await engine.generate("The capital of France is")
 
 Importing this package starts nothing and does not load MLX; the first use of an engine does.
+
+Its files:
+
+    cli/             arguments -> engine call -> print
+    testing/         for the tests of applications
+    remote/          engines in other processes, and those who watch over them
+    engine/          where the event loop and the MLX thread meet
+    generation/      requests: synchronous from here on, on the MLX thread
+    models/          where models come from
+    guide/           what users read, by ``mlx-engine help``
+    __main__.py      ``python -m mlx_engine``
+    stream.py        GenerationStream: thread -> loop; no MLX from here on
+    lifecycle.py     states and shutdown
+    worker.py        the MLX thread and the generation lock
+    preparer.py      threads that make prompts into tokens before their turn
+    line.py          queues: entering, waiting, being cancelled
+    turn.py          what a coroutine waits for while a thread does it
+    threads.py       starting one, or saying why not
+    drain.py         waiting to the end, whatever happens to whoever waits
+    ranked.py        a heap to be left anywhere
+    asks.py          what a caller asks of an engine
+    config.py        how an engine is set up
+    clock.py         when a request came how far
+    limits.py        how large a request may be
+    params.py        the options of one request
+    outputs.py       what engines give back
+    meter.py         what is counted on the MLX thread
+    forks.py         what a fork has not got
+    checks.py        numbers and paths that callers give
+    event_loop.py    asyncio's, or an error that says so
+    errors.py        every exception, as a tree
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the README promises, done."""
+"""What the README and the guide promise, done."""
 
 from __future__ import annotations
 
@@ -15,32 +15,58 @@ import mlx_engine
 from mlx_engine import SimpleEngine
 from tests.conftest import ROOT
 
-README = (ROOT / "README.md").read_text("utf-8")
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "mlx_engine" / "guide").glob("*.md"))]
+LINKED = [*PAGES, ROOT / "tests" / "README.md", ROOT / "benchmarks" / "README.md"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
 
 
-def test_the_tree_names_every_file_and_no_other() -> None:
-    tree = README.split("## What is where")[1].split("## Developing")[0]
-    named = set(re.findall(r"[\w_]+\.py", tree))
-    modules = {path.name for path in (ROOT / "mlx_engine").rglob("*.py")}
-    missing = modules - named - {"__init__.py", "__main__.py"} - _cli_modules()
-    assert not missing, f"the README's tree does not name {missing}"
-    assert named <= modules | {"guard.py"}
+BLOCKS = [(page.name, block) for page in PAGES for block in blocks(page)]
+TOUR = BLOCKS[0][1]
 
 
-def _cli_modules() -> set[str]:
-    return {path.name for path in (ROOT / "mlx_engine" / "cli").glob("*.py")}
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text("utf-8").splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_to_headings_in_them(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", _without_code(page)):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.is_file(), target
+        assert there.is_relative_to(ROOT), target
+        if anchor:
+            assert anchor in _anchors(there), target
+
+
+def _without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def _anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", _without_code(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_links_to_every_topic() -> None:
+    text = README.read_text("utf-8")
+    for page in PAGES[1:]:
+        assert f"[{page.stem}]({page.relative_to(ROOT)})" in text
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("block", blocks("python")[1:])
-async def test_the_other_blocks_run(block: str, tiny_path: Path) -> None:
+@pytest.mark.parametrize(("page", "block"), BLOCKS[1:])
+async def test_the_other_blocks_run(page: str, block: str, tiny_path: Path) -> None:
     for name in ("model", "small"):
         block = block.replace(f'"{name}"', repr(str(tiny_path)))
-    code = compile(block, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    code = compile(block, page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     names: dict[str, object] = {name: getattr(mlx_engine, name) for name in mlx_engine.__all__}
     names["prompt"] = [1, 2, 3] * 100
     running = eval(code, names)
@@ -50,9 +76,8 @@ async def test_the_other_blocks_run(block: str, tiny_path: Path) -> None:
 
 @pytest.mark.demo
 def test_the_tour_runs(tmp_path: Path) -> None:
-    tour = blocks("python")[0]
     script = tmp_path / "tour.py"
-    script.write_text(tour, "utf-8")
+    script.write_text(TOUR, "utf-8")
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=280, cwd=ROOT
     )

@@ -1,4 +1,4 @@
-"""The README's web back end, under a real server, with clients that come and go."""
+"""The guide's web back end, under a real server, with clients that come and go."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import pytest
 import uvicorn
 
 from mlx_engine import BatchedEngine, EngineStats
-from tests.conftest import ROOT, other_tasks
+from mlx_engine.cli import guide
+from tests.conftest import other_tasks
 from tests.guard import GUARD, Gate
 from tests.waiting import until
 
@@ -23,13 +24,13 @@ pytestmark = pytest.mark.anyio
 
 MakeGate = Callable[[str, int], Gate]
 HELLO = [{"role": "user", "content": "Hello"}]
-_SECTION = re.compile(r"### In a web back end\n.*?```python\n(.*?)```", re.DOTALL)
+_BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
-def readme_app() -> str:
-    found = _SECTION.search((ROOT / "README.md").read_text("utf-8"))
-    assert found is not None, "the README has no web back end"
-    return found.group(1)
+def guide_app() -> str:
+    found = _BLOCK.findall(guide.text("deploying"))
+    assert len(found) == 1, "the topic has one program"
+    return str(found[0])
 
 
 class Reply:
@@ -62,7 +63,7 @@ class Reply:
 
 
 class Site:
-    """The application of the README, served."""
+    """The application of the guide, served."""
 
     def __init__(self, port: int, names: dict[str, Any]) -> None:
         self.port = port
@@ -101,13 +102,14 @@ class Site:
 
 @contextlib.asynccontextmanager
 async def served(tiny_path: Path, **options: Any) -> AsyncIterator[Site]:
-    """The README's application on a port of its own.
+    """The guide's application on a port of its own.
 
     Args:
-        options: for another engine than the README's.
+        options: for another engine than the guide's.
     """
-    names: dict[str, Any] = {"__name__": "readme"}
-    exec(compile(readme_app().replace('"model"', repr(str(tiny_path))), "README.md", "exec"), names)
+    names: dict[str, Any] = {"__name__": "app"}
+    app = guide_app().replace('"model"', repr(str(tiny_path)))
+    exec(compile(app, "deploying.md", "exec"), names)
     if options:
         names["engine"] = BatchedEngine(tiny_path, **options)
     names["OPTIONS"] += ("ignore_eos",)  # so that answers are as long as the tests want them

@@ -6,10 +6,29 @@
     info        what a model is, without loading its weights
     selftest    whether cancelling is safe, on this machine and with this model
     extract-mtp a model's MTP head, out of its original checkpoint
+    help        the guide, a topic at a time
 
 Standard output carries the answer and nothing else; all the rest goes to standard error.
 Exit codes: 0 fine, 1 the model or the engine failed, 2 the arguments are not acceptable,
 130 after Ctrl-C, 141 when the reader of a pipe has gone away.
+
+Its files:
+
+    command.py           one run, from its arguments to its exit code
+    options.py           the arguments
+    sampling_options.py  those that say how tokens are chosen
+    values.py            their values, out of their text
+    generate.py          a command: one answer
+    chat.py              a command: a conversation
+    host.py              a command: one engine for several programs
+    info.py              a command: what a model is
+    selftest.py          a command: whether cancelling is safe
+    extract_mtp.py       a command: a model's MTP head, into a file
+    help.py              a command: the guide
+    guide.py             the topics of the guide, out of their files
+    output.py            what is written, and where to
+    interrupts.py        Ctrl-C while there is something to stop
+    leaving.py           and as long as there is nothing
 """
 
 from __future__ import annotations

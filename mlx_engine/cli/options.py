@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_engine import __version__
 from mlx_engine.cli.sampling_options import default_of, option_group, sampling_options
-from mlx_engine.cli.values import count_or_auto, number_or_none, request_limit
+from mlx_engine.cli.values import count_or_auto, number_or_none, request_limit, topic
 from mlx_engine.config import (
     DEMO_MODEL,
     MTP,
@@ -235,6 +235,14 @@ def _parser() -> argparse.ArgumentParser:
     add("out", metavar="OUT", help="file, or folder of the converted model: mtp.safetensors there")
     add("--q-bits", type=int, metavar="N", help="quantise linear layers: 2, 3, 4, 5, 6 or 8")
     add("--q-group-size", type=int, metavar="N", default=64, help="values that share a scale")
+
+    guide = commands.add_parser(
+        "help",
+        help="show the guide: its topics, or one of them",
+        description="Show what the guide says of TOPIC, in Markdown; without one, list the topics.",
+        allow_abbrev=False,
+    )
+    guide.add_argument("topic", metavar="TOPIC", nargs="?", type=topic, help="one of the guide's")
     return parser
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
+from mlx_engine.cli import guide
 from mlx_engine.limits import RequestLimits
 
 
@@ -57,3 +58,13 @@ def request_limit(text: str) -> tuple[str, int | None]:
     if name not in names:
         raise argparse.ArgumentTypeError(f"must be LIMIT=N, with one of {', '.join(names)}")
     return name, count_or_none(value)
+
+
+def topic(text: str) -> str:
+    """The name of a topic of the guide."""
+    if text not in guide.topics():
+        raise argparse.ArgumentTypeError(
+            f"there is no topic {text!r}; the nearest is {guide.nearest(text)!r} "
+            "('mlx-engine help' lists all)"
+        )
+    return text

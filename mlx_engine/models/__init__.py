@@ -1,4 +1,29 @@
-"""Where models come from: the embedded demo model, and everything that loads weights."""
+"""Where models come from: the embedded demo model, and everything that loads weights.
+
+Its files:
+
+    loading.py             the only mlx_lm.load
+    info.py                facts from the files
+    vocabulary.py          all of a model that needs no MLX
+    demo.py                the embedded default: fetched once, converted
+    gguf_demo.py           its file, as a folder that mlx-lm loads
+    hub.py                 downloads from the Hugging Face Hub
+    hub_child.py           the program that does them
+    child.py               another program, which can be ended
+    leash.py               and which ends with this process
+    file_limit.py          importing mlx_lm without losing open files
+    detokenizer.py         tokens -> text as the tokenizer decodes it, tried at load
+    fast_decoder.py        the decoder of a fast tokenizer, step by step
+    decode_stages.py       these steps
+    window_detokenizer.py  text from tokens with nothing known but ``decode``
+    split.py               a model as trunk and head
+    mtp_heads.py           the model's own MTP head
+    mtp_families.py        what it is called
+    mtp_weights.py         its tensors
+    mtp_check.py           is it this model's?
+    mtp_extract.py         out of an original checkpoint
+    whole_file.py          all or nothing on disk
+"""
 
 from mlx_engine.models.file_limit import file_limit_kept
 

@@ -1,4 +1,18 @@
-"""For the tests of applications that use this library. Nothing here needs MLX."""
+"""For the tests of applications that use this library. Nothing here needs MLX.
+
+Its files:
+
+    safety/          whether an engine keeps its promises about cancellation
+    fake.py          FakeEngine
+    fake_answer.py   its script
+    fake_gate.py     a place in it where a test holds the work
+    fake_model.py    what plays the script
+    fake_request.py  what it was asked
+    fake_text.py     pieces of an answer -> text
+    fake_cache.py    its prompt cache
+    stepped_loop.py  an event loop of single steps
+    ways.py          in which code is cancelled
+"""
 
 from mlx_engine.testing.fake import FakeEngine
 from mlx_engine.testing.fake_answer import FakeAnswer

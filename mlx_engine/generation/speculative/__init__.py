@@ -1,1 +1,12 @@
-"""Speculative decoding: some propose tokens, the model verifies them together."""
+"""Speculative decoding: some propose tokens, the model verifies them together.
+
+Its files:
+
+    decoder.py         a cycle: propose, verify, take back
+    depth.py           how many to propose
+    drafter.py         a draft model
+    mtp.py             the model's own head
+    rollback.py        taking tokens back
+    rollback_check.py  whether a model can
+    forward.py         with hidden states, or without
+"""

@@ -1,0 +1,22 @@
+"""``mlx-engine help``: the guide, a topic at a time."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mlx_engine.cli import guide
+from mlx_engine.cli.options import PROGRAM
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a topic, or what topics there are; the exit code."""
+    if args.topic is not None:
+        sys.stdout.write(guide.text(args.topic))
+        return 0
+    topics = guide.topics()
+    width = max(map(len, topics))
+    for topic in topics:
+        sys.stdout.write(f"{topic:<{width}}  {guide.title(topic)}\n")
+    sys.stdout.write(f"\n{PROGRAM} help TOPIC shows one.\n")
+    return 0
