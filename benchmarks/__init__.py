@@ -7,6 +7,7 @@
     python -m benchmarks.timeline          one cancellation, moment by moment
     python -m benchmarks.join_stall        how long streams stand still when a long prompt joins
     python -m benchmarks.newcomers         and while a chat is tokenized, or options are new
+    python -m benchmarks.outsiders         and because of what one client of a host sends
     python -m benchmarks.prompt_cache      time to first token with and without the prompt cache
     python -m benchmarks.first_token       the same by prompt length, with SpecPrefill
     python -m benchmarks.specprefill       SpecPrefill by the share that is kept
@@ -36,6 +37,7 @@ NAMES = (
     "timeline",
     "join_stall",
     "newcomers",
+    "outsiders",
     "prompt_cache",
     "first_token",
     "specprefill",
