@@ -233,6 +233,12 @@ async def cancel_inside(gate: Gate, work: Awaitable[object], times: int = 3) -> 
         await task
 
 
+def all_ready(engine: BatchedEngine, count: int) -> bool:
+    """Whether so many requests wait for a place in the batch, their prompts prepared."""
+    seats = list(engine._seats._queue)
+    return len(seats) == count and all(seat.ready for seat in seats)
+
+
 async def settled() -> None:
     """MLX is free. The turn of a batch ends a moment after its last request is over."""
     await until(lambda: not mlx_thread.busy, "the MLX thread is still at work")

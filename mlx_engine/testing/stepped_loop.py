@@ -239,7 +239,7 @@ class SteppedLoop(_Loop):
 
     def create_task(  # type: ignore[override]
         self,
-        coro: Coroutine[Any, Any, T] | Generator[Any, None, T],
+        coro: Coroutine[Any, Any, T],
         *,
         name: str | None = None,
         context: contextvars.Context | None = None,

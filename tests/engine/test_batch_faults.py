@@ -18,6 +18,7 @@ from mlx_engine import (
     GenerationResult,
     InvalidRequest,
 )
+from tests.conftest import all_ready
 from tests.guard import GUARD, Gate
 from tests.waiting import until
 
@@ -203,7 +204,7 @@ async def test_a_prefill_in_which_mlx_fails_costs_its_own_request_only(
     others = asyncio.create_task(answers(engine))
     await stop.reached()
     failing = asyncio.ensure_future(long)
-    await until(lambda: engine.stats().waiting == 1)
+    await until(lambda: all_ready(engine, 1))
     calls = 0
 
     def hook(name: str) -> None:

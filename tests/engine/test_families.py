@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mlx_engine import BatchedEngine, GenerationResult, InvalidRequest, SimpleEngine
-from tests.conftest import make_tiny, settled
+from tests.conftest import all_ready, make_tiny, settled
 from tests.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.anyio
@@ -124,7 +124,7 @@ async def test_a_prompt_that_is_prefilled_beside_others_stores_what_it_shares(
         await settled()
         turn = asyncio.create_task(engine.run_blocking(go.wait, PATIENCE))
         both = [ask(*system, *range(40, 60)), ask(1, 2, 3)]
-        await until(lambda: engine.stats().waiting == 2)
+        await until(lambda: all_ready(engine, 2))
         go.set()
         await asyncio.gather(turn, *both)
         await settled()
