@@ -7,6 +7,7 @@ the log-probabilities of all rows whether or not somebody asked for them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -16,7 +17,7 @@ from mlx_lm.generate import generation_stream
 from mlx_engine.generation.course import speculative_decoder
 from mlx_engine.generation.kv_cache import Cache, kv_nbytes, merge
 from mlx_engine.generation.row import Row
-from mlx_engine.generation.sampler import Sampler, can_be_sampled
+from mlx_engine.generation.sampler import Sampler
 from mlx_engine.generation.speculative.decoder import SpeculativeDecoder
 from mlx_engine.generation.workspace import Workspace
 
@@ -37,7 +38,8 @@ class DecodeBatch:
         self._cache: Cache = []
         self._merged = False
         self._inputs: mx.array | None = None  # (rows,): the tokens that go in next
-        self._sound: mx.array | None = None  # (rows,): whether there was anything to choose from
+        # (rows, 1): log-sum-exp of their logits; not finite where there was nothing to choose from
+        self._sums: mx.array | None = None
         self._sampler: Sampler | None = None  # of the rows as they are
         self.rows: list[Row] = []
 
@@ -71,9 +73,8 @@ class DecodeBatch:
                     mine.extend(others)
                 assert self._inputs is not None
                 self._inputs = mx.concatenate([self._inputs, lasts])
-                if self._sound is not None:
-                    known = mx.ones(lasts.shape, dtype=mx.bool_)
-                    self._sound = mx.concatenate([self._sound, known])
+                if self._sums is not None:
+                    self._sums = mx.concatenate([self._sums, mx.zeros((len(rows), 1))])
         for row in rows:
             row.cache = None
         self.rows += rows
@@ -98,7 +99,7 @@ class DecodeBatch:
         """
         if len(self.rows) == 1 and self.rows[0].drafter is not None:
             return self._step_alone(self.rows[0])
-        inputs, sound = self._inputs, self._sound
+        inputs, sums = self._inputs, self._sums
         logprobs = [row.logprobs for row in self.rows]
         new = [row.new for row in self.rows]
         assert inputs is not None
@@ -106,10 +107,10 @@ class DecodeBatch:
             if not all(_is_last(row) for row in self.rows):
                 self._launch(inputs)
         tokens = cast("list[int]", inputs.tolist())
-        known = [True] * len(new) if sound is None else cast("list[bool]", sound.tolist())
-        for row, fresh, good in zip(self.rows, new, known, strict=True):
+        known = [[0.0]] * len(new) if sums is None else cast("list[list[float]]", sums.tolist())
+        for row, fresh, (total,) in zip(self.rows, new, known, strict=True):
             row.batched += not fresh
-            if not (fresh or good or row.fault):
+            if not (fresh or math.isfinite(total) or row.fault):
                 row.fault = row.request.nothing_to_sample(by_model=True)
         return [
             (row, token, values)
@@ -120,7 +121,8 @@ class DecodeBatch:
     def _step_alone(self, row: Row) -> list[Step]:
         if self._alone is None:
             assert self._inputs is not None
-            pending = None if row.new else (self._inputs, self._sound, row.logprobs)
+            sound = None if self._sums is None else mx.isfinite(self._sums)
+            pending = None if row.new else (self._inputs, sound, row.logprobs)
             self._alone = speculative_decoder(self._space, row, self._cache, pending)
         try:
             burst = self._alone.step()
@@ -145,9 +147,10 @@ class DecodeBatch:
         pending = decoder.settle()
         row.held, row.new = decoder.held, pending is None
         if pending is None:
-            self._inputs, self._sound = mx.array(decoder.tokens[-1:], dtype=mx.uint32), None
+            self._inputs, self._sums = mx.array(decoder.tokens[-1:], dtype=mx.uint32), None
         else:
-            self._inputs, self._sound, row.logprobs = pending
+            self._inputs, sound, row.logprobs = pending
+            self._sums = None if sound is None else mx.where(sound, 0.0, mx.nan).reshape(1, 1)
         row.moved()
 
     def _launch(self, inputs: mx.array) -> None:
@@ -163,9 +166,9 @@ class DecodeBatch:
                     for i, row in enumerate(self.rows)
                 ]
             )
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        self._sums = mx.logsumexp(logits, axis=-1, keepdims=True)
+        logprobs = logits - self._sums
         self._inputs = self._sample(logprobs)
-        self._sound = can_be_sampled(logprobs, self._inputs)
         wanted: list[mx.array] = []
         for i, row in enumerate(self.rows):
             row.held += 1
@@ -173,7 +176,7 @@ class DecodeBatch:
             if row.request.wants_logprobs:
                 row.logprobs = logprobs[i]
                 wanted.append(row.logprobs)
-        mx.async_eval(self._inputs, self._sound, wanted)  # type: ignore[no-untyped-call]
+        mx.async_eval(self._inputs, self._sums, wanted)  # type: ignore[no-untyped-call]
 
     def _sample(self, logprobs: mx.array) -> mx.array:
         """Token ids of shape (rows,)."""
@@ -213,13 +216,13 @@ class DecodeBatch:
         self.rows, self._sampler = [self.rows[i] for i in keep], None
         if not keep:
             self._cache, self._merged, self._inputs, self._alone = [], False, None, None
-            self._sound = None
+            self._sums = None
             return
         assert self._inputs is not None
         with mx.stream(generation_stream):
             kept = mx.array(keep)
             self._inputs = self._inputs[kept]
-            self._sound = None if self._sound is None else self._sound[kept]
+            self._sums = None if self._sums is None else self._sums[kept]
             if len(keep) == 1:
                 self._cache = [entry.extract(keep[0]) for entry in self._cache]
                 self._merged = False

@@ -102,7 +102,7 @@ def can_be_sampled(logprobs: mx.array, tokens: mx.array) -> mx.array:
         tokens: chosen from ``logprobs``.
     """
     chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)
-    return mx.abs(chosen[:, 0]) < mx.inf
+    return chosen[:, 0] > -mx.inf
 
 
 class _Group:
