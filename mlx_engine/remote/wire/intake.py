@@ -26,6 +26,7 @@ from mlx_engine.remote.wire.messages import (
     message_from_client,
     parts_of,
 )
+from mlx_engine.turn import drop_frames
 
 MAX_VALUES = 131_072  # in a request beside token ids; a list or a map counts as four
 _SMALL = 32 * 2**10  # bytes that are decoded at once, whatever they are: 10 ms at worst
@@ -108,6 +109,7 @@ def _large(raw: memoryview, context_length: int | None) -> Iterator[Step]:
         for _ in _counted(parts):
             yield Step()
     except MLXEngineError as error:
+        drop_frames(error)  # they hold the message
         yield Step(Refusal(number, error))
         return
     message = message_from_client(memoryview(b"".join([raw[:1], *parts])))
