@@ -128,8 +128,8 @@ def silent_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPat
     def start(thread: threading.Thread) -> None:
         over.wait()
 
-    monkeypatch.setattr(threads, "START_LIMIT", 0.2)
     with monkeypatch.context() as patch:
+        patch.setattr(threads, "START_LIMIT", 0.2)
         patch.setattr(threading.Thread, "start", start)
         yield patch
     over.set()
