@@ -31,7 +31,7 @@ from benchmarks.holding import measure_holding
 from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
 from benchmarks.setting import Setting, model_folder, parse_setting
 from mlx_engine import BaseEngine, Progress, SimpleEngine
-from mlx_engine.worker import mlx_thread
+from mlx_engine.core.mlx_thread import mlx_thread
 
 LONG_PROMPT, QUICK_PROMPT = 6000, 2500
 DECODE_TOKENS = 400

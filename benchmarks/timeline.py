@@ -40,8 +40,8 @@ from benchmarks.report import INTERVAL, Report, Spread, markdown_table
 from benchmarks.setting import Setting, model_folder, parse_setting
 from benchmarks.timeline_picture import WAYS, draw
 from mlx_engine import SimpleEngine
-from mlx_engine.turn import Turn
-from mlx_engine.worker import mlx_thread
+from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.work import ThreadJob
 
 FIRST, SECOND = 0.1, 0.05  # seconds of MLX work
 SECOND_ASKS, CANCEL = 0.015, 0.04  # seconds after the first one's work has begun
@@ -147,12 +147,12 @@ class WatchedLock(asyncio.Lock):
 
 
 @contextmanager
-def watched_turns() -> Iterator[list[Turn[Any]]]:
+def watched_turns() -> Iterator[list[ThreadJob[Any]]]:
     """All turns on the MLX thread; the generation lock is held while one is there."""
-    turns: list[Turn[Any]] = []
+    turns: list[ThreadJob[Any]] = []
     submit = mlx_thread.submit
 
-    def watch(turn: Turn[Any]) -> None:
+    def watch(turn: ThreadJob[Any]) -> None:
         turns.append(turn)
         submit(turn)
 
@@ -265,7 +265,7 @@ async def generate(engine: SimpleEngine) -> Trace:
     return callers.trace(spans, spans[0], second)
 
 
-def spans_of(turns: list[Turn[Any]]) -> list[tuple[float, float]]:
+def spans_of(turns: list[ThreadJob[Any]]) -> list[tuple[float, float]]:
     return [(turn.started, turn.ended) for turn in turns if turn.started]
 
 

@@ -7,34 +7,22 @@ Importing this package starts nothing and does not load MLX; the first use of an
 
 Its files:
 
-    cli/             arguments -> engine call -> print
-    testing/         for the tests of applications
-    remote/          engines in other processes, and those who watch over them
-    engine/          where the event loop and the MLX thread meet
-    generation/      requests: synchronous from here on, on the MLX thread
-    models/          where models come from
-    guide/           what users read, by ``mlx-engine help``
-    __main__.py      ``python -m mlx_engine``
-    stream.py        GenerationStream: thread -> loop; no MLX from here on
-    lifecycle.py     states and shutdown
-    worker.py        the MLX thread and the generation lock
-    preparer.py      threads that make prompts into tokens before their turn
-    line.py          queues: entering, waiting, being cancelled
-    turn.py          what a coroutine waits for while a thread does it
-    threads.py       starting one, or saying why not
-    drain.py         waiting to the end, whatever happens to whoever waits
-    ranked.py        a heap to be left anywhere
-    asks.py          what a caller asks of an engine
-    config.py        how an engine is set up
-    clock.py         when a request came how far
-    limits.py        how large a request may be
-    params.py        the options of one request
-    outputs.py       what engines give back
-    meter.py         what is counted on the MLX thread
-    forks.py         what a fork has not got
-    checks.py        numbers and paths that callers give
-    event_loop.py    asyncio's, or an error that says so
-    errors.py        every exception, as a tree
+    cli/         arguments -> engine call -> print
+    testing/     for the tests of applications
+    remote/      engines in other processes, and those who watch over them
+    engine/      where the event loop and the MLX thread meet
+    generation/  requests: synchronous from here on, on the MLX thread
+    models/      where models come from
+    guide/       what users read, by ``mlx-engine help``
+    __main__.py  ``python -m mlx_engine``
+    config.py    how an engine is set up
+    limits.py    how large a request may be
+    params.py    the options of one request
+    outputs.py   what engines give back
+    checks.py    numbers and paths that callers give
+    errors.py    every exception, as a tree
+    core/        asyncio and threads, and no MLX
+    requests.py  what a caller asks of an engine
 """
 
 from __future__ import annotations
@@ -44,6 +32,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_engine.config import MTP, DraftModel, SpecPrefill
+    from mlx_engine.core.lifecycle import EngineState
+    from mlx_engine.core.stream import GenerationStream
     from mlx_engine.engine.base import BaseEngine
     from mlx_engine.engine.batched import BatchedEngine
     from mlx_engine.engine.simple import SimpleEngine
@@ -61,7 +51,6 @@ if TYPE_CHECKING:
         StreamClosed,
         StreamConsumed,
     )
-    from mlx_engine.lifecycle import EngineState
     from mlx_engine.limits import RequestLimits
     from mlx_engine.outputs import (
         EngineStats,
@@ -80,7 +69,6 @@ if TYPE_CHECKING:
         Usage,
     )
     from mlx_engine.params import SamplingOptions, SamplingParams
-    from mlx_engine.remote.beat import Watchdog
     from mlx_engine.remote.exits import Exit
     from mlx_engine.remote.health import Health
     from mlx_engine.remote.process_engine import ProcessEngine
@@ -91,7 +79,7 @@ if TYPE_CHECKING:
     from mlx_engine.remote.replicas.restarts import RestartPolicy
     from mlx_engine.remote.serving.host import EngineHost
     from mlx_engine.remote.signals import install_signal_handlers
-    from mlx_engine.stream import GenerationStream
+    from mlx_engine.remote.wire.heartbeat import Watchdog
 
 __version__ = "0.1.0"
 
@@ -159,7 +147,7 @@ _LATER = {
     "EngineManager": "mlx_engine.remote.replicas.manager",
     "EngineNotRunning": "mlx_engine.errors",
     "EngineNotStarted": "mlx_engine.errors",
-    "EngineState": "mlx_engine.lifecycle",
+    "EngineState": "mlx_engine.core.lifecycle",
     "EngineStats": "mlx_engine.outputs",
     "EngineStopped": "mlx_engine.errors",
     "Exit": "mlx_engine.remote.exits",
@@ -167,7 +155,7 @@ _LATER = {
     "GenerationChunk": "mlx_engine.outputs",
     "GenerationError": "mlx_engine.errors",
     "GenerationResult": "mlx_engine.outputs",
-    "GenerationStream": "mlx_engine.stream",
+    "GenerationStream": "mlx_engine.core.stream",
     "Health": "mlx_engine.remote.health",
     "InvalidRequest": "mlx_engine.errors",
     "MLXEngineError": "mlx_engine.errors",
@@ -194,7 +182,7 @@ _LATER = {
     "TokenLogprob": "mlx_engine.outputs",
     "ToolCall": "mlx_engine.outputs",
     "Usage": "mlx_engine.outputs",
-    "Watchdog": "mlx_engine.remote.beat",
+    "Watchdog": "mlx_engine.remote.wire.heartbeat",
     "install_signal_handlers": "mlx_engine.remote.signals",
 }
 

@@ -146,3 +146,31 @@ def rebuild(kind: type[MLXEngineError], message: str, state: dict[str, object]) 
     error.args = (message,)
     error.__dict__.update(state)
     return error
+
+
+def describe(error: BaseException) -> str:
+    """The kind of an error and its message, whatever its own code makes of that."""
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - code of the caller's, or of whom else
+        message = "<its message cannot be shown>"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def drop_frames(error: BaseException) -> None:
+    """Take the tracebacks off an error that leaves the MLX thread.
+
+    Their frames hold KV caches and models, and so would whoever keeps the error. Clearing the
+    frames is not enough, for their functions' closures hold them as well.
+    """
+    seen: set[int] = set()
+    links: list[BaseException | None] = [error]
+    while links:
+        link = links.pop()
+        if link is None or id(link) in seen:  # a chain may be a ring
+            continue
+        seen.add(id(link))
+        link.__traceback__ = None
+        links += [link.__cause__, link.__context__]
+        if isinstance(link, BaseExceptionGroup):
+            links += link.exceptions

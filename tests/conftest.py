@@ -18,9 +18,9 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from mlx_engine import BaseEngine, BatchedEngine, SimpleEngine
-from mlx_engine.line import Line
-from mlx_engine.turn import Pending, Turn
-from mlx_engine.worker import mlx_thread
+from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.work import PendingWork, ThreadJob
+from mlx_engine.core.work_queue import WorkQueue
 from tests.guard import GUARD, Gate
 from tests.tiny import main
 from tests.waiting import PATIENCE, turns, until, until_now
@@ -89,7 +89,7 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_tiny(folder: Path, *options: str) -> Path:
     """Write a tiny model, on the MLX thread: what ``python -m tests.tiny`` does."""
     over = threading.Event()
-    turn = Turn[None](
+    turn = ThreadJob[None](
         lambda: main([str(folder), *options]), None, lambda _: over.set(), attended=False
     )
     mlx_thread.submit(turn)
@@ -136,7 +136,7 @@ def on_mlx_thread(test: Callable[..., None]) -> Any:
 
     @functools.wraps(test)
     async def run(**fixtures: Any) -> None:
-        await mlx_thread.run(Turn(functools.partial(test, **fixtures)))
+        await mlx_thread.run(ThreadJob(functools.partial(test, **fixtures)))
 
     return run
 
@@ -200,13 +200,13 @@ def _threads_since(before: set[threading.Thread]) -> list[threading.Thread]:
 def told_to_stop(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Set once any work has been told to stop, or was withdrawn from a queue."""
     told = threading.Event()
-    cancel = Line._cancel
+    cancel = WorkQueue._cancel
 
-    def noted(line: Line[Any], one: Pending[Any]) -> None:
+    def noted(line: WorkQueue[Any], one: PendingWork[Any]) -> None:
         cancel(line, one)
         told.set()
 
-    monkeypatch.setattr(Line, "_cancel", noted)
+    monkeypatch.setattr(WorkQueue, "_cancel", noted)
     return told
 
 

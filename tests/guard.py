@@ -16,9 +16,9 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import llama
 
+from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.models.mtp_heads import MTPHead
 from mlx_engine.models.split import SplitModel
-from mlx_engine.worker import mlx_thread
 from tests.waiting import PATIENCE, until, until_now
 
 

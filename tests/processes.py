@@ -28,5 +28,5 @@ def children() -> list[str]:
     return [
         line
         for line in listed.splitlines()
-        if "mlx_engine.remote.core" in line and int(line.split()[1]) == os.getpid()
+        if "mlx_engine.remote.serving.child" in line and int(line.split()[1]) == os.getpid()
     ]

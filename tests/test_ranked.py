@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlx_engine.ranked import Ranked
+from mlx_engine.core.ranked import Ranked
 
 
 class Counted(tuple[int, ...]):

@@ -20,8 +20,8 @@ from mlx_engine import (
     StreamClosed,
     StreamConsumed,
 )
-from mlx_engine import stream as stream_module
-from mlx_engine.worker import mlx_thread
+from mlx_engine.core import stream as stream_module
+from mlx_engine.core.mlx_thread import mlx_thread
 from tests.conftest import other_tasks, settled
 from tests.guard import Gate
 from tests.waiting import turns, until

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlx_engine.turn import wake, waking_together
+from mlx_engine.core.wakeup import wake, waking_together
 from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.anyio

@@ -13,9 +13,9 @@ from typing import Any
 import anyio
 import pytest
 
+from mlx_engine.core.mlx_thread import MLXThread, mlx_thread
+from mlx_engine.core.work import Stage, ThreadJob
 from mlx_engine.errors import EngineDead
-from mlx_engine.turn import Stage, Turn
-from mlx_engine.worker import MLXThread, mlx_thread
 from tests.conftest import other_tasks
 from tests.waiting import PATIENCE, expire, turns, until
 
@@ -50,7 +50,7 @@ class Work:
 
 
 async def run(func: Callable[[], Any], on_cancel: Callable[[], None] | None = None) -> Any:
-    return await mlx_thread.run(Turn(func, on_cancel))
+    return await mlx_thread.run(ThreadJob(func, on_cancel))
 
 
 async def inside(work: Work) -> None:
@@ -448,8 +448,8 @@ def test_loop_shutdown_cancels_and_waits() -> None:
 
 async def test_abort_tells_a_waiting_and_a_running_caller() -> None:
     work = Work(obedient=True)
-    running = Turn(work, work.on_cancel)
-    waiting = Turn(lambda: None)
+    running = ThreadJob(work, work.on_cancel)
+    waiting = ThreadJob(lambda: None)
     tasks = [asyncio.create_task(mlx_thread.run(turn)) for turn in (running, waiting)]
     await inside(work)
     mlx_thread.abort(waiting, LookupError("waiting"))
@@ -468,11 +468,11 @@ async def test_on_done_is_called_once_however_the_turn_ends() -> None:
     ended: list[str] = []
     work = Work()
     holder = asyncio.create_task(
-        mlx_thread.run(Turn(work, None, lambda _: ended.append("finished")))
+        mlx_thread.run(ThreadJob(work, None, lambda _: ended.append("finished")))
     )
     await inside(work)
     waiting = asyncio.create_task(
-        mlx_thread.run(Turn(work, None, lambda _: ended.append("withdrawn")))
+        mlx_thread.run(ThreadJob(work, None, lambda _: ended.append("withdrawn")))
     )
     await until(lambda: mlx_thread.waiting == 1)
     waiting.cancel()
@@ -503,7 +503,7 @@ async def test_what_a_turn_held_is_dropped_when_it_is_over() -> None:
 async def test_if_the_thread_dies_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
 
-    class Fatal(Turn[None]):
+    class Fatal(ThreadJob[None]):
         def execute(self) -> None:
             self.stage = Stage.DONE
             self.announce()
@@ -513,13 +513,13 @@ async def test_if_the_thread_dies_nobody_waits_for_ever(monkeypatch: pytest.Monk
     release = threading.Event()
     thread = MLXThread()
     await thread.run(Fatal(lambda: None))
-    waiting = asyncio.create_task(thread.run(Turn(lambda: None)))
+    waiting = asyncio.create_task(thread.run(ThreadJob(lambda: None)))
     await until(lambda: thread.waiting == 1)
     release.set()
     with pytest.raises(EngineDead, match="has ended"):
         await waiting
     with pytest.raises(EngineDead, match="has ended"):
-        await thread.run(Turn(lambda: None))
+        await thread.run(ThreadJob(lambda: None))
     assert thread._thread is not None
     thread._thread.join(PATIENCE)
 
@@ -527,7 +527,7 @@ async def test_if_the_thread_dies_nobody_waits_for_ever(monkeypatch: pytest.Monk
 async def test_if_the_thread_dies_inside_a_turn_its_caller_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Fatal(Turn[None]):
+    class Fatal(ThreadJob[None]):
         def execute(self) -> None:
             raise SystemExit
 
@@ -550,13 +550,13 @@ async def test_a_thread_that_could_not_be_started_is_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", cannot)
         with pytest.raises(EngineDead, match="can't start new thread: the limit of memory"):
-            await thread.run(Turn(lambda: None))
-    assert await thread.run(Turn(lambda: "works")) == "works"
+            await thread.run(ThreadJob(lambda: None))
+    assert await thread.run(ThreadJob(lambda: "works")) == "works"
     await asyncio.to_thread(thread._close)
 
 
 async def test_a_turn_aborted_on_its_way_into_the_queue_never_runs() -> None:
-    turn = Turn(lambda: "ran")
+    turn = ThreadJob(lambda: "ran")
     mlx_thread.abort(turn, LookupError("aborted"))
     with pytest.raises(LookupError, match="aborted"):
         await mlx_thread.run(turn)
@@ -574,7 +574,7 @@ async def test_nothing_of_a_turn_stays_without_the_garbage_collector() -> None:
     try:
         big = Big()
         alive = weakref.ref(big)
-        turn = Turn(lambda: None, lambda held=big: None)
+        turn = ThreadJob(lambda: None, lambda held=big: None)
         kept = weakref.ref(turn)
         await mlx_thread.run(turn)
         del big, turn
@@ -590,14 +590,14 @@ async def test_a_fresh_thread_object_ends_cleanly() -> None:
     thread.at_exit(lambda: jobs.append("first added, last run"))
     thread.at_exit(lambda: jobs.append("last added, first run"))
     work = Work(obedient=True)
-    running = asyncio.create_task(thread.run(Turn(work, work.on_cancel)))
+    running = asyncio.create_task(thread.run(ThreadJob(work, work.on_cancel)))
     await inside(work)
-    waiting = asyncio.create_task(thread.run(Turn(lambda: None)))
+    waiting = asyncio.create_task(thread.run(ThreadJob(lambda: None)))
     await until(lambda: thread.waiting == 1)
     await asyncio.to_thread(thread._close)
     for task in (running, waiting):
         with pytest.raises(Exception, match="shutting down"):
             await task
     with pytest.raises(Exception, match="shutting down"):
-        await thread.run(Turn(lambda: None))
+        await thread.run(ThreadJob(lambda: None))
     assert jobs == ["last added, first run", "first added, last run"]

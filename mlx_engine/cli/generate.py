@@ -11,11 +11,11 @@ from dataclasses import asdict
 from mlx_engine.cli import interrupts
 from mlx_engine.cli.options import engine_options, sampling_params, strategies
 from mlx_engine.cli.output import AnswerPrinter, ProgressBar, print_answer, remark, say
+from mlx_engine.core.stream import GenerationStream
 from mlx_engine.engine.simple import SimpleEngine
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import GenerationResult
 from mlx_engine.params import SamplingParams
-from mlx_engine.stream import GenerationStream
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from mlx_engine.cli import interrupts
 from mlx_engine.cli.options import engine_options
 from mlx_engine.cli.output import ProgressBar
 from mlx_engine.config import ModelConfig
-from mlx_engine.engine.crossing import in_this_loop, off_loop
+from mlx_engine.core.bridge import in_this_loop, off_loop
 from mlx_engine.engine.simple import SimpleEngine
 from mlx_engine.models.info import ModelInfo, describe
 from mlx_engine.models.loading import find_model

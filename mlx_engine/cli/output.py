@@ -7,8 +7,8 @@ import sys
 from tqdm import tqdm
 
 from mlx_engine.cli.options import PROGRAM
+from mlx_engine.core.stream import GenerationStream
 from mlx_engine.outputs import GenerationChunk, GenerationResult, Progress
-from mlx_engine.stream import GenerationStream
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 

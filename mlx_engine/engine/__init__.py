@@ -2,16 +2,13 @@
 
 Its files:
 
-    base.py       generate, stream_generate, chat, stream_chat, generate_batch
-    local.py      those, for models in this process
-    life.py       start, run_blocking, shutdown; the one way into MLX
-    simple.py     one request at a time
-    batched.py    many at once
-    bursts.py     turns that they share
-    seats.py      their places
-    admission.py  queue limits and counters
-    many.py       many requests by one call
-    slot.py       where the model is
-    crossing.py   to and from other threads
-    producer.py   a request as a stream sees it
+    base.py          generate, stream_generate, chat, stream_chat, generate_batch
+    local.py         those, for models in this process
+    life.py          start, run_blocking, shutdown; the one way into MLX
+    simple.py        one request at a time
+    batched.py       many at once
+    bursts.py        turns that they share
+    many.py          many requests by one call
+    producer.py      a request as a stream sees it
+    model_holder.py  where the model is
 """

@@ -14,18 +14,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from mlx_engine.asks import Ask, ChatPrompt, TextPrompt, checked_priority
 from mlx_engine.checks import checked_path, shown
 from mlx_engine.config import AsEngine, QueueConfig, SpecPrefill
-from mlx_engine.drain import clean_up
+from mlx_engine.core.drain import clean_up
+from mlx_engine.core.event_loop import running_loop
+from mlx_engine.core.lifecycle import EngineState
+from mlx_engine.core.stream import GenerationStream, Producer
 from mlx_engine.engine.many import at_once, in_order, made_once, params_for_each
 from mlx_engine.errors import InvalidRequest, MLXEngineError
-from mlx_engine.event_loop import running_loop
-from mlx_engine.lifecycle import EngineState
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import EngineStats, GenerationResult, ProgressCallback, ShutdownReport
 from mlx_engine.params import SamplingOptions, SamplingParams
-from mlx_engine.stream import GenerationStream, Producer
+from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt, checked_priority
 
 T = TypeVar("T")
 
@@ -152,7 +152,9 @@ class BaseEngine(abc.ABC):
         """
         running_loop()
         source = TextPrompt.of(prompt, self._limits)
-        ask = Ask(source, self._limits.params(params, options), priority, prefill, decode)
+        ask = GenerationRequest(
+            source, self._limits.params(params, options), priority, prefill, decode
+        )
         return await self._producer(ask, checked_callback(on_progress)).run(None)
 
     def stream_generate(
@@ -173,7 +175,9 @@ class BaseEngine(abc.ABC):
         stream is read.
         """
         source = TextPrompt.of(prompt, self._limits)
-        ask = Ask(source, self._limits.params(params, options), priority, prefill, decode)
+        ask = GenerationRequest(
+            source, self._limits.params(params, options), priority, prefill, decode
+        )
         return GenerationStream(self._producer(ask, checked_callback(on_progress)))
 
     async def chat(
@@ -208,7 +212,9 @@ class BaseEngine(abc.ABC):
         """
         running_loop()
         source = ChatPrompt.of(messages, tools, chat_template_kwargs, self._limits)
-        ask = Ask(source, self._limits.params(params, options), priority, prefill, decode)
+        ask = GenerationRequest(
+            source, self._limits.params(params, options), priority, prefill, decode
+        )
         return await self._producer(ask, checked_callback(on_progress)).run(None)
 
     def stream_chat(
@@ -226,7 +232,9 @@ class BaseEngine(abc.ABC):
     ) -> GenerationStream:
         """Answer a conversation as a stream; arguments and errors are those of ``chat``."""
         source = ChatPrompt.of(messages, tools, chat_template_kwargs, self._limits)
-        ask = Ask(source, self._limits.params(params, options), priority, prefill, decode)
+        ask = GenerationRequest(
+            source, self._limits.params(params, options), priority, prefill, decode
+        )
         return GenerationStream(self._producer(ask, checked_callback(on_progress)))
 
     async def generate_batch(
@@ -353,7 +361,10 @@ class BaseEngine(abc.ABC):
 
     @abc.abstractmethod
     def _producer(
-        self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
+        self,
+        ask: GenerationRequest,
+        on_progress: ProgressCallback | None,
+        request_id: str | None = None,
     ) -> Producer:
         """What will do a request, once its ``run`` is awaited.
 

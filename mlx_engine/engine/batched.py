@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Unpack
 
 from mlx_engine.config import BatchConfig, EngineOptions, check_batchable_options
+from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.preparer import Preparer
+from mlx_engine.core.scheduler import BatchScheduler
 from mlx_engine.engine.bursts import BurstLife
 from mlx_engine.engine.local import LocalEngine
-from mlx_engine.engine.seats import Seats
-from mlx_engine.engine.slot import ModelSlot
-from mlx_engine.errors import EngineDead, MLXEngineError
+from mlx_engine.engine.model_holder import ModelHolder
+from mlx_engine.errors import EngineDead, MLXEngineError, describe, drop_frames
 from mlx_engine.generation.batch import Batch
-from mlx_engine.generation.batch_check import check_batchable
 from mlx_engine.generation.budget import MemoryBudget
-from mlx_engine.generation.kv_cache import measure_kv
+from mlx_engine.generation.cache.kv_cache import measure_kv
 from mlx_engine.generation.request import Request
-from mlx_engine.generation.workspace import Workspace, memory_for_caches
-from mlx_engine.preparer import Preparer
-from mlx_engine.turn import drop_frames, what_it_says
-from mlx_engine.worker import mlx_thread
+from mlx_engine.generation.runner import ModelRunner, memory_for_caches
+from mlx_engine.generation.trials.batch import check_batchable
 
 _GATHER = 0.002  # seconds in which those that came together may join the first of them
 _QUANTUM = 0.02  # seconds that a burst has at least while others wait for the MLX thread
@@ -73,13 +72,13 @@ class BatchedEngine(BurstLife[Request], LocalEngine):
         )
         super().__init__(model, **options)
         check_batchable_options(self.config)
-        self._seats = Seats(max_batch_size)
+        self._seats = BatchScheduler(max_batch_size)
         self._preparer = Preparer(self._seats)
         # Others' time on the MLX thread when the last burst made way for them, if it did.
         self._gave_way: float | None = None
 
-    def _new_slot(self) -> ModelSlot:
-        self._batch_slot = BatchSlot(self.batch_config)
+    def _new_slot(self) -> ModelHolder:
+        self._batch_slot = BatchHolder(self.batch_config)
         return self._batch_slot
 
     @property
@@ -151,7 +150,7 @@ class BatchedEngine(BurstLife[Request], LocalEngine):
 
     def _fail(self, error: BaseException) -> None:
         """MLX cannot be used any more: tell everybody, and refuse what comes."""
-        reason = f"MLX does not work any more ({what_it_says(error)})"
+        reason = f"MLX does not work any more ({describe(error)})"
         self._lifecycle.fail(f"the engine has failed: {reason}; shut it down and start it again")
         drop_frames(error)
         dead = EngineDead(reason)
@@ -159,7 +158,7 @@ class BatchedEngine(BurstLife[Request], LocalEngine):
         self._seats.end_all(dead)
 
 
-class BatchSlot(ModelSlot):
+class BatchHolder(ModelHolder):
     """A model and the batch of its requests."""
 
     batched = True
@@ -187,7 +186,7 @@ class BatchSlot(ModelSlot):
             raise EngineDead("the engine has no model any more")
         return self._batch
 
-    def _equip(self, space: Workspace) -> None:
+    def _equip(self, space: ModelRunner) -> None:
         model, pause = space.loaded.model, self._config.max_decode_pause_ms
         check_batchable(model, space.config)
         memory = self._config.kv_cache_memory_bytes

@@ -7,13 +7,13 @@ import functools
 import threading
 from typing import Generic
 
-from mlx_engine.engine.admission import RequestTicket
+from mlx_engine.core.in_flight import RequestTicket
+from mlx_engine.core.preparer import Preparing
+from mlx_engine.core.scheduler import BatchScheduler, QueuedRequest, R
+from mlx_engine.core.work import PendingWork
 from mlx_engine.engine.life import EngineLife
-from mlx_engine.engine.seats import R, Seat, Seats
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.outputs import GenerationResult
-from mlx_engine.preparer import Preparing
-from mlx_engine.turn import Pending
 
 
 class BurstLife(EngineLife, Generic[R]):
@@ -22,10 +22,10 @@ class BurstLife(EngineLife, Generic[R]):
     A burst is one turn on the MLX thread. It is for its heirs to say what is done in one.
     """
 
-    _seats: Seats[R]
+    _seats: BatchScheduler[R]
 
     async def _serve(self, request: R, ticket: RequestTicket) -> GenerationResult:
-        seat = Seat(request, functools.partial(self._admission.over, ticket), self._drive)
+        seat = QueuedRequest(request, functools.partial(self._admission.over, ticket), self._drive)
         preparing = Preparing(self._preparer, seat, functools.partial(self._prepare, request))
         with self._admission.enter(ticket, seat, self._seats):
             return await self._seats.run(seat, preparing)  # type: ignore[no-any-return]
@@ -46,7 +46,7 @@ class BurstLife(EngineLife, Generic[R]):
                 gone = error
         self._seats.end_all(gone)
 
-    def _burst_over(self, turn: Pending[None]) -> None:
+    def _burst_over(self, turn: PendingWork[None]) -> None:
         """It has made way for others, or there was nothing left to do."""
         with self._seats.driving:
             self._seats.burst = None

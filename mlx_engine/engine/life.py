@@ -13,16 +13,17 @@ from typing import Any, Protocol, TypeVar
 
 from mlx_engine.checks import shown
 from mlx_engine.config import QueueConfig
-from mlx_engine.drain import clean_up, is_destroyed, to_the_end
-from mlx_engine.engine.admission import Admission, RequestTicket
+from mlx_engine.core.counters import EngineCounters
+from mlx_engine.core.drain import clean_up, finish, is_destroyed
+from mlx_engine.core.event_loop import running_loop
+from mlx_engine.core.in_flight import Admission, RequestTicket
+from mlx_engine.core.lifecycle import EngineState, Lifecycle, Ticket
+from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.preparer import Preparer, Preparing
+from mlx_engine.core.stop import Interrupted
+from mlx_engine.core.work import PendingWork, ThreadJob
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
-from mlx_engine.event_loop import running_loop
-from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket
-from mlx_engine.meter import Meter
 from mlx_engine.outputs import EngineStats, PromptCacheStats, ShutdownReport
-from mlx_engine.preparer import Preparer, Preparing
-from mlx_engine.turn import Interrupted, Pending, Turn
-from mlx_engine.worker import mlx_thread
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ class Slot(Protocol):
         meter: counters of the work done with it. From any thread.
     """
 
-    meter: Meter
+    meter: EngineCounters
 
     @property
     def filled(self) -> bool:
@@ -260,7 +261,7 @@ class EngineLife(abc.ABC):
             _prepare: done before, on a thread of the preparer; see ``Preparing``.
         """
         ticket = _ticket or Ticket(self._lifecycle.new_id("work"), reported=False)
-        turn = Turn(
+        turn = ThreadJob(
             functools.partial(func, *args, **kwargs),
             on_cancel,
             functools.partial(self._admission.over, ticket),
@@ -271,8 +272,8 @@ class EngineLife(abc.ABC):
             return await mlx_thread.run(turn, preparing)  # type: ignore[no-any-return]
 
     def _run_unattended(
-        self, func: Callable[[threading.Event], None], on_done: Callable[[Pending[None]], None]
-    ) -> Turn[None]:
+        self, func: Callable[[threading.Event], None], on_done: Callable[[PendingWork[None]], None]
+    ) -> ThreadJob[None]:
         """Queue a turn that nobody waits for, in the same line. From any thread.
 
         Args:
@@ -283,7 +284,7 @@ class EngineLife(abc.ABC):
             EngineDead: the interpreter is shutting down.
         """
         stop = threading.Event()
-        turn = Turn(functools.partial(func, stop), stop.set, on_done, attended=False)
+        turn = ThreadJob(functools.partial(func, stop), stop.set, on_done, attended=False)
         mlx_thread.submit(turn)
         return turn
 
@@ -299,7 +300,7 @@ class EngineLife(abc.ABC):
                 await self._run_blocking_serialized(self._slot.empty, _ticket=ticket)
 
         try:
-            await to_the_end(release)
+            await finish(release)
         finally:
             self._release_soon()  # if this coroutine is being destroyed, or that has failed
 

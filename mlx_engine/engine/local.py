@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from mlx_engine.asks import Ask, checked_priority
 from mlx_engine.config import (
     AsEngine,
     Decode,
@@ -19,27 +18,28 @@ from mlx_engine.config import (
     Strategies,
     path_text,
 )
-from mlx_engine.engine.admission import RequestTicket
+from mlx_engine.core.bridge import in_this_loop, off_loop
+from mlx_engine.core.in_flight import RequestTicket
+from mlx_engine.core.stop import Interrupted
+from mlx_engine.core.stream import Emit
 from mlx_engine.engine.base import BaseEngine, checked_callback
-from mlx_engine.engine.crossing import in_this_loop, off_loop
 from mlx_engine.engine.life import EngineLife
+from mlx_engine.engine.model_holder import ModelHolder
 from mlx_engine.engine.producer import RequestProducer
-from mlx_engine.engine.slot import ModelSlot
-from mlx_engine.errors import GenerationError, MLXEngineError
-from mlx_engine.generation import prompt_cache_file
-from mlx_engine.generation.kv_cache import sample_kv_cache
+from mlx_engine.errors import GenerationError, MLXEngineError, describe, drop_frames
+from mlx_engine.generation.cache import prompt_cache_file
+from mlx_engine.generation.cache.kv_cache import sample_kv_cache
 from mlx_engine.generation.request import Request
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits, checked_limits
 from mlx_engine.models.loading import find_model
 from mlx_engine.outputs import GenerationResult, ProgressCallback
-from mlx_engine.stream import Emit
-from mlx_engine.turn import Interrupted, drop_frames, what_it_says
+from mlx_engine.requests import GenerationRequest, checked_priority
 
 
 class LocalEngine(EngineLife, BaseEngine):
     """A model in this process; the MLX thread does its work, one piece at a time."""
 
-    _slot: ModelSlot
+    _slot: ModelHolder
     _takes_priority = False
 
     def __init__(
@@ -120,8 +120,8 @@ class LocalEngine(EngineLife, BaseEngine):
         self._queue = QueueConfig(queue_limit=queue_limit, max_wait=max_wait)
         super().__init__(self._new_slot(), self._queue)
 
-    def _new_slot(self) -> ModelSlot:
-        return ModelSlot()
+    def _new_slot(self) -> ModelHolder:
+        return ModelHolder()
 
     async def _load_model(self, stop: threading.Event, should_stop: Callable[[], bool]) -> None:
         progress = in_this_loop(self._on_progress)
@@ -179,7 +179,10 @@ class LocalEngine(EngineLife, BaseEngine):
         return 1
 
     def _producer(
-        self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
+        self,
+        ask: GenerationRequest,
+        on_progress: ProgressCallback | None,
+        request_id: str | None = None,
     ) -> RequestProducer:
         checked_priority(ask.priority, self._takes_priority)
         request = Request(
@@ -201,14 +204,14 @@ class LocalEngine(EngineLife, BaseEngine):
         """Do a request that somebody waits for."""
 
 
-def _save(slot: ModelSlot, path: Path) -> int:
+def _save(slot: ModelHolder, path: Path) -> int:
     space = slot.space()
     return prompt_cache_file.save(
         path, space.prompt_cache, prompt_cache_file.fingerprint(space.loaded)
     )
 
 
-def _load(slot: ModelSlot, path: Path) -> int:
+def _load(slot: ModelHolder, path: Path) -> int:
     space = slot.space()
     return prompt_cache_file.load(
         path,
@@ -219,7 +222,7 @@ def _load(slot: ModelSlot, path: Path) -> int:
 
 
 def _at_the_border(
-    what: str, work: Callable[[ModelSlot, Path], int], slot: ModelSlot, path: Path
+    what: str, work: Callable[[ModelHolder, Path], int], slot: ModelHolder, path: Path
 ) -> int:
     """What MLX raises inside is told in an error of ours, without the frames that hold arrays."""
     try:
@@ -229,4 +232,4 @@ def _at_the_border(
         raise
     except Exception as error:
         drop_frames(error)
-        raise GenerationError(f"{what} failed: {what_it_says(error)}") from error
+        raise GenerationError(f"{what} failed: {describe(error)}") from error

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 from mlx_engine.config import QueueConfig
-from mlx_engine.drain import outlast
-from mlx_engine.engine.crossing import in_this_loop
+from mlx_engine.core.bridge import in_this_loop
+from mlx_engine.core.drain import wait_shielded
 from mlx_engine.errors import EngineBusy, InvalidRequest, MLXEngineError
 from mlx_engine.outputs import Progress, ProgressCallback
 from mlx_engine.params import SamplingParams
@@ -70,7 +70,7 @@ async def in_order(
             worker.cancel()
 
     ends = asyncio.gather(*workers, return_exceptions=True)
-    await outlast(ends, cancel)
+    await wait_shielded(ends, cancel)
     for end in ends.result():
         if end is not None:  # not ours: a bug, or somebody has cancelled all tasks
             raise end

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from mlx_engine.engine.seats import Seated
+from mlx_engine.core.scheduler import Schedulable
+from mlx_engine.core.stream import Emit
 from mlx_engine.outputs import GenerationResult
-from mlx_engine.stream import Emit
 
 
 class RequestProducer:
@@ -19,7 +19,7 @@ class RequestProducer:
 
     def __init__(
         self,
-        request: Seated,
+        request: Schedulable,
         complete: Callable[[Emit | None], Awaitable[GenerationResult]],
     ) -> None:
         self.request_id = request.request_id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from mlx_engine.engine.admission import RequestTicket
+from mlx_engine.core.in_flight import RequestTicket
 from mlx_engine.engine.local import LocalEngine
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.single import generate_single

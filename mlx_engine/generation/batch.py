@@ -17,17 +17,17 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
+from mlx_engine.core.wakeup import waking_together
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.generation.budget import MemoryBudget
+from mlx_engine.generation.cache.kv_cache import Cache, sample_kv_cache
+from mlx_engine.generation.cache.snapshot import trimmable
 from mlx_engine.generation.course import finish_drafting, keep_scored
 from mlx_engine.generation.decode_batch import DecodeBatch
-from mlx_engine.generation.kv_cache import Cache, sample_kv_cache
 from mlx_engine.generation.prefill_queue import PrefillQueue
 from mlx_engine.generation.request import Request
-from mlx_engine.generation.row import Row
-from mlx_engine.generation.snapshot import trimmable
-from mlx_engine.generation.workspace import Workspace
-from mlx_engine.turn import waking_together
+from mlx_engine.generation.runner import ModelRunner
+from mlx_engine.generation.sequence import Sequence
 
 _WORTH_KEEPING = 64  # tokens newly prefilled that are stored while their request goes on
 _CLEAR = 512  # decode steps after which MLX's free buffers are given back, as in mlx_lm
@@ -49,7 +49,7 @@ class Batch:
         broken: why MLX cannot be used any more; ``None`` if it can.
     """
 
-    def __init__(self, space: Workspace, budget: MemoryBudget, max_pause: float | None) -> None:
+    def __init__(self, space: ModelRunner, budget: MemoryBudget, max_pause: float | None) -> None:
         self._space = space
         self._budget = budget
         self._decoding = DecodeBatch(space)
@@ -84,7 +84,7 @@ class Batch:
                 return request, None
         except BaseException as error:  # noqa: BLE001 - the border: a caller's module is imported
             return request, request.failed(error)
-        self._prefilling.add(Row(request))
+        self._prefilling.add(Sequence(request))
         return None
 
     def step(self) -> Iterator[Over]:
@@ -134,7 +134,7 @@ class Batch:
             return
         self._failures = 0
         meter = self._space.meter
-        gone: list[Row] = []
+        gone: list[Sequence] = []
         with waking_together():
             for row, token, logprobs in steps:
                 if row in gone or row.fault is not None:
@@ -151,7 +151,7 @@ class Batch:
             self._measure()
         yield from self._leave(gone)
 
-    def _leave(self, rows: list[Row]) -> Iterator[Over]:
+    def _leave(self, rows: list[Sequence]) -> Iterator[Over]:
         """Let rows of the decode batch go, and keep what they computed."""
         if not rows:
             return
@@ -184,7 +184,7 @@ class Batch:
             if cache is not None:
                 self._store(row, cache)
 
-    def _extract(self, row: Row) -> Cache | None:
+    def _extract(self, row: Sequence) -> Cache | None:
         """What it computed, to be stored."""
         if row.fault is not None or not self._space.prompt_cache.limit:
             return None
@@ -225,7 +225,7 @@ class Batch:
                 yield from self._lose_all(error)
         self._measure()
 
-    def _end_prefilled(self, row: Row) -> Iterator[Over]:
+    def _end_prefilled(self, row: Sequence) -> Iterator[Over]:
         """Let a row go that wants no tokens, and keep its prompt."""
         assert row.cache is not None
         finish_drafting(row)
@@ -258,7 +258,7 @@ class Batch:
         except Exception:  # noqa: BLE001 - it hung on what has failed
             mx.random.seed(time.time_ns())
 
-    def _store_prompt(self, row: Row, cache: Cache) -> None:
+    def _store_prompt(self, row: Sequence, cache: Cache) -> None:
         """Keep what is prefilled by now, where others are likely to begin with the same."""
         new = row.held - row.cached
         if row.held in row.places or (
@@ -266,7 +266,7 @@ class Batch:
         ):
             self._store(row, cache)
 
-    def _store(self, row: Row, cache: Cache) -> None:
+    def _store(self, row: Sequence, cache: Cache) -> None:
         request = row.request
         if not self._space.store(row.in_cache, cache, len(request.prompt) - 1, request.places):
             self._recover()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from mlx_engine.config import Strategies
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.generation.kv_cache import KVFootprint
+from mlx_engine.generation.cache.kv_cache import KVFootprint
 from mlx_engine.generation.request import Request
 
 

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_engine.turn import Interrupted
+from mlx_engine.core.stop import Interrupted
 
 _LEADING = ("system", "developer")
 _PROBES = ("x", "y")  # what a user says where only what comes before it matters

@@ -7,17 +7,17 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlx_engine.generation.kv_cache import Cache
+from mlx_engine.generation.cache.kv_cache import Cache
 from mlx_engine.generation.prefill import prefill_chunk
-from mlx_engine.generation.row import Row
+from mlx_engine.generation.runner import ModelRunner
+from mlx_engine.generation.sequence import Sequence
 from mlx_engine.generation.sparse.chunk_choice import join
 from mlx_engine.generation.sparse.scored_prefill import ScoredPrefill, why_in_full
 from mlx_engine.generation.speculative.decoder import Pending, SpeculativeDecoder
 from mlx_engine.generation.speculative.drafter import Drafter
-from mlx_engine.generation.workspace import Workspace
 
 
-def take_up(space: Workspace, row: Row) -> None:
+def take_up(space: ModelRunner, row: Sequence) -> None:
     """Look its prompt up, give it a cache, and choose how it goes on."""
     request, equipment = row.request, space.equipment
     cache, hit = space.look_up(request)
@@ -44,7 +44,7 @@ def take_up(space: Workspace, row: Row) -> None:
     row.cache, row.places, row.alone = row.sparse.cache, (), True
 
 
-def advance(space: Workspace, row: Row, size: int) -> int:
+def advance(space: ModelRunner, row: Sequence, size: int) -> int:
     """Prefill at most ``size`` tokens more; a slice also ends at each of ``row.places``.
 
     Returns:
@@ -76,7 +76,7 @@ def advance(space: Workspace, row: Row, size: int) -> int:
 
 
 def speculative_decoder(
-    space: Workspace, row: Row, cache: Cache, pending: Pending | None = None
+    space: ModelRunner, row: Sequence, cache: Cache, pending: Pending | None = None
 ) -> SpeculativeDecoder:
     """What decodes a row that has a drafter; ``pending`` is its next token, if there is one."""
     speculation = space.equipment.speculation
@@ -93,14 +93,14 @@ def speculative_decoder(
     )
 
 
-def finish_drafting(row: Row) -> None:
+def finish_drafting(row: Sequence) -> None:
     """Keep what its drafter knows; nobody's answer depends on it."""
     if row.drafter is not None:
         with contextlib.suppress(Exception):
             row.drafter.finish([*row.request.prompt, *row.request.tokens])
 
 
-def keep_scored(row: Row) -> None:
+def keep_scored(row: Sequence) -> None:
     """Keep what the draft of a sparse prefill has read by now; nobody's answer depends on it."""
     if row.sparse is not None:
         with contextlib.suppress(Exception):
@@ -108,7 +108,7 @@ def keep_scored(row: Row) -> None:
 
 
 def _forward(
-    space: Workspace,
+    space: ModelRunner,
     prompt: list[int],
     drafter: Drafter | None,
     tokens: mx.array,

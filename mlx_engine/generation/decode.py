@@ -13,10 +13,10 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
 from mlx_engine.config import ModelConfig
-from mlx_engine.generation.kv_cache import Cache
+from mlx_engine.core.stop import Interrupted
+from mlx_engine.generation.cache.kv_cache import Cache
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.sampler import can_be_sampled
-from mlx_engine.turn import Interrupted
 
 
 def decode(

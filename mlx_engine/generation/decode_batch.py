@@ -8,20 +8,20 @@ the log-probabilities of all rows whether or not somebody asked for them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import cast
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
+from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes, merge
 from mlx_engine.generation.course import speculative_decoder
-from mlx_engine.generation.kv_cache import Cache, kv_nbytes, merge
-from mlx_engine.generation.row import Row
+from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.sampler import Sampler
+from mlx_engine.generation.sequence import Sequence
 from mlx_engine.generation.speculative.decoder import SpeculativeDecoder
-from mlx_engine.generation.workspace import Workspace
 
-Step = tuple[Row, int, mx.array | None]  # a row, its token and its log-probabilities
+Step = tuple[Sequence, int, mx.array | None]  # a row, its token and its log-probabilities
 
 
 class DecodeBatch:
@@ -31,7 +31,7 @@ class DecodeBatch:
     with its drafter if it has one; two and more are merged into mlx_lm's batch caches.
     """
 
-    def __init__(self, space: Workspace) -> None:
+    def __init__(self, space: ModelRunner) -> None:
         self._space = space
         self._model = space.loaded.model
         self._alone: SpeculativeDecoder | None = None  # of the single row
@@ -41,7 +41,7 @@ class DecodeBatch:
         # (rows, 1): log-sum-exp of their logits; not finite where there was nothing to choose from
         self._sums: mx.array | None = None
         self._sampler: Sampler | None = None  # of the rows as they are
-        self.rows: list[Row] = []
+        self.rows: list[Sequence] = []
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -51,7 +51,7 @@ class DecodeBatch:
         """Bytes of KV cache."""
         return kv_nbytes(self._cache) + sum(row.nbytes for row in self.rows)
 
-    def join(self, rows: Sequence[Row], merged: Cache | None = None) -> None:
+    def join(self, rows: list[Sequence], merged: Cache | None = None) -> None:
         """Take in rows that hold all of their prompts but the last token, after ``end_alone``.
 
         Args:
@@ -80,7 +80,7 @@ class DecodeBatch:
         self.rows += rows
         self._sampler = None
 
-    def _set_cache(self, rows: Sequence[Row], merged: Cache | None) -> None:
+    def _set_cache(self, rows: list[Sequence], merged: Cache | None) -> None:
         if merged is not None:
             self._cache, self._merged = merged, True
         elif len(rows) == 1:
@@ -118,7 +118,7 @@ class DecodeBatch:
             if not fresh and row.fault is None
         ]
 
-    def _step_alone(self, row: Row) -> list[Step]:
+    def _step_alone(self, row: Sequence) -> list[Step]:
         if self._alone is None:
             assert self._inputs is not None
             sound = None if self._sums is None else mx.isfinite(self._sums)
@@ -199,7 +199,7 @@ class DecodeBatch:
             self.rows[i].fault = error
             return mx.zeros((1,), dtype=mx.uint32)
 
-    def extract(self, row: Row) -> Cache:
+    def extract(self, row: Sequence) -> Cache:
         """A KV cache of its own for a row that is about to leave."""
         if not self._merged:
             return self._cache
@@ -207,7 +207,7 @@ class DecodeBatch:
         with mx.stream(generation_stream):
             return [entry.extract(index) for entry in self._cache]
 
-    def leave(self, rows: Iterable[Row]) -> None:
+    def leave(self, rows: Iterable[Sequence]) -> None:
         """Let rows go."""
         gone = set(map(id, rows))
         keep = [i for i, row in enumerate(self.rows) if id(row) not in gone]
@@ -231,12 +231,12 @@ class DecodeBatch:
                     entry.filter(keep)
 
 
-def _own(row: Row) -> Cache:
+def _own(row: Sequence) -> Cache:
     assert row.cache is not None
     return row.cache
 
 
-def _is_last(row: Row) -> bool:
+def _is_last(row: Sequence) -> bool:
     """Whether the token that it is about to get is known to be its last."""
     limit = row.request.limit
     return not row.new and limit is not None and len(row.request.tokens) + 1 >= limit

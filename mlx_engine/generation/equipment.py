@@ -11,22 +11,22 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_engine.config import MTP, DraftModel, ModelConfig, Strategies, path_text
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.generation.kv_cache import (
+from mlx_engine.generation.cache.kv_cache import (
     KVFootprint,
     check_unbounded,
     footprint_of,
     make_kv_cache,
     measure_kv,
 )
-from mlx_engine.generation.prompt_cache import PromptCache
+from mlx_engine.generation.cache.prompt_cache import PromptCache
 from mlx_engine.generation.sparse.importance import cannot_score
-from mlx_engine.generation.sparse.sparse_check import check_sparse
 from mlx_engine.generation.speculative.depth import DepthChooser
 from mlx_engine.generation.speculative.drafter import Drafter, ModelDrafter
 from mlx_engine.generation.speculative.forward import Forward
 from mlx_engine.generation.speculative.mtp import MTPDrafter
 from mlx_engine.generation.speculative.rollback import cannot_roll_back
-from mlx_engine.generation.speculative.rollback_check import check_rollback
+from mlx_engine.generation.trials.rollback import check_rollback
+from mlx_engine.generation.trials.sparse import check_sparse
 from mlx_engine.models.loading import LoadedModel, other_tokenizer
 from mlx_engine.models.mtp_check import check_head
 from mlx_engine.models.mtp_heads import load_head
@@ -88,7 +88,7 @@ class SparsePrefilling:
 
 
 @dataclass(frozen=True, slots=True)
-class Equipment:
+class StrategyRuntime:
     """All of it.
 
     Attributes:
@@ -111,13 +111,13 @@ class Equipment:
         return {option: part.footprint if part else nothing for option, part in parts.items()}
 
 
-def make_equipment(
+def make_runtime(
     loaded: LoadedModel,
     drafts: Mapping[str, LoadedModel],
     strategies: Strategies,
     config: ModelConfig,
     prompt_cache: PromptCache,
-) -> Equipment:
+) -> StrategyRuntime:
     """What these strategies need. On the MLX thread.
 
     Args:
@@ -164,7 +164,7 @@ def make_equipment(
         except InvalidRequest as error:
             notes["decode"] = _fallback(error, decode.fallback, "decoded one token at a time")
     side_caches = [(side[name].prompt_cache, side[name].footprint) for name in sorted(used)]
-    return Equipment(speculation, sparse, notes, (*side_caches, *histories))
+    return StrategyRuntime(speculation, sparse, notes, (*side_caches, *histories))
 
 
 def share_out(limit: int, caches: Sequence[tuple[PromptCache, KVFootprint]]) -> None:

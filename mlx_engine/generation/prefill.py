@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generation_stream
 
 from mlx_engine.config import ModelConfig
-from mlx_engine.generation.kv_cache import Cache, quantize
+from mlx_engine.generation.cache.kv_cache import Cache, quantize
 
 
 def prefill_chunk(

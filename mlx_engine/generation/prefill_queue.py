@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import time
 
-from mlx_engine.generation.batch_check import may_pad
+from mlx_engine.generation.cache.kv_cache import Cache, merge
+from mlx_engine.generation.cache.stored_prompt import common_prefix
 from mlx_engine.generation.course import advance, take_up
-from mlx_engine.generation.kv_cache import Cache, merge
 from mlx_engine.generation.prefill import padded_prefill
-from mlx_engine.generation.row import Row
+from mlx_engine.generation.runner import ModelRunner
+from mlx_engine.generation.sequence import Sequence
 from mlx_engine.generation.sparse.sparse_cache import sparse
-from mlx_engine.generation.stored_prompt import common_prefix
-from mlx_engine.generation.workspace import Workspace
+from mlx_engine.generation.trials.batch import may_pad
 
 _CAUTIOUS = 64  # tokens of the first slice beside running rows, before any was measured
 _SMALLEST = 16  # tokens of a slice, however slow the prefill is
@@ -50,20 +50,20 @@ class PrefillQueue:
         rows: by priority, then in the order of arrival.
     """
 
-    def __init__(self, space: Workspace, max_pause: float | None) -> None:
+    def __init__(self, space: ModelRunner, max_pause: float | None) -> None:
         self._space = space
         self._max_pause = max_pause
         self._pace, self._draft_pace = _Pace(), _Pace()
         self._first_next = True
         self._may_pad = may_pad(space.loaded.model, space.config)
-        self.rows: list[Row] = []
+        self.rows: list[Sequence] = []
 
-    def add(self, row: Row) -> None:
+    def add(self, row: Sequence) -> None:
         """Put a row behind those of the same priority."""
         self.rows.append(row)
         self.rows.sort(key=lambda row: row.request.priority)  # stable
 
-    def choose(self) -> Row:
+    def choose(self) -> Sequence:
         """Whose slice is next: every other one is of the first row, the others of the shortest.
 
         So a long prompt does not hold up short ones, and is not held up by them for ever.
@@ -80,7 +80,7 @@ class PrefillQueue:
                 return first
         return shortest
 
-    def slice(self, row: Row, *, beside_others: bool) -> tuple[list[Row], Cache | None]:
+    def slice(self, row: Sequence, *, beside_others: bool) -> tuple[list[Sequence], Cache | None]:
         """Prefill a slice of ``row``, or all of it together with others if that is no more.
 
         Args:
@@ -119,7 +119,7 @@ class PrefillQueue:
             return min(_CAUTIOUS, most)
         return min(most, max(_SMALLEST, int(min(most, self._max_pause / pace.token_seconds))))
 
-    def _begin(self, row: Row) -> None:
+    def _begin(self, row: Sequence) -> None:
         if row.cache is not None:
             return
         try:
@@ -131,7 +131,7 @@ class PrefillQueue:
         if self._space.equipment.sparse is not None:  # caches of one kind can be merged
             row.cache = sparse(row.cache)
 
-    def _group(self, row: Row, size: int) -> list[Row]:
+    def _group(self, row: Sequence, size: int) -> list[Sequence]:
         """The row, and others that can be prefilled with it in one slice."""
         group, longest = [row], row.left
         if not self._may_pad or row.alone or row.stop or longest > size or not longest:
@@ -150,7 +150,7 @@ class PrefillQueue:
                 longest = max(longest, other.left)
         return group
 
-    def _together(self, group: list[Row]) -> Cache | None:
+    def _together(self, group: list[Sequence]) -> Cache | None:
         """All that is left of some rows, padded on the right to the same length.
 
         If MLX fails, nothing has happened, but that each of them will be alone from now on:

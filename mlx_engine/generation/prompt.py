@@ -9,13 +9,13 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_engine.asks import ChatPrompt, TextPrompt
+from mlx_engine.core.stop import checkpoint
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.chat_places import ChatPlaces, EncodedText
 from mlx_engine.generation.template_names import split_kwargs
 from mlx_engine.generation.tokenize import check_text
 from mlx_engine.models.vocabulary import Vocabulary
-from mlx_engine.turn import checkpoint
+from mlx_engine.requests import ChatPrompt, TextPrompt
 
 # Where a chat template's own last marker is looked for when it cannot be told apart.
 _TAIL_TOKENS = 16

@@ -14,11 +14,19 @@ from typing import Literal
 
 import mlx.core as mx
 
-from mlx_engine.asks import ChatPrompt, TextPrompt
-from mlx_engine.clock import Clock
 from mlx_engine.config import Strategies
-from mlx_engine.errors import ContextLengthExceeded, GenerationError, MLXEngineError
-from mlx_engine.event_loop import running_loop
+from mlx_engine.core.event_loop import running_loop
+from mlx_engine.core.stop import checkpoint, stoppable
+from mlx_engine.core.stream import Emit, emit_pieces
+from mlx_engine.core.timer import RequestTimer
+from mlx_engine.core.work import call_in
+from mlx_engine.errors import (
+    ContextLengthExceeded,
+    GenerationError,
+    MLXEngineError,
+    describe,
+    drop_frames,
+)
 from mlx_engine.generation.prompt import encode, option_of
 from mlx_engine.generation.sampling import (
     Sampling,
@@ -37,8 +45,7 @@ from mlx_engine.outputs import (
     Usage,
 )
 from mlx_engine.params import SamplingParams
-from mlx_engine.stream import Emit, emit_pieces
-from mlx_engine.turn import call_in, checkpoint, drop_frames, stoppable, what_it_says
+from mlx_engine.requests import ChatPrompt, TextPrompt
 
 
 class Request:
@@ -83,7 +90,7 @@ class Request:
         self._emit: Emit | None = None
         self._stopped = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._clock = Clock()
+        self._clock = RequestTimer()
         self._text: TextAssembler | None = None
         self._make_sampling: Callable[[], Sampling] | None = None  # once prepared
         self._ends: frozenset[int] = frozenset()  # token ids that end the answer
@@ -321,7 +328,7 @@ class Request:
         if isinstance(error, MLXEngineError):
             drop_frames(error)
             return error
-        failed = GenerationError(f"{self.request_id} failed: {what_it_says(error)}")
+        failed = GenerationError(f"{self.request_id} failed: {describe(error)}")
         if error.__traceback__ is not None:
             where = f"On the thread {threading.current_thread().name!r}:\n"
             error.add_note("".join([where, *traceback.format_exception(error)]))

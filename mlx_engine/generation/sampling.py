@@ -13,11 +13,10 @@ from typing import cast
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors
 
-from mlx_engine.errors import InvalidRequest
+from mlx_engine.errors import InvalidRequest, describe
 from mlx_engine.generation.sampler import Sampler, SamplerOptions
 from mlx_engine.outputs import TokenLogprob
 from mlx_engine.params import LogitsProcessor, SamplingParams
-from mlx_engine.turn import what_it_says
 
 
 class Sampling:
@@ -122,7 +121,7 @@ def _made(name: str) -> LogitsProcessor:
         processor = found() if isinstance(found, type) else found
     except Exception as error:
         raise InvalidRequest(
-            "logits_processors", f"{name!r} cannot be imported: {what_it_says(error)}"
+            "logits_processors", f"{name!r} cannot be imported: {describe(error)}"
         ) from error
     if not callable(processor):
         raise InvalidRequest("logits_processors", f"{name!r} is not a function")

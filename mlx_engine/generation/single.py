@@ -10,7 +10,9 @@ from contextlib import closing
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
+from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import MLXEngineError
+from mlx_engine.generation.cache.snapshot import trimmable
 from mlx_engine.generation.course import (
     advance,
     finish_drafting,
@@ -20,18 +22,16 @@ from mlx_engine.generation.course import (
 )
 from mlx_engine.generation.decode import decode
 from mlx_engine.generation.request import Request
-from mlx_engine.generation.row import Row
-from mlx_engine.generation.snapshot import trimmable
+from mlx_engine.generation.runner import ModelRunner
+from mlx_engine.generation.sequence import Sequence
 from mlx_engine.generation.speculative.decoder import Emitted
-from mlx_engine.generation.workspace import Workspace
 from mlx_engine.outputs import GenerationResult
-from mlx_engine.turn import Interrupted
 
 _MEASURE = 256  # steps after which the size of the KV cache is looked at again
 _CLEAR = 256  # steps after which MLX's free buffers are given back, as in mlx_lm
 
 
-def generate_single(request: Request, space: Workspace) -> GenerationResult:
+def generate_single(request: Request, space: ModelRunner) -> GenerationResult:
     """Do a prepared request. Cancelled, it returns what there is by then.
 
     Raises:
@@ -45,7 +45,7 @@ def generate_single(request: Request, space: Workspace) -> GenerationResult:
     return request.result()
 
 
-def _attempt(request: Request, space: Workspace) -> MLXEngineError | None:
+def _attempt(request: Request, space: ModelRunner) -> MLXEngineError | None:
     try:
         try:
             if request.begin():
@@ -62,8 +62,8 @@ def _attempt(request: Request, space: Workspace) -> MLXEngineError | None:
     return None
 
 
-def _run(request: Request, space: Workspace) -> None:
-    row = Row(request)
+def _run(request: Request, space: ModelRunner) -> None:
+    row = Sequence(request)
     take_up(space, row)
     _prefill(space, row)
     cache = row.cache
@@ -90,7 +90,7 @@ def _run(request: Request, space: Workspace) -> None:
         space.store(row.in_cache, cache, prefilled, request.places)
 
 
-def _prefill(space: Workspace, row: Row) -> None:
+def _prefill(space: ModelRunner, row: Sequence) -> None:
     request, meter, step = row.request, space.meter, space.config.prefill_step_size
     assert row.cache is not None
     while row.left:
@@ -108,7 +108,7 @@ def _prefill(space: Workspace, row: Row) -> None:
     keep_scored(row)
 
 
-def _decode(space: Workspace, row: Row) -> None:
+def _decode(space: ModelRunner, row: Sequence) -> None:
     """Take tokens until one of them, or the text they make, is the last."""
     request, meter = row.request, space.meter
     assert row.cache is not None
@@ -129,7 +129,7 @@ def _decode(space: Workspace, row: Row) -> None:
                     return
 
 
-def _steps(space: Workspace, row: Row) -> Generator[list[Emitted], None, None]:
+def _steps(space: ModelRunner, row: Sequence) -> Generator[list[Emitted], None, None]:
     """Yield the tokens of each step; ``row.held`` is kept right.
 
     Raises:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mlx_engine.core.stop import checkpoint
 from mlx_engine.errors import ContextLengthExceeded, InvalidRequest
 from mlx_engine.models.vocabulary import Vocabulary
-from mlx_engine.turn import checkpoint
 
 # Unicode normalisation in a tokenizer may shorten text, though never by more than this.
 _SHRINK = 4

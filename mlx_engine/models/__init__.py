@@ -10,7 +10,6 @@ Its files:
     hub.py                 downloads from the Hugging Face Hub
     hub_child.py           the program that does them
     child.py               another program, which can be ended
-    leash.py               and which ends with this process
     file_limit.py          importing mlx_lm without losing open files
     detokenizer.py         tokens -> text as the tokenizer decodes it, tried at load
     fast_decoder.py        the decoder of a fast tokenizer, step by step
@@ -23,6 +22,7 @@ Its files:
     mtp_check.py           is it this model's?
     mtp_extract.py         out of an original checkpoint
     whole_file.py          all or nothing on disk
+    die_with_parent.py     and which ends with this process
 """
 
 from mlx_engine.models.file_limit import file_limit_kept

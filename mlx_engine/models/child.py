@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mlx_engine.turn import Interrupted
+from mlx_engine.core.stop import Interrupted
 
 _LEASH = Path(__file__).with_name("leash.py")
 _POLL = 0.05  # seconds

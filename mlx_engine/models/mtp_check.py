@@ -12,10 +12,10 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_engine.core.stop import checkpoint
 from mlx_engine.models.loading import LoadedModel
 from mlx_engine.models.mtp_heads import MTPHead
 from mlx_engine.models.split import SplitModel, check_split
-from mlx_engine.turn import checkpoint
 
 # How this goes on is plain to any language model, trained for chat or not.
 _PROMPT = "The months of the year are January, February, March,"

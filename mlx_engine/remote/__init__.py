@@ -14,10 +14,8 @@ Its files:
     connection.py      one life of an engine elsewhere, from start to end, and its watchdog
     calls.py           what has been asked
     io_thread.py       the loop in which all this happens
-    beat.py            signs of life, and when there are too few
     health.py          whether its work goes on
     exits.py           what is known of its end
     signals.py         SIGTERM and Ctrl-C for programs that serve
     totals.py          the counters of several as those of one
-    core.py            the other side: the process of one engine
 """

@@ -6,31 +6,31 @@ import itertools
 import time
 from collections.abc import Callable
 
+from mlx_engine.core.stream import Emit
+from mlx_engine.core.work import PendingWork, Stage
+from mlx_engine.core.work_queue import WorkQueue
 from mlx_engine.errors import MLXEngineError
-from mlx_engine.line import Line
 from mlx_engine.outputs import GenerationChunk, GenerationResult, Progress, ProgressCallback
 from mlx_engine.remote.wire.messages import (
     CacheFileDone,
     Cancel,
     Chunk,
     Done,
-    Failed,
-    Told,
+    ErrorReply,
+    ProgressUpdate,
     encode,
 )
 from mlx_engine.remote.wire.values import error_from_wire, result_from_wire
-from mlx_engine.stream import Emit
-from mlx_engine.turn import Pending, Stage
 
 Answer = GenerationResult | int
 
 
-class Call(Pending[Answer]):
+class Call(PendingWork[Answer]):
     """Something asked, which a coroutine waits for.
 
     Args:
         frame: the payload that asks for it, once it has a number.
-        on_cancel, on_done: as for every ``Pending``.
+        on_cancel, on_done: as for every ``PendingWork``.
         emit: gets chunks, on the I/O thread.
         on_progress: told of progress, on the I/O thread.
 
@@ -44,7 +44,7 @@ class Call(Pending[Answer]):
         self,
         frame: Callable[[int], bytes],
         on_cancel: Callable[[], None],
-        on_done: Callable[[Pending[Answer]], None],
+        on_done: Callable[[PendingWork[Answer]], None],
         emit: Emit | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> None:
@@ -63,7 +63,7 @@ class Call(Pending[Answer]):
         return frame(number)
 
 
-class Calls(Line[Call]):
+class Calls(WorkQueue[Call]):
     """The calls over one connection. They queue at the other end, not here.
 
     Args:
@@ -115,7 +115,7 @@ class Calls(Line[Call]):
             if call.orphaned:
                 self._cancel(call)
 
-    def answered(self, message: Told | Chunk | Done | CacheFileDone | Failed) -> None:
+    def answered(self, message: ProgressUpdate | Chunk | Done | CacheFileDone | ErrorReply) -> None:
         """The other end has said something about one of them. On the I/O thread."""
         call = self._calls.get(message.number)
         if call is None:
@@ -132,7 +132,7 @@ class Calls(Line[Call]):
                             message.finish_reason,
                         )
                     )
-            case Told():
+            case ProgressUpdate():
                 if call.on_progress is not None:
                     call.on_progress(Progress(message.phase, message.done, message.total))
             case Done():
@@ -141,7 +141,7 @@ class Calls(Line[Call]):
             case CacheFileDone():
                 call.value = message.prompts
                 self._end(call)
-            case Failed():
+            case ErrorReply():
                 call.error = error_from_wire(message)
                 self._end(call)
 

@@ -9,32 +9,32 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from mlx_engine.core.wakeup import waking_together
 from mlx_engine.errors import EngineDead, MLXEngineError
 from mlx_engine.outputs import EngineStats, Progress, ProgressCallback
-from mlx_engine.remote.beat import Beat, Watchdog, judge
 from mlx_engine.remote.calls import Calls
 from mlx_engine.remote.exits import Exit, ExitKind
 from mlx_engine.remote.io_thread import io_thread
 from mlx_engine.remote.links.link import Ending, Link
 from mlx_engine.remote.wire.frames import WireError
+from mlx_engine.remote.wire.heartbeat import Beat, Watchdog, judge
 from mlx_engine.remote.wire.messages import (
     CacheFileDone,
     Chunk,
     Done,
-    Failed,
+    Draining,
+    ErrorReply,
     Heartbeat,
-    Leaving,
+    ProgressUpdate,
     Refused,
     Shutdown,
     Stopped,
     ToClient,
-    Told,
     Welcome,
     decode_from_server,
     encode,
 )
 from mlx_engine.remote.wire.values import error_from_wire
-from mlx_engine.turn import waking_together
 
 BEAT = 0.25  # seconds between two heartbeats
 _TERMINATE_AFTER = 0.35  # seconds from the deadline of a shutdown
@@ -238,18 +238,18 @@ class Connection:
 
     def _take(self, message: ToClient) -> None:
         match message:
-            case Told(number=0):
+            case ProgressUpdate(number=0):
                 self._lives()
                 if self._on_progress is not None:
                     self._on_progress(Progress(message.phase, message.done, message.total))
-            case Failed(number=0):
+            case ErrorReply(number=0):
                 self._start_error = error_from_wire(message)
                 self._set_ready()
             case Refused():
                 self._refusal = message.reason
                 self._start_error = EngineDead(f"the engine refuses: {message.reason}")
                 self._set_ready()
-            case Chunk() | Done() | CacheFileDone() | Failed() | Told():
+            case Chunk() | Done() | CacheFileDone() | ErrorReply() | ProgressUpdate():
                 self.calls.answered(message)
             case Heartbeat():
                 self.beat = Beat(message.progress, message.phase, message.age, message.pending)
@@ -265,7 +265,7 @@ class Connection:
                 self.beat, self._heard = Beat(phase="idle"), True
                 self._lives()
                 self._set_ready()
-            case Leaving():
+            case Draining():
                 _log.info("%s: %s", self._name, message.reason)
                 self._on_leaving(self)
             case Stopped():

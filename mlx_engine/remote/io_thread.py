@@ -19,11 +19,11 @@ import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
-from mlx_engine.drain import outlast
+from mlx_engine.core.drain import wait_shielded
+from mlx_engine.core.forks import NO_FORK, tell_after_fork
+from mlx_engine.core.threads import Start, dead
+from mlx_engine.core.work import PendingWork
 from mlx_engine.errors import EngineDead
-from mlx_engine.forks import NO_FORK, tell_after_fork
-from mlx_engine.threads import Start, dead
-from mlx_engine.turn import Pending
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ class IOUser(Protocol):
         """The loop is about to end. In the loop."""
 
 
-class _Work(Pending[T]):
+class _Work(PendingWork[T]):
     """A coroutine function that somebody waits for; a task, once it has begun."""
 
     def __init__(
@@ -92,7 +92,7 @@ class IOThread:
         limit = start.limit() if start is not None and start.pending else None
         cancel = functools.partial(self._cancel, work)
         try:
-            await outlast(work.out, cancel)
+            await wait_shielded(work.out, cancel)
         finally:
             if limit is not None:
                 limit.cancel()

@@ -13,22 +13,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from mlx_engine.asks import Ask, checked_priority
 from mlx_engine.checks import shown
-from mlx_engine.drain import clean_up, is_destroyed, to_the_end
+from mlx_engine.core.bridge import in_this_loop
+from mlx_engine.core.drain import clean_up, finish, is_destroyed
+from mlx_engine.core.event_loop import running_loop
+from mlx_engine.core.forks import tell_after_fork
+from mlx_engine.core.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
+from mlx_engine.core.stream import Emit
+from mlx_engine.core.work import PendingWork
 from mlx_engine.engine.base import BaseEngine, checked_callback
-from mlx_engine.engine.crossing import in_this_loop
 from mlx_engine.errors import EngineNotRunning, EngineStopped, InvalidRequest, MLXEngineError
-from mlx_engine.event_loop import running_loop
-from mlx_engine.forks import tell_after_fork
-from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
 from mlx_engine.outputs import (
     EngineStats,
     ProgressCallback,
     PromptCacheStats,
     ShutdownReport,
 )
-from mlx_engine.remote.beat import Beat, Watchdog
 from mlx_engine.remote.calls import Answer, Call
 from mlx_engine.remote.connection import Connection
 from mlx_engine.remote.exits import Exit
@@ -38,9 +38,9 @@ from mlx_engine.remote.links.link import Link
 from mlx_engine.remote.remote_request import RemoteRequest
 from mlx_engine.remote.totals import bygone
 from mlx_engine.remote.wire.frames import MAX_FRAME
+from mlx_engine.remote.wire.heartbeat import Beat, Watchdog
 from mlx_engine.remote.wire.messages import CacheFile, Welcome, encode_strictly
-from mlx_engine.stream import Emit
-from mlx_engine.turn import Pending
+from mlx_engine.requests import GenerationRequest, checked_priority
 
 T = TypeVar("T")
 
@@ -254,7 +254,7 @@ class LinkedEngine(BaseEngine):
         if connection is None or not connection.opened or connection.exit is not None:
             return
         closed = functools.partial(connection.closed, patience)
-        await to_the_end(lambda: io_thread.run(closed))
+        await finish(lambda: io_thread.run(closed))
 
     def _check_running(self) -> None:
         self._lifecycle.check_running()
@@ -270,7 +270,10 @@ class LinkedEngine(BaseEngine):
         return None if connection is None or connection.exit is not None else connection.welcome
 
     def _producer(
-        self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
+        self,
+        ask: GenerationRequest,
+        on_progress: ProgressCallback | None,
+        request_id: str | None = None,
     ) -> RemoteRequest:
         self._check_strategies(ask.prefill, ask.decode)
         checked_priority(ask.priority, self._takes_priority)
@@ -315,7 +318,7 @@ class LinkedEngine(BaseEngine):
         def cancel() -> None:
             connection.calls.ask_to_cancel(call)
 
-        def over(ended: Pending[Any]) -> None:
+        def over(ended: PendingWork[Any]) -> None:
             if isinstance(ended.error, EngineStopped) and ended.aborted_with is None:
                 ticket.aborted = True  # the other end was quicker with it
             self._lifecycle.done(ticket)

@@ -11,11 +11,11 @@ from typing import Unpack
 
 from mlx_engine.config import AsEngine, BatchedOptions, SpecPrefill
 from mlx_engine.outputs import ProgressCallback
-from mlx_engine.remote.beat import Watchdog
 from mlx_engine.remote.connection import BEAT
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.links.link import Link
 from mlx_engine.remote.links.process_link import ProcessLink
+from mlx_engine.remote.wire.heartbeat import Watchdog
 from mlx_engine.remote.wire.messages import Configure, Hello, encode_strictly
 from mlx_engine.remote.wire.options import EngineKind, EnginePlan
 

@@ -10,10 +10,10 @@ from typing import Any, Unpack
 from mlx_engine.config import BatchedOptions
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import ProgressCallback
-from mlx_engine.remote.beat import Watchdog
 from mlx_engine.remote.links.link import Link
 from mlx_engine.remote.links.ray_link import RayLink
 from mlx_engine.remote.process_engine import ProcessEngine
+from mlx_engine.remote.wire.heartbeat import Watchdog
 from mlx_engine.remote.wire.options import EngineKind
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from mlx_engine.config import AsEngine, SpecPrefill, Strategies
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits, checked_limits
-from mlx_engine.remote.beat import Watchdog
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.links.link import Link
 from mlx_engine.remote.links.socket_file import checked_socket_path
 from mlx_engine.remote.links.socket_link import SocketLink
 from mlx_engine.remote.wire.frames import MAX_GUEST_FRAME
+from mlx_engine.remote.wire.heartbeat import Watchdog
 from mlx_engine.remote.wire.messages import Hello, encode
 
 # The model is loaded already: a host that says nothing for that long is stopped or stuck.

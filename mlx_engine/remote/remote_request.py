@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mlx_engine.asks import Ask
-from mlx_engine.lifecycle import Ticket
+from mlx_engine.core.lifecycle import Ticket
+from mlx_engine.core.stream import Emit
 from mlx_engine.outputs import GenerationChunk, GenerationResult, ProgressCallback, Timings, Usage
 from mlx_engine.remote.calls import Call
 from mlx_engine.remote.wire.values import ask_to_wire, check_processors
-from mlx_engine.stream import Emit
+from mlx_engine.requests import GenerationRequest
 
 if TYPE_CHECKING:
     from mlx_engine.remote.linked import LinkedEngine
@@ -31,7 +31,7 @@ class RemoteRequest:
     def __init__(
         self,
         engine: LinkedEngine,
-        ask: Ask,
+        ask: GenerationRequest,
         on_progress: ProgressCallback | None,
         request_id: str,
     ) -> None:

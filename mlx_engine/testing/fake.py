@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mlx_engine.asks import Ask, checked_priority
 from mlx_engine.config import (
     AsEngine,
     BatchConfig,
@@ -18,22 +17,22 @@ from mlx_engine.config import (
     SpecPrefill,
     Strategies,
 )
-from mlx_engine.engine.admission import RequestTicket
+from mlx_engine.core.bridge import in_this_loop
+from mlx_engine.core.in_flight import RequestTicket
+from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.preparer import Preparer
+from mlx_engine.core.scheduler import BatchScheduler
+from mlx_engine.core.stream import Emit
 from mlx_engine.engine.base import BaseEngine, checked_callback
 from mlx_engine.engine.bursts import BurstLife
-from mlx_engine.engine.crossing import in_this_loop
 from mlx_engine.engine.producer import RequestProducer
-from mlx_engine.engine.seats import Seats
-from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError
+from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError, describe
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits, checked_limits
 from mlx_engine.outputs import GenerationResult, ProgressCallback
-from mlx_engine.preparer import Preparer
-from mlx_engine.stream import Emit
+from mlx_engine.requests import GenerationRequest, checked_priority
 from mlx_engine.testing.fake_answer import Answers, another
 from mlx_engine.testing.fake_model import LOOK, FakeModel, Load
 from mlx_engine.testing.fake_request import FakeRequest, Outlet
-from mlx_engine.turn import what_it_says
-from mlx_engine.worker import mlx_thread
 
 
 class FakeEngine(BurstLife[FakeRequest], BaseEngine):
@@ -105,7 +104,9 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
         self._limits = checked_limits(limits)
         batch = None if max_batch_size is None else BatchConfig(max_batch_size=max_batch_size)
         self._batched = self._takes_priority = batch is not None
-        self._seats: Seats[FakeRequest] = Seats(1 if batch is None else batch.max_batch_size)
+        self._seats: BatchScheduler[FakeRequest] = BatchScheduler(
+            1 if batch is None else batch.max_batch_size
+        )
         self._playing: dict[FakeRequest, Iterator[float | None]] = {}
         self._on_progress = checked_callback(on_progress)
         model = FakeModel(
@@ -162,7 +163,10 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
         return self._seats.width
 
     def _producer(
-        self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
+        self,
+        ask: GenerationRequest,
+        on_progress: ProgressCallback | None,
+        request_id: str | None = None,
     ) -> RequestProducer:
         self._check_strategies(ask.prefill, ask.decode)
         checked_priority(ask.priority, self._takes_priority)
@@ -227,7 +231,7 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
                 if mlx_thread.wanted:
                     return
         except BaseException as error:  # noqa: BLE001 - nobody may be left waiting
-            dead = error if isinstance(error, EngineDead) else EngineDead(what_it_says(error))
+            dead = error if isinstance(error, EngineDead) else EngineDead(describe(error))
             self._playing.clear()
             self.die(dead)
             self._seats.end_all(dead)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from mlx_engine.event_loop import running_loop
-from mlx_engine.turn import wake
+from mlx_engine.core.event_loop import running_loop
+from mlx_engine.core.wakeup import wake
 
 
 class Gate:

@@ -8,14 +8,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 
 from mlx_engine.checks import number, shown
+from mlx_engine.core.counters import EngineCounters
+from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import EngineDead, InvalidRequest
-from mlx_engine.meter import Meter
 from mlx_engine.outputs import Progress, ProgressCallback, PromptCacheStats
 from mlx_engine.testing.fake_answer import Answers, another, checked_answers, choose
 from mlx_engine.testing.fake_cache import FakePromptCache
 from mlx_engine.testing.fake_gate import Gate
 from mlx_engine.testing.fake_request import FakeRequest
-from mlx_engine.turn import Interrupted
 
 LoadPiece = Gate | Exception
 LoadLike = LoadPiece | Sequence[LoadPiece]
@@ -43,7 +43,7 @@ class FakeModel:
         prefill_seconds: float,
         load_seconds: float,
     ) -> None:
-        self.meter = Meter()
+        self.meter = EngineCounters()
         self.dead: EngineDead | None = None
         self._answers = checked_answers(answers)
         self._load = load if isinstance(load, Iterator) else _load_pieces(load)

@@ -8,11 +8,17 @@ import time
 import weakref
 from typing import Any, Literal
 
-from mlx_engine.asks import Ask, ChatPrompt
-from mlx_engine.clock import Clock
-from mlx_engine.engine.crossing import in_this_loop
-from mlx_engine.errors import ContextLengthExceeded, GenerationError, MLXEngineError
-from mlx_engine.event_loop import running_loop
+from mlx_engine.core.bridge import in_this_loop
+from mlx_engine.core.event_loop import running_loop
+from mlx_engine.core.stream import Emit, emit_pieces
+from mlx_engine.core.timer import RequestTimer
+from mlx_engine.errors import (
+    ContextLengthExceeded,
+    GenerationError,
+    MLXEngineError,
+    describe,
+    drop_frames,
+)
 from mlx_engine.outputs import (
     FinishReason,
     GenerationResult,
@@ -23,10 +29,9 @@ from mlx_engine.outputs import (
     ToolCall,
     Usage,
 )
-from mlx_engine.stream import Emit, emit_pieces
+from mlx_engine.requests import ChatPrompt, GenerationRequest
 from mlx_engine.testing.fake_answer import END, token_id, words
 from mlx_engine.testing.fake_text import FakeText
-from mlx_engine.turn import drop_frames, what_it_says
 
 Outcome = Literal["waiting", "running", "finished", "cancelled", "failed"]
 
@@ -55,7 +60,9 @@ class FakeRequest:
         error: what its caller got, if it failed.
     """
 
-    def __init__(self, ask: Ask, request_id: str, on_progress: ProgressCallback | None) -> None:
+    def __init__(
+        self, ask: GenerationRequest, request_id: str, on_progress: ProgressCallback | None
+    ) -> None:
         source = ask.source
         chat = source if isinstance(source, ChatPrompt) else None
         self.request_id = request_id
@@ -78,7 +85,7 @@ class FakeRequest:
         self._calls: list[ToolCall] = []
         self._cached_tokens = 0
         self._finish_reason: FinishReason = "cancelled"
-        self._clock = Clock()
+        self._clock = RequestTimer()
 
     def __repr__(self) -> str:
         return f"<FakeRequest {self.request_id} {self.question!r} {self.outcome}>"
@@ -197,7 +204,7 @@ class FakeRequest:
         drop_frames(error)
         if isinstance(error, MLXEngineError):
             return error
-        failed = GenerationError(f"{self.request_id} failed: {what_it_says(error)}")
+        failed = GenerationError(f"{self.request_id} failed: {describe(error)}")
         failed.__cause__ = error
         return failed
 

@@ -22,9 +22,9 @@ from mlx_engine import (
     SimpleEngine,
     testing,
 )
-from mlx_engine.engine.seats import Seat, Seats
+from mlx_engine.core.scheduler import BatchScheduler, QueuedRequest
+from mlx_engine.core.work import PendingWork, Stage
 from mlx_engine.testing import FakeEngine
-from mlx_engine.turn import Pending, Stage
 from tests.conftest import make_tiny, settled
 from tests.guard import Gate
 from tests.waiting import until
@@ -221,20 +221,22 @@ class Asked:
         raise AssertionError("none of them is served")
 
 
-def enter(seats: Seats[Asked], request: Asked, *, ready: bool = True) -> Seat[Asked]:
-    seat = Seat(request, lambda _: None, lambda: None)
+def enter(
+    seats: BatchScheduler[Asked], request: Asked, *, ready: bool = True
+) -> QueuedRequest[Asked]:
+    seat = QueuedRequest(request, lambda _: None, lambda: None)
     seat.ready = ready
     seats._enter(seat)
     return seat
 
 
-def make_ready(seats: Seats[Asked], seat: Seat[Asked]) -> None:
+def make_ready(seats: BatchScheduler[Asked], seat: QueuedRequest[Asked]) -> None:
     seat.preparing = True
     seats.left(seat, None)
 
 
 async def test_those_that_left_the_queue_are_forgotten_though_better_ones_wait() -> None:
-    seats = Seats[Asked](1)
+    seats = BatchScheduler[Asked](1)
     first = enter(seats, Asked("first", 0))
     gone = []
     for number in range(400):
@@ -250,7 +252,7 @@ async def test_those_that_left_the_queue_are_forgotten_though_better_ones_wait()
 
 @pytest.mark.parametrize("ready", [0, 1, 2])
 async def test_nobody_who_left_the_queue_is_held_when_nobody_is_left_in_it(ready: int) -> None:
-    seats = Seats[Asked](1)
+    seats = BatchScheduler[Asked](1)
     asked = [Asked("one", 0), Asked("other", 0)]
     entered = [enter(seats, each, ready=i < ready) for i, each in enumerate(asked)]
     assert seats.pending == bool(ready)
@@ -263,7 +265,7 @@ async def test_nobody_who_left_the_queue_is_held_when_nobody_is_left_in_it(ready
 
 
 async def test_who_comes_first_keeps_a_place_while_it_is_made_ready() -> None:
-    seats = Seats[Asked](2)
+    seats = BatchScheduler[Asked](2)
     slow, quick, third = (enter(seats, Asked(n, 0), ready=n != "slow") for n in ("slow", "b", "c"))
     assert seats.first() is quick  # there is a place for each
     assert seats.take(quick)
@@ -278,7 +280,7 @@ async def test_who_comes_first_keeps_a_place_while_it_is_made_ready() -> None:
 
 
 async def test_better_priorities_keep_a_place_too_and_make_room_when_they_leave() -> None:
-    seats = Seats[Asked](1)
+    seats = BatchScheduler[Asked](1)
     ready = enter(seats, Asked("ready", 0))
     assert seats.first() is ready
     urgent = enter(seats, Asked("urgent", -1), ready=False)
@@ -328,12 +330,12 @@ async def test_many_that_have_waited_too_long_leave_without_counting_each_other(
     """Each of them used to be counted by all others, in one go of the event loop."""
     looks = 0
 
-    def waiting(pending: Pending[Any]) -> bool:
+    def waiting(pending: PendingWork[Any]) -> bool:
         nonlocal looks
         looks += 1
         return pending.stage is Stage.QUEUED
 
-    monkeypatch.setattr(Pending, "waiting", property(waiting))
+    monkeypatch.setattr(PendingWork, "waiting", property(waiting))
     held = testing.Gate()
     async with FakeEngine([held, "x"], max_batch_size=width, max_wait=0.2) as engine:
         first = asyncio.create_task(engine.generate("first"))

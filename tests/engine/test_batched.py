@@ -26,7 +26,7 @@ from mlx_engine import (
     SimpleEngine,
 )
 from mlx_engine.config import EngineOptions
-from mlx_engine.worker import mlx_thread
+from mlx_engine.core.mlx_thread import mlx_thread
 from tests.conftest import settled
 from tests.guard import GUARD, Gate
 from tests.waiting import PATIENCE, turns, until

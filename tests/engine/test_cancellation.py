@@ -21,7 +21,7 @@ from mlx_engine import (
     SimpleEngine,
     SpecPrefill,
 )
-from mlx_engine.worker import mlx_thread
+from mlx_engine.core.mlx_thread import mlx_thread
 from tests.conftest import cancel_inside, other_tasks, settled
 from tests.generation.rigged import made
 from tests.guard import GUARD, Gate

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from mlx_engine import BaseEngine, EngineState, GenerationChunk, GenerationResult
-from mlx_engine.drain import outlast
+from mlx_engine.core.drain import wait_shielded
+from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.remote.serving.host import EngineHost
-from mlx_engine.worker import mlx_thread
 from tests.conftest import other_tasks, settled
 from tests.guard import Gate
 from tests.remote.hosting import short_folder
@@ -179,7 +179,7 @@ def test_whoever_waits_for_work_to_leave_is_let_go_with_its_loop(cancels: int) -
     loop = asyncio.new_event_loop()
 
     async def wait() -> None:
-        await outlast(loop.create_future())
+        await wait_shielded(loop.create_future())
 
     async def give_up(task: asyncio.Task[None]) -> None:
         for _ in range(cancels):

@@ -18,9 +18,11 @@ from mlx_engine import (
     EngineStopped,
     GenerationError,
     SimpleEngine,
+)
+from mlx_engine.core import (
     threads,
 )
-from mlx_engine.worker import mlx_thread
+from mlx_engine.core.mlx_thread import mlx_thread
 from tests.waiting import PATIENCE, expire, turns, until
 
 pytestmark = pytest.mark.anyio

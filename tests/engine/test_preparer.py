@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from mlx_engine import BaseEngine, GenerationError, preparer, threads
-from mlx_engine.preparer import Preparer, Preparing
-from mlx_engine.turn import Pending
+from mlx_engine import BaseEngine, GenerationError
+from mlx_engine.core import preparer, threads
+from mlx_engine.core.preparer import Preparer, Preparing
+from mlx_engine.core.work import PendingWork
 from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
@@ -47,7 +48,9 @@ async def test_a_thread_that_goes_on_holds_nothing_of_what_it_did_before(
     steps = [threading.Event(), threading.Event()]
     refs = []
     for step in steps:
-        work = Preparing(preparing, Pending(attended=False), lambda step=step: not step.wait(30))
+        work = Preparing(
+            preparing, PendingWork(attended=False), lambda step=step: not step.wait(30)
+        )
         refs.append(weakref.ref(work))
         work.begin()
         del work

@@ -218,7 +218,7 @@ async def test_a_file_of_another_model_or_no_file_is_refused_and_nothing_changes
 async def test_a_prompt_that_cannot_be_stored_is_answered_all_the_same(
     engine: BaseEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_engine.generation.prompt_cache import PromptCache
+    from mlx_engine.generation.cache.prompt_cache import PromptCache
 
     def broken(*args: object, **kwargs: object) -> bool:
         raise RuntimeError("no memory left")

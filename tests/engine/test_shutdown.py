@@ -26,7 +26,7 @@ from mlx_engine import (
     ShutdownReport,
     SimpleEngine,
 )
-from mlx_engine.worker import mlx_thread
+from mlx_engine.core.mlx_thread import mlx_thread
 from tests.conftest import other_tasks
 from tests.guard import Gate
 from tests.waiting import PATIENCE, turns, until, until_now

@@ -26,8 +26,8 @@ from mlx_engine import (
     SpecPrefill,
 )
 from mlx_engine.generation import prefill_queue
-from mlx_engine.generation.prompt_cache import PromptCache
-from mlx_engine.generation.snapshot import length
+from mlx_engine.generation.cache.prompt_cache import PromptCache
+from mlx_engine.generation.cache.snapshot import length
 from mlx_engine.generation.speculative.drafter import ModelDrafter
 from tests.conftest import make_tiny, settled
 from tests.engine.test_families import FAMILIES

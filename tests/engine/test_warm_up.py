@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_engine import BaseEngine, BatchedEngine, DraftModel, EngineState, SimpleEngine
-from mlx_engine.generation.warm_up import warm_up
+from mlx_engine.generation.trials.warm_up import warm_up
 from tests.conftest import ROOT, cancel_inside
 from tests.engine.first_request import KINDS
 from tests.generation.rigged import made

@@ -10,9 +10,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_engine import BaseEngine
+from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.work import ThreadJob
 from mlx_engine.generation.speculative.drafter import Drafter, Sample
-from mlx_engine.turn import Turn
-from mlx_engine.worker import mlx_thread
 from tests.models.mtp_checkpoints import Kind, Made
 
 
@@ -79,7 +79,7 @@ def rig(engine: BaseEngine, sequence: Sequence[int], wrong: float, seed: int = 0
 
 async def made(kind: Kind, folder: Path, seed: int = 1) -> Path:
     """The folder of a tiny random model of this kind that has its head with it."""
-    await mlx_thread.run(Turn(functools.partial(_make, kind, folder, seed)))
+    await mlx_thread.run(ThreadJob(functools.partial(_make, kind, folder, seed)))
     return folder / "converted"
 
 

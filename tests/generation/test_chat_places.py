@@ -10,11 +10,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_engine.asks import ChatPrompt
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation import chat_places
 from mlx_engine.generation.chat_places import ChatPlaces, EncodedText
 from mlx_engine.generation.prompt import encode
+from mlx_engine.requests import ChatPrompt
 from tests.chat_models import TEMPLATE
 from tests.tiny import make_tokenizer
 

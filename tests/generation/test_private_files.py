@@ -13,8 +13,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_engine import InvalidRequest, SimpleEngine
-from mlx_engine.generation.prompt_cache import PromptCache
-from mlx_engine.generation.prompt_cache_file import load, save
+from mlx_engine.generation.cache.prompt_cache import PromptCache
+from mlx_engine.generation.cache.prompt_cache_file import load, save
 from mlx_engine.models import whole_file
 from mlx_engine.testing.fake_cache import FakePromptCache
 from tests.generation.test_prompt_cache import MB, kv, on_mlx_thread, words

@@ -24,8 +24,8 @@ from mlx_lm.models.cache import (
 from mlx_lm.models.deepseek_v41 import LayerCache
 
 from mlx_engine import SimpleEngine
-from mlx_engine.generation.prompt_cache import Hit, PromptCache, PromptCacheLookup
-from mlx_engine.generation.snapshot import arrays, snapshot, state_arrays
+from mlx_engine.generation.cache.prompt_cache import Hit, PromptCache, PromptCacheLookup
+from mlx_engine.generation.cache.snapshot import arrays, snapshot, state_arrays
 
 pytestmark = pytest.mark.anyio
 

@@ -24,9 +24,9 @@ from mlx_lm.models.cache import (
 from mlx_lm.models.deepseek_v41 import LayerCache
 
 from mlx_engine import InvalidRequest, SimpleEngine
-from mlx_engine.generation.prompt_cache import PromptCache
-from mlx_engine.generation.prompt_cache_file import fingerprint, load, save
-from mlx_engine.generation.snapshot import arrays
+from mlx_engine.generation.cache.prompt_cache import PromptCache
+from mlx_engine.generation.cache.prompt_cache_file import fingerprint, load, save
+from mlx_engine.generation.cache.snapshot import arrays
 from tests.conftest import ROOT, make_tiny
 from tests.generation.test_prompt_cache import (
     MB,
@@ -334,7 +334,7 @@ import os, signal, sys
 from pathlib import Path
 
 from mlx_engine.generation import prompt_cache_file
-from mlx_engine.generation.prompt_cache import PromptCache
+from mlx_engine.generation.cache.prompt_cache import PromptCache
 from tests.generation.test_prompt_cache import kv, words
 
 path, at, calls, sync = Path(sys.argv[1]), int(sys.argv[2]), [], os.fsync

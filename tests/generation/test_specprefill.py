@@ -12,8 +12,7 @@ import pytest
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from mlx_engine.generation.snapshot import length
-from mlx_engine.generation.sparse import sparse_check
+from mlx_engine.generation.cache.snapshot import length
 from mlx_engine.generation.sparse.attention_tap import install, tapped
 from mlx_engine.generation.sparse.chunk_choice import average_pool, choose_chunks, join, keeps_all
 from mlx_engine.generation.sparse.importance import (
@@ -24,8 +23,8 @@ from mlx_engine.generation.sparse.importance import (
     cannot_score,
 )
 from mlx_engine.generation.sparse.sparse_cache import SparseKVCache, skip_to, sparse
-from mlx_engine.generation.sparse.sparse_check import check_sparse
 from mlx_engine.generation.sparse.specprefill import SparsePrefill
+from mlx_engine.generation.trials.sparse import check_sparse
 from tests.architectures import make, words
 from tests.conftest import on_mlx_thread
 
@@ -386,7 +385,7 @@ def test_a_target_that_fails_or_cannot_take_rows_is_found_out(
         support = check_sparse(make(architecture))
         assert support.reason is None
         assert not support.rows
-    monkeypatch.setattr(sparse_check, "_KNOWN", {})
+    monkeypatch.setattr(sparse, "_KNOWN", {})
     reason = check_sparse(make("afm7")).reason or ""
     assert reason.startswith("it goes wrong without some tokens")
     monkeypatch.setattr(SparseKVCache, "make_mask", lambda *_, **__: 1 / 0)

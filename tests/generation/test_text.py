@@ -18,8 +18,8 @@ from mlx_lm.tool_parsers import json_tools, mistral
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from mlx_engine.asks import ChatPrompt
 from mlx_engine.generation.text import Piece, TextAssembler, parse_tool_calls
+from mlx_engine.requests import ChatPrompt
 from tests.tiny import make_tokenizer
 
 

@@ -14,7 +14,7 @@ from mlx_lm.generate import stream_generate
 from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_engine import GenerationError, InvalidRequest, SamplingParams, SimpleEngine
-from mlx_engine.generation import prompt_cache_file
+from mlx_engine.generation.cache import prompt_cache_file
 from mlx_engine.generation.sampling import make_sampling
 from tests.conftest import make_tiny
 
@@ -229,7 +229,7 @@ async def test_quantised_kv_cache_gives_what_mlx_lm_gives(tiny_path: Path, bits:
 
 
 async def test_bounded_kv_cache_holds_the_bound(tiny_path: Path) -> None:
-    from mlx_engine.generation.kv_cache import make_kv_cache
+    from mlx_engine.generation.cache.kv_cache import make_kv_cache
     from mlx_engine.generation.prefill import prefill_chunk
 
     async with SimpleEngine(tiny_path, max_kv_size=32, prefill_step_size=16) as engine:

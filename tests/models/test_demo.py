@@ -21,12 +21,13 @@ import mlx.core as mx
 import platformdirs
 import pytest
 
+from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.stop import Interrupted
+from mlx_engine.core.work import ThreadJob
 from mlx_engine.errors import ModelLoadError
 from mlx_engine.models import child as child_module
 from mlx_engine.models import demo
 from mlx_engine.outputs import Progress, ProgressCallback
-from mlx_engine.turn import Interrupted, Turn
-from mlx_engine.worker import mlx_thread
 from tests.waiting import PATIENCE
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefgh0123", "Ġ", 
 
 def on_mlx_thread(func: Callable[[], T]) -> T:
     async def turn() -> T:
-        return await mlx_thread.run(Turn(func))
+        return await mlx_thread.run(ThreadJob(func))
 
     return asyncio.run(turn())
 

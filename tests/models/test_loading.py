@@ -14,9 +14,9 @@ import pytest
 
 from mlx_engine import DraftModel, EngineState, InvalidRequest, ModelLoadError, SimpleEngine
 from mlx_engine.config import ModelConfig
+from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.work import ThreadJob
 from mlx_engine.engine import local
-from mlx_engine.turn import Turn
-from mlx_engine.worker import mlx_thread
 from tests.conftest import ROOT
 from tests.waiting import PATIENCE
 
@@ -164,7 +164,7 @@ async def test_an_error_of_the_load_does_not_keep_the_model_alive(tiny_path: Pat
         return mx.get_active_memory()
 
     async def on_mlx_thread() -> int:
-        return await mlx_thread.run(Turn(active))
+        return await mlx_thread.run(ThreadJob(active))
 
     before = await on_mlx_thread()
     with pytest.raises(InvalidRequest) as kept:

@@ -14,7 +14,7 @@ from mlx_engine import (
     EngineState,
     MLXEngineError,
 )
-from mlx_engine.worker import mlx_thread
+from mlx_engine.core.mlx_thread import mlx_thread
 from tests.conftest import other_tasks, settled
 from tests.properties.cases import ALL, Act, Answers
 from tests.properties.faults import Faults, Place, chain

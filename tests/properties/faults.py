@@ -21,8 +21,10 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, TokenBuffer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerFast
 
-from mlx_engine.generation import prompt_cache, sampler, sampling, stored_prompt
-from mlx_engine.generation.prompt_cache import PromptCache
+from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.generation import sampler, sampling
+from mlx_engine.generation.cache import prompt_cache, stored_prompt
+from mlx_engine.generation.cache.prompt_cache import PromptCache
 from mlx_engine.generation.sampler import Sampler
 from mlx_engine.generation.sparse.specprefill import SparsePrefill
 from mlx_engine.generation.speculative.drafter import ModelDrafter
@@ -30,7 +32,6 @@ from mlx_engine.generation.speculative.mtp import MTPDrafter
 from mlx_engine.generation.string_search import StringSearch
 from mlx_engine.models import whole_file
 from mlx_engine.models.detokenizer import Detokenizer
-from mlx_engine.worker import mlx_thread
 from tests.guard import GUARD
 
 Place = tuple[str, str]  # a module's name and a function in it

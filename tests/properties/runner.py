@@ -24,7 +24,7 @@ from mlx_engine import (
     InvalidRequest,
     StreamClosed,
 )
-from mlx_engine.worker import mlx_thread
+from mlx_engine.core.mlx_thread import mlx_thread
 from tests.conftest import other_tasks, settled
 from tests.guard import GUARD
 from tests.properties import programs as ops

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_engine import BaseEngine, EngineState
-from mlx_engine.asks import Ask
 from mlx_engine.config import Strategies
+from mlx_engine.core.stream import Emit
 from mlx_engine.errors import (
     EngineBusy,
     EngineDead,
@@ -29,11 +29,11 @@ from mlx_engine.outputs import (
     Timings,
     Usage,
 )
-from mlx_engine.remote.beat import Beat, Watchdog
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.health import Health, health_of
 from mlx_engine.remote.linked import LinkedEngine
-from mlx_engine.stream import Emit
+from mlx_engine.remote.wire.heartbeat import Beat, Watchdog
+from mlx_engine.requests import GenerationRequest
 
 Script = BaseException | asyncio.Event | Callable[[], Awaitable[None]] | None
 
@@ -206,7 +206,10 @@ class Scripted(BaseEngine):
         raise InvalidRequest("func", "cannot go to another process")
 
     def _producer(
-        self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
+        self,
+        ask: GenerationRequest,
+        on_progress: ProgressCallback | None,
+        request_id: str | None = None,
     ) -> ScriptedRequest:
         self._check_strategies(ask.prefill, ask.decode)
         return ScriptedRequest(self, ask, request_id or "own")
@@ -243,7 +246,7 @@ class Scripted(BaseEngine):
 
 
 class ScriptedRequest:
-    def __init__(self, engine: Scripted, ask: Ask, request_id: str) -> None:
+    def __init__(self, engine: Scripted, ask: GenerationRequest, request_id: str) -> None:
         self.engine = engine
         self.ask = ask
         self.request_id = request_id

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from mlx_engine import EngineState, InvalidRequest
-from mlx_engine.remote.beat import Beat, Phase, Watchdog, judge
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.health import health_of
+from mlx_engine.remote.wire.heartbeat import Beat, Phase, Watchdog, judge
 
 LIMITS = Watchdog(start=600.0, prefill=500.0, decode=300.0, silence=60.0)
 NO_SILENCE = Watchdog(start=600.0, prefill=500.0, decode=300.0, silence=None)

@@ -17,14 +17,14 @@ import msgspec
 import pytest
 
 from mlx_engine import BatchedEngine, ContextLengthExceeded, EngineBusy, InvalidRequest
-from mlx_engine.asks import TokenIds
 from mlx_engine.remote.remote_engine import RemoteEngine
-from mlx_engine.remote.serving import guest
+from mlx_engine.remote.serving import client_connection
 from mlx_engine.remote.serving.host import EngineHost
 from mlx_engine.remote.serving.round_robin import RoundRobin
 from mlx_engine.remote.wire.frames import MAX_GUEST_FRAME, WireError, framed
 from mlx_engine.remote.wire.intake import MAX_VALUES, Refusal, Step, messages_in
-from mlx_engine.remote.wire.messages import Cancel, Failed, Generate, encode
+from mlx_engine.remote.wire.messages import Cancel, ErrorReply, Generate, encode
+from mlx_engine.requests import TokenIds
 from tests.remote.hosting import PROMPT, Stranger, client, generate, hosted, until
 
 pytestmark = pytest.mark.anyio
@@ -179,7 +179,7 @@ async def test_what_is_refused_takes_no_memory_but_its_bytes(host: EngineHost, f
         tracemalloc.start()
         try:
             await stranger.send(frame)
-            while not stranger.heard or not isinstance(stranger.heard[-1], Failed):
+            while not stranger.heard or not isinstance(stranger.heard[-1], ErrorReply):
                 assert await stranger.hear()
             await until(lambda: one._steps is None)
             now, peak = tracemalloc.get_traced_memory()
@@ -247,7 +247,7 @@ async def test_who_has_gone_takes_no_turn() -> None:
 async def test_requests_under_way_are_bounded_in_bytes(
     host: EngineHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guest, "_MOST_BYTES", 200_000)
+    monkeypatch.setattr(client_connection, "_MOST_BYTES", 200_000)
     async with client(host) as remote:
         long = remote.generate("a" * 90_000, max_tokens=1, ignore_eos=True)
         ends = await asyncio.gather(

@@ -13,7 +13,7 @@ from mlx_engine.remote.remote_engine import RemoteEngine
 from mlx_engine.remote.serving import cache_folder
 from mlx_engine.remote.serving.cache_folder import CacheFolder
 from mlx_engine.remote.serving.host import EngineHost
-from mlx_engine.remote.wire.messages import CacheFile, Failed
+from mlx_engine.remote.wire.messages import CacheFile, ErrorReply
 from tests.remote.hosting import PROMPT, Stranger, client, generate, hosted
 
 pytestmark = pytest.mark.anyio
@@ -77,7 +77,7 @@ async def test_with_a_folder_a_guest_gives_plain_names_of_files_in_it(
         await stranger.say(*(CacheFile(n, action, name) for n, name in enumerate(names, 1)))  # type: ignore[arg-type]
         while len(stranger.heard) < 1 + len(names):
             assert await stranger.hear()
-        assert all(isinstance(said, Failed) for said in stranger.heard[1:])
+        assert all(isinstance(said, ErrorReply) for said in stranger.heard[1:])
         assert {said.kind for said in stranger.heard[1:]} == {"InvalidRequest"}  # type: ignore[union-attr]
     assert outside.read_text() == "untouched"
     assert sorted(one.name for one in folder.iterdir()) == ["link", "pipe", "there"]
@@ -129,7 +129,7 @@ async def test_a_stranger_gets_no_megabytes_of_its_own_words_back(host: EngineHo
         while len(stranger.heard) < 4:
             assert await stranger.hear()
         for said in stranger.heard[1:]:
-            assert isinstance(said, Failed)
+            assert isinstance(said, ErrorReply)
             assert said.kind == "InvalidRequest"
             assert len(said.message) <= 4000
             assert all(len(str(value)) <= 4000 for value in said.state.values())

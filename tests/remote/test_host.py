@@ -26,15 +26,9 @@ from mlx_engine import (
     SimpleEngine,
 )
 from mlx_engine.remote.remote_engine import RemoteEngine
-from mlx_engine.remote.serving import session
+from mlx_engine.remote.serving import client_requests
 from mlx_engine.remote.serving.host import EngineHost
-from mlx_engine.remote.wire.messages import (
-    CacheFile,
-    Done,
-    Failed,
-    Shutdown,
-    Stopped,
-)
+from mlx_engine.remote.wire.messages import CacheFile, Done, ErrorReply, Shutdown, Stopped
 from tests.conftest import ROOT
 from tests.guard import GUARD, Gate
 from tests.remote.hosting import (
@@ -211,8 +205,8 @@ async def test_a_leaving_client_gets_no_new_requests(host: EngineHost) -> None:
         await stranger.say(Shutdown(None), generate(2, 1), CacheFile(3, "save", "/none"))
         await stranger.say(Shutdown(float("nan")))
         *_, two, three, one, stopped = await stranger.end()
-    assert isinstance(two, Failed)
-    assert isinstance(three, Failed)
+    assert isinstance(two, ErrorReply)
+    assert isinstance(three, ErrorReply)
     assert two.kind == three.kind == "EngineStopped"
     assert isinstance(one, Done)
     assert one.result.finish_reason == "cancelled"
@@ -375,7 +369,7 @@ async def test_what_cannot_be_told_of_an_answer_is_told_its_caller(
 
     async with client(host) as remote:
         with monkeypatch.context() as patched:
-            patched.setattr(session, "result_to_wire", unspeakable)
+            patched.setattr(client_requests, "result_to_wire", unspeakable)
             with pytest.raises(GenerationError, match="no words for it"):
                 await remote.generate("a", max_tokens=2)
         await free(host)

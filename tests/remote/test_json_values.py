@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_engine import InvalidRequest, ProcessEngine, SamplingParams, ToolCall
-from mlx_engine.asks import Ask, ChatPrompt
 from mlx_engine.limits import DEFAULT_LIMITS
 from mlx_engine.remote.remote_request import NOTHING
 from mlx_engine.remote.wire.frames import WireError
@@ -30,6 +29,7 @@ from mlx_engine.remote.wire.values import (
     result_from_wire,
     result_to_wire,
 )
+from mlx_engine.requests import ChatPrompt, GenerationRequest
 
 HUGE = 123456789012345678901234567890
 USER = {"role": "user", "content": "hi"}
@@ -58,7 +58,7 @@ def exactly(value: Any) -> str:
 
 def there(chat: ChatPrompt) -> ChatPrompt:
     """A chat as it arrives in the process of an engine."""
-    ask = Ask(chat, SamplingParams())
+    ask = GenerationRequest(chat, SamplingParams())
     payload = ask_to_wire(1, ask, name="", stream=False, progress=False)
     (message,) = decode_from_client(payload)
     assert isinstance(message, Generate)
@@ -142,7 +142,12 @@ def test_a_request_that_is_too_long_is_told_by_its_largest_part() -> None:
         )
         with pytest.raises(InvalidRequest, match=rf"^{option}: takes \d+ bytes .* 3000 may"):
             ask_to_wire(
-                1, Ask(chat, SamplingParams()), name="", stream=False, progress=False, limit=3000
+                1,
+                GenerationRequest(chat, SamplingParams()),
+                name="",
+                stream=False,
+                progress=False,
+                limit=3000,
             )
 
 

@@ -24,7 +24,7 @@ from mlx_engine import (
     InvalidRequest,
     ModelLoadError,
 )
-from mlx_engine.remote.replicas import fleet, routed
+from mlx_engine.remote.replicas import replica_set, routed
 from mlx_engine.remote.replicas.manager import EngineManager
 from mlx_engine.remote.replicas.restarts import RestartPolicy
 from mlx_engine.remote.replicas.waiting_room import waiting_limits
@@ -608,7 +608,7 @@ async def test_waiting_counts_together_however_often_it_begins(
 ) -> None:
     """A replica that comes up and falls at once gives nobody another turn of waiting."""
     now = 0.0  # by the clock of those who wait
-    for module in (fleet, routed):
+    for module in (replica_set, routed):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
     world.answer_at_once = False
     policy = RestartPolicy(max_restarts=10, backoff=0.0)

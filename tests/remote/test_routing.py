@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mlx_engine import SamplingParams
-from mlx_engine.asks import Ask, ChatPrompt, TextPrompt
 from mlx_engine.remote.replicas.routing import Router, Work
+from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt
 
 LONG = "All work and no play makes Jack a dull boy. " * 200  # 8,800 characters, 2,200 tokens
 
@@ -19,12 +19,12 @@ def router(*names: str) -> Router:
 
 
 def text(prompt: str | list[int], max_tokens: int | None = 16) -> Work:
-    return Work.of(Ask(TextPrompt(prompt), SamplingParams(max_tokens=max_tokens)))
+    return Work.of(GenerationRequest(TextPrompt(prompt), SamplingParams(max_tokens=max_tokens)))
 
 
 def chat(*contents: str, tools: list[dict[str, object]] | None = None) -> Work:
     messages = [{"role": "user", "content": content} for content in contents]
-    return Work.of(Ask(ChatPrompt.of(messages, tools), SamplingParams(max_tokens=16)))
+    return Work.of(GenerationRequest(ChatPrompt.of(messages, tools), SamplingParams(max_tokens=16)))
 
 
 def cached(work: Work, other: Work) -> int:
@@ -87,7 +87,7 @@ def test_messages_that_no_json_can_hold_have_no_marks() -> None:
     ring: dict[str, object] = {"role": "user", "content": LONG}
     ring["self"] = ring
     assert chat(LONG).marks
-    work = Work.of(Ask(ChatPrompt([ring], None, {}), SamplingParams()))
+    work = Work.of(GenerationRequest(ChatPrompt([ring], None, {}), SamplingParams()))
     assert work.marks == ()
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_engine import EngineDead, EngineManager, EngineState, ProcessEngine, SimpleEngine, threads
+from mlx_engine import EngineDead, EngineManager, EngineState, ProcessEngine, SimpleEngine
+from mlx_engine.core import threads
 from mlx_engine.remote.io_thread import IOThread
 from tests.conftest import ROOT
 from tests.processes import children

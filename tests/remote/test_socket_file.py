@@ -16,9 +16,9 @@ from mlx_engine import (
     EngineState,
     InvalidRequest,
 )
-from mlx_engine.remote.beat import Watchdog
 from mlx_engine.remote.remote_engine import RemoteEngine
 from mlx_engine.remote.serving.host import EngineHost
+from mlx_engine.remote.wire.heartbeat import Watchdog
 from tests.remote.hosting import (
     PROMPT,
     short_folder,

@@ -17,9 +17,8 @@ from mlx_engine import (
     SamplingParams,
     SimpleEngine,
 )
-from mlx_engine.asks import Ask, TextPrompt
 from mlx_engine.remote.remote_engine import RemoteEngine
-from mlx_engine.remote.serving import guest
+from mlx_engine.remote.serving import client_connection
 from mlx_engine.remote.serving.host import EngineHost
 from mlx_engine.remote.wire.frames import framed
 from mlx_engine.remote.wire.messages import (
@@ -28,12 +27,13 @@ from mlx_engine.remote.wire.messages import (
     CacheFileDone,
     Configure,
     Done,
+    Draining,
     Hello,
-    Leaving,
     Shutdown,
     Stopped,
     encode,
 )
+from mlx_engine.requests import GenerationRequest, TextPrompt
 from tests.remote.hosting import (
     PROMPT,
     Stranger,
@@ -124,7 +124,7 @@ async def test_a_client_that_does_not_read_is_dropped_and_slows_nobody(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(guest, "MAX_UNSENT", 50_000)
+    monkeypatch.setattr(client_connection, "MAX_UNSENT", 50_000)
     others = set(host._guests)
     async with Stranger.at(host, hello=True) as stranger:
         (guest_of_it,) = host._guests - others
@@ -142,7 +142,7 @@ async def test_a_client_that_does_not_read_is_dropped_and_slows_nobody(
 async def test_a_stopped_client_is_not_told_more_and_more_heartbeats(
     host: EngineHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guest, "_MAX_UNSENT_BEFORE_BEAT", 5000)
+    monkeypatch.setattr(client_connection, "_MAX_UNSENT_BEFORE_BEAT", 5000)
     async with Stranger.at(host, hello=True):
         (one,) = host._guests
         while not (size := one._transport.get_write_buffer_size()) > 5000:
@@ -175,7 +175,7 @@ async def test_clients_hear_that_the_host_leaves_before_they_hear_that_it_has(
         await until(lambda: len(host._guests) == 2)
         shutdown = asyncio.create_task(host.shutdown(0))
         _, leaving, stopped = await stranger.end()
-        assert isinstance(leaving, Leaving)
+        assert isinstance(leaving, Draining)
         assert isinstance(stopped, Stopped)
         assert await mute.refusal() == "the host was asked to end"
     await shutdown
@@ -206,7 +206,7 @@ async def test_what_a_client_says_reaches_no_other_client(host: EngineHost) -> N
     async with client(host) as remote, client(host) as other:
         with pytest.raises(InvalidRequest, match=r"^chat_template_kwargs: 'chat_template' is set"):
             await remote.chat(user, chat_template_kwargs={"chat_template": "{{ 1 }}"})
-        ask = Ask(TextPrompt("a"), SamplingParams(max_tokens=1))
+        ask = GenerationRequest(TextPrompt("a"), SamplingParams(max_tokens=1))
         result = await other._producer(ask, None, "n" * 100_000).run(None)
         assert result.tokens
         assert len(str(host.engine.stats())) < 5000

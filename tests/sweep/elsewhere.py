@@ -13,14 +13,14 @@ from typing import Any
 
 from mlx_engine import BatchedEngine, MLXEngineError, ProcessEngine, SimpleEngine
 from mlx_engine.remote.links.link import Ending, Link
-from mlx_engine.remote.serving.heart import Heart
-from mlx_engine.remote.serving.session import Session
+from mlx_engine.remote.serving.client_requests import ClientRequests
+from mlx_engine.remote.serving.heartbeats import Heartbeats
 from mlx_engine.remote.wire.messages import (
     Configure,
     Hello,
+    ProgressUpdate,
     Shutdown,
     Stopped,
-    Told,
     decode_from_client,
 )
 from mlx_engine.remote.wire.options import options_from_wire
@@ -95,9 +95,9 @@ class OtherSide:
         self._on_end = on_end
         self._silent = False
         self._outbox = Outbox(lambda payload: loop.call_soon(self._deliver, write, payload))
-        self._heart = Heart()
+        self._heart = Heartbeats()
         self._engine: SimpleEngine | BatchedEngine | None = None
-        self._session: Session | None = None
+        self._session: ClientRequests | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._beating = loop.call_later(_BEAT, self._beat)
 
@@ -137,7 +137,7 @@ class OtherSide:
         options: dict[str, Any] = options_from_wire(configure.options)
         self._engine = kind(
             configure.model,
-            on_progress=lambda p: self._outbox.put(Told(0, p.phase, p.done, p.total)),
+            on_progress=lambda p: self._outbox.put(ProgressUpdate(0, p.phase, p.done, p.total)),
             **options,
         )
         try:
@@ -146,7 +146,7 @@ class OtherSide:
             self._outbox.put(error_to_wire(0, error))
             self._outbox.flush()
             return
-        self._session = Session(
+        self._session = ClientRequests(
             self._engine, self._outbox, trusted=True, on_over=self._heart.request_over
         )
         self._heart.sessions.add(self._session)

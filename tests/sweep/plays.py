@@ -21,11 +21,11 @@ from mlx_engine import (
     SimpleEngine,
     SpecPrefill,
 )
-from mlx_engine.engine import batched, slot
+from mlx_engine.core.stop import Interrupted, checkpoint
+from mlx_engine.engine import batched, model_holder
 from mlx_engine.generation import equipment
 from mlx_engine.models import mtp_check
 from mlx_engine.testing.safety.endings import ALL_WAYS
-from mlx_engine.turn import Interrupted, checkpoint
 from tests.conftest import make_tiny
 from tests.generation.rigged import made
 from tests.models.mtp_checkpoints import MIMO
@@ -293,10 +293,10 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
     And where nothing is chosen, as before a play and after it, they are not warmed up, and what
     has been checked of them counts.
     """
-    load, models = slot.load_model, {}
+    load, models = model_holder.load_model, {}
     load_head, heads = equipment.load_head, {}
     ask, answers = mtp_check._greedy, {}
-    warm_up = slot.warm_up
+    warm_up = model_holder.warm_up
     checks = [
         (equipment, "check_rollback"),
         (equipment, "check_head"),
@@ -340,15 +340,15 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
 
         return checked
 
-    slot.load_model, equipment.load_head = load_once, load_head_once
-    mtp_check._greedy, slot.warm_up = ask_once, warm_up_in_plays
+    model_holder.load_model, equipment.load_head = load_once, load_head_once
+    mtp_check._greedy, model_holder.warm_up = ask_once, warm_up_in_plays
     for (module, name), check in zip(checks, originals, strict=True):
         setattr(module, name, once_but_in_plays(check))
     try:
         yield
     finally:
-        slot.load_model, equipment.load_head = load, load_head
-        mtp_check._greedy, slot.warm_up = ask, warm_up
+        model_holder.load_model, equipment.load_head = load, load_head
+        mtp_check._greedy, model_holder.warm_up = ask, warm_up
         for (module, name), check in zip(checks, originals, strict=True):
             setattr(module, name, check)
         for loaded in (heads, models):

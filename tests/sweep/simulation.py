@@ -16,22 +16,22 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from mlx_engine import preparer
-from mlx_engine import stream as streams
-from mlx_engine.engine import batched, crossing
-from mlx_engine.engine.admission import Admission
-from mlx_engine.engine.seats import Seats
+from mlx_engine.core import bridge, preparer
+from mlx_engine.core import stream as streams
+from mlx_engine.core.in_flight import Admission
+from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.scheduler import BatchScheduler
+from mlx_engine.core.work import PendingWork, Stage, ThreadJob
+from mlx_engine.core.work_queue import WorkQueue
+from mlx_engine.engine import batched
 from mlx_engine.generation import prompt
 from mlx_engine.generation.chat_places import EncodedText
 from mlx_engine.generation.request import Request
-from mlx_engine.line import Line
 from mlx_engine.remote.calls import Call
 from mlx_engine.remote.io_thread import io_thread
 from mlx_engine.testing.safety.endings import LoopShutdown
 from mlx_engine.testing.stepped_loop import SteppedLoop
 from mlx_engine.testing.ways import Way
-from mlx_engine.turn import Pending, Stage, Turn
-from mlx_engine.worker import mlx_thread
 from tests.guard import GUARD
 from tests.sweep.driver import DrivenCondition, Driver
 from tests.sweep.scene import Scene, Schedule
@@ -44,18 +44,18 @@ _COLLECT = 16  # runs between two times at which garbage is collected in any cas
 _MOST_JUMPS = 200  # of the time, in a run; more is a wait without end
 
 _JOINTS = (
-    (Turn, "execute"),
-    (Pending, "announce"),
+    (ThreadJob, "execute"),
+    (PendingWork, "announce"),
     (Admission, "over"),
     (streams._Channel, "push"),
-    (Seats, "take"),
-    (Seats, "end"),
-    (Line, "refuse"),
-    (Line, "take_to_prepare"),
+    (BatchScheduler, "take"),
+    (BatchScheduler, "end"),
+    (WorkQueue, "refuse"),
+    (WorkQueue, "take_to_prepare"),
     (prompt._Chat, "_render"),
     (EncodedText, "__init__"),
     (Request, "_fit"),
-    (Line, "left"),
+    (WorkQueue, "left"),
 )
 
 
@@ -79,7 +79,7 @@ class _Run:
     moment: int = 0
     waited: int = 0  # steps of the loop since a thread was let go
     jumps: int = 0
-    pendings: list[tuple[str, weakref.ref[Pending[Any]]]] = field(default_factory=list)
+    pendings: list[tuple[str, weakref.ref[PendingWork[Any]]]] = field(default_factory=list)
     model_calls: int = 0
     told: dict[int, int] = field(default_factory=dict)  # pending -> model calls by then
     late: int = 0  # the most model calls between being told to stop and having stopped
@@ -105,7 +105,7 @@ class Simulation:
         self.driver = Driver()
         self._run: _Run | None = None
         self._now = 0.0  # seconds, by the clock that measures work
-        self._inside: list[Turn[Any]] = []
+        self._inside: list[ThreadJob[Any]] = []
         self._io_loop = SteppedLoop(
             lambda: self.driver.pause("I/O step"),
             lambda: self.driver.pause("I/O idle", self._io_has_work) or True,
@@ -120,9 +120,9 @@ class Simulation:
         """
         asyncio.run(_start_mlx_thread())
         condition, driven = mlx_thread._changed, DrivenCondition(self.driver)
-        start, io_loop, io_pid = crossing.Start, io_thread._loop, io_thread._pid
+        start, io_loop, io_pid = bridge.Start, io_thread._loop, io_thread._pid
         undo_joints, undo_watch = self.driver.joints(*_JOINTS), self._watch()
-        crossing.Start = preparer.Start = self._start  # type: ignore[assignment,misc]
+        bridge.Start = preparer.Start = self._start  # type: ignore[assignment,misc]
         gather, batched._GATHER = batched._GATHER, 0.0  # nobody else goes on meanwhile
         io_thread._loop, io_thread._pid = self._io_loop, os.getpid()
         self.driver.start(self._io_loop.run_forever, "I/O")
@@ -150,7 +150,7 @@ class Simulation:
             self.driver.settle()
             self._io_loop.close()
             io_thread._loop, io_thread._pid = io_loop, io_pid
-            crossing.Start = preparer.Start = start  # type: ignore[misc]
+            bridge.Start = preparer.Start = start  # type: ignore[misc]
             batched._GATHER = gather
             undo_watch()
             undo_joints()
@@ -200,15 +200,15 @@ class Simulation:
 
     def _watch(self) -> Callable[[], None]:
         """Note what is made, who is inside, and who is told to stop; gives what undoes that."""
-        init, execute = Pending.__init__, Turn.execute
-        take, announce = Pending.take_on_cancel, Pending.announce
+        init, execute = PendingWork.__init__, ThreadJob.execute
+        take, announce = PendingWork.take_on_cancel, PendingWork.announce
 
-        def noted_init(pending: Pending[Any], *args: Any, **kwargs: Any) -> None:
+        def noted_init(pending: PendingWork[Any], *args: Any, **kwargs: Any) -> None:
             init(pending, *args, **kwargs)
             if self._run is not None:
                 self._run.pendings.append((_WHO.get(), weakref.ref(pending)))
 
-        def noted_execute(turn: Turn[Any]) -> None:
+        def noted_execute(turn: ThreadJob[Any]) -> None:
             if not mlx_thread.is_current():  # of another thread, for work that is not MLX's
                 execute(turn)
                 return
@@ -218,28 +218,28 @@ class Simulation:
             finally:
                 self._inside.remove(turn)
 
-        def noted_take(pending: Pending[Any]) -> Any:
+        def noted_take(pending: PendingWork[Any]) -> Any:
             here = not isinstance(pending, Call)  # what is elsewhere has still to be told
             if self._run is not None and pending.stage is Stage.RUNNING and here:
                 self._run.told.setdefault(id(pending), self._run.model_calls)
             return take(pending)
 
-        def noted_announce(pending: Pending[Any]) -> None:
+        def noted_announce(pending: PendingWork[Any]) -> None:
             run = self._run
             if run is not None and (told := run.told.pop(id(pending), None)) is not None:
                 run.late = max(run.late, run.model_calls - told)
             announce(pending)
 
-        Pending.__init__ = noted_init  # type: ignore[method-assign]
-        Pending.take_on_cancel = noted_take  # type: ignore[method-assign]
-        Pending.announce = noted_announce  # type: ignore[method-assign]
-        Turn.execute = noted_execute  # type: ignore[method-assign]
+        PendingWork.__init__ = noted_init  # type: ignore[method-assign]
+        PendingWork.take_on_cancel = noted_take  # type: ignore[method-assign]
+        PendingWork.announce = noted_announce  # type: ignore[method-assign]
+        ThreadJob.execute = noted_execute  # type: ignore[method-assign]
 
         def undo() -> None:
-            Pending.__init__ = init  # type: ignore[method-assign]
-            Pending.take_on_cancel = take  # type: ignore[method-assign]
-            Pending.announce = announce  # type: ignore[method-assign]
-            Turn.execute = execute  # type: ignore[method-assign]
+            PendingWork.__init__ = init  # type: ignore[method-assign]
+            PendingWork.take_on_cancel = take  # type: ignore[method-assign]
+            PendingWork.announce = announce  # type: ignore[method-assign]
+            ThreadJob.execute = execute  # type: ignore[method-assign]
 
         return undo
 
@@ -502,4 +502,4 @@ async def _all(tasks: list[asyncio.Task[Any]]) -> None:
 
 
 async def _start_mlx_thread() -> None:
-    await mlx_thread.run(Turn(lambda: None))
+    await mlx_thread.run(ThreadJob(lambda: None))

@@ -31,9 +31,9 @@ from mlx_engine import (
     SpecPrefill,
     ToolCall,
 )
+from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.testing import FakeAnswer, FakeEngine, FakeRequest, Gate
 from mlx_engine.testing.fake_answer import END, token_id
-from mlx_engine.worker import mlx_thread
 from tests.conftest import ROOT, settled
 from tests.remote.hosting import client, hosted
 from tests.waiting import turns

@@ -9,5 +9,4 @@ Its files:
     sparse_cache.py    positions apart from storage
     row_fold.py        chunks as rows of a batch
     attention_tap.py   the hook in mlx-lm's attention
-    sparse_check.py    whether a model can
 """

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache, create_attention_mask
 
-from mlx_engine.generation.kv_cache import Cache
+from mlx_engine.generation.cache.kv_cache import Cache
 
 
 class SparseKVCache(KVCache):  # type: ignore[misc]

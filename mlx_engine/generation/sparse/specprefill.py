@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream
 
-from mlx_engine.generation.kv_cache import Cache
-from mlx_engine.generation.snapshot import arrays
+from mlx_engine.generation.cache.kv_cache import Cache
+from mlx_engine.generation.cache.snapshot import arrays
 from mlx_engine.generation.sparse.chunk_choice import CHUNK, Range, choose_chunks, join, keeps_all
 from mlx_engine.generation.sparse.importance import LOOKAHEAD, Importance
 from mlx_engine.generation.sparse.row_fold import folded

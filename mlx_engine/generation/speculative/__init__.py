@@ -2,11 +2,10 @@
 
 Its files:
 
-    decoder.py         a cycle: propose, verify, take back
-    depth.py           how many to propose
-    drafter.py         a draft model
-    mtp.py             the model's own head
-    rollback.py        taking tokens back
-    rollback_check.py  whether a model can
-    forward.py         with hidden states, or without
+    decoder.py   a cycle: propose, verify, take back
+    depth.py     how many to propose
+    drafter.py   a draft model
+    mtp.py       the model's own head
+    rollback.py  taking tokens back
+    forward.py   with hidden states, or without
 """

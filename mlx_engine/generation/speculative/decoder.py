@@ -15,15 +15,15 @@ from typing import cast
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
-from mlx_engine.generation.kv_cache import Cache
+from mlx_engine.core.counters import EngineCounters
+from mlx_engine.errors import describe, drop_frames
+from mlx_engine.generation.cache.kv_cache import Cache
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.sampler import can_be_sampled
 from mlx_engine.generation.speculative.depth import DepthChooser
 from mlx_engine.generation.speculative.drafter import Drafter
 from mlx_engine.generation.speculative.forward import Forward
 from mlx_engine.generation.speculative.rollback import Rollback
-from mlx_engine.meter import Meter
-from mlx_engine.turn import drop_frames, what_it_says
 
 Emitted = tuple[int, mx.array | None]  # a token and its log-probabilities, if asked for
 # A token of shape (1,) that is not evaluated yet, whether there was anything to choose from
@@ -63,7 +63,7 @@ class SpeculativeDecoder:
         cache: Cache,
         drafter: Drafter,
         chooser: DepthChooser,
-        meter: Meter,
+        meter: EngineCounters,
         pending: Pending | None = None,
     ) -> None:
         assert request.sampling is not None
@@ -190,7 +190,7 @@ class SpeculativeDecoder:
     def _drafter_failed(self, error: Exception) -> None:
         """No token depends on it, so the request does not fail with it."""
         self.fault = None
-        self._go_on_without(f"the draft failed ({what_it_says(error)})")
+        self._go_on_without(f"the draft failed ({describe(error)})")
         drop_frames(error)
 
     def _go_on_without(self, reason: str) -> None:

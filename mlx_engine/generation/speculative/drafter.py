@@ -9,10 +9,10 @@ import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
 from mlx_engine.config import ModelConfig
-from mlx_engine.generation.kv_cache import Cache, kv_nbytes, make_kv_cache
+from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes, make_kv_cache
+from mlx_engine.generation.cache.prompt_cache import PromptCache
+from mlx_engine.generation.cache.snapshot import trimmable
 from mlx_engine.generation.prefill import prefill_chunk
-from mlx_engine.generation.prompt_cache import PromptCache
-from mlx_engine.generation.snapshot import trimmable
 from mlx_engine.generation.speculative.rollback import Rollback
 from mlx_engine.models.loading import LoadedModel
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_engine.generation.kv_cache import Cache
+from mlx_engine.generation.cache.kv_cache import Cache
 from mlx_engine.models.split import SplitModel
 
 

@@ -7,8 +7,8 @@ from collections import deque
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
-from mlx_engine.generation.kv_cache import Cache
-from mlx_engine.generation.prompt_cache import PromptCache
+from mlx_engine.generation.cache.kv_cache import Cache
+from mlx_engine.generation.cache.prompt_cache import PromptCache
 from mlx_engine.generation.speculative.depth import DepthChooser
 from mlx_engine.generation.speculative.drafter import Drafter, Sample
 from mlx_engine.generation.speculative.rollback import Rollback

@@ -7,8 +7,8 @@ from typing import Any
 
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
-from mlx_engine.generation.kv_cache import Cache, cache_parts
-from mlx_engine.generation.snapshot import snapshot
+from mlx_engine.generation.cache.kv_cache import Cache, cache_parts
+from mlx_engine.generation.cache.snapshot import snapshot
 
 
 def cannot_roll_back(cache: Cache) -> str | None:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx_engine
+from mlx_engine.core.threads import Start, dead
 from mlx_engine.errors import EngineDead
-from mlx_engine.threads import Start, dead
 
 # Blocked when it starts, until it has said what it does with them: by default they would end it.
 _NOT_YET = (signal.SIGINT, signal.SIGUSR1)

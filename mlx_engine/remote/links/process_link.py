@@ -16,11 +16,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from mlx_engine.core.threads import dead
 from mlx_engine.errors import EngineDead
 from mlx_engine.remote.links.child import Child
 from mlx_engine.remote.links.link import Ending, FrameProtocol, SocketEnd
 from mlx_engine.remote.wire.frames import framed
-from mlx_engine.threads import dead
 
 _LINES = 60  # of standard error that are kept
 _WIDTH = 500  # characters of each
@@ -37,7 +37,7 @@ _links: weakref.WeakSet[ProcessLink] = weakref.WeakSet()
 
 
 class ProcessLink(SocketEnd):
-    """A child process that runs ``mlx_engine.remote.core``. Never forked: a new interpreter.
+    """A child process of a new interpreter, never forked, for ``mlx_engine.remote.serving.child``.
 
     Its end is noticed by a thread that waits for it, and by the end of its socket; nothing is
     polled. The child ends when this process does: its socket then ends; and if it is stuck or
@@ -165,7 +165,13 @@ class ProcessLink(SocketEnd):
                 childs.callback(os.close, terminal)
                 passed.append(_above_two(terminal, childs))
             # -P: the folder in which the application was started must not shadow anything.
-            arguments = ["-P", "-m", "mlx_engine.remote.core", self._name, *map(str, passed)]
+            arguments = [
+                "-P",
+                "-m",
+                "mlx_engine.remote.serving.child",
+                self._name,
+                *map(str, passed),
+            ]
             child = Child(
                 arguments,
                 passed,

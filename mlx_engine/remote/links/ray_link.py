@@ -25,12 +25,12 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, ClassVar, Final
 
+from mlx_engine.core.threads import in_thread
 from mlx_engine.errors import EngineDead, MLXEngineError
 from mlx_engine.remote.links.link import Ending, Link
 from mlx_engine.remote.links.process_link import ProcessLink
 from mlx_engine.remote.links.relay import Place, Relay, batches
 from mlx_engine.remote.wire.frames import FrameSplitter, framed
-from mlx_engine.threads import in_thread
 
 STACKS_TIME: Final = 0.5  # seconds: 0.2 for the core to write them, 0.3 for the way
 KILL_TIME: Final = 0.5  # seconds for the actor to end the core and to tell how that went

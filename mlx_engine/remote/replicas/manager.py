@@ -12,29 +12,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 
-from mlx_engine.asks import Ask
 from mlx_engine.checks import shown
 from mlx_engine.config import AsEngine, BatchedOptions, QueueConfig, SpecPrefill
-from mlx_engine.drain import clean_up
+from mlx_engine.core.drain import clean_up
+from mlx_engine.core.event_loop import running_loop
+from mlx_engine.core.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
+from mlx_engine.core.stream import Producer
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
-from mlx_engine.event_loop import running_loop
-from mlx_engine.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
 from mlx_engine.outputs import EngineStats, ProgressCallback, ShutdownReport
-from mlx_engine.remote.beat import Watchdog
 from mlx_engine.remote.health import Health
 from mlx_engine.remote.process_engine import ProcessEngine
 from mlx_engine.remote.ray_engine import RayEngine
-from mlx_engine.remote.replicas.fleet import Fleet
-from mlx_engine.remote.replicas.flight import Flight
+from mlx_engine.remote.replicas.in_flight import InFlight
 from mlx_engine.remote.replicas.replica import Factory, Replica, ReplicaInfo, checked_count, maker
+from mlx_engine.remote.replicas.replica_set import ReplicaSet
 from mlx_engine.remote.replicas.restarts import RestartPolicy
 from mlx_engine.remote.replicas.routed import RoutedRequest
 from mlx_engine.remote.replicas.supervisor import Supervisor
 from mlx_engine.remote.replicas.tasks import all_results
 from mlx_engine.remote.replicas.waiting_room import BOUNDED, WaitingRoom, waiting_limits
+from mlx_engine.remote.wire.heartbeat import Watchdog
 from mlx_engine.remote.wire.options import EngineKind
-from mlx_engine.stream import Producer
+from mlx_engine.requests import GenerationRequest
 
 T = TypeVar("T")
 
@@ -150,7 +150,7 @@ class EngineManager(BaseEngine):
         self._limits, self._queue = self._prototype._limits, self._prototype._queue
         self._takes_priority = self._prototype._takes_priority
         self._lifecycle = Lifecycle()
-        self._fleet = Fleet(WaitingRoom(limits))
+        self._fleet = ReplicaSet(WaitingRoom(limits))
         self._supervisor = Supervisor(self._fleet, factory, restart, self._lifecycle.fail)
         self._home: asyncio.AbstractEventLoop | None = None
         self._finalizer: weakref.finalize[[Supervisor], EngineManager] | None = None
@@ -317,7 +317,10 @@ class EngineManager(BaseEngine):
         return max(1, sum(replica.engine._width for replica in self._fleet.up()))
 
     def _producer(
-        self, ask: Ask, on_progress: ProgressCallback | None, request_id: str | None = None
+        self,
+        ask: GenerationRequest,
+        on_progress: ProgressCallback | None,
+        request_id: str | None = None,
     ) -> Producer:
         self._prototype._producer(ask, on_progress)  # only to see whether it can be done
         return RoutedRequest(
@@ -369,10 +372,10 @@ class EngineManager(BaseEngine):
             loads = all_results([one.engine.load_prompt_cache(path) for one in up])
             return max(await flight.do(loads))
 
-    def _flight(self, prefix: str) -> Flight:
+    def _flight(self, prefix: str) -> InFlight:
         self._check_running()
         name = self._lifecycle.new_id(prefix)
-        return Flight(name, self._lifecycle, self._fleet.leftovers, reported=False)
+        return InFlight(name, self._lifecycle, self._fleet.leftovers, reported=False)
 
     async def run_blocking(
         self,

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_engine.checks import integer
-from mlx_engine.drain import to_the_end
-from mlx_engine.errors import EngineDead
-from mlx_engine.lifecycle import EngineState
+from mlx_engine.core.drain import finish
+from mlx_engine.core.lifecycle import EngineState
+from mlx_engine.errors import EngineDead, describe
 from mlx_engine.outputs import EngineStats
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.replicas.restarts import GiveUp, Restart, RestartHistory, RestartPolicy
 from mlx_engine.remote.totals import bygone, total
-from mlx_engine.turn import what_it_says
 
 Factory = Callable[[str], LinkedEngine]
 ReplicaState = Literal["starting", "running", "restarting", "leaving"]
@@ -116,7 +115,7 @@ class Replica:
         if last is not None and last.kind != "graceful" and isinstance(error, EngineDead):
             return last
         # Its process has told the error and left, which says less than the error does.
-        return Exit("crash", f"it did not start: {what_it_says(error)}", phase="load")
+        return Exit("crash", f"it did not start: {describe(error)}", phase="load")
 
     def leave(self) -> asyncio.Task[Any] | None:
         """Be watched no more, and not be restarted; gives the task that this may have ended."""
@@ -163,7 +162,7 @@ async def start_together(replicas: Sequence[Replica]) -> None:
             for replica in replicas:
                 group.create_task(replica.start(), name=f"{replica.name} start")
     except BaseException as error:
-        await to_the_end(lambda: stop_together([one.engine for one in replicas]))
+        await finish(lambda: stop_together([one.engine for one in replicas]))
         if isinstance(error, BaseExceptionGroup):
             raise error.exceptions[0] from None
         raise

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from mlx_engine.asks import Ask
+from mlx_engine.core.lifecycle import Lifecycle
+from mlx_engine.core.stream import Emit, Producer
 from mlx_engine.errors import EngineBusy, EngineDead, EngineNotRunning
-from mlx_engine.lifecycle import Lifecycle
 from mlx_engine.outputs import (
     GenerationChunk,
     GenerationResult,
@@ -16,10 +16,10 @@ from mlx_engine.outputs import (
 )
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.remote_request import NOTHING
-from mlx_engine.remote.replicas.fleet import Fleet, NoneUp
-from mlx_engine.remote.replicas.flight import Flight
+from mlx_engine.remote.replicas.in_flight import InFlight
+from mlx_engine.remote.replicas.replica_set import NoneUp, ReplicaSet
 from mlx_engine.remote.replicas.routing import Work
-from mlx_engine.stream import Emit, Producer
+from mlx_engine.requests import GenerationRequest
 
 MAX_DEATHS = 2  # replicas that end under a request before it counts as the cause of that
 MAX_ATTEMPTS = 3  # with those that were stopped by somebody else
@@ -38,10 +38,10 @@ class RoutedRequest:
     def __init__(
         self,
         request_id: str,
-        ask: Ask,
+        ask: GenerationRequest,
         on_progress: ProgressCallback | None,
         lifecycle: Lifecycle,
-        fleet: Fleet,
+        fleet: ReplicaSet,
         check_running: Callable[[], None],
     ) -> None:
         self.request_id = request_id
@@ -57,7 +57,7 @@ class RoutedRequest:
     async def run(self, emit: Emit | None) -> GenerationResult:
         """See ``Producer``."""
         self._check_running()
-        with Flight(self.request_id, self._lifecycle, self._fleet.leftovers) as flight:
+        with InFlight(self.request_id, self._lifecycle, self._fleet.leftovers) as flight:
             return await self._attempts(flight, emit)
 
     def cancel(self) -> None:
@@ -73,7 +73,7 @@ class RoutedRequest:
             return replace(NOTHING, request_id=self.request_id)
         return producer.partial_result()
 
-    async def _attempts(self, flight: Flight, emit: Emit | None) -> GenerationResult:
+    async def _attempts(self, flight: InFlight, emit: Emit | None) -> GenerationResult:
         work = Work.of(self._ask)
         busy: dict[str, EngineBusy] = {}
         attempts = deaths = 0
@@ -107,7 +107,7 @@ class RoutedRequest:
                     raise _as_dead(error, name) from error.__cause__
 
     async def _attempt(
-        self, flight: Flight, engine: LinkedEngine, emit: Emit | None
+        self, flight: InFlight, engine: LinkedEngine, emit: Emit | None
     ) -> GenerationResult:
         def tell(chunk: GenerationChunk) -> None:
             if emit is not None and not flight.over:

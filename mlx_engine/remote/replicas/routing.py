@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from mlx_engine.asks import Ask, ChatPrompt, TextPrompt
+from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt
 
 _CHARACTERS_PER_TOKEN = 4  # of English text, roughly; only a guess is needed
 _TOKENS_PER_BLOCK = 64
@@ -46,7 +46,7 @@ class Work:
         return self.prompt_tokens + self.answer_tokens
 
     @classmethod
-    def of(cls, ask: Ask) -> Work:
+    def of(cls, ask: GenerationRequest) -> Work:
         """Look at a request."""
         limit = ask.params.max_tokens
         answer = _DEFAULT_ANSWER if limit is None else limit

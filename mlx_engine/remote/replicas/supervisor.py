@@ -9,16 +9,15 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from mlx_engine.drain import outlast
-from mlx_engine.errors import EngineStopped
+from mlx_engine.core.drain import wait_shielded
+from mlx_engine.errors import EngineStopped, describe
 from mlx_engine.outputs import EngineStats
 from mlx_engine.remote.exits import Exit
-from mlx_engine.remote.replicas.fleet import Fleet
 from mlx_engine.remote.replicas.replica import Factory, Replica, start_together, stop_together
+from mlx_engine.remote.replicas.replica_set import ReplicaSet
 from mlx_engine.remote.replicas.restarts import GiveUp, RestartPolicy
 from mlx_engine.remote.replicas.tasks import cancel_from_anywhere, until_done
 from mlx_engine.remote.totals import bygone, total
-from mlx_engine.turn import what_it_says
 
 T = TypeVar("T")
 
@@ -39,7 +38,7 @@ class Supervisor:
 
     def __init__(
         self,
-        fleet: Fleet,
+        fleet: ReplicaSet,
         factory: Factory,
         policy: RestartPolicy,
         on_failed: Callable[[str], None],
@@ -129,7 +128,7 @@ class Supervisor:
         engines = [replica.engine for replica in self.everyone]
         work = asyncio.ensure_future(self._let_go(deadline))
         try:
-            await outlast(work)
+            await wait_shielded(work)
         finally:
             if not work.done() or work.cancelled():  # somebody cancels all tasks
                 for engine in engines:
@@ -203,7 +202,7 @@ class Supervisor:
             return  # by release
         error = None if monitor.cancelled() else monitor.exception()
         log.error("the monitor of the replicas has ended", exc_info=error)
-        why = "its task was cancelled" if error is None else what_it_says(error)
+        why = "its task was cancelled" if error is None else describe(error)
         self._fleet.close(f"the replicas are watched no more: {why}", None)
         self._on_failed(f"the replicas are watched no more: {why}")
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
-from mlx_engine.drain import outlast
+from mlx_engine.core.drain import wait_shielded
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ async def until_done(task: asyncio.Task[T]) -> bool:
     Cancellation: the task is cancelled; ``CancelledError`` is raised when it is over.
     """
     try:
-        await outlast(task, lambda: cancel(task))
+        await wait_shielded(task, lambda: cancel(task))
     finally:
         if task.done():
             look_at(task)

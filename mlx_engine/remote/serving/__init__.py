@@ -2,12 +2,13 @@
 
 Its files:
 
-    session.py       a client's requests
-    heart.py         what the engine tells of itself
-    host.py          one engine for many programs
-    door.py          where they come in
-    guest.py         one of them
-    round_robin.py   none of them more than its share
-    complaints.py    what is logged of those who misbehave
-    cache_folder.py  where they keep prompt caches
+    host.py               one engine for many programs
+    round_robin.py        none of them more than its share
+    complaints.py         what is logged of those who misbehave
+    cache_folder.py       where they keep prompt caches
+    acceptor.py           where they come in
+    child.py              the other side: the process of one engine
+    client_connection.py  one of them
+    client_requests.py    a client's requests
+    heartbeats.py         what the engine tells of itself
 """

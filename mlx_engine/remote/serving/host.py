@@ -9,20 +9,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from mlx_engine.checks import integer, number, shown
-from mlx_engine.drain import clean_up, is_destroyed, outlast
+from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
+from mlx_engine.core.lifecycle import checked_timeout
 from mlx_engine.errors import EngineStopped, InvalidRequest
-from mlx_engine.lifecycle import checked_timeout
 from mlx_engine.outputs import ShutdownReport
 from mlx_engine.remote.connection import BEAT
 from mlx_engine.remote.links.socket_file import SocketFile, check_free, checked_socket_path
+from mlx_engine.remote.serving.acceptor import Acceptor
 from mlx_engine.remote.serving.cache_folder import CacheFolder
+from mlx_engine.remote.serving.client_connection import ClientConnection
+from mlx_engine.remote.serving.client_requests import ClientRequests
 from mlx_engine.remote.serving.complaints import Complaints
-from mlx_engine.remote.serving.door import Door
-from mlx_engine.remote.serving.guest import Guest
-from mlx_engine.remote.serving.heart import Heart
+from mlx_engine.remote.serving.heartbeats import Heartbeats
 from mlx_engine.remote.serving.round_robin import RoundRobin
-from mlx_engine.remote.serving.session import Session
-from mlx_engine.remote.wire.messages import Heartbeat, Leaving, Refused, Stopped
+from mlx_engine.remote.wire.messages import Draining, Heartbeat, Refused, Stopped
 
 if TYPE_CHECKING:
     from mlx_engine.engine.local import LocalEngine
@@ -98,12 +98,14 @@ class EngineHost:
         )
         self.cache_folder = None if cache_folder is None else CacheFolder(cache_folder)
         check_free(self.path)  # so that it is known before a model is loaded
-        self._heart = Heart()
+        self._heart = Heartbeats()
         self.turns = RoundRobin()
         self.complaints = Complaints()
-        self._guests: set[Guest] = set()  # strangers, who have not said who they are, included
-        self._strangers: dict[Guest, None] = {}  # the oldest first
-        self._door: Door | None = None
+        self._guests: set[ClientConnection] = (
+            set()
+        )  # strangers, who have not said who they are, included
+        self._strangers: dict[ClientConnection, None] = {}  # the oldest first
+        self._door: Acceptor | None = None
         self._beating: asyncio.Task[None] | None = None
         self._leaving = False
         self._closing: asyncio.Task[None] | None = None
@@ -133,7 +135,7 @@ class EngineHost:
         if self._door is not None:
             raise RuntimeError("a host is started once: make a new one")
         self._heart.engine = self.engine
-        self._door = Door(await SocketFile.open(self.path), lambda: Guest(self))
+        self._door = Acceptor(await SocketFile.open(self.path), lambda: ClientConnection(self))
         if self._leaving:  # meanwhile
             self._door.close()
             raise EngineStopped(_ASKED_TO_END)
@@ -171,7 +173,7 @@ class EngineHost:
             if self._door is not None:
                 self._door.close()
             for guest in self._guests:
-                guest.put(Leaving(_ASKED_TO_END))
+                guest.put(Draining(_ASKED_TO_END))
         report = ShutdownReport()
         error: BaseException | None = None
         try:
@@ -183,7 +185,7 @@ class EngineHost:
             if not is_destroyed(error):
                 if self._closing is None:
                     self._closing = asyncio.create_task(self._close(report))
-                await clean_up(error, functools.partial(outlast, self._closing))
+                await clean_up(error, functools.partial(wait_shielded, self._closing))
         return report
 
     async def __aenter__(self) -> Self:
@@ -225,7 +227,7 @@ class EngineHost:
 
     # What guests tell
 
-    def arrived(self, guest: Guest) -> str | None:
+    def arrived(self, guest: ClientConnection) -> str | None:
         """Somebody has connected; a reason to refuse it."""
         self._guests.add(guest)
         if self._leaving:
@@ -243,7 +245,7 @@ class EngineHost:
             oldest.abort()
         return None
 
-    def greeted(self, guest: Guest, session: Session) -> str | None:
+    def greeted(self, guest: ClientConnection, session: ClientRequests) -> str | None:
         """It has said who it is; a reason to refuse it."""
         if self._leaving:
             return _ASKED_TO_END
@@ -257,12 +259,12 @@ class EngineHost:
         """A sign of life."""
         return self._heart.beat()
 
-    def request_over(self, guest: Guest) -> None:
+    def request_over(self, guest: ClientConnection) -> None:
         """A request of its is over: whoever asks for statistics should have them."""
         self._heart.request_over()
         guest.put_last(self.heartbeat)
 
-    def left(self, guest: Guest) -> None:
+    def left(self, guest: ClientConnection) -> None:
         """Its connection is closed, and its requests are over."""
         self._guests.discard(guest)
         self._strangers.pop(guest, None)

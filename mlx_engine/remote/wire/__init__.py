@@ -10,4 +10,5 @@ Its files:
     outbox.py       messages on their way out
     greeting.py     what strangers say first
     intake.py       and then, in short steps
+    heartbeat.py    signs of life, and when there are too few
 """

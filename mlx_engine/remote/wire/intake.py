@@ -16,8 +16,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from mlx_engine.asks import TokenIds
-from mlx_engine.errors import ContextLengthExceeded, InvalidRequest, MLXEngineError
+from mlx_engine.errors import ContextLengthExceeded, InvalidRequest, MLXEngineError, drop_frames
 from mlx_engine.remote.wire.frames import WireError
 from mlx_engine.remote.wire.messages import (
     Generate,
@@ -26,7 +25,7 @@ from mlx_engine.remote.wire.messages import (
     message_from_client,
     parts_of,
 )
-from mlx_engine.turn import drop_frames
+from mlx_engine.requests import TokenIds
 
 MAX_VALUES = 131_072  # in a request beside token ids; a list or a map counts as four
 _SMALL = 32 * 2**10  # bytes that are decoded at once, whatever they are: 10 ms at worst

@@ -18,8 +18,8 @@ from mlx_engine.outputs import (
     ShutdownReport,
     TokenLogprob,
 )
-from mlx_engine.remote.beat import Phase
 from mlx_engine.remote.wire.frames import WireError
+from mlx_engine.remote.wire.heartbeat import Phase
 from mlx_engine.remote.wire.json_values import extension_from_wire
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class Generate(_Message):
 
 
 class Cancel(_Message):
-    """Stop a request; it is answered by ``Done`` or ``Failed`` once it is out of MLX."""
+    """Stop a request; it is answered by ``Done`` or ``ErrorReply`` once it is out of MLX."""
 
     number: int
 
@@ -116,7 +116,7 @@ class Refused(_Message):
     reason: str
 
 
-class Told(_Message):
+class ProgressUpdate(_Message):
     """Progress of a request, or of the start where the number is 0."""
 
     number: int
@@ -155,7 +155,7 @@ class CacheFileDone(_Message):
     prompts: int
 
 
-class Failed(_Message):
+class ErrorReply(_Message):
     """A request has failed; the start, where the number is 0.
 
     Attributes:
@@ -181,7 +181,7 @@ class Heartbeat(_Message):
     stats: EngineStats | None
 
 
-class Leaving(_Message):
+class Draining(_Message):
     """It was asked by somebody else to end, and drains."""
 
     reason: str
@@ -195,7 +195,16 @@ class Stopped(_Message):
 
 ToServer = Hello | Configure | Generate | Cancel | CacheFile | Shutdown
 ToClient = (
-    Welcome | Refused | Told | Chunk | Done | CacheFileDone | Failed | Heartbeat | Leaving | Stopped
+    Welcome
+    | Refused
+    | ProgressUpdate
+    | Chunk
+    | Done
+    | CacheFileDone
+    | ErrorReply
+    | Heartbeat
+    | Draining
+    | Stopped
 )
 
 

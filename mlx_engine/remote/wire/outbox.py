@@ -7,11 +7,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from mlx_engine.errors import GenerationError
+from mlx_engine.errors import GenerationError, describe
 from mlx_engine.remote.wire.frames import MAX_FRAME
-from mlx_engine.remote.wire.messages import Done, Failed, encode
+from mlx_engine.remote.wire.messages import Done, ErrorReply, encode
 from mlx_engine.remote.wire.values import error_to_wire
-from mlx_engine.turn import what_it_says
 
 _GAP = 0.004  # seconds between two frames, at least
 
@@ -95,8 +94,8 @@ def _one(message: Any) -> bytes:
         if len(payload) <= MAX_FRAME:
             return payload
     except Exception as error:  # noqa: BLE001
-        problem = what_it_says(error)
-    if not isinstance(message, Done | Failed):
+        problem = describe(error)
+    if not isinstance(message, Done | ErrorReply):
         return encode([])  # nobody waits for it
     refusal = GenerationError(f"the answer cannot go to another process: {problem}")
     return encode([error_to_wire(message.number, refusal)])

@@ -9,24 +9,29 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_engine import errors
-from mlx_engine.asks import Ask, ChatPrompt, TextPrompt
 from mlx_engine.checks import shown
 from mlx_engine.config import MTP, DraftModel, SpecPrefill
-from mlx_engine.errors import GenerationError, InvalidRequest, MLXEngineError
+from mlx_engine.errors import GenerationError, InvalidRequest, MLXEngineError, describe
 from mlx_engine.limits import RequestLimits
 from mlx_engine.outputs import GenerationResult, ToolCall
 from mlx_engine.params import SamplingParams
 from mlx_engine.remote.wire.frames import MAX_FRAME
 from mlx_engine.remote.wire.json_values import PLAIN, encodable, simple, to_wire
-from mlx_engine.remote.wire.messages import Done, Failed, Generate, encode_strictly
-from mlx_engine.turn import what_it_says
+from mlx_engine.remote.wire.messages import Done, ErrorReply, Generate, encode_strictly
+from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt
 
 _CONFIGS = {kind.__name__: kind for kind in (DraftModel, MTP, SpecPrefill, RequestLimits)}
 _UNWRITABLE = (TypeError, ValueError, OverflowError, RecursionError)
 
 
 def ask_to_wire(
-    number: int, ask: Ask, *, name: str, stream: bool, progress: bool, limit: int = MAX_FRAME
+    number: int,
+    ask: GenerationRequest,
+    *,
+    name: str,
+    stream: bool,
+    progress: bool,
+    limit: int = MAX_FRAME,
 ) -> bytes:
     """The payload of a frame with a request.
 
@@ -116,7 +121,7 @@ def check_processors(params: SamplingParams) -> None:
             )
 
 
-def ask_from_wire(message: Generate, *, trusted: bool, limits: RequestLimits) -> Ask:
+def ask_from_wire(message: Generate, *, trusted: bool, limits: RequestLimits) -> GenerationRequest:
     """The request that a client has sent.
 
     Args:
@@ -138,7 +143,7 @@ def ask_from_wire(message: Generate, *, trusted: bool, limits: RequestLimits) ->
     prefill: Any = message.prefill
     if isinstance(prefill, dict):
         prefill = _made(SpecPrefill, "prefill", prefill)
-    return Ask(source, params, message.priority, prefill, message.decode)  # type: ignore[arg-type]
+    return GenerationRequest(source, params, message.priority, prefill, message.decode)  # type: ignore[arg-type]
 
 
 def option_to_wire(value: Any) -> Any:
@@ -157,7 +162,7 @@ def result_to_wire(number: int, result: GenerationResult) -> Done:
             try:
                 given = to_wire(call.arguments, lenient=True)
             except _UNWRITABLE as failure:  # a key, or a huge number
-                error = f"its arguments are no JSON: {what_it_says(failure)}"
+                error = f"its arguments are no JSON: {describe(failure)}"
                 given = None
         name = encodable(call.name) if error is None else None
         ours = {"id": encodable(call.id), "raw": encodable(call.raw), "error": encodable(error)}
@@ -184,21 +189,21 @@ def option_from_wire(name: str, value: Any) -> Any:
     return value
 
 
-def error_to_wire(number: int, error: BaseException) -> Failed:
+def error_to_wire(number: int, error: BaseException) -> ErrorReply:
     """How a request failed; what is not one of our errors becomes a ``GenerationError``."""
     cause = error.__cause__
     if not isinstance(error, MLXEngineError):
-        cause, error = error, GenerationError(f"the request failed: {what_it_says(error)}")
-    return Failed(
+        cause, error = error, GenerationError(f"the request failed: {describe(error)}")
+    return ErrorReply(
         number=number,
         kind=type(error).__name__,
         message=encodable(str(error)),
         state={k: encodable(v) for k, v in vars(error).items() if isinstance(v, PLAIN)},
-        cause=None if cause is None else encodable(what_it_says(cause)),
+        cause=None if cause is None else encodable(describe(cause)),
     )
 
 
-def error_from_wire(failed: Failed) -> MLXEngineError:
+def error_from_wire(failed: ErrorReply) -> MLXEngineError:
     """The error to raise here; its cause is told in words."""
     kind = getattr(errors, failed.kind, None)
     if not (isinstance(kind, type) and issubclass(kind, MLXEngineError)):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from mlx_engine.core.lifecycle import EngineState
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped
-from mlx_engine.lifecycle import EngineState
 from mlx_engine.outputs import GenerationResult
 from mlx_engine.testing.safety.trial import Company, Fault, Work
 from mlx_engine.testing.safety.visits import Visits

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from mlx_engine.errors import describe
 from mlx_engine.testing.safety.overseer import Hang
 from mlx_engine.testing.safety.trial import Fault
-from mlx_engine.turn import what_it_says
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class SafetyFailure:
         if isinstance(error, Hang):
             return cls(where, str(error), error.stacks)
         details = "".join(traceback.format_exception(error))
-        return cls(where, f"it raised {what_it_says(error)}", details)
+        return cls(where, f"it raised {describe(error)}", details)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from mlx_engine.errors import describe
 from mlx_engine.testing.safety.endings import LoopShutdown
 from mlx_engine.testing.safety.overseer import Overseer
 from mlx_engine.testing.stepped_loop import SteppedLoop
 from mlx_engine.testing.ways import CancelOnce, Dishonest, Way
-from mlx_engine.turn import what_it_says
 
 Work = Callable[[], Coroutine[Any, Any, Any]]
 Company = Literal["before it", "after it"]
@@ -317,7 +317,7 @@ async def _rest() -> list[str]:
 
 def _told(context: dict[str, Any]) -> str:
     error = context.get("exception")
-    return f"{context.get('message')}" + (f" ({what_it_says(error)})" if error else "")
+    return f"{context.get('message')}" + (f" ({describe(error)})" if error else "")
 
 
 @contextmanager

@@ -1,0 +1,28 @@
+"""What the MLX thread counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """Counters of the work done. Written on the MLX thread, read from any; see EngineStats."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    batch_size: int = 0
+    kv_bytes: int = 0
+    steps: int = 0
+    phase: Literal["prefill", "decode"] = "prefill"
+
+    def step(self, phase: Literal["prefill", "decode"]) -> None:
+        """A prefill chunk or a decode step begins."""
+        self.phase = phase
+        self.steps += 1

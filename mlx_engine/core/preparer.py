@@ -1,0 +1,147 @@
+"""Threads that prepare pending work before its turn: prompts are tokenized there, without MLX."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from mlx_engine.core.ranked import FAIR, Ranked
+from mlx_engine.core.threads import Start
+from mlx_engine.core.work import PendingWork
+from mlx_engine.core.work_queue import WorkQueue
+from mlx_engine.errors import EngineDead, GenerationError, MLXEngineError
+
+P = TypeVar("P", bound=PendingWork[Any])
+
+Limit = tuple[Start, asyncio.TimerHandle]
+
+_THREADS = 2  # so that one long prompt does not keep all others waiting
+
+
+class Preparer(Generic[P]):
+    """Prepares the pending work of an engine, in the order of its ranks, a few pieces at once.
+
+    Every eighth piece is the one that came first, whatever the ranks: it may be the one that gets
+    the next place, and all others would wait for it.
+
+    A thread begins when there is something to do, and ends when there is nothing. What it does
+    must need no MLX, and should look at ``checkpoint`` between its steps.
+
+    Args:
+        line: where the work is queued.
+    """
+
+    def __init__(self, line: WorkQueue[P]) -> None:
+        self._line = line
+        self._lock = threading.RLock()  # a coroutine may be destroyed anywhere, and leaves then
+        self._by_rank: Ranked[Preparing[P]] = Ranked()
+        self._by_arrival: Ranked[Preparing[P]] = Ranked()
+        self._taken = 0
+        self._threads = 0  # that run, or are on their way
+
+    def add(self, work: Preparing[P]) -> Limit | None:
+        """Have it done. In the event loop of its caller.
+
+        Returns:
+            What gives up the thread that was started for it, if one was.
+        """
+        with self._lock:
+            self._by_rank.add(work.one.rank, work)
+            self._by_arrival.add(work.one.rank[1:], work)
+            if self._threads >= _THREADS:
+                return None
+            self._threads += 1
+        start = Start(self._run, "prepare", self._fail)
+        try:
+            start.begin()
+        except EngineDead as error:
+            self._fail(error)
+            return None
+        return start, start.limit()
+
+    def discard(self, work: Preparing[P]) -> None:
+        """Nobody wants it any more; nothing happens if a thread has it. From any thread."""
+        with self._lock:
+            self._leave(work)
+
+    def _leave(self, work: Preparing[P]) -> None:
+        self._by_rank.discard(work.one.rank)
+        self._by_arrival.discard(work.one.rank[1:])
+
+    def _run(self) -> None:
+        while (work := self._next()) is not None:
+            self._do(work)
+            del work  # or what it holds would live until the next one
+
+    def _next(self) -> Preparing[P] | None:
+        with self._lock:
+            oldest = self._taken % FAIR == FAIR - 1
+            work = (self._by_arrival if oldest else self._by_rank).first()
+            if work is None:
+                self._threads -= 1
+                return None
+            self._taken += 1
+            self._leave(work)
+            return work
+
+    def _do(self, work: Preparing[P]) -> None:
+        if not self._line.take_to_prepare(work.one):
+            return
+        error: BaseException | None = None
+        try:
+            error = work.func()
+        except BaseException as raised:  # noqa: BLE001 - the border: its caller raises it
+            error = raised
+        self._line.left(work.one, error)
+
+    def _fail(self, error: EngineDead) -> None:
+        """A thread does not come. Another one does what there is; if there is none, nobody does."""
+        with self._lock:
+            self._threads -= 1
+            if self._threads:
+                return
+            left: list[Preparing[P]] = []
+            while (work := self._by_rank.first()) is not None:
+                self._leave(work)
+                left.append(work)
+        for work in left:
+            failed = GenerationError(f"the prompt is not prepared: {error}")
+            failed.__cause__ = error
+            if self._line.take_to_prepare(work.one):
+                self._line.left(work.one, failed)
+
+
+class Preparing(Generic[P]):
+    """One piece of pending work and what is to be done for it before its turn.
+
+    Args:
+        preparer: does it.
+        one: the work, which is not ready before.
+        func: called once at most, on a thread of the preparer; what it returns is the error
+            that the caller of the work gets.
+    """
+
+    def __init__(
+        self, preparer: Preparer[P], one: P, func: Callable[[], MLXEngineError | None]
+    ) -> None:
+        self.one = one
+        self.func = func
+        self._preparer = preparer
+        self._limit: Limit | None = None
+
+    def begin(self) -> None:
+        """See ``Preparation``."""
+        self._limit = self._preparer.add(self)
+
+    def over(self) -> None:
+        """See ``Preparation``."""
+        if self._limit is not None:
+            start, timer = self._limit
+            if not start.pending:  # others may wait for that thread
+                timer.cancel()
+
+    def forget(self) -> None:
+        """See ``Preparation``."""
+        self._preparer.discard(self)

@@ -1,0 +1,338 @@
+"""A stream of chunks: the MLX thread pushes, the event loop reads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import warnings
+from collections import deque
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Protocol
+
+from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
+from mlx_engine.core.event_loop import running_loop
+from mlx_engine.core.wakeup import wake
+from mlx_engine.errors import StreamClosed, StreamConsumed
+from mlx_engine.outputs import (
+    FinishReason,
+    GenerationChunk,
+    GenerationResult,
+    Segment,
+    TokenLogprob,
+)
+
+Emit = Callable[[GenerationChunk], None]
+
+# A reader of chunks that are there already gives way to others in its event loop, and hears that it
+# was cancelled, after so many of them or so many seconds.
+_SOME = 64
+_WHILE = 0.005
+
+
+class Producer(Protocol):
+    """What makes the chunks of one stream."""
+
+    request_id: str
+
+    def run(self, emit: Emit | None) -> Awaitable[GenerationResult]:
+        """Do the work, calling ``emit`` from any thread, and give the result.
+
+        Args:
+            emit: gets each chunk at once; ``None`` makes no chunks.
+        """
+
+    def cancel(self) -> None:
+        """Ask the work to stop. From any thread; returns at once."""
+
+    def partial_result(self) -> GenerationResult:
+        """What there is once the work has been cancelled and is over."""
+
+
+class _Channel:
+    """Chunks on their way from the MLX thread to the event loop.
+
+    The buffer has no bound of its own: a request makes at most ``max_tokens`` chunks, and a
+    slow reader must not keep the MLX thread from other requests. The loop is woken only
+    when the reader sleeps.
+
+    No lock, since all Python that runs in the loop keeps the MLX thread from its own: the
+    reader first announces that it sleeps and then looks once more, the writer first appends
+    and then looks for a sleeper. So one of the two always sees the other, and whoever takes
+    the sleeper out of its deque wakes that one.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._sleepers: deque[asyncio.Future[None]] = deque()  # one or none
+        self._ended = False
+        self.chunks: deque[GenerationChunk] = deque()
+        self.pushed = False
+        self._read = 0  # chunks since the reader last gave way
+        self._until = loop.time() + _WHILE  # when it is to do so, at the latest
+
+    def is_others_turn(self) -> bool:
+        """Whether the reader has had the event loop to itself for so long that it gives way."""
+        self._read += 1
+        if self._read < _SOME and self._loop.time() < self._until:
+            return False
+        self._give_way()
+        return True
+
+    def _give_way(self) -> None:
+        self._read, self._until = 0, self._loop.time() + _WHILE
+
+    def push(self, chunk: GenerationChunk) -> None:
+        """From any thread."""
+        self.chunks.append(chunk)
+        self.pushed = True
+        self._rouse()
+
+    def end(self) -> None:
+        """No more chunks will come."""
+        self._ended = True
+        self._rouse()
+
+    async def get(self) -> GenerationChunk | None:
+        """The next chunk; ``None`` after the last one. Cancelling it loses no chunk."""
+        while True:
+            if self._sleepers:
+                raise StreamConsumed("another task is reading this stream")
+            sleeper: asyncio.Future[None] = self._loop.create_future()
+            self._sleepers.append(sleeper)
+            try:
+                if not self.chunks and not self._ended:
+                    await sleeper
+                    self._give_way()
+            finally:
+                with contextlib.suppress(ValueError):  # the writer has it
+                    self._sleepers.remove(sleeper)
+            if self.chunks:
+                return self.chunks.popleft()
+            if self._ended:
+                return None
+
+    def _rouse(self) -> None:
+        try:
+            sleeper = self._sleepers.pop()
+        except IndexError:
+            return
+        wake(sleeper)
+
+
+class _Outcome:
+    """How the work behind a stream ended."""
+
+    result: GenerationResult | None = None
+    error: BaseException | None = None
+
+
+class GenerationStream:
+    """An answer as it is made: an async iterator of ``GenerationChunk``, to be read once.
+
+        async with engine.stream_generate("Once upon a time") as stream:
+            async for chunk in stream:
+                print(chunk.text, end="")
+        print(stream.result.usage)
+
+    The request starts when the stream is entered or first read, never before. Leave it with
+    ``async with`` or ``aclose()``: a stream that is dropped unclosed frees the engine too,
+    but only once it is garbage, and with a ``ResourceWarning``. A reader that is slow, or
+    reads nothing, does not hold the engine up: chunks wait for it.
+
+    Cancellation: when a task is cancelled while it waits for a chunk, the request is
+    cancelled with it; ``CancelledError`` is raised once the work has left MLX, within one
+    token or one prefill chunk. One that reads what was made before hears of it within 64 chunks
+    or 5 ms, and lets others of its event loop in as often. To wait for a chunk with a time limit
+    and go on reading afterwards, put ``asyncio.shield`` around a task that reads.
+    """
+
+    def __init__(self, producer: Producer) -> None:
+        self._producer = producer
+        self._outcome = _Outcome()
+        self._task: asyncio.Task[None] | None = None
+        self._channel: _Channel | None = None
+        self._iterated = False
+        self._closed = False
+
+    @property
+    def request_id(self) -> str:
+        """The engine's name for the request."""
+        return self._producer.request_id
+
+    @property
+    def result(self) -> GenerationResult:
+        """The whole answer, once the stream has been read to its end, or closed.
+
+        Raises:
+            asyncio.InvalidStateError: the answer is still being made.
+            StreamClosed: the stream was closed before the request began.
+            MLXEngineError: the error with which the request failed.
+        """
+        if self._outcome.error is not None:
+            raise self._outcome.error.with_traceback(None)  # or it would grow each time
+        if self._outcome.result is not None:
+            return self._outcome.result
+        if self._closed and self._task is None:
+            raise StreamClosed("the stream was closed before it was started: there is no result")
+        raise asyncio.InvalidStateError(
+            "the answer is still being made: read the stream to its end, or close it, first"
+        )
+
+    def cancel(self) -> None:
+        """Ask the request to stop, from any thread; returns at once.
+
+        The reader gets the chunks that were made, the last of them with the finish reason
+        ``cancelled``. ``aclose()`` waits until the work has left MLX.
+        """
+        self._producer.cancel()
+        task = self._task
+        if task is not None and not task.done():
+            try:
+                task.get_loop().call_soon_threadsafe(task.cancel)
+            except RuntimeError:
+                pass  # the loop is closed
+
+    async def aclose(self) -> None:
+        """End the request, and wait until its work has left MLX. Any number of times.
+
+        Cancellation does not cut the wait short; ``CancelledError`` is raised after it.
+        """
+        self._closed = True
+        if self._task is None:
+            return
+        assert self._channel is not None
+        if not self._task.done():
+            self.cancel()
+            if self._task.get_loop() is running_loop():
+                await wait_shielded(self._task)
+            elif not self._task.get_loop().is_closed():
+                raise RuntimeError(
+                    "a stream is closed in the event loop in which it was started; it has been "
+                    "cancelled, which works from everywhere"
+                )
+        self._channel.chunks.clear()
+
+    async def __aenter__(self) -> GenerationStream:
+        self._start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        home = None if self._task is None else self._task.get_loop()
+        if is_destroyed(exc, home):
+            self._closed = True
+            self.cancel()
+        await clean_up(exc, self.aclose, home)
+
+    def __aiter__(self) -> GenerationStream:
+        if self._iterated:
+            raise StreamConsumed("a stream can be read once; ask the engine for a new one")
+        self._iterated = True
+        return self
+
+    async def __anext__(self) -> GenerationChunk:
+        """The next chunk.
+
+        Raises:
+            StopAsyncIteration: the answer is complete.
+            StreamClosed: the stream has been closed.
+            MLXEngineError: the request failed, or the engine was stopped.
+        """
+        if self._closed:
+            raise StreamClosed("the stream has been closed and cannot be read any further")
+        channel = self._channel or self._start()
+        try:
+            if channel.chunks:
+                if channel.is_others_turn():
+                    await asyncio.sleep(0)
+                if channel.chunks:
+                    return channel.chunks.popleft()
+            chunk = await channel.get()
+        except asyncio.CancelledError as cancelled:
+            await clean_up(cancelled, self.aclose)
+            raise
+        if chunk is not None:
+            return chunk
+        if self._outcome.error is not None:
+            raise self._outcome.error.with_traceback(None)
+        raise StopAsyncIteration
+
+    def _start(self) -> _Channel:
+        if self._channel is not None:
+            return self._channel
+        if self._closed:
+            raise StreamClosed("the stream has been closed and cannot be started any more")
+        loop = running_loop()
+        channel = self._channel = _Channel(loop)
+        # The task knows the channel, not the stream: a dropped stream must become garbage. What
+        # the task waits for is held by whoever does it, and holds the task.
+        self._task = loop.create_task(
+            _produce(self._producer, channel, self._outcome), name=f"{self.request_id} stream"
+        )
+        ended = functools.partial(_ended, self._producer, channel, self._outcome)
+        self._task.add_done_callback(ended)
+        return channel
+
+    def __del__(self) -> None:
+        task = getattr(self, "_task", None)
+        if task is None or task.done() or self._closed:
+            return
+        self.cancel()
+        warnings.warn(
+            f"{self.request_id}: a stream was dropped before it was read to its end or closed; "
+            "use 'async with' around it",
+            ResourceWarning,
+            source=self,
+            stacklevel=2,
+        )
+
+
+async def _produce(producer: Producer, channel: _Channel, outcome: _Outcome) -> None:
+    """The task behind a stream. It keeps errors for the reader and never raises."""
+    try:
+        outcome.result = await producer.run(channel.push)
+        cancelled = outcome.result.finish_reason == "cancelled"
+    except asyncio.CancelledError:
+        outcome.result = producer.partial_result()
+        cancelled = True
+    except BaseException as error:  # noqa: BLE001 - the border: the reader raises it
+        outcome.error = error
+        return
+    if cancelled and not channel.pushed:
+        channel.push(GenerationChunk(text="", finish_reason="cancelled"))
+
+
+def _ended(
+    producer: Producer, channel: _Channel, outcome: _Outcome, task: asyncio.Task[None]
+) -> None:
+    """The task is over, perhaps without ever having begun."""
+    if outcome.result is None and outcome.error is None:
+        outcome.result = producer.partial_result()
+    channel.end()
+
+
+def emit_pieces(
+    emit: Emit,
+    pieces: list[tuple[Segment, str]],
+    tokens: tuple[int, ...],
+    logprobs: tuple[TokenLogprob, ...] = (),
+    finish_reason: FinishReason | None = None,
+) -> None:
+    """Emit one chunk for each piece, at least one; the token goes with the first."""
+    last = len(pieces) - 1
+    if last <= 0:
+        segment, text = pieces[0] if pieces else ("content", "")
+        emit(GenerationChunk(text, tokens, segment, logprobs, finish_reason))
+        return
+    for index, (segment, text) in enumerate(pieces):
+        reason = finish_reason if index == last else None
+        if index == 0:
+            emit(GenerationChunk(text, tokens, segment, logprobs, reason))
+        else:
+            emit(GenerationChunk(text, (), segment, (), reason))

@@ -1,0 +1,56 @@
+"""Waking event loops from other threads."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def wake(future: asyncio.Future[None]) -> None:
+    """Let those who wait for ``future`` go on. From any thread; any number of times."""
+    saved: list[asyncio.Future[None]] | None = getattr(_saved, "futures", None)
+    if saved is not None:
+        saved.append(future)
+        return
+    _wake_in(future.get_loop(), [future])
+
+
+@contextmanager
+def waking_together() -> Iterator[None]:
+    """Within, on this thread, wakes wait for the end of the block: one for each event loop.
+
+    Waking a loop costs a system call and the GIL; a decode step may have many to wake.
+    """
+    if getattr(_saved, "futures", None) is not None:  # within another one, which wakes
+        yield
+        return
+    futures: list[asyncio.Future[None]] = []
+    _saved.futures = futures
+    try:
+        yield
+    finally:
+        _saved.futures = None
+        by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+        for future in futures:
+            by_loop.setdefault(future.get_loop(), []).append(future)
+        for loop, its in by_loop.items():
+            _wake_in(loop, its)
+
+
+_saved = threading.local()
+
+
+def _wake_in(loop: asyncio.AbstractEventLoop, futures: list[asyncio.Future[None]]) -> None:
+    try:
+        loop.call_soon_threadsafe(set_done, *futures)
+    except RuntimeError:
+        pass  # its loop is closed: nobody is left to be told
+
+
+def set_done(*futures: asyncio.Future[None]) -> None:
+    """Let those who wait for them go on. In their event loop."""
+    for future in futures:
+        if not future.done():
+            future.set_result(None)

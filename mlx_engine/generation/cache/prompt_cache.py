@@ -1,0 +1,330 @@
+"""KV caches of prompts that were seen before, so that only what is new is prefilled."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mlx_engine.generation.cache.kv_cache import Cache
+from mlx_engine.generation.cache.snapshot import (
+    has_dropped,
+    is_quantized,
+    length,
+    packed,
+    trimmable,
+)
+from mlx_engine.generation.cache.stored_prompt import (
+    SMALLEST_HIT,
+    Entry,
+    Mark,
+    Tokens,
+    common_prefix,
+)
+from mlx_engine.outputs import PromptCacheLookup, PromptCacheStats
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """The beginning of a prompt, as far as it was stored.
+
+    Attributes:
+        cache: holds exactly the first ``cached`` tokens, and may be written into; ``None``
+            on a miss.
+        cached: tokens in it, 0 on a miss; at most all but the prompt's last one, with which
+            decoding starts.
+        checkpoint: a number of tokens at which prefill should stop and ``store`` its cache:
+            other prompts begin with these tokens too, and this model's cache cannot be cut
+            back to them later. ``None`` if there is no such place.
+    """
+
+    cache: Cache | None
+    cached: int
+    checkpoint: int | None
+
+
+class PromptCache:
+    """Stored prompts of one model. It lives on the MLX thread, all but ``stats()``.
+
+    The longest stored beginning of a prompt is reused, whichever prompt it comes from. A cache
+    that cannot be cut back is reused at the places where it was stored; they move to the prompt
+    that was stored last of those that have them. When the limit is reached, what was used least
+    recently goes.
+
+    Args:
+        limit: bytes that all entries may hold together; 0 stores nothing.
+        grid: tokens in a prefill chunk, where results depend on where chunks begin (a
+            quantised or bounded KV cache): only whole chunks are reused then, so that
+            results stay those of a run without the prompt cache.
+        quantized_from: the engine's ``quantized_kv_start``, if its KV cache is quantised.
+    """
+
+    def __init__(self, limit: int, *, grid: int | None = None, quantized_from: int = 0) -> None:
+        self.grid = grid
+        self.quantized_from = quantized_from
+        self._limit = limit
+        self._step = grid or 1
+        self._entries: OrderedDict[int, Entry] = OrderedDict()  # least recently used first
+        self._next_key = 0
+        # Counted here, so that stats() on another thread never walks what this one changes.
+        self._nbytes = 0
+        self._hits = self._misses = self._hit_tokens = 0
+        self._stored = self._evicted = self._refused = 0
+        self._last_lookup: PromptCacheLookup | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all entries hold."""
+        return self._nbytes
+
+    @property
+    def limit(self) -> int:
+        """Bytes that they may hold."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        self._limit = limit
+        self.shrink(limit)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def entries(self) -> list[Entry]:
+        """Everything stored, least recently used first."""
+        return list(self._entries.values())
+
+    def stats(self) -> PromptCacheStats:
+        """Counters and the latest lookup. From any thread."""
+        return PromptCacheStats(
+            entries=len(self._entries),
+            nbytes=self._nbytes,
+            limit=self._limit,
+            hits=self._hits,
+            misses=self._misses,
+            hit_tokens=self._hit_tokens,
+            stored=self._stored,
+            evicted=self._evicted,
+            refused=self._refused,
+            last_lookup=self._last_lookup,
+        )
+
+    def fetch(self, tokens: Sequence[int], request_id: str = "", *, counted: bool = True) -> Hit:
+        """The longest beginning of ``tokens`` that is stored, as a cache to write into.
+
+        Args:
+            request_id: for ``stats``.
+            counted: whether ``stats`` tells of it.
+        """
+        prompt = np.array(tokens, dtype=np.int32)
+        end = max(len(prompt) - 1, 0)
+        used: int | None = None
+        closest: Entry | None = None
+        cached = shared = most = 0
+        for key, entry in self._entries.items():  # of equals, the latest
+            common = common_prefix(entry.tokens, prompt)
+            usable = entry.usable(min(common, end), self._step)
+            if usable and usable >= cached:
+                used, cached = key, usable
+            if not entry.trimmable:
+                shared = max(shared, min(common, end) // self._step * self._step)
+            if common >= most:
+                closest, most = entry, common
+        cache: Cache | None = None
+        if used is not None:
+            self._entries.move_to_end(used)
+            entry = self._entries[used]
+            cache = entry.taken(cached)
+        if counted:
+            self._misses += used is None
+            self._hits += used is not None
+            self._hit_tokens += cached
+            self._last_lookup = self._explain(request_id, prompt, cached, closest, most)
+        return Hit(cache, cached, shared if shared - cached >= SMALLEST_HIT else None)
+
+    def store(
+        self,
+        tokens: Sequence[int],
+        cache: Cache,
+        *,
+        prefilled: int | None = None,
+        places: Collection[int] = (),
+        marks: Sequence[Mark] = (),
+    ) -> bool:
+        """Keep what ``cache`` holds of ``tokens``; it may be written into afterwards.
+
+        A cache that cannot be cut back is kept at this place. Keys and values of layers that
+        can be cut back are held once for all places of a conversation.
+
+        Args:
+            tokens: what was put into ``cache``, from the beginning. It may have more
+                than that in it if it can be cut back, or less.
+            prefilled: how many of them prefill chunks computed, each beginning at a multiple
+                of ``grid``; ``None`` is all of them.
+            places: where the turns of a chat begin and end; of other places in it only a few
+                are kept.
+            marks: places that are known already.
+
+        Returns:
+            Whether they can be fetched now.
+        """
+        held = length(cache)
+        size = len(tokens) if held is None else min(held, len(tokens))
+        if self._limit == 0 or size == 0:
+            return False
+        can_trim = trimmable(cache)
+        prefilled = size if prefilled is None else min(prefilled, size)
+        first, last = self._reach(cache, size, prefilled, can_trim)
+        cuttable = can_trim or held is None or held == size
+        if not cuttable or last < max(first, SMALLEST_HIT):
+            self._refused += 1
+            return False
+        ids = np.array(tokens[:size], dtype=np.int32)
+        shared = not can_trim and self.grid is None  # with others' keys and values
+        for key, entry in self._entries.items():
+            if not entry.covers(ids, last):
+                continue
+            if entry.first <= first or last in entry.places:
+                self._entries.move_to_end(key)
+                return True
+            if shared and not entry.trimmable:
+                return self._mark(key, cache, last, places)
+        kept, nbytes = packed(cache, size if can_trim else None)
+        if not 0 < nbytes <= self._limit:
+            self._refused += 1
+            return False
+        turn = max(places, default=0) if shared else 0
+        new = Entry(ids, kept, prefilled, nbytes, can_trim, first, last, tuple(marks), turn)
+        if shared:
+            new = self._take_over(new, places)
+        for key, entry in list(self._entries.items()):
+            if new.first <= entry.first and new.covers(entry.tokens, entry.last):
+                self._drop(key)
+        self.shrink(self._limit - new.nbytes)
+        new.evaluate()
+        self._entries[self._next_key] = new
+        self._next_key += 1
+        self._nbytes += new.nbytes
+        self._stored += 1
+        return True
+
+    def _mark(self, key: int, cache: Cache, place: int, places: Collection[int]) -> bool:
+        """Add a place to an entry that goes further than ``cache``."""
+        keep = {place, *places} if places else ()
+        marked = self._entries[key].marked(cache, place).thinned(keep, self._limit)
+        if marked.nbytes > self._limit:
+            self._refused += 1
+            return False
+        self._entries.move_to_end(key)
+        self.shrink(self._limit - marked.nbytes + self._entries[key].nbytes)
+        marked.evaluate()
+        self._replace(key, marked)
+        self._stored += 1
+        return True
+
+    def shrink(self, limit: int) -> None:
+        """Drop what was used least recently until ``nbytes`` is at most ``limit``."""
+        while self._nbytes > limit and self._entries:
+            self._drop(next(iter(self._entries)))
+            self._evicted += 1
+
+    def clear(self) -> None:
+        """Drop everything; counters stay."""
+        self._entries.clear()
+        self._nbytes = 0
+
+    def _drop(self, key: int) -> None:
+        self._nbytes -= self._entries.pop(key).nbytes
+
+    def _reach(self, cache: Cache, size: int, prefilled: int, can_trim: bool) -> tuple[int, int]:
+        """The fewest and the most of its first ``size`` tokens that can be reused exactly.
+
+        A cold run quantises after the first chunk that ends at or beyond ``quantized_from``.
+        So what it has after whole chunks, at a multiple of ``grid``, is quantised if that is
+        at least ``quantized_from``, and is not if it is less; an entry can stand in only
+        where it is of the same kind. Tokens before were computed in full precision in both.
+        """
+        first, last = 0 if can_trim else size, size
+        if self.grid is not None:
+            if has_dropped(cache):  # what it dropped, and when, depends on how it was filled
+                return size, 0
+            last = prefilled
+            if is_quantized(cache):
+                first = max(first, self.quantized_from)
+            elif self.quantized_from:
+                last = min(last, self.quantized_from - 1)
+        return first, last // self._step * self._step
+
+    def _take_over(self, new: Entry, keep: Collection[int]) -> Entry:
+        """``new`` with the places that others have of its tokens; it holds their keys and values.
+
+        So they are held once, by the entry that was stored last. An entry that has nothing
+        else is dropped, and one whose prompt goes on in ``new`` in another way than by its
+        answer is the next to be dropped.
+        """
+        marks = {mark.tokens: mark for mark in new.marks}
+        size = len(new.tokens)
+        for key, entry in list(self._entries.items()):
+            if entry.trimmable:
+                continue
+            common = common_prefix(entry.tokens, new.tokens)
+            for place in entry.places:
+                if place <= common and place < size:
+                    marks[place] = entry.mark_in(place, new.cache)
+            if entry.last <= common:
+                self._drop(key)
+                continue
+            left = tuple(mark for mark in entry.marks if mark.tokens > common)
+            self._replace(key, replace(entry, marks=left))
+            if entry.turn and common >= entry.turn:
+                self._entries.move_to_end(key, last=False)
+        ordered = tuple(marks[place] for place in sorted(marks))
+        return replace(new, marks=ordered).thinned(keep, self._limit)
+
+    def _replace(self, key: int, entry: Entry) -> None:
+        self._nbytes += entry.nbytes - self._entries[key].nbytes
+        self._entries[key] = entry
+
+    def _explain(
+        self, request_id: str, prompt: Tokens, cached: int, closest: Entry | None, common: int
+    ) -> PromptCacheLookup:
+        size = len(prompt)
+        at = common if closest is not None and common < size else None
+        stored: int | None = None
+        if closest is not None and at is not None and at < len(closest.tokens):
+            stored = int(closest.tokens[at])
+        return PromptCacheLookup(
+            request_id=request_id,
+            prompt_tokens=size,
+            cached_tokens=cached,
+            diverged_at=at,
+            prompt_token=None if at is None else int(prompt[at]),
+            stored_token=stored,
+            reason=self._reason(cached, closest, common, size),
+        )
+
+    def _reason(self, cached: int, closest: Entry | None, common: int, size: int) -> str:
+        if closest is None:
+            return "nothing is stored"
+        if size < 2:
+            return "only what precedes the last token is looked for"
+        same = min(common, size - 1)
+        if cached == same and cached == size - 1:
+            return "all of the prompt was stored; its last token is decoded in any case"
+        if cached == same:
+            verb = "ends at" if common == len(closest.tokens) else "differs from"
+            return f"the closest prompt {verb} token {common}" + " on" * (verb != "ends at")
+        if same < SMALLEST_HIT:
+            return f"{same} tokens are the same; fewer than {SMALLEST_HIT} are not worth a copy"
+        if not closest.trimmable:
+            places = ", ".join(map(str, closest.places))
+            return (
+                f"this model's cache cannot be cut back to token {same}, and is kept only at "
+                f"{places}"
+            )
+        return (
+            f"{same} tokens are the same, but a quantised or bounded cache is reused only in whole "
+            f"prefill chunks of {self.grid}, here from {closest.first} to {closest.last} tokens"
+        )

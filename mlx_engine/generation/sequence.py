@@ -1,0 +1,103 @@
+"""One request in the batch."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx_lm.models.cache import TokenBuffer
+
+from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes
+from mlx_engine.generation.request import Request
+from mlx_engine.generation.sparse.scored_prefill import ScoredPrefill
+from mlx_engine.generation.speculative.drafter import Drafter
+
+_NEAR = 64  # tokens; prefilling fewer costs less than another copy
+
+
+class Sequence:
+    """A request in the batch.
+
+    Attributes:
+        request: prepared.
+        cache: its own KV cache; ``None`` when it is in one with those of other rows.
+        held: tokens in its KV cache.
+        cached: of which the prompt cache had these.
+        places: numbers of tokens after which its cache is to be stored, on the way; ascending.
+        alone: whether its prefill must not be shared with other rows.
+        fault: what its logits processor or sampler raised, or that there was nothing to sample.
+        sparse: what leaves out parts of its prompt, if anything does.
+        drafter: what proposes tokens for it, if anything does.
+        batched: tokens that it got in steps with others.
+    """
+
+    def __init__(self, request: Request) -> None:
+        assert request.sampling is not None
+        self.request = request
+        self.cache: Cache | None = None
+        self.held = self.cached = 0
+        self.places: tuple[int, ...] = ()
+        self.alone = request.limit == 0  # so that it keeps a cache of its own
+        self.fault: BaseException | None = None
+        self.sparse: ScoredPrefill | None = None
+        self.drafter: Drafter | None = None
+        self.options = request.sampling.options
+        self.processors = request.sampling.processors
+        self.logprobs: mx.array | None = None  # of its next token
+        self.new = True  # the token that goes in next is the prompt's last, or was told before
+        self.batched = 0
+        self._seen: TokenBuffer | None = None
+
+    @property
+    def left(self) -> int:
+        """Tokens of its prompt that are not in the cache, the last one not counted."""
+        if self.sparse is not None:
+            return self.sparse.left
+        return len(self.request.prompt) - 1 - self.held
+
+    @property
+    def stop(self) -> int | None:
+        """The next of ``places``; ``None`` if there are no more."""
+        return next((place for place in self.places if place > self.held), None)
+
+    @property
+    def keeps_end(self) -> bool:
+        """Whether its cache is to be stored where its prompt ends, too.
+
+        The end of a chat's prompt is the beginning of an answer, and rarely comes again.
+        """
+        known = self.request.places
+        return not known or len(self.request.prompt) - 1 - known[-1] >= _NEAR
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its own KV cache, and its drafter's."""
+        own = 0 if self.cache is None else kv_nbytes(self.cache)
+        return own + (0 if self.drafter is None else self.drafter.nbytes)
+
+    @property
+    def has_own(self) -> bool:
+        """Whether the caller has given it logits processors."""
+        return self.request.context is not None
+
+    @property
+    def in_cache(self) -> list[int]:
+        """The tokens that its KV cache holds."""
+        return [*self.request.prompt, *self.request.tokens][: self.held]
+
+    def moved(self) -> None:
+        """It has got tokens in another way than by the steps that ``process`` has seen."""
+        self._seen = None
+
+    def process(self, token: mx.array, logits: mx.array) -> mx.array:
+        """Logits of shape (1, vocabulary) after its processors; a fault leaves them as they are.
+
+        Args:
+            token: of shape (1,), the one that goes into the model with this step.
+        """
+        if self._seen is None:
+            self._seen = TokenBuffer(self.in_cache)
+        tokens = self._seen.update_and_fetch(token).astype(mx.uint32)
+        try:
+            return self.request.process_now(tokens, logits)
+        except BaseException as error:  # noqa: BLE001 - the border to the caller's code
+            self.fault = error
+            return logits

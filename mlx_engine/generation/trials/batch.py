@@ -1,0 +1,84 @@
+"""Can requests of this model share a batch, and does each get then what it gets alone?
+
+For some models of mlx_lm 0.32.2 they do not, without an error: afm7 takes the positions of its
+queries from the padded width, longcat_flash_ngram spreads the state of a short prompt over
+longer ones, recurrent_gemma takes an empty state for one of zeros. So a few tokens are tried
+when an engine starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import generation_stream
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+from mlx_engine.config import ModelConfig
+from mlx_engine.core.stop import Interrupted, checkpoint
+from mlx_engine.errors import InvalidRequest
+from mlx_engine.generation.cache.kv_cache import Cache, cache_parts, make_kv_cache, merge
+from mlx_engine.generation.cache.snapshot import snapshot
+from mlx_engine.generation.prefill import prefill_chunk
+from mlx_engine.generation.trials.same_logits import TOLERANCE, difference
+
+# Token ids that every model has: a long row, a short one, and one with nothing in its cache.
+_ROWS = (list(range(1, 18)), [2, 1], [7])
+
+
+def check_batchable(model: nn.Module, config: ModelConfig) -> None:
+    """Try it.
+
+    Raises:
+        InvalidRequest: names what does not work, and says what to do.
+        Interrupted: it should stop.
+    """
+    for part in cache_parts(make_kv_cache(model, config)):
+        if not hasattr(part, "merge") or getattr(part, "keep", None):
+            raise _refused(f"mlx-lm cannot batch its {type(part).__name__}")
+    try:
+        caches = [_prefilled(model, config, row) for row in _ROWS]
+        alone = [
+            _last_logits(model, snapshot(cache), [row])[0]
+            for cache, row in zip(caches, _ROWS, strict=True)
+        ]
+        joined, late = merge(caches[:2]), merge(caches[2:])
+        for entry, other in zip(joined, late, strict=True):
+            entry.extend(other)
+        off = difference(mx.stack(alone), _last_logits(model, joined, _ROWS))
+    except Interrupted:
+        raise
+    except Exception as error:
+        raise _refused(f"in a batch it fails ({type(error).__name__}: {error})") from error
+    if not off <= TOLERANCE:
+        raise _refused(f"in a batch its logits are others than alone (by {off:.0%} of their span)")
+
+
+def may_pad(model: nn.Module, config: ModelConfig) -> bool:
+    """Whether prompts of different lengths may be prefilled together.
+
+    Recurrent models would have to mask the padding, and not all of them do.
+    """
+    cache = make_kv_cache(model, config)
+    return all(isinstance(entry, KVCache | RotatingKVCache) for entry in cache)
+
+
+def _prefilled(model: nn.Module, config: ModelConfig, row: list[int]) -> Cache:
+    cache = make_kv_cache(model, config)
+    checkpoint()
+    if len(row) > 1:
+        prefill_chunk(model, cache, row, 0, len(row) - 1, config)
+    return cache
+
+
+def _last_logits(model: nn.Module, cache: Cache, rows: Sequence[list[int]]) -> mx.array:
+    """Of shape (rows, vocabulary)."""
+    checkpoint()
+    with mx.stream(generation_stream):
+        logits: mx.array = model(mx.array([row[-1:] for row in rows]), cache=cache)[:, -1, :]
+    return logits
+
+
+def _refused(why: str) -> InvalidRequest:
+    return InvalidRequest("model", f"{why}; use SimpleEngine")

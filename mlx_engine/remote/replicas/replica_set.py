@@ -1,0 +1,213 @@
+"""The replicas of a manager: which of them there are, which can be asked, and who waits for one."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mlx_engine.core.forks import tell_after_fork
+from mlx_engine.core.wakeup import wake
+from mlx_engine.errors import EngineDead
+from mlx_engine.remote.exits import Exit
+from mlx_engine.remote.linked import LinkedEngine
+from mlx_engine.remote.replicas.replica import Replica
+from mlx_engine.remote.replicas.routing import Router, Work
+from mlx_engine.remote.replicas.waiting_room import WaitingRoom
+
+_SOONEST = 1.0  # seconds after which to try again, at least
+_RECHECK = 1.0  # seconds after which to look whether an event loop was closed meanwhile
+
+
+class NoneUp(Exception):
+    """No replica can be asked now; never leaves this package."""
+
+
+class ReplicaSet:
+    """Replicas, and the router among them. Every method may be called from any thread.
+
+    Args:
+        room: for requests that wait until a replica is up.
+
+    Attributes:
+        room: the same.
+        leftovers: tasks of requests that were aborted; see ``Flight``.
+        home: the event loop in which replicas are watched and restarted, once it is known.
+    """
+
+    def __init__(self, room: WaitingRoom) -> None:
+        self.room = room
+        self.leftovers: set[asyncio.Task[Any]] = set()
+        self._lock = threading.RLock()
+        self._router = Router()
+        self._replicas: dict[str, Replica] = {}
+        self._watchers: dict[asyncio.Future[None], None] = {}
+        self._end: tuple[str, Exit | None] | None = None
+        self.home: asyncio.AbstractEventLoop | None = None
+        tell_after_fork(self)
+
+    def after_fork(self) -> None:
+        """In a fork of this process: nobody waits, and the lock may be held."""
+        self._lock = threading.RLock()
+        self._watchers, self.home = {}, None
+        self.room.after_fork()
+
+    def __iter__(self) -> Iterator[Replica]:
+        """Those that are there now, oldest first; one that leaves is not."""
+        with self._lock:
+            return iter(list(self._replicas.values()))
+
+    def __len__(self) -> int:
+        return len(self._replicas)
+
+    def add(self, replica: Replica) -> None:
+        """A replica is there from now on, and up if it runs."""
+        with self._lock:
+            self._replicas[replica.name] = replica
+            self._router.join(replica.name)
+            self._notify()
+
+    def down(self, replica: Replica) -> None:
+        """It cannot be asked; what it knew is gone."""
+        with self._lock:
+            self._router.leave(replica.name)
+            self._notify()
+
+    def ended(self, name: str, engine: LinkedEngine) -> None:
+        """A request was told that ``engine`` is gone, or ends: nobody else needs to try.
+
+        Its exit follows, if it is not known already; then the replica is restarted.
+        """
+        with self._lock:
+            replica = self._replicas.get(name)
+            if replica is not None and replica.engine is engine:
+                self._router.leave(name)
+
+    def remove(self, replica: Replica) -> None:
+        """It is not there any more."""
+        with self._lock:
+            self._router.leave(replica.name)
+            self._replicas.pop(replica.name, None)
+            self._notify()
+
+    def clear(self) -> list[Replica]:
+        """Nothing is there any more; gives what was. The fleet may be used again."""
+        with self._lock:
+            replicas = list(self._replicas.values())
+            for replica in replicas:
+                self.remove(replica)
+            self._end = None
+            return replicas
+
+    def close(self, reason: str, last_exit: Exit | None) -> None:
+        """No replica will come up any more: whoever waits for one is told why."""
+        with self._lock:
+            self._end = reason, last_exit
+            self._notify()
+
+    def check(self) -> None:
+        """Raise ``EngineDead``, with what is known of the last end, if the fleet is closed, or
+        if nobody is left to bring replicas back.
+        """
+        if self.home is not None and self.home.is_closed() and not self.up():
+            raise EngineDead("no replica is up, and the manager's event loop is closed")
+        if (end := self._end) is None:
+            return
+        reason, last = end
+        if last is None:
+            raise EngineDead(reason)
+        raise EngineDead(
+            reason,
+            exit_code=last.exit_code,
+            signal=last.signal,
+            phase=last.phase,
+            stderr=last.stderr,
+        )
+
+    def up(self, excluded: Collection[str] = ()) -> list[Replica]:
+        """Those that can be asked now."""
+        with self._lock:
+            return [
+                replica
+                for name, replica in self._replicas.items()
+                if name in self._router and name not in excluded and replica.up
+            ]
+
+    @contextmanager
+    def assigned(self, work: Work, excluded: Collection[str]) -> Iterator[tuple[str, LinkedEngine]]:
+        """Within, ``work`` is outstanding at the replica given, whose engine comes with it.
+
+        Raises:
+            NoneUp: none can be asked.
+        """
+        with self._lock:
+            name = self._router.choose(work, [one.name for one in self.up(excluded)])
+            if name is None:
+                raise NoneUp
+            engine = self._replicas[name].engine
+        try:
+            yield name, engine
+        finally:
+            with self._lock:
+                replica = self._replicas.get(name)
+                if replica is not None and replica.engine is engine:  # not of its next life
+                    self._router.done(name, work)
+
+    def idlest(self, count: int) -> list[Replica]:
+        """The ``count`` replicas that are missed least: not up, or with least outstanding."""
+        with self._lock:
+            order = enumerate(self._replicas.values())
+            ranked = sorted(
+                order, key=lambda one: (one[1].up, self._router.outstanding(one[1].name), -one[0])
+            )
+            return [replica for _, replica in ranked[:count]]
+
+    async def until_up(self, waited: float = 0.0) -> list[Replica]:
+        """Wait until replicas can be asked; gives them.
+
+        Args:
+            waited: seconds that the request has waited before.
+
+        Raises:
+            EngineDead: the fleet is closed.
+            EngineBusy: too many wait, or this one has for too long.
+        """
+        self.check()
+        if up := self.up():
+            return up
+        began = time.monotonic()
+        with self.room.entered(self._retry_after()):
+            while True:
+                with self.change() as changed:
+                    self.check()
+                    if up := self.up():
+                        return up
+                    so_far = waited + time.monotonic() - began
+                    left = self.room.left(so_far, self._retry_after())
+                    timeout = _RECHECK if left is None else min(left, _RECHECK)
+                    await asyncio.wait({changed}, timeout=timeout)
+
+    def _retry_after(self) -> float:
+        """Seconds until a replica is likely to be up."""
+        return max(_SOONEST, min((one.up_in() for one in self), default=_SOONEST))
+
+    @contextmanager
+    def change(self) -> Iterator[asyncio.Future[None]]:
+        """A future of the running event loop that is done at the next change, within."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        with self._lock:
+            self._watchers[future] = None
+        try:
+            yield future
+        finally:
+            with self._lock:
+                self._watchers.pop(future, None)
+
+    def _notify(self) -> None:
+        """Under the lock."""
+        watchers, self._watchers = self._watchers, {}
+        for future in watchers:
+            wake(future)
