@@ -89,6 +89,11 @@ class EngineLife(abc.ABC):
         """
         return self._slot.context_length
 
+    @property
+    def counters(self) -> EngineCounters:
+        """The counters of the work done, as they are written. From any thread."""
+        return self._slot.meter
+
     def stats(self) -> EngineStats:
         """A snapshot of counters. Cheap; from any thread."""
         meter = self._slot.meter

@@ -11,6 +11,7 @@ Its files:
     ray_engine.py      RayEngine
     linked.py          what all of them share
     remote_request.py  a request to one
+    client.py          the client's side: its life, and what is asked
     connection.py      one life of an engine elsewhere, from start to end, and its watchdog
     calls.py           what has been asked
     io_thread.py       the loop in which all this happens

@@ -1,4 +1,4 @@
-"""Whether an engine elsewhere is well: not that it answers, but that its work goes on."""
+"""Health of an engine elsewhere: not that it answers, but that its work goes on."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from mlx_engine.core.lifecycle import EngineState
 from mlx_engine.remote.exits import Exit
-from mlx_engine.remote.wire.heartbeat import Beat, Phase, Watchdog, judge, seconds_since_step
+from mlx_engine.remote.wire.heartbeat import Watchdog, judge, seconds_since_step
+from mlx_engine.remote.wire.messages import Heartbeat, Phase
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How an engine elsewhere does; made of what is known here, without asking it.
+    """The health of an engine elsewhere; made of what is known here, without asking it.
 
     Attributes:
         healthy: it takes requests, or finishes those it has, and its work goes on.
@@ -34,7 +35,7 @@ def health_of(
     state: EngineState,
     now: float,
     last_beat: float,
-    beat: Beat,
+    beat: Heartbeat,
     limits: Watchdog,
     last_exit: Exit | None = None,
 ) -> Health:
@@ -59,7 +60,7 @@ def _why_not(
     state: EngineState,
     now: float,
     last_beat: float,
-    beat: Beat,
+    beat: Heartbeat,
     limits: Watchdog,
     last_exit: Exit | None,
 ) -> str:

@@ -11,11 +11,10 @@ from typing import Unpack
 
 from mlx_engine.config import AsEngine, BatchedOptions, SpecPrefill
 from mlx_engine.outputs import ProgressCallback
-from mlx_engine.remote.connection import BEAT
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.links.link import Link
 from mlx_engine.remote.links.process_link import ProcessLink
-from mlx_engine.remote.wire.heartbeat import Watchdog
+from mlx_engine.remote.wire.heartbeat import HEARTBEAT_INTERVAL, Watchdog
 from mlx_engine.remote.wire.messages import Configure, Hello, encode_strictly
 from mlx_engine.remote.wire.options import EngineKind, EnginePlan
 
@@ -81,7 +80,8 @@ class ProcessEngine(LinkedEngine):
 def greeting(plan: EnginePlan) -> bytes:
     """The first frame for the process of an engine: which one to be."""
     paths = [path for entry in sys.path if (path := _absolute(entry)) is not None]
-    return encode_strictly([Hello(), Configure(plan.kind, plan.model, plan.options, paths, BEAT)])
+    configure = Configure(plan.kind, plan.model, plan.options, paths, HEARTBEAT_INTERVAL)
+    return encode_strictly([Hello(), configure])
 
 
 def _absolute(entry: object) -> str | None:

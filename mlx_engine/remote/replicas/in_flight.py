@@ -1,4 +1,4 @@
-"""Something in flight in a manager: its caller may cancel it, and a shutdown may abort it."""
+"""Work in flight in a manager: its caller may cancel it, and a shutdown may abort it."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ class InFlight:
 
     @property
     def aborted(self) -> bool:
-        """Whether a shutdown has ended it. From any thread."""
+        """True if a shutdown has ended it. From any thread."""
         return self._error is not None
 
     @property
     def over(self) -> bool:
-        """Whether nobody waits for it any more. From any thread."""
+        """True if nobody waits for it any more. From any thread."""
         return self._ended or self.aborted
 
     async def do(self, work: Coroutine[Any, Any, T]) -> T:
@@ -107,7 +107,7 @@ class InFlight:
         return task.result()
 
     def _abort(self, error: MLXEngineError) -> bool:
-        """From any thread; never waits."""
+        """End it with ``error``, unless it has. From any thread; never waits."""
         with self._lock:
             if self._ended:
                 return False

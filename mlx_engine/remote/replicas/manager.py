@@ -150,9 +150,9 @@ class EngineManager(BaseEngine):
         self._limits, self._queue = self._prototype._limits, self._prototype._queue
         self._takes_priority = self._prototype._takes_priority
         self._lifecycle = Lifecycle()
-        self._fleet = ReplicaSet(WaitingRoom(limits))
-        self._supervisor = Supervisor(self._fleet, factory, restart, self._lifecycle.fail)
-        self._home: asyncio.AbstractEventLoop | None = None
+        self._replicas = ReplicaSet(WaitingRoom(limits))
+        self._supervisor = Supervisor(self._replicas, factory, restart, self._lifecycle.fail)
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._finalizer: weakref.finalize[[Supervisor], EngineManager] | None = None
         self._scaling = asyncio.Lock()
         self._deadline: float | None = None  # of the shutdown, by time.monotonic
@@ -176,7 +176,7 @@ class EngineManager(BaseEngine):
 
     @property
     def replicas(self) -> tuple[ReplicaInfo, ...]:
-        """What is known of each replica, oldest first. From any thread."""
+        """The replicas, oldest first. From any thread."""
         return tuple(replica.info for replica in self._supervisor.everyone)
 
     def stats(self) -> EngineStats:
@@ -186,7 +186,7 @@ class EngineManager(BaseEngine):
         replica is up, and those that may not. A request that was done again counts in both
         replicas.
         """
-        stats, room = self._supervisor.stats(self.state.value), self._fleet.room
+        stats, room = self._supervisor.stats(self.state.value), self._replicas.room
         waiting, rejected = stats.waiting + room.waiting, stats.rejected + room.rejected
         return replace(stats, waiting=waiting, rejected=rejected)
 
@@ -221,9 +221,9 @@ class EngineManager(BaseEngine):
         if not await self._lifecycle.begin_start(ticket, abort):
             return
         try:
-            self._home, self._scaling, self._deadline = loop, asyncio.Lock(), None
+            self._loop, self._scaling, self._deadline = loop, asyncio.Lock(), None
             await self._supervisor.grow(self._wanted)
-            for one in self._fleet:
+            for one in self._replicas:
                 self._has_chat_template = one.engine.has_chat_template
                 self._context_length = one.engine.context_length
             self._supervisor.watch()
@@ -261,7 +261,7 @@ class EngineManager(BaseEngine):
             RuntimeError: called in another event loop than ``start``, while that one lives.
         """
         checked_timeout(timeout)
-        self._check_home()
+        self._check_loop()
         if timeout is not None:
             deadline = time.monotonic() + timeout
             self._deadline = min(self._deadline or deadline, deadline)
@@ -283,11 +283,11 @@ class EngineManager(BaseEngine):
             EngineNotStarted, EngineStopped, EngineDead: by the manager's state.
         """
         wanted = checked_count(replicas)
-        self._check_home()
+        self._check_loop()
         self._check_running()
         async with self._scaling:
             self._check_running()
-            more = wanted - len(self._fleet)
+            more = wanted - len(self._replicas)
             if more > 0:
                 await self._supervisor.grow(more)
             elif more < 0:
@@ -300,8 +300,8 @@ class EngineManager(BaseEngine):
         await self._supervisor.release(self._deadline)
         self._has_chat_template, self._context_length = False, None
 
-    def _check_home(self) -> None:
-        home = None if self._lifecycle.inherited else self._home
+    def _check_loop(self) -> None:
+        home = None if self._lifecycle.inherited else self._loop
         here = running_loop()
         if home is None or home.is_closed() or home is here:
             return
@@ -309,12 +309,12 @@ class EngineManager(BaseEngine):
 
     def _check_running(self) -> None:
         if self.state is EngineState.FAILED and not self._lifecycle.inherited:
-            self._fleet.check()  # which knows more of the reason
+            self._replicas.check()  # which knows more of the reason
         self._lifecycle.check_running()
 
     @property
     def _width(self) -> int:
-        return max(1, sum(replica.engine._width for replica in self._fleet.up()))
+        return max(1, sum(replica.engine._width for replica in self._replicas.up()))
 
     def _producer(
         self,
@@ -328,7 +328,7 @@ class EngineManager(BaseEngine):
             ask,
             on_progress,
             self._lifecycle,
-            self._fleet,
+            self._replicas,
             self._check_running,
         )
 
@@ -362,20 +362,20 @@ class EngineManager(BaseEngine):
         def fullness(one: Replica) -> int:
             return one.engine.stats().prompt_cache.nbytes
 
-        with self._flight("save") as flight:
-            up = await flight.do(self._fleet.until_up())
-            return await flight.do(max(up, key=fullness).engine.save_prompt_cache(path))
+        with self._in_flight("save") as in_flight:
+            up = await in_flight.do(self._replicas.until_up())
+            return await in_flight.do(max(up, key=fullness).engine.save_prompt_cache(path))
 
     async def _load_prompt_cache(self, path: Path) -> int:
-        with self._flight("load") as flight:
-            up = await flight.do(self._fleet.until_up())
+        with self._in_flight("load") as in_flight:
+            up = await in_flight.do(self._replicas.until_up())
             loads = all_results([one.engine.load_prompt_cache(path) for one in up])
-            return max(await flight.do(loads))
+            return max(await in_flight.do(loads))
 
-    def _flight(self, prefix: str) -> InFlight:
+    def _in_flight(self, prefix: str) -> InFlight:
         self._check_running()
         name = self._lifecycle.new_id(prefix)
-        return InFlight(name, self._lifecycle, self._fleet.leftovers, reported=False)
+        return InFlight(name, self._lifecycle, self._replicas.leftovers, reported=False)
 
     async def run_blocking(
         self,
