@@ -111,7 +111,7 @@ class Client:
             self._finalizer.atexit = False
         except BaseException as error:
             if isinstance(error, EngineDead):  # for want of a thread or a file, say
-                error.phase = error.phase or connection.heartbeat.phase
+                error.phase = error.phase or connection.liveness.heartbeat.phase
             if is_destroyed(error):
                 connection.kill()
             await clean_up(error, functools.partial(self._release, connection, patience=0.0))

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from mlx_engine.core.wakeup import waking_together
@@ -16,8 +15,9 @@ from mlx_engine.remote.calls import Calls
 from mlx_engine.remote.exits import Exit, ExitKind
 from mlx_engine.remote.io_thread import io_thread
 from mlx_engine.remote.links.link import Ending, Link
+from mlx_engine.remote.liveness import Liveness
 from mlx_engine.remote.wire.frames import WireError
-from mlx_engine.remote.wire.heartbeat import Watchdog, judge
+from mlx_engine.remote.wire.heartbeat import Watchdog
 from mlx_engine.remote.wire.messages import (
     CacheFileDone,
     Chunk,
@@ -39,7 +39,6 @@ from mlx_engine.remote.wire.values import error_from_wire
 _TERMINATE_AFTER = 0.35  # seconds from the deadline of a shutdown
 _KILL_AFTER = 0.65
 _FAILED = "its engine has failed"
-_LATE = 0.05  # seconds that a watchdog's own sleep may be late
 
 _log = logging.getLogger("mlx_engine.remote")
 
@@ -61,7 +60,7 @@ class Connection:
         link: to the other end, once it was opened.
         welcome: what the engine has said of itself when it was ready.
         stats: the latest that it has told.
-        heartbeat: the latest, which came at ``last_beat`` by ``time.monotonic``.
+        liveness: its heartbeats.
         exit: how it ended, once it has.
     """
 
@@ -78,8 +77,7 @@ class Connection:
         self.calls = Calls(self._send_soon)
         self.welcome: Welcome | None = None
         self.stats: EngineStats | None = None
-        self.heartbeat = Heartbeat()
-        self.last_beat = time.monotonic()
+        self.liveness = Liveness()
         self.exit: Exit | None = None
         self.link: Link | None = None
         self._name = name
@@ -92,7 +90,6 @@ class Connection:
         self._ready: asyncio.Future[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._timers: list[asyncio.TimerHandle] = []
-        self._heard = False  # from its engine
         self._unwanted = False  # before it was opened
         self._ending = False  # it was asked to end, by us
         self._deadline: float | None = None  # by time.monotonic
@@ -140,7 +137,7 @@ class Connection:
         link = self.link = self._make_link()
         link.on_frame = self._receive
         link.gone.add_done_callback(self._gone)
-        self.last_beat = time.monotonic()
+        self.liveness.seen()
         if self._limits is not None:
             self._watch = loop.create_task(self._watch_over(link, self._limits))
         opening = loop.create_task(link.open())
@@ -239,7 +236,7 @@ class Connection:
     def _take(self, message: ToClient) -> None:
         match message:
             case ProgressUpdate(number=0):
-                self._lives()
+                self.liveness.seen()
                 if self._on_progress is not None:
                     self._on_progress(Progress(message.phase, message.done, message.total))
             case ErrorReply(number=0):
@@ -252,17 +249,15 @@ class Connection:
             case Chunk() | Done() | CacheFileDone() | ErrorReply() | ProgressUpdate():
                 self.calls.answered(message)
             case Heartbeat():
-                self.heartbeat, self._heard = message, True
+                self.liveness.beat(message)
                 self.stats = message.stats or self.stats
                 self.calls.cancel_orphans()
-                self._lives()
                 if self.stats is not None and self.stats.state == "failed" and not message.pending:
                     self._verdict = _FAILED  # everybody has been told why
                     self._kill()
             case Welcome():
                 self.welcome, self.stats = message, message.stats
-                self.heartbeat, self._heard = Heartbeat(phase="idle"), True
-                self._lives()
+                self.liveness.beat(Heartbeat(phase="idle"))
                 self._set_ready()
             case Draining():
                 _log.info("%s: %s", self._name, message.reason)
@@ -270,38 +265,15 @@ class Connection:
             case Stopped():
                 self._stopped = True
 
-    def _lives(self) -> None:
-        self.last_beat = time.monotonic()
-
     def _set_ready(self) -> None:
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
 
     async def _watch_over(self, link: Link, limits: Watchdog) -> None:
-        """The watchdog: looks now and then whether the engine is stuck."""
-        tick, reported = limits.tick, False
-        before_the_first_beat = replace(limits, silence=None)
-        while not link.gone.done():
-            began = time.monotonic()
-            await asyncio.sleep(tick)
-            late = time.monotonic() - began - tick
-            if late > max(tick, _LATE):  # it is we who were stopped, or had no processor
-                self.last_beat = min(time.monotonic(), self.last_beat + late)
-                continue
-            valid = limits if self._heard else before_the_first_beat
-            verdict = judge(time.monotonic(), self.last_beat, self.heartbeat, valid)
-            if verdict is None:
-                reported = False
-                continue
-            if limits.action == "kill":
-                self._verdict = verdict
-                await link.dump_stacks()
-                link.kill()
-                return
-            if not reported:
-                reported = True
-                _log.warning("%s: %s", self._name, verdict)
-                await link.dump_stacks()  # they go to the log of what the process says
+        if (verdict := await self.liveness.watch(self._name, link, limits)) is not None:
+            self._verdict = verdict
+            await link.dump_stacks()
+            link.kill()
 
     def _interpreter_exits(self) -> None:
         """Tell of the end now: nobody would hear of it later."""
@@ -323,7 +295,7 @@ class Connection:
             "; ".join(text for text in (self._verdict, self._refusal, ending.detail) if text),
             ending.exit_code,
             ending.signal_name,
-            self.heartbeat.phase,
+            self.liveness.heartbeat.phase,
             ending.stderr,
         )
         with waking_together():

@@ -20,11 +20,12 @@ from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.health import Health, health_of
 from mlx_engine.remote.io_thread import io_thread
 from mlx_engine.remote.links.link import Link
+from mlx_engine.remote.liveness import Liveness
 from mlx_engine.remote.remote_request import RemoteRequest
 from mlx_engine.remote.totals import bygone
 from mlx_engine.remote.wire.frames import MAX_FRAME
 from mlx_engine.remote.wire.heartbeat import Watchdog
-from mlx_engine.remote.wire.messages import CacheFile, Heartbeat, encode_strictly
+from mlx_engine.remote.wire.messages import CacheFile, encode_strictly
 from mlx_engine.requests import GenerationRequest, checked_priority
 
 T = TypeVar("T")
@@ -99,11 +100,10 @@ class LinkedEngine(BaseEngine):
 
     def check_health(self) -> Health:
         """Its health: whether a step is recent, if there is anything to do. From any thread."""
-        connection, now = self._client.connection, time.monotonic()
-        last_beat = now if connection is None else connection.last_beat
-        beat = Heartbeat() if connection is None else connection.heartbeat
+        connection, limits = self._client.connection, self._watchdog or Watchdog()
+        alive = Liveness() if connection is None else connection.liveness
         return health_of(
-            self.state, now, last_beat, beat, self._watchdog or Watchdog(), self.last_exit
+            self.state, time.monotonic(), alive.last_beat, alive.heartbeat, limits, self.last_exit
         )
 
     async def start(self) -> None:

@@ -69,19 +69,15 @@ class ProcessEngine(LinkedEngine):
         return functools.partial(ProcessLink, self.name)
 
     def _greeting(self) -> bytes:
-        return greeting(self._plan)
+        plan = self._plan
+        paths = [path for entry in sys.path if (path := _absolute(entry)) is not None]
+        configure = Configure(plan.kind, plan.model, plan.options, paths, HEARTBEAT_INTERVAL)
+        return encode_strictly([Hello(), configure])
 
     def _check_strategies(
         self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
     ) -> None:
         self._plan.strategies.of_request(prefill, decode)
-
-
-def greeting(plan: EnginePlan) -> bytes:
-    """The first frame for the process of an engine: which one to be."""
-    paths = [path for entry in sys.path if (path := _absolute(entry)) is not None]
-    configure = Configure(plan.kind, plan.model, plan.options, paths, HEARTBEAT_INTERVAL)
-    return encode_strictly([Hello(), configure])
 
 
 def _absolute(entry: object) -> str | None:

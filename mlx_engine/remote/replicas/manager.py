@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 
-from mlx_engine.checks import shown
+from mlx_engine.checks import integer, shown
 from mlx_engine.config import AsEngine, BatchedOptions, QueueConfig, SpecPrefill
 from mlx_engine.core.drain import clean_up
 from mlx_engine.core.event_loop import running_loop
@@ -25,7 +25,7 @@ from mlx_engine.remote.health import Health
 from mlx_engine.remote.process_engine import ProcessEngine
 from mlx_engine.remote.ray_engine import RayEngine
 from mlx_engine.remote.replicas.in_flight import InFlight
-from mlx_engine.remote.replicas.replica import Factory, Replica, ReplicaInfo, checked_count, maker
+from mlx_engine.remote.replicas.replica import Factory, Replica, ReplicaInfo, maker
 from mlx_engine.remote.replicas.replica_set import ReplicaSet
 from mlx_engine.remote.replicas.restarts import RestartPolicy
 from mlx_engine.remote.replicas.routed import RoutedRequest
@@ -54,6 +54,11 @@ class EngineManager(BaseEngine):
     others get ``EngineBusy``. If its replica ends before anything of the answer has been given
     to the caller, it is done again on another one, from the beginning; after two such ends it
     gets ``EngineDead``, since it may be what kills them. If one is busy the others are asked.
+
+    Each replica has a prompt cache of its own. ``save_prompt_cache`` writes the fullest one, in
+    bytes; ``load_prompt_cache`` adds to those of all that are up, gives the number of prompts
+    that the one added that took most, and raises the first error of a replica, while others may
+    have added them. Those that are started later, or again, begin with an empty one.
 
     Requests may come from several event loops. ``start``, ``scale`` and ``shutdown`` belong to
     one: the one in which it was started, and in which the replicas are watched.
@@ -144,7 +149,7 @@ class EngineManager(BaseEngine):
     ) -> None:
         if not isinstance(restart, RestartPolicy):
             raise InvalidRequest("restart", f"must be RestartPolicy(...), not {shown(restart)}")
-        self._wanted = checked_count(replicas)
+        self._wanted = integer("replicas", replicas, low=1)
         # Never started: it checks the options now, and the arguments of requests later.
         self._prototype = factory("prototype")
         self._limits, self._queue = self._prototype._limits, self._prototype._queue
@@ -282,7 +287,7 @@ class EngineManager(BaseEngine):
                 stays, and those that run are untouched.
             EngineNotStarted, EngineStopped, EngineDead: by the manager's state.
         """
-        wanted = checked_count(replicas)
+        wanted = integer("replicas", replicas, low=1)
         self._check_loop()
         self._check_running()
         async with self._scaling:
@@ -301,9 +306,9 @@ class EngineManager(BaseEngine):
         self._has_chat_template, self._context_length = False, None
 
     def _check_loop(self) -> None:
-        home = None if self._lifecycle.inherited else self._loop
+        loop = None if self._lifecycle.inherited else self._loop
         here = running_loop()
-        if home is None or home.is_closed() or home is here:
+        if loop is None or loop.is_closed() or loop is here:
             return
         raise RuntimeError("a manager is scaled and shut down in the event loop that started it")
 
@@ -318,14 +323,14 @@ class EngineManager(BaseEngine):
 
     def _producer(
         self,
-        ask: GenerationRequest,
+        request: GenerationRequest,
         on_progress: ProgressCallback | None,
         request_id: str | None = None,
     ) -> Producer:
-        self._prototype._producer(ask, on_progress)  # only to see whether it can be done
+        self._prototype._producer(request, on_progress)  # only to see whether it can be done
         return RoutedRequest(
             request_id or self._lifecycle.new_id(),
-            ask,
+            request,
             on_progress,
             self._lifecycle,
             self._replicas,
@@ -336,27 +341,6 @@ class EngineManager(BaseEngine):
         self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
     ) -> None:
         self._prototype._check_strategies(prefill, decode)
-
-    async def save_prompt_cache(self, path: str | os.PathLike[str]) -> int:
-        """Write the prompt cache of the replica whose own is fullest, in bytes.
-
-        Each replica has a prompt cache of its own. Otherwise as for every engine.
-        """
-        return await super().save_prompt_cache(path)
-
-    async def load_prompt_cache(self, path: str | os.PathLike[str]) -> int:
-        """Add the prompts of a file to the prompt cache of each replica that is up.
-
-        Those that are started later, or again, begin with an empty one.
-
-        Returns:
-            The number of prompts added to the one that took most.
-
-        Raises:
-            MLXEngineError: the first error of a replica; others may have added them. Otherwise
-                as for every engine.
-        """
-        return await super().load_prompt_cache(path)
 
     async def _save_prompt_cache(self, path: Path) -> int:
         def fullness(one: Replica) -> int:

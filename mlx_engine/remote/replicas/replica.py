@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mlx_engine.checks import integer
 from mlx_engine.core.drain import finish
 from mlx_engine.core.lifecycle import EngineState
 from mlx_engine.errors import EngineDead, describe
@@ -142,11 +141,6 @@ def maker(kind: Any, model: Any, options: dict[str, Any]) -> Factory:
         return engine
 
     return make
-
-
-def checked_count(replicas: int) -> int:
-    """``replicas``, if there can be so many; raises ``InvalidRequest`` if not."""
-    return integer("replicas", replicas, low=1)
 
 
 async def start_together(replicas: Sequence[Replica]) -> None:

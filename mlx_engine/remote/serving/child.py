@@ -217,9 +217,7 @@ class _Server(asyncio.Protocol):
 
     def _request_over(self) -> None:
         self._heartbeats.step()
-        self._outbox.put_last(
-            self._heartbeats.heartbeat
-        )  # so that whoever asks for statistics has them
+        self._outbox.put_last(self._heartbeats.heartbeat)  # whoever asks for statistics has them
 
 
 if __name__ == "__main__":
