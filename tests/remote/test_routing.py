@@ -37,7 +37,7 @@ def cached(cost: RequestCost, other: RequestCost) -> int:
     return max((prefix.tokens for prefix in cost.prefixes if prefix.digest in shared), default=0)
 
 
-@pytest.prefix.parametrize(
+@pytest.mark.parametrize(
     ("cost", "prompt", "answer"),
     [
         (text("x" * 400), 100, 16),
@@ -57,7 +57,7 @@ def test_a_chat_is_as_long_as_its_messages_and_tools() -> None:
     assert chat("x" * 4000, tools=[{"t": "y" * 4000}]).prompt_tokens > 2000
 
 
-@pytest.prefix.parametrize(
+@pytest.mark.parametrize(
     ("length", "tokens"),
     [(0, []), (255, []), (256, [64]), (511, [64]), (512, [64, 128]), (1100, [64, 128, 256])],
 )
