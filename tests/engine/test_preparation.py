@@ -38,7 +38,7 @@ class Held:
         self.threads: set[str] = set()
         self.sizes: list[int] = []  # characters of each text that was tokenized
         self._go = threading.Event()
-        tokenizer = engine._slot.vocabulary.tokenizer._tokenizer  # type: ignore[attr-defined]
+        tokenizer = engine._holder.vocabulary.tokenizer._tokenizer  # type: ignore[attr-defined]
         self._owner, self._step, self._real = tokenizer, step, getattr(tokenizer, step)
         setattr(tokenizer, step, self._call)
 
