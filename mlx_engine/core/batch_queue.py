@@ -25,7 +25,7 @@ class Schedulable(Protocol):
         """Ask it to stop. From any thread."""
 
     def result(self) -> GenerationResult:
-        """What has been made so far; final once it is over."""
+        """The result so far; final once it is over."""
 
 
 R = TypeVar("R", bound=Schedulable)

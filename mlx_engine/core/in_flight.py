@@ -68,7 +68,7 @@ class InFlight:
 
 
 class InFlightRegistry:
-    """What is in flight in one engine, by name. Every method may be called from any thread.
+    """Registry of what is in flight in one engine, by name. All of it may be used from any thread.
 
     Attributes:
         lock: held for a change; also for those of what depends on it.

@@ -249,7 +249,7 @@ class Lifecycle:
             await self.in_flight.changed.wait(changed, _RECHECK)
 
     def _released(self, loop: asyncio.AbstractEventLoop) -> None:
-        """It is STOPPED, unless somebody in another loop has taken over from ``loop``."""
+        """Be STOPPED, unless somebody in another loop has taken over from ``loop``."""
         with self._lock:
             if self._releasing is not loop:
                 return

@@ -84,7 +84,7 @@ class ActiveRequest(abc.ABC):
 
     @abc.abstractmethod
     def result(self) -> GenerationResult:
-        """What has been made so far; final once it is over."""
+        """The result so far; final once it is over."""
 
     def partial_result(self) -> GenerationResult:
         """See ``Producer``."""
@@ -116,7 +116,7 @@ class ActiveRequest(abc.ABC):
             self._on_progress(Progress(phase, done, len(self.prompt)))
 
     def prefill_begins(self, cached: int) -> None:
-        """Its prefill begins, behind ``cached`` tokens that need none."""
+        """Begin its prefill, behind ``cached`` tokens that need none."""
         self._cached_tokens = cached
         self.progress(cached)
 
@@ -125,7 +125,7 @@ class ActiveRequest(abc.ABC):
         self._timer.prefilled = time.perf_counter()
 
     def failed(self, error: BaseException) -> MLXEngineError:
-        """It ends here; what its caller is told, without the frames that ``error`` holds."""
+        """End it; the error that its caller gets, without the frames that ``error`` holds."""
         self._timer.ended = time.perf_counter()
         if isinstance(error, MLXEngineError):
             drop_frames(error)

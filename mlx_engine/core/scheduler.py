@@ -179,7 +179,7 @@ class BatchScheduler(Scheduler[R]):
         return job
 
     def _job_over(self, job: PendingWork[None]) -> None:
-        """It has made way for others, or there was nothing left to do."""
+        """A job has made way for others, or there was nothing left to do."""
         with self._looking:
             self.queue.job = None
         if isinstance(job.aborted_with, MLXEngineError):  # the MLX thread is gone

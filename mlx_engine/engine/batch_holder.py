@@ -40,7 +40,7 @@ class BatchHolder(ModelHolder):
 
     @property
     def budget(self) -> MemoryBudget:
-        """What the requests of the batch may take. From any thread.
+        """Memory that the requests of the batch may take. From any thread.
 
         Raises:
             EngineDead: there is no model.

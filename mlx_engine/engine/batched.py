@@ -16,9 +16,9 @@ from mlx_engine.generation.request import Request
 class BatchedEngine(LocalEngine):
     """Serves many requests at once: each decode step gives all of them a token.
 
-    Requests join and leave at any step. The MLX thread works in bursts, each of which is one
-    turn: it goes on until there is nothing to do, or others have waited for as long as they
-    let the batch wait.
+    Requests join and leave at any step. The MLX thread works in batch runs, each of which is one
+    job: it goes on until there is nothing to do, or others have waited for as long as they let the
+    batch wait.
     """
 
     _holder: BatchHolder

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Holder(Protocol):
-    """What holds the model of an engine; loaded, used and unloaded on the MLX thread.
+    """Holder of an engine's model; loaded, used and unloaded on the MLX thread.
 
     Attributes:
         counters: of the work done with it. From any thread.
@@ -162,7 +162,7 @@ class InProcessEngine(BaseEngine):
     async def shutdown(self, timeout: float | None = None) -> ShutdownReport:
         if mlx_thread.is_current():
             raise RuntimeError(
-                "this code runs inside a turn on the MLX thread, and a shutdown would wait for "
+                "this code runs inside a job on the MLX thread, and a shutdown would wait for "
                 "it for ever: shut the engine down from outside"
             )
         return await self._lifecycle.shutdown(timeout, self._release)
@@ -218,7 +218,7 @@ class InProcessEngine(BaseEngine):
 
 
 def unload_abandoned(holder: Holder) -> None:
-    """Its engine became garbage: drop the model where it lives."""
+    """Drop the model of an engine that became garbage, where it lives."""
     if not holder.loaded:
         return
     mlx_thread.post(holder.unload)

@@ -127,7 +127,7 @@ class ModelHolder:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """What prompts are made into tokens with. From any thread.
+        """Vocabulary that prompts are made into tokens with. From any thread.
 
         Raises:
             EngineDead: there is no model.
