@@ -235,7 +235,7 @@ async def cancel_inside(gate: Gate, work: Awaitable[object], times: int = 3) -> 
 
 def all_ready(engine: BatchedEngine, count: int) -> bool:
     """Whether so many requests wait for a place in the batch, their prompts prepared."""
-    seats = list(engine._seats._queue)
+    seats = list(engine._scheduler.queue._queue)
     return len(seats) == count and all(seat.ready for seat in seats)
 
 

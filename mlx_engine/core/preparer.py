@@ -30,11 +30,11 @@ class Preparer(Generic[P]):
     must need no MLX, and should look at ``checkpoint`` between its steps.
 
     Args:
-        line: where the work is queued.
+        queue: where the work waits.
     """
 
-    def __init__(self, line: WorkQueue[P]) -> None:
-        self._line = line
+    def __init__(self, queue: WorkQueue[P]) -> None:
+        self._queue = queue
         self._lock = threading.RLock()  # a coroutine may be destroyed anywhere, and leaves then
         self._by_rank: Ranked[Preparing[P]] = Ranked()
         self._by_arrival: Ranked[Preparing[P]] = Ranked()
@@ -87,14 +87,14 @@ class Preparer(Generic[P]):
             return work
 
     def _do(self, work: Preparing[P]) -> None:
-        if not self._line.take_to_prepare(work.one):
+        if not self._queue.take_to_prepare(work.one):
             return
         error: BaseException | None = None
         try:
             error = work.func()
         except BaseException as raised:  # noqa: BLE001 - the border: its caller raises it
             error = raised
-        self._line.left(work.one, error)
+        self._queue.left(work.one, error)
 
     def _fail(self, error: EngineDead) -> None:
         """A thread does not come. Another one does what there is; if there is none, nobody does."""
@@ -109,8 +109,8 @@ class Preparer(Generic[P]):
         for work in left:
             failed = GenerationError(f"the prompt is not prepared: {error}")
             failed.__cause__ = error
-            if self._line.take_to_prepare(work.one):
-                self._line.left(work.one, failed)
+            if self._queue.take_to_prepare(work.one):
+                self._queue.left(work.one, failed)
 
 
 class Preparing(Generic[P]):

@@ -19,27 +19,22 @@ from mlx_engine.config import (
     path_text,
 )
 from mlx_engine.core.bridge import in_this_loop, off_loop
-from mlx_engine.core.in_flight import RequestTicket
+from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.stop import Interrupted
-from mlx_engine.core.stream import Emit
-from mlx_engine.engine.base import BaseEngine, checked_callback
-from mlx_engine.engine.life import EngineLife
+from mlx_engine.engine.base import checked_callback
+from mlx_engine.engine.in_process import InProcessEngine
 from mlx_engine.engine.model_holder import ModelHolder
-from mlx_engine.engine.producer import RequestProducer
-from mlx_engine.errors import GenerationError, MLXEngineError, describe, drop_frames
-from mlx_engine.generation.cache import prompt_cache_file
-from mlx_engine.generation.cache.kv_cache import sample_kv_cache
 from mlx_engine.generation.request import Request
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits, checked_limits
 from mlx_engine.models.loading import find_model
-from mlx_engine.outputs import GenerationResult, ProgressCallback
+from mlx_engine.outputs import ProgressCallback
 from mlx_engine.requests import GenerationRequest, checked_priority
 
 
-class LocalEngine(EngineLife, BaseEngine):
+class LocalEngine(InProcessEngine):
     """A model in this process; the MLX thread does its work, one piece at a time."""
 
-    _slot: ModelHolder
+    _holder: ModelHolder
     _takes_priority = False
 
     def __init__(
@@ -117,11 +112,13 @@ class LocalEngine(EngineLife, BaseEngine):
         self.strategies = Strategies.of(prefill, decode)
         self._limits = checked_limits(limits)
         self._on_progress = checked_callback(on_progress)
-        self._queue = QueueConfig(queue_limit=queue_limit, max_wait=max_wait)
-        super().__init__(self._new_slot(), self._queue)
+        super().__init__(
+            self._new_holder(), QueueConfig(queue_limit=queue_limit, max_wait=max_wait)
+        )
 
-    def _new_slot(self) -> ModelHolder:
-        return ModelHolder()
+    @abc.abstractmethod
+    def _new_holder(self) -> ModelHolder:
+        """Make what is to hold the model."""
 
     async def _load_model(self, stop: threading.Event, should_stop: Callable[[], bool]) -> None:
         progress = in_this_loop(self._on_progress)
@@ -134,7 +131,7 @@ class LocalEngine(EngineLife, BaseEngine):
         if stop.is_set():
             raise Interrupted
         await self._run_blocking_serialized(
-            self._slot.fill,
+            self._holder.load,
             self.config,
             self.strategies,
             sources,
@@ -144,92 +141,31 @@ class LocalEngine(EngineLife, BaseEngine):
         )
 
     async def _save_prompt_cache(self, path: Path) -> int:
-        ticket = RequestTicket(self._lifecycle.new_id("save"), reported=False)
-        return await self._run_blocking_serialized(self._save, path, _ticket=ticket)
+        entry = InFlight(self._lifecycle.new_id("save"), counted=True)
+        save = self._holder.save_prompt_cache
+        return await self._run_blocking_serialized(save, path, _entry=entry)
 
     async def _load_prompt_cache(self, path: Path) -> int:
-        ticket = RequestTicket(self._lifecycle.new_id("load"), reported=False)
-        return await self._run_blocking_serialized(self._load, path, _ticket=ticket)
-
-    def _prepare(self, request: Request) -> MLXEngineError | None:
-        """On a thread of the preparer: no MLX."""
-        try:
-            request.prepare(self._slot.vocabulary)
-        except Interrupted:
-            pass  # its turn, if it still gets one, ends it
-        except BaseException as error:  # noqa: BLE001 - the border: templates raise anything
-            return request.failed(error)
-        return None
-
-    def _save(self, path: Path) -> int:
-        """On the MLX thread."""
-        return _at_the_border("saving the prompt cache", _save, self._slot, path)
-
-    def _load(self, path: Path) -> int:
-        """On the MLX thread."""
-        return _at_the_border("loading the prompt cache", _load, self._slot, path)
+        entry = InFlight(self._lifecycle.new_id("load"), counted=True)
+        load = self._holder.load_prompt_cache
+        return await self._run_blocking_serialized(load, path, _entry=entry)
 
     def _check_strategies(
         self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
     ) -> None:
         self.strategies.of_request(prefill, decode)
 
-    @property
-    def _width(self) -> int:
-        return 1
-
-    def _producer(
+    def submit(
         self,
-        ask: GenerationRequest,
-        on_progress: ProgressCallback | None,
+        request: GenerationRequest,
+        on_progress: ProgressCallback | None = None,
         request_id: str | None = None,
-    ) -> RequestProducer:
-        checked_priority(ask.priority, self._takes_priority)
-        request = Request(
-            ask.source,
-            ask.params,
+    ) -> Request:
+        checked_priority(request.priority, self._takes_priority)
+        return Request(
+            request,
             request_id or self._lifecycle.new_id(),
             on_progress,
-            ask.priority,
-            self.strategies.of_request(ask.prefill, ask.decode),
+            self._scheduler.serve,
+            self.strategies.of_request(request.prefill, request.decode),
         )
-        return RequestProducer(request, functools.partial(self._complete, request))
-
-    async def _complete(self, request: Request, emit: Emit | None) -> GenerationResult:
-        request.submitted(in_this_loop, emit)
-        return await self._serve(request, RequestTicket(request.request_id))
-
-    @abc.abstractmethod
-    async def _serve(self, request: Request, ticket: RequestTicket) -> GenerationResult:
-        """Do a request that somebody waits for."""
-
-
-def _save(slot: ModelHolder, path: Path) -> int:
-    space = slot.space()
-    return prompt_cache_file.save(
-        path, space.prompt_cache, prompt_cache_file.fingerprint(space.loaded)
-    )
-
-
-def _load(slot: ModelHolder, path: Path) -> int:
-    space = slot.space()
-    return prompt_cache_file.load(
-        path,
-        space.prompt_cache,
-        prompt_cache_file.fingerprint(space.loaded),
-        sample_kv_cache(space.loaded.model, space.config),
-    )
-
-
-def _at_the_border(
-    what: str, work: Callable[[ModelHolder, Path], int], slot: ModelHolder, path: Path
-) -> int:
-    """What MLX raises inside is told in an error of ours, without the frames that hold arrays."""
-    try:
-        return work(slot, path)
-    except MLXEngineError as error:
-        drop_frames(error)
-        raise
-    except Exception as error:
-        drop_frames(error)
-        raise GenerationError(f"{what} failed: {describe(error)}") from error

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from msgspec.structs import astuple
+
 from mlx_engine.core.stream import Emit
 from mlx_engine.core.work import PendingWork, Stage
 from mlx_engine.core.work_queue import WorkQueue
@@ -131,15 +133,7 @@ class Calls(WorkQueue[Call]):
         match message:
             case Chunk():
                 if call.emit is not None:
-                    call.emit(
-                        GenerationChunk(
-                            message.text,
-                            message.tokens,
-                            message.segment,
-                            message.logprobs,
-                            message.finish_reason,
-                        )
-                    )
+                    call.emit(GenerationChunk(*astuple(message)[1:]))  # its fields, in their order
             case ProgressUpdate():
                 if call.on_progress is not None:
                     call.on_progress(Progress(message.phase, message.done, message.total))

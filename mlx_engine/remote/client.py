@@ -15,7 +15,8 @@ from mlx_engine.core.bridge import in_this_loop
 from mlx_engine.core.drain import clean_up, finish, is_destroyed
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.forks import tell_after_fork
-from mlx_engine.core.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
+from mlx_engine.core.in_flight import InFlight
+from mlx_engine.core.lifecycle import EngineState, Lifecycle, checked_timeout
 from mlx_engine.core.stream import Emit
 from mlx_engine.core.work import PendingWork
 from mlx_engine.errors import EngineDead, EngineNotRunning, EngineStopped, MLXEngineError
@@ -81,7 +82,7 @@ class Client:
         """
         io_thread.check_fork()
         lifecycle = self.lifecycle
-        ticket = Ticket(lifecycle.new_id("start"), loop=running_loop(), reported=False)
+        entry = InFlight(lifecycle.new_id("start"), loop=running_loop())
         connection = Connection(
             self._name,
             make_link,
@@ -96,14 +97,15 @@ class Client:
             connection.end_by(time.monotonic())
             return True
 
-        if not await lifecycle.begin_start(ticket, abort):
+        entry.abort = abort
+        if not await lifecycle.begin_start(entry):
             return
         try:
             self.connection = connection
             await io_thread.run(connection.open)
             if connection.exit is not None:
                 raise connection.exit.error()
-            if not lifecycle.start_succeeded(ticket):
+            if not lifecycle.start_succeeded(entry):
                 raise EngineStopped(_STOPPED_LOADING)
             if connection.exit is not None:  # in the last moment: it has been running
                 _end(lifecycle, connection.exit)
@@ -119,8 +121,8 @@ class Client:
                 raise EngineStopped(_STOPPED_LOADING) from None
             raise
         finally:
-            lifecycle.start_failed(ticket)
-            lifecycle.done(ticket)
+            lifecycle.start_failed(entry)
+            lifecycle.in_flight.remove(entry)
 
     async def shutdown(self, timeout: float | None) -> ShutdownReport:
         """Drain, end what runs the engine, and close the connection: ``LinkedEngine.shutdown``."""
@@ -137,7 +139,7 @@ class Client:
 
     def ask(
         self,
-        ticket: Ticket,
+        entry: InFlight,
         number: int,
         frame: bytes,
         emit: Emit | None = None,
@@ -146,7 +148,7 @@ class Client:
         """A call in flight, whose ``answer()`` is to be awaited at once.
 
         Args:
-            ticket: of what is asked.
+            entry: for what is asked.
             number: of the call, in ``frame`` too.
             frame: the payload that asks.
             emit: gets chunks, on the I/O thread.
@@ -161,22 +163,23 @@ class Client:
 
         def over(ended: PendingWork[Any]) -> None:
             if isinstance(ended.error, EngineStopped) and ended.aborted_with is None:
-                ticket.aborted = True  # the other end was quicker with it
-            lifecycle.done(ticket)
+                entry.aborted = True  # the other end was quicker with it
+            lifecycle.in_flight.remove(entry)
 
         def abort(error: MLXEngineError) -> bool:
             connection.end_by(time.monotonic())  # or what is stuck would stay
             return connection.calls.abort(call, error)
 
         call = Call(connection.calls, number, frame, over, emit, in_this_loop(on_progress))
-        lifecycle.admit(ticket, abort)
+        entry.abort = abort
+        lifecycle.admit(entry)
         return call
 
     async def _release(self, connection: Connection | None, patience: float | None = None) -> None:
         """Wait until what runs the engine is gone; not to be cut short."""
         if self._finalizer is not None:
             self._finalizer.detach()
-        if connection is None or not connection.opened or connection.exit is not None:
+        if connection is None or connection.link is None or connection.exit is not None:
             return
         closed = functools.partial(connection.closed, patience)
         await finish(lambda: io_thread.run(closed))

@@ -101,11 +101,6 @@ class Connection:
 
     # From any thread
 
-    @property
-    def opened(self) -> bool:
-        """True once there is, or was, anything at its other end."""
-        return self.link is not None
-
     def _send_soon(self, frame: bytes) -> None:
         io_thread.call(self._send, frame)
 

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from mlx_engine.checks import shown
 from mlx_engine.core.event_loop import running_loop
-from mlx_engine.core.lifecycle import EngineState, Ticket
+from mlx_engine.core.in_flight import InFlight
+from mlx_engine.core.lifecycle import EngineState
 from mlx_engine.engine.base import BaseEngine, checked_callback
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import EngineStats, ProgressCallback, PromptCacheStats, ShutdownReport
@@ -65,19 +66,14 @@ class LinkedEngine(BaseEngine):
 
     @property
     def state(self) -> EngineState:
-        """Where the engine is in its life. From any thread."""
         return self._client.lifecycle.state
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether ``chat`` can be used. ``False`` while no model is loaded. From any thread."""
         return self._client.welcome is not None and self._client.welcome.has_chat_template
 
     @property
     def context_length(self) -> int | None:
-        """Tokens that prompt and answer may have together; ``None`` if there is no limit, or
-        no model is loaded. From any thread.
-        """
         return None if (welcome := self._client.welcome) is None else welcome.context_length
 
     @property
@@ -152,8 +148,8 @@ class LinkedEngine(BaseEngine):
         """
         running_loop()
         connection = self._client.connection
-        if connection is None or not connection.opened:
-            self._check_running()
+        if connection is None or connection.link is None:
+            self.check_running()
         assert connection is not None
         return await io_thread.run(connection.exited)
 
@@ -170,28 +166,23 @@ class LinkedEngine(BaseEngine):
         on_cancel: Callable[[], None] | None = None,
         **kwargs: Any,
     ) -> T:
-        """Not possible: a function cannot go to another process.
-
-        Raises:
-            InvalidRequest: always.
-        """
         raise InvalidRequest(
             "func",
             "a function cannot go to the engine's process; use SimpleEngine or BatchedEngine to "
             "run MLX functions of your own",
         )
 
-    def _check_running(self) -> None:
+    def check_running(self) -> None:
         self._client.lifecycle.check_running()
 
     @property
-    def _width(self) -> int:
+    def width(self) -> int:
         return 1 if (welcome := self._client.welcome) is None else welcome.width
 
-    def _producer(
+    def submit(
         self,
         request: GenerationRequest,
-        on_progress: ProgressCallback | None,
+        on_progress: ProgressCallback | None = None,
         request_id: str | None = None,
     ) -> RemoteRequest:
         self._check_strategies(request.prefill, request.decode)
@@ -206,14 +197,14 @@ class LinkedEngine(BaseEngine):
         return await self._cache_file("load", path)
 
     async def _cache_file(self, action: Literal["save", "load"], path: Path) -> int:
-        self._check_running()
+        self.check_running()
         client, number = self._client, self._client.new_number()
         try:
             frame = encode_strictly([CacheFile(number, action, self._file_there(path))])
         except (UnicodeEncodeError, OSError) as error:
             raise InvalidRequest("path", f"cannot go to another process: {error}") from error
-        ticket = Ticket(client.lifecycle.new_id(action), reported=False)
-        prompts: int = await client.ask(ticket, number, frame).answer()
+        entry = InFlight(client.lifecycle.new_id(action))
+        prompts: int = await client.ask(entry, number, frame).answer()
         return prompts
 
     def _file_there(self, path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mlx_engine.core.lifecycle import Ticket
+from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.stream import Emit
 from mlx_engine.outputs import GenerationChunk, GenerationResult, ProgressCallback, Timings, Usage
 from mlx_engine.remote.calls import Call
@@ -50,7 +50,7 @@ class RemoteRequest:
         number = client.new_number()
         # The frame is named nowhere: once it is sent, nobody holds it.
         call = self._call = client.ask(
-            Ticket(self.request_id),
+            InFlight(self.request_id, reported=True),
             number,
             request_to_wire(
                 number,

@@ -35,7 +35,7 @@ async def test_who_leaves_before_its_thread_comes_does_not_keep_the_next_one_fro
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-    await until(lambda: engine._preparer._threads == 0)  # type: ignore[attr-defined]
+    await until(lambda: engine._scheduler._preparer._threads == 0)  # type: ignore[attr-defined]
     assert len((await engine.generate("next", max_tokens=3)).tokens) == 3
 
 
@@ -67,7 +67,7 @@ async def test_where_a_prompt_failed_is_told_with_the_thread_on_which_it_did(
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    tokenizer = engine._slot.vocabulary.tokenizer._tokenizer  # type: ignore[attr-defined]
+    tokenizer = engine._holder.vocabulary.tokenizer._tokenizer  # type: ignore[attr-defined]
     monkeypatch.setattr(tokenizer, "encode", broken)
     with pytest.raises(GenerationError) as caught:
         await engine.generate("a")

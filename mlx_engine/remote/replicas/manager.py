@@ -16,7 +16,8 @@ from mlx_engine.checks import integer, shown
 from mlx_engine.config import AsEngine, BatchedOptions, QueueConfig, SpecPrefill
 from mlx_engine.core.drain import clean_up
 from mlx_engine.core.event_loop import running_loop
-from mlx_engine.core.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
+from mlx_engine.core.in_flight import InFlight
+from mlx_engine.core.lifecycle import EngineState, Lifecycle, checked_timeout
 from mlx_engine.core.stream import Producer
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
@@ -24,7 +25,7 @@ from mlx_engine.outputs import EngineStats, ProgressCallback, ShutdownReport
 from mlx_engine.remote.health import Health
 from mlx_engine.remote.process_engine import ProcessEngine
 from mlx_engine.remote.ray_engine import RayEngine
-from mlx_engine.remote.replicas.in_flight import InFlight
+from mlx_engine.remote.replicas.abortable_work import AbortableWork
 from mlx_engine.remote.replicas.replica import Factory, Replica, ReplicaInfo, maker
 from mlx_engine.remote.replicas.replica_set import ReplicaSet
 from mlx_engine.remote.replicas.restarts import RestartPolicy
@@ -166,17 +167,14 @@ class EngineManager(BaseEngine):
 
     @property
     def state(self) -> EngineState:
-        """Where the manager is in its life. From any thread."""
         return self._lifecycle.state
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether ``chat`` can be used; known while the manager runs, from any thread."""
         return self._has_chat_template
 
     @property
     def context_length(self) -> int | None:
-        """As for every engine; known while the manager runs, from any thread."""
         return self._context_length
 
     @property
@@ -222,8 +220,9 @@ class EngineManager(BaseEngine):
             supervisor.cancel_jobs()
             return True
 
-        ticket = Ticket(self._lifecycle.new_id("start"), loop=loop, reported=False)
-        if not await self._lifecycle.begin_start(ticket, abort):
+        entry = InFlight(self._lifecycle.new_id("start"), loop=loop)
+        entry.abort = abort
+        if not await self._lifecycle.begin_start(entry):
             return
         try:
             self._loop, self._scaling, self._deadline = loop, asyncio.Lock(), None
@@ -234,15 +233,15 @@ class EngineManager(BaseEngine):
             self._supervisor.watch()
             self._finalizer = weakref.finalize(self, _abandoned, self._supervisor)
             self._finalizer.atexit = False
-            if not self._lifecycle.start_succeeded(ticket):
+            if not self._lifecycle.start_succeeded(entry):
                 raise EngineStopped("the manager was stopped while its replicas were starting")
         except BaseException as error:
-            if self._lifecycle.is_starter(ticket):
+            if self._lifecycle.is_starter(entry):
                 await clean_up(error, self._release)
             raise
         finally:
-            self._lifecycle.start_failed(ticket)
-            self._lifecycle.done(ticket)
+            self._lifecycle.start_failed(entry)
+            self._lifecycle.in_flight.remove(entry)
 
     async def shutdown(self, timeout: float | None = None) -> ShutdownReport:
         """Refuse new requests from now on, let those in flight finish, stop all replicas.
@@ -289,9 +288,9 @@ class EngineManager(BaseEngine):
         """
         wanted = integer("replicas", replicas, low=1)
         self._check_loop()
-        self._check_running()
+        self.check_running()
         async with self._scaling:
-            self._check_running()
+            self.check_running()
             more = wanted - len(self._replicas)
             if more > 0:
                 await self._supervisor.grow(more)
@@ -312,29 +311,29 @@ class EngineManager(BaseEngine):
             return
         raise RuntimeError("a manager is scaled and shut down in the event loop that started it")
 
-    def _check_running(self) -> None:
+    def check_running(self) -> None:
         if self.state is EngineState.FAILED and not self._lifecycle.inherited:
             self._replicas.check()  # which knows more of the reason
         self._lifecycle.check_running()
 
     @property
-    def _width(self) -> int:
-        return max(1, sum(replica.engine._width for replica in self._replicas.up()))
+    def width(self) -> int:
+        return max(1, sum(replica.engine.width for replica in self._replicas.up()))
 
-    def _producer(
+    def submit(
         self,
         request: GenerationRequest,
-        on_progress: ProgressCallback | None,
+        on_progress: ProgressCallback | None = None,
         request_id: str | None = None,
     ) -> Producer:
-        self._prototype._producer(request, on_progress)  # only to see whether it can be done
+        self._prototype.submit(request, on_progress)  # only to see whether it can be done
         return RoutedRequest(
             request_id or self._lifecycle.new_id(),
             request,
             on_progress,
             self._lifecycle,
             self._replicas,
-            self._check_running,
+            self.check_running,
         )
 
     def _check_strategies(
@@ -346,20 +345,20 @@ class EngineManager(BaseEngine):
         def fullness(one: Replica) -> int:
             return one.engine.stats().prompt_cache.nbytes
 
-        with self._in_flight("save") as in_flight:
-            up = await in_flight.do(self._replicas.until_up())
-            return await in_flight.do(max(up, key=fullness).engine.save_prompt_cache(path))
+        with self._work("save") as work:
+            up = await work.do(self._replicas.until_up())
+            return await work.do(max(up, key=fullness).engine.save_prompt_cache(path))
 
     async def _load_prompt_cache(self, path: Path) -> int:
-        with self._in_flight("load") as in_flight:
-            up = await in_flight.do(self._replicas.until_up())
+        with self._work("load") as work:
+            up = await work.do(self._replicas.until_up())
             loads = all_results([one.engine.load_prompt_cache(path) for one in up])
-            return max(await in_flight.do(loads))
+            return max(await work.do(loads))
 
-    def _in_flight(self, prefix: str) -> InFlight:
-        self._check_running()
+    def _work(self, prefix: str) -> AbortableWork:
+        self.check_running()
         name = self._lifecycle.new_id(prefix)
-        return InFlight(name, self._lifecycle, self._replicas.leftovers, reported=False)
+        return AbortableWork(name, self._lifecycle, self._replicas.leftovers, reported=False)
 
     async def run_blocking(
         self,
@@ -369,11 +368,6 @@ class EngineManager(BaseEngine):
         on_cancel: Callable[[], None] | None = None,
         **kwargs: Any,
     ) -> T:
-        """Not possible: a function cannot go to another process.
-
-        Raises:
-            InvalidRequest: always.
-        """
         return await self._prototype.run_blocking(func, *args, on_cancel=on_cancel, **kwargs)
 
 

@@ -34,7 +34,7 @@ class ReplicaSet:
 
     Attributes:
         room: the same.
-        leftovers: tasks of requests that were aborted; see ``InFlight``.
+        leftovers: tasks of requests that were aborted; see ``AbortableWork``.
         loop: the event loop in which replicas are watched and restarted, once it is known.
     """
 

@@ -16,7 +16,7 @@ from mlx_engine.outputs import (
 )
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.remote_request import NOTHING
-from mlx_engine.remote.replicas.in_flight import InFlight
+from mlx_engine.remote.replicas.abortable_work import AbortableWork
 from mlx_engine.remote.replicas.replica_set import NoneUp, ReplicaSet
 from mlx_engine.remote.replicas.routing import RequestCost
 from mlx_engine.requests import GenerationRequest
@@ -57,8 +57,8 @@ class RoutedRequest:
     async def run(self, emit: Emit | None) -> GenerationResult:
         """See ``Producer``."""
         self._check_running()
-        with InFlight(self.request_id, self._lifecycle, self._replicas.leftovers) as in_flight:
-            return await self._attempts(in_flight, emit)
+        with AbortableWork(self.request_id, self._lifecycle, self._replicas.leftovers) as work:
+            return await self._attempts(work, emit)
 
     def cancel(self) -> None:
         """See ``Producer``."""
@@ -73,7 +73,7 @@ class RoutedRequest:
             return replace(NOTHING, request_id=self.request_id)
         return producer.partial_result()
 
-    async def _attempts(self, in_flight: InFlight, emit: Emit | None) -> GenerationResult:
+    async def _attempts(self, work: AbortableWork, emit: Emit | None) -> GenerationResult:
         cost = RequestCost.of(self._request)
         busy: dict[str, EngineBusy] = {}
         attempts = deaths = 0
@@ -81,12 +81,12 @@ class RoutedRequest:
         while True:
             if none_up:
                 began = time.monotonic()
-                await in_flight.do(self._replicas.until_up(waited))
+                await work.do(self._replicas.until_up(waited))
                 waited += time.monotonic() - began
                 none_up = False
             try:
                 with self._replicas.assigned(cost, busy) as (name, engine):
-                    return await self._attempt(in_flight, engine, emit)
+                    return await self._attempt(work, engine, emit)
             except NoneUp:
                 if busy and self._replicas.up():
                     raise min(busy.values(), key=lambda error: error.retry_after) from None
@@ -95,7 +95,7 @@ class RoutedRequest:
             except EngineBusy as error:
                 busy[name] = error
             except EngineNotRunning as error:
-                if in_flight.aborted:
+                if work.aborted:
                     raise
                 self._replicas.ended(name, engine)
                 attempts += 1
@@ -107,23 +107,21 @@ class RoutedRequest:
                     raise _as_dead(error, name) from error.__cause__
 
     async def _attempt(
-        self, in_flight: InFlight, engine: LinkedEngine, emit: Emit | None
+        self, work: AbortableWork, engine: LinkedEngine, emit: Emit | None
     ) -> GenerationResult:
         def tell(chunk: GenerationChunk) -> None:
-            if emit is not None and not in_flight.over:
+            if emit is not None and not work.over:
                 self._emitted = True
                 emit(chunk)
 
-        producer = self._producer = engine._producer(
-            self._request, self._on_progress, self.request_id
-        )
+        producer = self._producer = engine.submit(self._request, self._on_progress, self.request_id)
         if self._cancelled:
             producer.cancel()
 
         async def run() -> GenerationResult:
             return await producer.run(None if emit is None else tell)
 
-        return await in_flight.do(run())
+        return await work.do(run())
 
 
 def _as_dead(error: EngineNotRunning, name: str) -> EngineDead:

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from mlx_engine.checks import integer, number, shown
-from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
 from mlx_engine.core.lifecycle import checked_timeout
 from mlx_engine.errors import EngineStopped, InvalidRequest
@@ -81,7 +80,7 @@ class EngineHost:
             InvalidRequest: an argument is of the wrong type or out of its range; something
                 serves at ``path`` already, or it is a file of another kind.
         """
-        if not isinstance(getattr(engine, "counters", None), EngineCounters):
+        if not hasattr(engine, "counters"):
             raise InvalidRequest(
                 "engine", f"must be SimpleEngine or BatchedEngine, not {shown(engine)}"
             )
@@ -123,7 +122,7 @@ class EngineHost:
             InvalidRequest: it cannot listen at ``path``, or something serves there already.
             RuntimeError: it has been started before.
         """
-        self.engine._check_running()
+        self.engine.check_running()
         if self._acceptor is not None:
             raise RuntimeError("a host is started once: make a new one")
         self._heartbeats.engine = self.engine
