@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Unpack
 
-from mlx_engine.config import BatchConfig, EngineOptions, check_batchable_options
+from mlx_engine.config import BatchConfig, BatchedOptions, EngineConfig, spelled_out
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.preparer import Preparer
 from mlx_engine.core.scheduler import BatchScheduler
@@ -22,6 +22,7 @@ from mlx_engine.generation.cache.kv_cache import measure_kv
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.runner import ModelRunner, memory_for_caches
 from mlx_engine.generation.trials.batch import check_batchable
+from mlx_engine.outputs import ProgressCallback
 
 _GATHER = 0.002  # seconds in which those that came together may join the first of them
 _QUANTUM = 0.02  # seconds that a burst has at least while others wait for the MLX thread
@@ -37,23 +38,25 @@ class BatchedEngine(BurstLife[Request], LocalEngine):
 
     _takes_priority = True
 
+    @spelled_out(BatchedOptions)
     def __init__(
         self,
         model: str | os.PathLike[str],
         *,
-        max_batch_size: int = 32,
-        max_decode_pause_ms: float | None = 200.0,
-        kv_cache_memory_bytes: int | None = None,
-        **options: Unpack[EngineOptions],
+        on_progress: ProgressCallback | None = None,
+        **options: Unpack[BatchedOptions],
     ) -> None:
         """Make an engine; nothing is loaded before it is started.
 
         Args:
             model: a folder in mlx-lm's layout, a Hugging Face repository id, or ``"demo"``.
-            max_batch_size: requests in work at once; others wait in the queue.
-            max_decode_pause_ms: milliseconds of prefill between two decode steps, roughly, so
-                that a long prompt that joins does not freeze running streams; ``None`` lets
-                each slice have ``prefill_step_size`` tokens.
+            on_progress: told of download and loading, in the event loop that starts the
+                engine.
+            max_batch_size: requests in work at once, 32 by default; others wait in the queue.
+            max_decode_pause_ms: milliseconds of prefill between two decode steps, roughly, 200
+                by default, so that a long prompt that joins does not freeze running streams: the
+                chunk is made as small as that takes, by the speed measured so far. ``None`` lets
+                each chunk have ``prefill_step_size`` tokens.
             kv_cache_memory_bytes: bytes that the KV caches of the requests in work and the
                 prompt cache may take together. A request that does not fit waits, one that
                 never could is refused. ``None`` is 90 % of the device's memory that the model
@@ -65,14 +68,10 @@ class BatchedEngine(BurstLife[Request], LocalEngine):
             InvalidRequest: an argument is of the wrong type, out of its range, or cannot be
                 honoured in a batch.
         """
-        self.batch_config = BatchConfig(
-            max_batch_size=max_batch_size,
-            max_decode_pause_ms=max_decode_pause_ms,
-            kv_cache_memory_bytes=kv_cache_memory_bytes,
-        )
-        super().__init__(model, **options)
-        check_batchable_options(self.config)
-        self._seats = BatchScheduler(max_batch_size)
+        config = EngineConfig.of("batched", model, options)
+        self.batch_config = config.batch
+        super().__init__(config, on_progress)
+        self._seats = BatchScheduler(config.batch.max_batch_size)
         self._preparer = Preparer(self._seats)
         # Others' time on the MLX thread when the last burst made way for them, if it did.
         self._gave_way: float | None = None

@@ -14,7 +14,6 @@ from typing import Literal
 
 import mlx.core as mx
 
-from mlx_engine.config import Strategies
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.stop import checkpoint, stoppable
 from mlx_engine.core.stream import Emit, emit_pieces
@@ -46,6 +45,7 @@ from mlx_engine.outputs import (
 )
 from mlx_engine.params import SamplingParams
 from mlx_engine.requests import ChatPrompt, TextPrompt
+from mlx_engine.strategies import Strategies
 
 
 class Request:

@@ -9,14 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mlx_engine.config import (
-    AsEngine,
-    BatchConfig,
-    ModelConfig,
-    QueueConfig,
-    SpecPrefill,
-    Strategies,
-)
+from mlx_engine.config import EngineConfig
 from mlx_engine.core.bridge import in_this_loop
 from mlx_engine.core.in_flight import RequestTicket
 from mlx_engine.core.mlx_thread import mlx_thread
@@ -27,9 +20,10 @@ from mlx_engine.engine.base import BaseEngine, checked_callback
 from mlx_engine.engine.bursts import BurstLife
 from mlx_engine.engine.producer import RequestProducer
 from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError, describe
-from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits, checked_limits
+from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import GenerationResult, ProgressCallback
 from mlx_engine.requests import GenerationRequest, checked_priority
+from mlx_engine.strategies import EngineDefault, SpecPrefill, Strategies
 from mlx_engine.testing.fake_answer import Answers, another
 from mlx_engine.testing.fake_model import LOOK, FakeModel, Load
 from mlx_engine.testing.fake_request import FakeRequest, Outlet
@@ -101,23 +95,28 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
             InvalidRequest: an argument is of the wrong type or out of its range.
         """
         self.requests: list[FakeRequest] = []
-        self._limits = checked_limits(limits)
-        batch = None if max_batch_size is None else BatchConfig(max_batch_size=max_batch_size)
-        self._batched = self._takes_priority = batch is not None
+        batch = {} if max_batch_size is None else {"max_batch_size": max_batch_size}
+        queue = {"queue_limit": queue_limit, "max_wait": max_wait, "limits": limits}
+        config = EngineConfig.of(
+            "batched" if batch else "simple",
+            "fake",
+            {"context_length": context_length, **queue, **batch},
+        )
+        self._limits, self._queue = config.limits, config.queue
+        self._batched = self._takes_priority = bool(batch)
         self._seats: BatchScheduler[FakeRequest] = BatchScheduler(
-            1 if batch is None else batch.max_batch_size
+            config.batch.max_batch_size if batch else 1
         )
         self._playing: dict[FakeRequest, Iterator[float | None]] = {}
         self._on_progress = checked_callback(on_progress)
         model = FakeModel(
             answers,
             load,
-            ModelConfig(model="fake", context_length=context_length).context_length,
+            config.model.context_length,
             seconds_per_token=seconds_per_token,
             prefill_seconds=prefill_seconds,
             load_seconds=load_seconds,
         )
-        self._queue = QueueConfig(queue_limit=queue_limit, max_wait=max_wait)
         super().__init__(model, self._queue)
         if self._batched:
             self._preparer = Preparer(self._seats)
@@ -154,7 +153,7 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
         )
 
     def _check_strategies(
-        self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
+        self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
         Strategies().of_request(prefill, decode)
 
