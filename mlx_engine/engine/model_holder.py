@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from mlx_engine.config import ModelConfig, Strategies
+from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.stop import Interrupted, checkpoint, stoppable
@@ -31,6 +31,7 @@ from mlx_engine.generation.trials.warm_up import warm_up
 from mlx_engine.models.loading import LoadedModel, load_model
 from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.outputs import GenerationResult, ProgressCallback, PromptCacheStats
+from mlx_engine.strategies import Strategies
 
 
 def _leave_mlx() -> None:
