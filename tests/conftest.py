@@ -18,6 +18,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from mlx_engine import BaseEngine, BatchedEngine, SimpleEngine
+from mlx_engine.core import preparer
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.work import PendingWork, ThreadJob
 from mlx_engine.core.work_queue import WorkQueue
@@ -170,6 +171,12 @@ def old_garbage() -> None:
     """What nobody collects while tests run, since it is older than they."""
     gc.unfreeze()
     gc.collect()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_thread_lingers() -> None:
+    """Or each test would wait for those that wait for more prompts."""
+    preparer._LINGER = 0.0
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
@@ -11,7 +10,7 @@ from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.ranked import FAIR, Ranked
 from mlx_engine.core.work import PendingWork, Stage, ThreadJob
 from mlx_engine.core.work_queue import WorkQueue
-from mlx_engine.errors import MLXEngineError
+from mlx_engine.errors import MLXEngineError, another
 from mlx_engine.outputs import GenerationResult
 
 
@@ -170,9 +169,9 @@ class BatchQueue(WorkQueue[QueuedRequest[R]], Generic[R]):
         with self._changed:
             waiting, running = list(self._queue), list(self._running.values())
         for queued in waiting:
-            self.refuse(queued, _another(error))
+            self.refuse(queued, another(error))
         for queued in running:
-            self.end(queued.request, _another(error))
+            self.end(queued.request, another(error))
 
     def withdraw_orphans(self) -> None:
         """Drop those in the queue whose event loop is closed."""
@@ -203,10 +202,3 @@ class BatchQueue(WorkQueue[QueuedRequest[R]], Generic[R]):
     def _moved(self, one: PendingWork[Any]) -> None:
         assert isinstance(one, QueuedRequest)
         one.on_moved()
-
-
-def _another(error: MLXEngineError) -> MLXEngineError:
-    """The same error: to raise one object in many tasks would add all their frames to it."""
-    another = copy.copy(error)
-    another.__cause__ = error.__cause__
-    return another

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from mlx_engine.checks import checked_path, shown
-from mlx_engine.config import AsEngine, QueueConfig, SpecPrefill
+from mlx_engine.config import QueueConfig
 from mlx_engine.core.drain import clean_up
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.lifecycle import EngineState
@@ -26,6 +26,7 @@ from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import EngineStats, GenerationResult, ProgressCallback, ShutdownReport
 from mlx_engine.params import SamplingOptions, SamplingParams
 from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt, checked_priority
+from mlx_engine.strategies import EngineDefault, SpecPrefill
 
 T = TypeVar("T")
 
@@ -160,8 +161,8 @@ class BaseEngine(abc.ABC):
         params: SamplingParams | None = None,
         *,
         priority: int = 0,
-        prefill: SpecPrefill | AsEngine | None = "as engine",
-        decode: AsEngine | None = "as engine",
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationResult:
@@ -199,8 +200,8 @@ class BaseEngine(abc.ABC):
         params: SamplingParams | None = None,
         *,
         priority: int = 0,
-        prefill: SpecPrefill | AsEngine | None = "as engine",
-        decode: AsEngine | None = "as engine",
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream:
@@ -224,8 +225,8 @@ class BaseEngine(abc.ABC):
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
-        prefill: SpecPrefill | AsEngine | None = "as engine",
-        decode: AsEngine | None = "as engine",
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationResult:
@@ -261,8 +262,8 @@ class BaseEngine(abc.ABC):
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
-        prefill: SpecPrefill | AsEngine | None = "as engine",
-        decode: AsEngine | None = "as engine",
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream:
@@ -279,8 +280,8 @@ class BaseEngine(abc.ABC):
         params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         *,
         priority: int = 0,
-        prefill: SpecPrefill | AsEngine | None = "as engine",
-        decode: AsEngine | None = "as engine",
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[GenerationResult | MLXEngineError]:
@@ -397,7 +398,7 @@ class BaseEngine(abc.ABC):
 
     @abc.abstractmethod
     def _check_strategies(
-        self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
+        self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
         """Raise ``InvalidRequest`` if a request may not ask for these."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 
-from mlx_engine.config import ModelConfig, Strategies
+from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.stop import Interrupted, checkpoint, stoppable
@@ -30,6 +31,7 @@ from mlx_engine.generation.trials.warm_up import warm_up
 from mlx_engine.models.loading import LoadedModel, load_model
 from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.outputs import GenerationResult, ProgressCallback, PromptCacheStats
+from mlx_engine.strategies import Strategies
 
 
 def _leave_mlx() -> None:
@@ -39,6 +41,29 @@ def _leave_mlx() -> None:
 
 
 mlx_thread.at_exit(_leave_mlx)
+
+
+H = TypeVar("H")
+
+
+def _telling(what: str) -> Callable[[Callable[[H, Path], int]], Callable[[H, Path], int]]:
+    """Tell what MLX raises inside in an error of ours, without the frames that hold arrays."""
+
+    def wrap(method: Callable[[H, Path], int]) -> Callable[[H, Path], int]:
+        @functools.wraps(method)
+        def telling(holder: H, path: Path) -> int:
+            try:
+                return method(holder, path)
+            except MLXEngineError as error:
+                drop_frames(error)
+                raise
+            except Exception as error:
+                drop_frames(error)
+                raise GenerationError(f"{what} failed: {describe(error)}") from error
+
+        return telling
+
+    return wrap
 
 
 class ModelHolder:
@@ -162,23 +187,23 @@ class ModelHolder:
         """Do a prepared request by itself. On the MLX thread."""
         return generate_single(request, self.runner())
 
+    @_telling("saving the prompt cache")
     def save_prompt_cache(self, path: Path) -> int:
         """Write the prompt cache into a file; the number of prompts. On the MLX thread."""
         runner = self.runner()
-        with _at_the_border("saving the prompt cache"):
-            print_ = prompt_cache_file.fingerprint(runner.loaded)
-            return prompt_cache_file.save(path, runner.prompt_cache, print_)
+        model = prompt_cache_file.fingerprint(runner.loaded)
+        return prompt_cache_file.save(path, runner.prompt_cache, model)
 
+    @_telling("loading the prompt cache")
     def load_prompt_cache(self, path: Path) -> int:
         """Add the prompts of a file to the prompt cache; their number. On the MLX thread."""
         runner = self.runner()
-        with _at_the_border("loading the prompt cache"):
-            return prompt_cache_file.load(
-                path,
-                runner.prompt_cache,
-                prompt_cache_file.fingerprint(runner.loaded),
-                sample_kv_cache(runner.loaded.model, runner.config),
-            )
+        return prompt_cache_file.load(
+            path,
+            runner.prompt_cache,
+            prompt_cache_file.fingerprint(runner.loaded),
+            sample_kv_cache(runner.loaded.model, runner.config),
+        )
 
     def unload(self) -> None:
         """Drop the model. On the MLX thread."""
@@ -187,16 +212,3 @@ class ModelHolder:
         mlx_thread.remove_exit_job(self.unload)
         with contextlib.suppress(Exception):  # the model is gone, and that is what counts
             mx.clear_cache()
-
-
-@contextlib.contextmanager
-def _at_the_border(what: str) -> Iterator[None]:
-    """Tell what MLX raises inside in an error of ours, without the frames that hold arrays."""
-    try:
-        yield
-    except MLXEngineError as error:
-        drop_frames(error)
-        raise
-    except Exception as error:
-        drop_frames(error)
-        raise GenerationError(f"{what} failed: {describe(error)}") from error

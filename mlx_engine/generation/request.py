@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from mlx_engine.config import Strategies
 from mlx_engine.core.request import ActiveRequest, Serve
 from mlx_engine.core.stop import checkpoint, stoppable
 from mlx_engine.core.stream import emit_pieces
@@ -35,6 +34,7 @@ from mlx_engine.outputs import (
     Usage,
 )
 from mlx_engine.requests import ChatPrompt, GenerationRequest
+from mlx_engine.strategies import Strategies
 
 
 class Request(ActiveRequest):

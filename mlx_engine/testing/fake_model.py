@@ -10,9 +10,9 @@ from functools import partial
 from mlx_engine.checks import number, shown
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.stop import Interrupted
-from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError
+from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError, another
 from mlx_engine.outputs import Progress, ProgressCallback, PromptCacheStats
-from mlx_engine.testing.fake_answer import Answers, another, checked_answers, choose
+from mlx_engine.testing.fake_answer import Answers, checked_answers, choose
 from mlx_engine.testing.fake_cache import FakePromptCache
 from mlx_engine.testing.fake_gate import Gate
 from mlx_engine.testing.scripted_request import ScriptedRequest

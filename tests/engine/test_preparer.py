@@ -61,6 +61,35 @@ async def test_a_thread_that_goes_on_holds_nothing_of_what_it_did_before(
     await until(lambda: refs[1]() is None)
 
 
+async def test_a_thread_waits_a_moment_for_the_next_prompt(
+    engine: BaseEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    begin = threads.Start.begin
+
+    def noted(start: threads.Start) -> None:
+        started.append(start.thread.name)
+        begin(start)
+
+    monkeypatch.setattr(threads.Start, "begin", noted)
+    monkeypatch.setattr(preparer, "_LINGER", 60.0)
+    waiting = engine._scheduler._preparer  # type: ignore[attr-defined]
+    for _ in range(3):
+        await engine.generate("a", max_tokens=1)
+        await until(lambda: waiting._idle == 1)
+    assert started.count("prepare") == 1
+    both = [asyncio.create_task(engine.generate(text, max_tokens=1)) for text in "bc"]
+    await asyncio.gather(*both)
+    assert started.count("prepare") <= 2
+    monkeypatch.setattr(preparer, "_LINGER", 0.0)
+    for text in "de":  # whoever takes one waits no more
+        await asyncio.gather(*(engine.generate(text, max_tokens=1) for _ in range(4)))
+    with waiting._changed:
+        waiting._idle = 0
+        waiting._changed.notify_all()
+    await until(lambda: waiting._threads == 0)
+
+
 async def test_where_a_prompt_failed_is_told_with_the_thread_on_which_it_did(
     engine: BaseEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
