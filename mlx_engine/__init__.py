@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_engine.config import MTP, DraftModel, SpecPrefill
-    from mlx_engine.core.lifecycle import EngineState
     from mlx_engine.core.stream import GenerationStream
     from mlx_engine.engine.base import BaseEngine
     from mlx_engine.engine.batched import BatchedEngine
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
     )
     from mlx_engine.limits import RequestLimits
     from mlx_engine.outputs import (
+        EngineState,
         EngineStats,
         FinishReason,
         GenerationChunk,
@@ -147,7 +147,7 @@ _LATER = {
     "EngineManager": "mlx_engine.remote.replicas.manager",
     "EngineNotRunning": "mlx_engine.errors",
     "EngineNotStarted": "mlx_engine.errors",
-    "EngineState": "mlx_engine.core.lifecycle",
+    "EngineState": "mlx_engine.outputs",
     "EngineStats": "mlx_engine.outputs",
     "EngineStopped": "mlx_engine.errors",
     "Exit": "mlx_engine.remote.exits",

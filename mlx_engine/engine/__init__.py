@@ -1,4 +1,4 @@
-"""Where the event loop and the MLX thread meet.
+"""Where the event loop and the MLX thread meet. No MLX here but where the model is.
 
 Its files:
 
@@ -10,5 +10,6 @@ Its files:
     bursts.py        turns that they share
     many.py          many requests by one call
     producer.py      a request as a stream sees it
-    model_holder.py  where the model is
+    late.py          imports MLX when the first engine starts
+    model_holder.py  where the model is, and all that is done with it
 """

@@ -18,12 +18,17 @@ from mlx_engine.checks import checked_path, shown
 from mlx_engine.config import AsEngine, QueueConfig, SpecPrefill
 from mlx_engine.core.drain import clean_up
 from mlx_engine.core.event_loop import running_loop
-from mlx_engine.core.lifecycle import EngineState
 from mlx_engine.core.stream import GenerationStream, Producer
 from mlx_engine.engine.many import at_once, in_order, made_once, params_for_each
 from mlx_engine.errors import InvalidRequest, MLXEngineError
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
-from mlx_engine.outputs import EngineStats, GenerationResult, ProgressCallback, ShutdownReport
+from mlx_engine.outputs import (
+    EngineState,
+    EngineStats,
+    GenerationResult,
+    ProgressCallback,
+    ShutdownReport,
+)
 from mlx_engine.params import SamplingOptions, SamplingParams
 from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt, checked_priority
 

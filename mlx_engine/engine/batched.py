@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from mlx_engine.config import BatchConfig, EngineOptions, check_batchable_options
 from mlx_engine.core.mlx_thread import mlx_thread
@@ -14,14 +13,11 @@ from mlx_engine.core.preparer import Preparer
 from mlx_engine.core.scheduler import BatchScheduler
 from mlx_engine.engine.bursts import BurstLife
 from mlx_engine.engine.local import LocalEngine
-from mlx_engine.engine.model_holder import ModelHolder
-from mlx_engine.errors import EngineDead, MLXEngineError, describe, drop_frames
-from mlx_engine.generation.batch import Batch
-from mlx_engine.generation.budget import MemoryBudget
-from mlx_engine.generation.cache.kv_cache import measure_kv
+from mlx_engine.errors import EngineDead, describe, drop_frames
 from mlx_engine.generation.request import Request
-from mlx_engine.generation.runner import ModelRunner, memory_for_caches
-from mlx_engine.generation.trials.batch import check_batchable
+
+if TYPE_CHECKING:
+    from mlx_engine.generation.batch import Batch
 
 _GATHER = 0.002  # seconds in which those that came together may join the first of them
 _QUANTUM = 0.02  # seconds that a burst has at least while others wait for the MLX thread
@@ -65,7 +61,7 @@ class BatchedEngine(BurstLife[Request], LocalEngine):
             InvalidRequest: an argument is of the wrong type, out of its range, or cannot be
                 honoured in a batch.
         """
-        self.batch_config = BatchConfig(
+        self.batch_config = self._batching = BatchConfig(
             max_batch_size=max_batch_size,
             max_decode_pause_ms=max_decode_pause_ms,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
@@ -77,35 +73,16 @@ class BatchedEngine(BurstLife[Request], LocalEngine):
         # Others' time on the MLX thread when the last burst made way for them, if it did.
         self._gave_way: float | None = None
 
-    def _new_slot(self) -> ModelHolder:
-        self._batch_slot = BatchHolder(self.batch_config)
-        return self._batch_slot
-
     @property
     def _width(self) -> int:
         return self.batch_config.max_batch_size
-
-    def _load(self, path: Path) -> int:
-        loaded = super()._load(path)
-        self._batch_slot.batch().make_room()
-        return loaded
-
-    def _prepare(self, request: Request) -> MLXEngineError | None:
-        error = super()._prepare(request)
-        if error is not None or not request.prompt:
-            return error
-        try:
-            self._batch_slot.budget.check(request)
-        except MLXEngineError as refused:
-            return request.failed(refused)
-        return None
 
     # on the MLX thread
 
     def _burst(self, stop: threading.Event) -> None:
         """Work until there is nothing to do, or others have waited for long enough."""
         try:
-            batch = self._batch_slot.batch()
+            batch = self._holder.batch()
         except EngineDead as error:
             self._seats.end_all(error)
             return
@@ -156,47 +133,3 @@ class BatchedEngine(BurstLife[Request], LocalEngine):
         dead = EngineDead(reason)
         dead.__cause__ = error
         self._seats.end_all(dead)
-
-
-class BatchHolder(ModelHolder):
-    """A model and the batch of its requests."""
-
-    batched = True
-
-    def __init__(self, config: BatchConfig) -> None:
-        super().__init__()
-        self._config = config
-        self._batch: Batch | None = None
-        self._budget: MemoryBudget | None = None
-
-    @property
-    def budget(self) -> MemoryBudget:
-        """What the requests of the batch may take. From any thread.
-
-        Raises:
-            EngineDead: there is no model.
-        """
-        if self._budget is None:
-            raise EngineDead("the engine has no model any more")
-        return self._budget
-
-    def batch(self) -> Batch:
-        """The batch. On the MLX thread."""
-        if self._batch is None:
-            raise EngineDead("the engine has no model any more")
-        return self._batch
-
-    def _equip(self, space: ModelRunner) -> None:
-        model, pause = space.loaded.model, self._config.max_decode_pause_ms
-        check_batchable(model, space.config)
-        memory = self._config.kv_cache_memory_bytes
-        limit = memory_for_caches() if memory is None else memory
-        self._budget = MemoryBudget(
-            measure_kv(model, space.config), limit, space.equipment.footprints
-        )
-        self._batch = Batch(space, self._budget, None if pause is None else pause / 1000)
-
-    def empty(self) -> None:
-        """Drop the model and all that belongs to it. On the MLX thread."""
-        self._batch = self._budget = None
-        super().empty()

@@ -17,13 +17,13 @@ from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.drain import clean_up, finish, is_destroyed
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.in_flight import Admission, RequestTicket
-from mlx_engine.core.lifecycle import EngineState, Lifecycle, Ticket
+from mlx_engine.core.lifecycle import Lifecycle, Ticket
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.preparer import Preparer, Preparing
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.core.work import PendingWork, ThreadJob
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
-from mlx_engine.outputs import EngineStats, PromptCacheStats, ShutdownReport
+from mlx_engine.outputs import EngineState, EngineStats, PromptCacheStats, ShutdownReport
 
 T = TypeVar("T")
 
@@ -56,17 +56,44 @@ class Slot(Protocol):
         """Drop the model. On the MLX thread."""
 
 
+class NoModel:
+    """A slot as long as there is nothing yet to keep a model in."""
+
+    filled = has_chat_template = False
+    context_length = None
+
+    def __init__(self) -> None:
+        self.meter = EngineCounters()
+
+    def prompt_cache_stats(self) -> PromptCacheStats:
+        """See ``Slot``."""
+        return PromptCacheStats()
+
+    def empty(self) -> None:
+        """See ``Slot``."""
+
+
 class EngineLife(abc.ABC):
     """Loads a model, lets work take its turn on the MLX thread, and lets go of the model.
 
     No MLX here: what kind of model it is, and how it is loaded, is its heirs' affair.
     """
 
-    def __init__(self, slot: Slot, limits: QueueConfig) -> None:
-        """An engine that is to fill ``slot`` when it starts."""
+    def __init__(self, slot: Slot | None, limits: QueueConfig) -> None:
+        """An engine that is to fill ``slot`` when it starts; ``None`` if it makes one then."""
         self._lifecycle = Lifecycle()
         self._admission = Admission(self._lifecycle, limits)
         self._preparer: Preparer[Any] = Preparer(mlx_thread)
+        self._slot: Slot = NoModel()
+        if slot is not None:
+            self._hold(slot)
+
+    @property
+    def _is_holding(self) -> bool:
+        return not isinstance(self._slot, NoModel)
+
+    def _hold(self, slot: Slot) -> None:
+        """Have a place for the model from now on."""
         self._slot = slot
         # An engine that is forgotten must not drop its model on a foreign thread.
         self._finalizer = weakref.finalize(self, empty_abandoned, slot)
@@ -93,7 +120,7 @@ class EngineLife(abc.ABC):
         """A snapshot of counters. Cheap; from any thread."""
         meter = self._slot.meter
         return EngineStats(
-            state=self.state.value,
+            state=self.state,
             **self._admission.counts(),
             prompt_tokens=meter.prompt_tokens,
             cached_tokens=meter.cached_tokens,

@@ -7,7 +7,6 @@ import functools
 from mlx_engine.core.in_flight import RequestTicket
 from mlx_engine.engine.local import LocalEngine
 from mlx_engine.generation.request import Request
-from mlx_engine.generation.single import generate_single
 from mlx_engine.outputs import GenerationResult
 
 
@@ -29,4 +28,4 @@ class SimpleEngine(LocalEngine):
 
     def _generate(self, request: Request) -> GenerationResult:
         """On the MLX thread."""
-        return generate_single(request, self._slot.space())
+        return self._holder.generate(request)

@@ -4,7 +4,8 @@ Its files:
 
     speculative/       several tokens proposed, verified in one forward
     sparse/            SpecPrefill
-    request.py         one request: its prompt, its tokens so far, how it ends
+    request.py         one request: its prompt, its tokens so far, how it ends; no MLX
+    prepare.py         made ready for its work: tokens, options
     course.py          its way into the KV cache, slice by slice, whatever its strategies
     single.py          one by itself: prompt cache -> prefill -> decode
     batch.py           many together, in steps
@@ -27,5 +28,3 @@ Its files:
     sequence.py        a request in it
     trials/            what is tried with a model before it serves
 """
-
-import mlx_engine.models  # noqa: F401 - imports mlx_lm in the one way that does no harm

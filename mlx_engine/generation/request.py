@@ -4,38 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import functools
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
-
-import mlx.core as mx
+from typing import TYPE_CHECKING, Literal
 
 from mlx_engine.config import Strategies
 from mlx_engine.core.event_loop import running_loop
-from mlx_engine.core.stop import checkpoint, stoppable
 from mlx_engine.core.stream import Emit, emit_pieces
 from mlx_engine.core.timer import RequestTimer
-from mlx_engine.core.work import call_in
-from mlx_engine.errors import (
-    ContextLengthExceeded,
-    GenerationError,
-    MLXEngineError,
-    describe,
-    drop_frames,
-)
-from mlx_engine.generation.prompt import encode, option_of
-from mlx_engine.generation.sampling import (
-    Sampling,
-    check_sampling,
-    make_sampling,
-    token_logprob,
-)
-from mlx_engine.generation.text import Piece, TextAssembler
-from mlx_engine.models.vocabulary import Vocabulary
+from mlx_engine.errors import GenerationError, MLXEngineError, describe, drop_frames
 from mlx_engine.outputs import (
     FinishReason,
     GenerationResult,
@@ -46,6 +26,12 @@ from mlx_engine.outputs import (
 )
 from mlx_engine.params import SamplingParams
 from mlx_engine.requests import ChatPrompt, TextPrompt
+
+if TYPE_CHECKING:  # a request may be made before MLX is there: when its engine has not started
+    import mlx.core as mx
+
+    from mlx_engine.generation.sampling import Sampling
+    from mlx_engine.generation.text import Piece, TextAssembler
 
 
 class Request:
@@ -60,6 +46,7 @@ class Request:
         strategies: how to prefill and to decode it.
 
     Attributes:
+        source, params: as they were given.
         prompt: token ids, once prepared.
         places: numbers of its first tokens with which other prompts are likely to begin too.
         limit: how many tokens may be generated, once prepared; ``None`` is without limit.
@@ -84,8 +71,8 @@ class Request:
         self.limit: int | None = None
         self.sampling: Sampling | None = None
         self.context: contextvars.Context | None = None
-        self._source = source
-        self._params = params
+        self.source = source
+        self.params = params
         self._on_progress = on_progress
         self._emit: Emit | None = None
         self._stopped = False
@@ -110,7 +97,7 @@ class Request:
     @property
     def open_ended(self) -> bool:
         """Whether it asks for as many tokens as fit."""
-        return self._params.max_tokens is None
+        return self.params.max_tokens is None
 
     @property
     def over(self) -> bool:
@@ -120,7 +107,7 @@ class Request:
     @property
     def wants_logprobs(self) -> bool:
         """Whether log-probabilities are to be given to ``take``."""
-        return self._params.logprobs is not None
+        return self.params.logprobs is not None
 
     @property
     def should_stop(self) -> bool:
@@ -141,42 +128,27 @@ class Request:
         self._loop = running_loop()
         self._on_progress = in_this_loop(self._on_progress)
         self._emit = emit
-        if self._params.logits_processors:
+        if self.params.logits_processors:
             self.context = contextvars.copy_context()
 
     def cancel(self) -> None:
         """Ask it to stop at its next token or prefill chunk. From any thread."""
         self._stopped = True
 
-    def prepare(self, vocabulary: Vocabulary) -> None:
-        """Turn the prompt into tokens, and look at the options. On any thread, without MLX.
+    def prepared(
+        self,
+        text: TextAssembler,
+        make_sampling: Callable[[], Sampling],
+        ends: frozenset[int],
+    ) -> None:
+        """All is there that its work needs.
 
-        Raises:
-            InvalidRequest: the prompt or an option does not suit this model.
-            Interrupted: it was cancelled.
-            Exception: whatever a tokenizer or chat template raises.
+        Args:
+            text: takes its tokens.
+            make_sampling: gives what chooses them; called on the MLX thread.
+            ends: token ids that end the answer.
         """
-        with stoppable(lambda: self.should_stop):
-            checkpoint()
-            encoded = encode(self._source, vocabulary)
-        self.prompt, self.places = encoded.tokens, encoded.places
-        self._notes += encoded.notes
-        self.limit = self._fit(vocabulary)
-        check_sampling(self._params, vocabulary.vocab_size)
-        self._make_sampling = functools.partial(
-            make_sampling,
-            self._params,
-            vocab_size=vocabulary.vocab_size,
-            xtc_special_tokens=(*vocabulary.newline_tokens, *sorted(vocabulary.eos)),
-        )
-        self._text = TextAssembler(
-            vocabulary.tokenizer,
-            stop=tuple(self._params.stop),
-            initial_state=encoded.initial_state,
-            tools=self._source.tools if isinstance(self._source, ChatPrompt) else None,
-        )
-        stops = frozenset(self._params.stop_token_ids)
-        self._ends = stops if self._params.ignore_eos else vocabulary.eos | stops
+        self._text, self._make_sampling, self._ends = text, make_sampling, ends
 
     def begin(self) -> bool:
         """Its work on the MLX thread begins, with its sampler; ``False`` if it was cancelled.
@@ -232,8 +204,9 @@ class Request:
             self.progress(len(self.prompt))
         self._clock.last_token = now
         self._tokens.append(token)
-        if self._params.logprobs is not None and logprobs is not None:
-            self._logprobs.append(token_logprob(token, logprobs, self._params.logprobs))
+        if self.params.logprobs is not None and logprobs is not None:
+            assert self.sampling is not None
+            self._logprobs.append(self.sampling.logprob(token, logprobs, self.params.logprobs))
         pieces = [] if token in self._ends else text.add(token)
         reason: FinishReason | None = None
         if token in self._ends or text.stopped:
@@ -259,18 +232,7 @@ class Request:
             Exception: whatever a processor raises.
         """
         assert self.sampling is not None
-        processed = logits
-        for processor in self.sampling.processors:
-            if self.context is None:
-                processed = processor(tokens, processed)
-            else:
-                processed = call_in(self.context, processor, tokens, processed)
-        if not isinstance(processed, mx.array) or processed.shape != logits.shape:
-            got = getattr(processed, "shape", type(processed).__name__)
-            raise ValueError(
-                f"a logits processor must return an mx.array of shape {logits.shape}, not {got}"
-            )
-        return processed.astype(logits.dtype)
+        return self.sampling.process(tokens, logits, self.context)
 
     def process_now(self, tokens: mx.array, logits: mx.array) -> mx.array:
         """The same, evaluated if the caller has processors: what fails then is their fault too.
@@ -278,12 +240,12 @@ class Request:
         Raises:
             GenerationError: the processors leave nothing to sample.
         """
-        processed = self.process(tokens, logits)
-        if self.context is not None:
-            before, after = (mx.isfinite(mx.logsumexp(each)) for each in (logits, processed))
-            mx.eval(processed, before, after)
-            if before.item() and not after.item():
-                raise self.nothing_to_sample(by_model=False)
+        assert self.sampling is not None
+        if self.context is None:
+            return self.process(tokens, logits)
+        processed, left = self.sampling.process_now(tokens, logits, self.context)
+        if not left:
+            raise self.nothing_to_sample(by_model=False)
         return processed
 
     def nothing_to_sample(self, *, by_model: bool) -> GenerationError:
@@ -380,23 +342,3 @@ class Request:
         if self._emit is not None:
             logprobs = tuple(self._logprobs[-1:]) if tokens else ()
             emit_pieces(self._emit, pieces, tokens, logprobs, reason)
-
-    def _fit(self, vocabulary: Vocabulary) -> int | None:
-        context, wanted = vocabulary.context_length, self._params.max_tokens
-        length = len(self.prompt)
-        if context is None:
-            return wanted
-        room = context - length
-        if room < (1 if wanted is None else wanted):
-            advice = "shorten the prompt"
-            if wanted is not None and room > 0:
-                advice += f", or lower max_tokens to {room} or None (as many as fit)"
-            raise ContextLengthExceeded(
-                f"{length} prompt tokens and max_tokens={wanted} do not fit into the "
-                f"model's context of {context} tokens (the engine's context_length); {advice}",
-                prompt_tokens=length,
-                max_tokens=wanted,
-                context_length=context,
-                option=option_of(self._source),
-            )
-        return room if wanted is None else wanted

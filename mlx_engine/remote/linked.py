@@ -18,12 +18,13 @@ from mlx_engine.core.bridge import in_this_loop
 from mlx_engine.core.drain import clean_up, finish, is_destroyed
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.forks import tell_after_fork
-from mlx_engine.core.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
+from mlx_engine.core.lifecycle import Lifecycle, Ticket, checked_timeout
 from mlx_engine.core.stream import Emit
 from mlx_engine.core.work import PendingWork
 from mlx_engine.engine.base import BaseEngine, checked_callback
 from mlx_engine.errors import EngineNotRunning, EngineStopped, InvalidRequest, MLXEngineError
 from mlx_engine.outputs import (
+    EngineState,
     EngineStats,
     ProgressCallback,
     PromptCacheStats,
@@ -117,7 +118,7 @@ class LinkedEngine(BaseEngine):
         told = (connection.stats if connection else None) or _NOTHING_YET
         if connection is not None and connection.exit is not None:
             told = bygone(told)
-        return replace(told, state=self.state.value)
+        return replace(told, state=self.state)
 
     def check_health(self) -> Health:
         """Whether its latest step is recent, if there is anything to do. From any thread."""
@@ -336,7 +337,7 @@ class LinkedEngine(BaseEngine):
 
 _STOPPED_LOADING = "the engine was stopped while it was loading"
 _NOTHING_YET = EngineStats(
-    "created", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0, 0, PromptCacheStats()
+    EngineState.CREATED, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0, 0, PromptCacheStats()
 )
 
 

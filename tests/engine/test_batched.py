@@ -578,5 +578,5 @@ async def test_the_batch_is_dropped_on_the_mlx_thread_and_nothing_waits(
 ) -> None:
     await engine.generate([1, 2], max_tokens=2)
     await engine.stop()
-    assert engine._batch_slot._batch is None
+    assert engine._slot._batch is None
     assert not mlx_thread.busy

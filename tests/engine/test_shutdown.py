@@ -427,26 +427,26 @@ def test_a_loop_that_ends_during_a_shutdown_leaves_no_model(
 def test_a_start_whose_loop_was_closed_does_not_block_the_next(
     tiny_path: Path, monkeypatch: pytest.MonkeyPatch, collected: str
 ) -> None:
-    from mlx_engine.engine import local
+    from mlx_engine.engine import model_holder
 
     begun, stopped = threading.Event(), threading.Event()
-    original = local.find_model
+    original = model_holder.find_model
 
     def slow(config: object, progress: object, should_stop: Callable[[], bool]) -> Path:
         begun.set()
         until_now(should_stop)
         stopped.set()
-        raise local.Interrupted
+        raise model_holder.Interrupted
 
     engine = SimpleEngine(tiny_path)
-    monkeypatch.setattr(local, "find_model", slow)
+    monkeypatch.setattr(model_holder, "find_model", slow)
     loop = asyncio.new_event_loop()
     task = loop.create_task(engine.start())
     loop.run_until_complete(until(begun.is_set))
     task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()
     assert engine.state is EngineState.STARTING
-    monkeypatch.setattr(local, "find_model", original)
+    monkeypatch.setattr(model_holder, "find_model", original)
     assert stopped.wait(PATIENCE)
 
     coroutine = task.get_coro()

@@ -219,7 +219,7 @@ async def test_the_pace_of_prefill_counts_what_went_through_each_model(
     monkeypatch.setattr(prefill_queue._Pace, "measured", noted)
     async with BatchedEngine(tiny_path, prefill=sparse(tiny_path)) as engine:
         result = await engine.generate(LONG, **OPTIONS)
-        queue = engine._batch_slot.batch()._prefilling
+        queue = engine._slot.batch()._prefilling
         assert result.usage.kept_tokens is not None
         assert counted[id(queue._pace)] == result.usage.kept_tokens - 1
         assert 850 < counted[id(queue._draft_pace)] <= len(LONG)

@@ -22,7 +22,7 @@ from mlx_engine import (
     SpecPrefill,
 )
 from mlx_engine.core.stop import Interrupted, checkpoint
-from mlx_engine.engine import batched, model_holder
+from mlx_engine.engine import model_holder
 from mlx_engine.generation import equipment
 from mlx_engine.models import mtp_check
 from mlx_engine.testing.safety.endings import ALL_WAYS
@@ -302,7 +302,7 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
         (equipment, "check_head"),
         (equipment, "check_sparse"),
         (equipment, "measure_kv"),
-        (batched, "check_batchable"),
+        (model_holder, "check_batchable"),
     ]
     originals = [getattr(module, name) for module, name in checks]
 
