@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx_engine.checks import LARGEST, integer, shown
 from mlx_engine.config import AsEngine, SpecPrefill
@@ -25,12 +25,14 @@ class TextPrompt:
 
     Attributes:
         prompt: text, or a list of token ids; anything that counts as such is made into one.
+        option: what a caller calls it.
 
     Raises:
         InvalidRequest: it is empty or of another type.
     """
 
     prompt: str | list[int]
+    option: ClassVar[str] = "prompt"
 
     @classmethod
     def of(cls, prompt: object, limits: RequestLimits = DEFAULT_LIMITS) -> TextPrompt:
@@ -54,6 +56,7 @@ class ChatPrompt:
         messages: as templates expect them, made from what OpenAI's API takes.
         tools: descriptions of tools; ``None`` if there are none.
         template_kwargs: for the chat template.
+        option: what a caller calls it.
 
     Raises:
         InvalidRequest: one of them is of the wrong shape.
@@ -62,6 +65,7 @@ class ChatPrompt:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     template_kwargs: dict[str, Any]
+    option: ClassVar[str] = "messages"
 
     @classmethod
     def of(

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import threading
-import time
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 from mlx_engine.config import BatchConfig, EngineOptions, check_batchable_options
-from mlx_engine.core.mlx_thread import mlx_thread
-from mlx_engine.core.preparer import Preparer
 from mlx_engine.core.scheduler import BatchScheduler
-from mlx_engine.engine.bursts import BurstLife
+from mlx_engine.engine.batch_holder import BatchHolder
 from mlx_engine.engine.local import LocalEngine
-from mlx_engine.errors import EngineDead, describe, drop_frames
 from mlx_engine.generation.request import Request
 
-if TYPE_CHECKING:
-    from mlx_engine.generation.batch import Batch
 
-_GATHER = 0.002  # seconds in which those that came together may join the first of them
-_QUANTUM = 0.02  # seconds that a burst has at least while others wait for the MLX thread
-
-
-class BatchedEngine(BurstLife[Request], LocalEngine):
+class BatchedEngine(LocalEngine):
     """Serves many requests at once: each decode step gives all of them a token.
 
-    Requests join and leave at any step. The MLX thread works in bursts, each of which is one
-    turn: it goes on until there is nothing to do, or others have waited for as long as they
-    let the batch wait.
+    Requests join and leave at any step. The MLX thread works in batch runs, each of which is one
+    job: it goes on until there is nothing to do, or others have waited for as long as they let the
+    batch wait.
     """
 
+    _holder: BatchHolder
     _takes_priority = True
 
     def __init__(
@@ -61,75 +52,23 @@ class BatchedEngine(BurstLife[Request], LocalEngine):
             InvalidRequest: an argument is of the wrong type, out of its range, or cannot be
                 honoured in a batch.
         """
-        self.batch_config = self._batching = BatchConfig(
+        self.batch_config = BatchConfig(
             max_batch_size=max_batch_size,
             max_decode_pause_ms=max_decode_pause_ms,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
         )
         super().__init__(model, **options)
         check_batchable_options(self.config)
-        self._seats = BatchScheduler(max_batch_size)
-        self._preparer = Preparer(self._seats)
-        # Others' time on the MLX thread when the last burst made way for them, if it did.
-        self._gave_way: float | None = None
 
-    @property
-    def _width(self) -> int:
-        return self.batch_config.max_batch_size
+    def _new_holder(self) -> BatchHolder:
+        return BatchHolder(self.batch_config)
 
-    # on the MLX thread
-
-    def _burst(self, stop: threading.Event) -> None:
-        """Work until there is nothing to do, or others have waited for long enough."""
-        try:
-            batch = self._holder.batch()
-        except EngineDead as error:
-            self._seats.end_all(error)
-            return
-        try:
-            self._work(batch, stop)
-        except BaseException as error:  # noqa: BLE001 - nobody may be left waiting
-            batch.broken = error
-        finally:
-            batch.rest()  # a step may be under way
-        if batch.broken is not None:
-            batch.clear()
-            self._fail(batch.broken)
-
-    def _work(self, batch: Batch, stop: threading.Event) -> None:
-        began, others = time.perf_counter(), mlx_thread.attended_seconds
-        # As long as those had the thread that somebody waited for; other bursts are like this one.
-        share = _QUANTUM if self._gave_way is None else max(_QUANTUM, others - self._gave_way)
-        self._gave_way = None
-        while self._fill(batch) and not stop.is_set():
-            for request, error in batch.step():
-                if batch.broken is None:  # else they are told, with all others
-                    self._seats.end(request, error)
-            if batch.broken is not None:
-                return
-            if mlx_thread.wanted and time.perf_counter() - began >= share:
-                self._gave_way = others
-                return
-
-    def _fill(self, batch: Batch) -> bool:
-        """Give places to those whose turn it is; whether there is anything to do."""
-        if not len(batch):
-            self._seats.gather(_GATHER)
-        while (seat := self._seats.first()) is not None:
-            if seat.orphaned:
-                self._seats.withdraw_orphans()
-                continue
-            if not batch.fits(seat.request):
-                break
-            if self._seats.take(seat) and (over := batch.add(seat.request)) is not None:
-                self._seats.end(*over)
-        return self._seats.pending
-
-    def _fail(self, error: BaseException) -> None:
-        """MLX cannot be used any more: tell everybody, and refuse what comes."""
-        reason = f"MLX does not work any more ({describe(error)})"
-        self._lifecycle.fail(f"the engine has failed: {reason}; shut it down and start it again")
-        drop_frames(error)
-        dead = EngineDead(reason)
-        dead.__cause__ = error
-        self._seats.end_all(dead)
+    def _new_scheduler(self) -> BatchScheduler[Request]:
+        run = functools.partial(self._holder.run_batch, self._lifecycle.fail)
+        return BatchScheduler(
+            self._lifecycle,
+            self._queue,
+            self._holder.prepare,
+            self.batch_config.max_batch_size,
+            run,
+        )

@@ -1,21 +1,31 @@
-"""The one place that imports what engines in this process need MLX for."""
+"""MLX, when it is needed: the one place that imports what engines do with it."""
 
 from __future__ import annotations
 
 import sys
 import threading
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mlx_engine.config import BatchConfig
 from mlx_engine.errors import ModelLoadError, describe
 
-if TYPE_CHECKING:
-    from mlx_engine.engine.model_holder import ModelHolder
+__all__ = ["import_mlx", "mlx_is_imported", "mlx_work"]
 
 # The first imports mlx_lm in the one way that does no harm.
-_IN_ORDER = ("mlx_engine.models", "mlx_engine.engine.model_holder")
+_IN_ORDER = ("mlx_engine.models", "mlx_engine.engine.mlx_work")
 _imported = threading.Event()
+
+if TYPE_CHECKING:
+    from mlx_engine.engine import mlx_work
+else:
+
+    class _Late:
+        """The module of that name, once ``import_mlx`` has been called."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(sys.modules[_IN_ORDER[-1]], name)
+
+    mlx_work = _Late()
 
 
 def mlx_is_imported() -> bool:
@@ -38,18 +48,6 @@ def import_mlx() -> None:
     except Exception as error:
         raise ModelLoadError(_advice(error)) from error
     _imported.set()
-
-
-def make_holder(batching: BatchConfig | None) -> ModelHolder:
-    """Where an engine keeps its model; what that needs is imported, if it was not yet.
-
-    Raises:
-        ModelLoadError: as ``import_mlx`` does.
-    """
-    import_mlx()
-    from mlx_engine.engine.model_holder import ModelHolder  # noqa: PLC0415
-
-    return ModelHolder(batching)
 
 
 def _advice(error: Exception) -> str:

@@ -8,11 +8,9 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlx_engine.config import (
     AsEngine,
-    BatchConfig,
     Decode,
     ModelConfig,
     QueueConfig,
@@ -21,28 +19,22 @@ from mlx_engine.config import (
     path_text,
 )
 from mlx_engine.core.bridge import in_this_loop, off_loop
-from mlx_engine.core.in_flight import RequestTicket
+from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.stop import Interrupted
-from mlx_engine.core.stream import Emit
-from mlx_engine.engine.base import BaseEngine, checked_callback
-from mlx_engine.engine.late import make_holder, mlx_is_imported
-from mlx_engine.engine.life import EngineLife
-from mlx_engine.engine.producer import RequestProducer
-from mlx_engine.errors import MLXEngineError
+from mlx_engine.engine.base import checked_callback
+from mlx_engine.engine.in_process import InProcessEngine
+from mlx_engine.engine.late import import_mlx, mlx_is_imported
+from mlx_engine.engine.model_holder import ModelHolder
 from mlx_engine.generation.request import Request
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits, checked_limits
-from mlx_engine.outputs import GenerationResult, ProgressCallback
+from mlx_engine.outputs import ProgressCallback
 from mlx_engine.requests import GenerationRequest, checked_priority
 
-if TYPE_CHECKING:
-    from mlx_engine.engine.model_holder import ModelHolder
 
-
-class LocalEngine(EngineLife, BaseEngine):
+class LocalEngine(InProcessEngine):
     """A model in this process; the MLX thread does its work, one piece at a time."""
 
-    _holder: ModelHolder  # from the first start on
-    _batching: BatchConfig | None = None
+    _holder: ModelHolder
     _takes_priority = False
 
     def __init__(
@@ -120,21 +112,26 @@ class LocalEngine(EngineLife, BaseEngine):
         self.strategies = Strategies.of(prefill, decode)
         self._limits = checked_limits(limits)
         self._on_progress = checked_callback(on_progress)
-        self._queue = QueueConfig(queue_limit=queue_limit, max_wait=max_wait)
-        super().__init__(None, self._queue)
+        super().__init__(
+            self._new_holder(), QueueConfig(queue_limit=queue_limit, max_wait=max_wait)
+        )
+
+    @abc.abstractmethod
+    def _new_holder(self) -> ModelHolder:
+        """Make what is to hold the model."""
 
     async def _load_model(self, stop: threading.Event, should_stop: Callable[[], bool]) -> None:
+        if not mlx_is_imported():  # that takes seconds, in which this event loop goes on
+            await self._run_blocking_serialized(import_mlx, on_cancel=stop.set)
         progress = in_this_loop(self._on_progress)
-        if not self._is_holding:
-            self._holder = await self._new_holder(stop)
-            self._hold(self._holder)
-        holder = self._holder
-        find = functools.partial(holder.find, self.config, self.strategies, progress, should_stop)
+        find = functools.partial(
+            self._holder.find, self.config, self.strategies, progress, should_stop
+        )
         sources = await off_loop(find, stop)
         if stop.is_set():
             raise Interrupted
         await self._run_blocking_serialized(
-            holder.fill,
+            self._holder.load,
             self.config,
             self.strategies,
             sources,
@@ -143,64 +140,32 @@ class LocalEngine(EngineLife, BaseEngine):
             on_cancel=stop.set,
         )
 
-    async def _new_holder(self, stop: threading.Event) -> ModelHolder:
-        """What needs MLX, which takes seconds to be imported: on its own thread then."""
-        if mlx_is_imported():
-            return make_holder(self._batching)
-        return await self._run_blocking_serialized(make_holder, self._batching, on_cancel=stop.set)
-
     async def _save_prompt_cache(self, path: Path) -> int:
-        ticket = RequestTicket(self._lifecycle.new_id("save"), reported=False)
-        return await self._run_blocking_serialized(
-            self._holder.save_prompt_cache, path, _ticket=ticket
-        )
+        entry = InFlight(self._lifecycle.new_id("save"), counted=True)
+        save = self._holder.save_prompt_cache
+        return await self._run_blocking_serialized(save, path, _entry=entry)
 
     async def _load_prompt_cache(self, path: Path) -> int:
-        ticket = RequestTicket(self._lifecycle.new_id("load"), reported=False)
-        return await self._run_blocking_serialized(
-            self._holder.load_prompt_cache, path, _ticket=ticket
-        )
-
-    def _prepare(self, request: Request) -> MLXEngineError | None:
-        """On a thread of the preparer: no MLX."""
-        try:
-            self._holder.prepare(request)
-        except Interrupted:
-            pass  # its turn, if it still gets one, ends it
-        except BaseException as error:  # noqa: BLE001 - the border: templates raise anything
-            return request.failed(error)
-        return None
+        entry = InFlight(self._lifecycle.new_id("load"), counted=True)
+        load = self._holder.load_prompt_cache
+        return await self._run_blocking_serialized(load, path, _entry=entry)
 
     def _check_strategies(
         self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
     ) -> None:
         self.strategies.of_request(prefill, decode)
 
-    @property
-    def _width(self) -> int:
-        return 1
-
-    def _producer(
+    def submit(
         self,
-        ask: GenerationRequest,
-        on_progress: ProgressCallback | None,
+        request: GenerationRequest,
+        on_progress: ProgressCallback | None = None,
         request_id: str | None = None,
-    ) -> RequestProducer:
-        checked_priority(ask.priority, self._takes_priority)
-        request = Request(
-            ask.source,
-            ask.params,
+    ) -> Request:
+        checked_priority(request.priority, self._takes_priority)
+        return Request(
+            request,
             request_id or self._lifecycle.new_id(),
             on_progress,
-            ask.priority,
-            self.strategies.of_request(ask.prefill, ask.decode),
+            self._scheduler.serve,
+            self.strategies.of_request(request.prefill, request.decode),
         )
-        return RequestProducer(request, functools.partial(self._complete, request))
-
-    async def _complete(self, request: Request, emit: Emit | None) -> GenerationResult:
-        request.submitted(in_this_loop, emit)
-        return await self._serve(request, RequestTicket(request.request_id))
-
-    @abc.abstractmethod
-    async def _serve(self, request: Request, ticket: RequestTicket) -> GenerationResult:
-        """Do a request that somebody waits for."""

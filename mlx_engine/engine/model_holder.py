@@ -1,21 +1,18 @@
-"""Where an engine keeps its model, and all that it does with it: the engines' half with MLX.
-
-Nothing imports it at the top of a file: ``late.py`` does when an engine starts.
-"""
+"""The model of an engine, and what belongs to it."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import mlx.core as mx
-
-from mlx_engine.config import BatchConfig, ModelConfig, Strategies
+from mlx_engine.config import ModelConfig, Strategies
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.stop import Interrupted, checkpoint, stoppable
+from mlx_engine.engine.late import mlx_work
 from mlx_engine.errors import (
     EngineDead,
     GenerationError,
@@ -24,70 +21,52 @@ from mlx_engine.errors import (
     describe,
     drop_frames,
 )
-from mlx_engine.generation.batch import Batch
-from mlx_engine.generation.budget import MemoryBudget
-from mlx_engine.generation.cache import prompt_cache_file
-from mlx_engine.generation.cache.kv_cache import measure_kv, sample_kv_cache
-from mlx_engine.generation.prepare import prepare
 from mlx_engine.generation.request import Request
-from mlx_engine.generation.runner import ModelRunner, make_runner, memory_for_caches
-from mlx_engine.generation.single import generate_single
-from mlx_engine.generation.trials.batch import check_batchable
-from mlx_engine.generation.trials.warm_up import warm_up
-from mlx_engine.models.loading import LoadedModel, find_model, load_model
-from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.outputs import GenerationResult, ProgressCallback, PromptCacheStats
 
-
-def _leave_mlx() -> None:
-    """The MLX thread's last job. Without it mlx 0.32.4 aborts the process at its exit."""
-    mx.synchronize()
-    mx.clear_streams()
-
-
-mlx_thread.at_exit(_leave_mlx)
+if TYPE_CHECKING:
+    from mlx_engine.generation.runner import ModelRunner
+    from mlx_engine.models.loading import LoadedModel
+    from mlx_engine.models.vocabulary import Vocabulary
 
 
 class ModelHolder:
     """Holds the model of one engine, and what belongs to it.
 
-    Filled, used and emptied on the MLX thread.
-
-    Args:
-        batching: how its requests share a batch; ``None`` if they do not.
+    Loaded, used and unloaded on the MLX thread.
 
     Attributes:
-        meter: counters of the work done with it. From any thread.
+        counters: of the work done with it. From any thread.
+        batched: whether its requests share a batch.
     """
 
-    def __init__(self, batching: BatchConfig | None = None) -> None:
-        self.meter = EngineCounters()
-        self._batching = batching
-        self._space: ModelRunner | None = None
-        self._batch: Batch | None = None
-        self._budget: MemoryBudget | None = None
+    batched = False
+
+    def __init__(self) -> None:
+        self._runner: ModelRunner | None = None
+        self.counters = EngineCounters()
 
     @property
-    def filled(self) -> bool:
+    def loaded(self) -> bool:
         """Whether there is a model in it. From any thread."""
-        return self._space is not None
+        return self._runner is not None
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the model in it has a chat template. From any thread."""
-        space = self._space
-        return space is not None and bool(space.loaded.tokenizer.has_chat_template)
+        runner = self._runner
+        return runner is not None and bool(runner.loaded.tokenizer.has_chat_template)
 
     @property
     def context_length(self) -> int | None:
         """Tokens of prompt and answer together, if limited. From any thread."""
-        space = self._space
-        return None if space is None else space.loaded.context_length
+        runner = self._runner
+        return None if runner is None else runner.loaded.context_length
 
     def prompt_cache_stats(self) -> PromptCacheStats:
-        """Of its prompt cache. From any thread."""
-        space = self._space
-        return PromptCacheStats() if space is None else space.prompt_cache.stats()
+        """Counters of the prompt cache. From any thread."""
+        runner = self._runner
+        return PromptCacheStats() if runner is None else runner.prompt_cache.stats()
 
     def find(
         self,
@@ -104,10 +83,10 @@ class ModelHolder:
         sources: dict[str, Path] = {}
         for model in (config, *map(config.for_draft, strategies.drafts)):
             if model.model not in sources:  # else it is its own draft, of the same revision
-                sources[model.model] = find_model(model, on_progress, should_stop)
+                sources[model.model] = mlx_work.find_model(model, on_progress, should_stop)
         return sources
 
-    def fill(
+    def load(
         self,
         config: ModelConfig,
         strategies: Strategies,
@@ -123,15 +102,16 @@ class ModelHolder:
         Raises:
             ModelLoadError, InvalidRequest, Interrupted: as ``load_model`` does.
         """
-        load = functools.partial(load_model, on_progress=on_progress, should_stop=should_stop)
+        load = functools.partial(
+            mlx_work.load_model, on_progress=on_progress, should_stop=should_stop
+        )
         try:
             with stoppable(should_stop):
-                self._load(config, strategies, sources, load)
-                mlx_thread.at_exit(self.empty)
+                self._load_models(config, strategies, sources, load)
+                mlx_thread.at_exit(self.unload)
                 checkpoint()
-                if self._batching is not None:
-                    self._make_batch(self.space(), self._batching)
-                warm_up(self.space(), batched=self._batching is not None)
+                self._equip(self.runner())
+                mlx_work.warm_up(self.runner(), batched=self.batched)
         except Exception as error:
             drop_frames(error)  # this frame stays: nothing here may hold a model
             if isinstance(error, MLXEngineError | Interrupted):
@@ -140,7 +120,7 @@ class ModelHolder:
                 f"{config.model} is loaded, but does not work: {describe(error)}"
             ) from error
 
-    def _load(
+    def _load_models(
         self,
         config: ModelConfig,
         strategies: Strategies,
@@ -149,100 +129,83 @@ class ModelHolder:
     ) -> None:
         loaded = load(config, sources[config.model])
         drafts = {name: load(config.for_draft(name), sources[name]) for name in strategies.drafts}
-        self._space = make_runner(loaded, config, self.meter, drafts, strategies)
+        self._runner = mlx_work.make_runner(loaded, config, self.counters, drafts, strategies)
 
-    def _make_batch(self, space: ModelRunner, batching: BatchConfig) -> None:
-        model, pause = space.loaded.model, batching.max_decode_pause_ms
-        check_batchable(model, space.config)
-        memory = batching.kv_cache_memory_bytes
-        limit = memory_for_caches() if memory is None else memory
-        self._budget = MemoryBudget(
-            measure_kv(model, space.config), limit, space.equipment.footprints
-        )
-        self._batch = Batch(space, self._budget, None if pause is None else pause / 1000)
+    def _equip(self, runner: ModelRunner) -> None:
+        """Make what else the engine needs; raises what the start then raises."""
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """What prompts are made into tokens with. From any thread.
+        """Vocabulary that prompts are made into tokens with. From any thread.
 
         Raises:
             EngineDead: there is no model.
         """
-        return self.space().loaded.vocabulary
+        return self.runner().loaded.vocabulary
 
-    def get(self) -> LoadedModel:
+    def model(self) -> LoadedModel:
         """The model. On the MLX thread, in a request that was admitted."""
-        return self.space().loaded
+        return self.runner().loaded
 
-    def space(self) -> ModelRunner:
-        """The model and what belongs to it. On the MLX thread, in a request that was admitted."""
-        if self._space is None:
-            raise EngineDead("the engine has no model any more")
-        return self._space
-
-    def batch(self) -> Batch:
-        """The batch. On the MLX thread."""
-        if self._batch is None:
-            raise EngineDead("the engine has no model any more")
-        return self._batch
-
-    def prepare(self, request: Request) -> None:
-        """Make a request ready for its turn. On any thread, without MLX work.
+    def runner(self) -> ModelRunner:
+        """The model and what belongs to it. On the MLX thread, in a request that was admitted.
 
         Raises:
-            Exception: what its caller is told.
+            EngineDead: there is no model.
         """
-        prepare(request, self.vocabulary)
-        if self._budget is not None and request.prompt:
-            self._budget.check(request)
+        if self._runner is None:
+            raise EngineDead("the engine has no model any more")
+        return self._runner
+
+    def prepare(self, request: Request) -> MLXEngineError | None:
+        """Make its prompt into tokens; the error if that fails. On any thread, without MLX."""
+        try:
+            mlx_work.prepare(request, self.vocabulary)
+        except Interrupted:
+            pass  # its turn, if it still gets one, ends it
+        except BaseException as error:  # noqa: BLE001 - the border: templates raise anything
+            return request.failed(error)
+        return None
 
     def generate(self, request: Request) -> GenerationResult:
-        """Do a request by itself. On the MLX thread."""
-        return generate_single(request, self.space())
+        """Do a prepared request by itself. On the MLX thread."""
+        return mlx_work.generate_single(request, self.runner())
 
     def save_prompt_cache(self, path: Path) -> int:
-        """Write the prompt cache into a file; how many prompts. On the MLX thread."""
-        return self._at_the_border("saving the prompt cache", _save, path)
+        """Write the prompt cache into a file; the number of prompts. On the MLX thread."""
+        runner = self.runner()
+        with _at_the_border("saving the prompt cache"):
+            file = mlx_work.prompt_cache_file
+            return file.save(path, runner.prompt_cache, file.fingerprint(runner.loaded))
 
     def load_prompt_cache(self, path: Path) -> int:
-        """Add the prompts of a file; how many. On the MLX thread."""
-        loaded = self._at_the_border("loading the prompt cache", _load, path)
-        if self._batch is not None:
-            self._batch.make_room()
-        return loaded
+        """Add the prompts of a file to the prompt cache; their number. On the MLX thread."""
+        runner = self.runner()
+        with _at_the_border("loading the prompt cache"):
+            file = mlx_work.prompt_cache_file
+            return file.load(
+                path,
+                runner.prompt_cache,
+                file.fingerprint(runner.loaded),
+                mlx_work.sample_kv_cache(runner.loaded.model, runner.config),
+            )
 
-    def _at_the_border(
-        self, what: str, work: Callable[[ModelRunner, Path], int], path: Path
-    ) -> int:
-        """What MLX raises inside is told in an error of ours, without frames that hold arrays."""
-        try:
-            return work(self.space(), path)
-        except MLXEngineError as error:
-            drop_frames(error)
-            raise
-        except Exception as error:
-            drop_frames(error)
-            raise GenerationError(f"{what} failed: {describe(error)}") from error
-
-    def empty(self) -> None:
-        """Drop the model and all that belongs to it. On the MLX thread."""
-        self._space = self._batch = self._budget = None
-        self.meter.kv_bytes = self.meter.batch_size = 0
-        mlx_thread.remove_exit_job(self.empty)
-        with contextlib.suppress(Exception):  # the model is gone, and that is what counts
-            mx.clear_cache()
+    def unload(self) -> None:
+        """Drop the model. On the MLX thread."""
+        self._runner = None
+        self.counters.kv_bytes = self.counters.batch_size = 0
+        mlx_thread.remove_exit_job(self.unload)
+        mlx_work.clear_cache()
 
 
-def _save(space: ModelRunner, path: Path) -> int:
-    return prompt_cache_file.save(
-        path, space.prompt_cache, prompt_cache_file.fingerprint(space.loaded)
-    )
-
-
-def _load(space: ModelRunner, path: Path) -> int:
-    return prompt_cache_file.load(
-        path,
-        space.prompt_cache,
-        prompt_cache_file.fingerprint(space.loaded),
-        sample_kv_cache(space.loaded.model, space.config),
-    )
+@contextlib.contextmanager
+def _at_the_border(what: str) -> Iterator[None]:
+    """Tell what MLX raises inside in an error of ours, without the frames that hold arrays."""
+    try:
+        yield
+    except MLXEngineError as error:
+        drop_frames(error)
+        raise
+    except Exception as error:
+        drop_frames(error)
+        raise GenerationError(f"{what} failed: {describe(error)}") from error

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
-from mlx_engine.core.in_flight import RequestTicket
+from mlx_engine.core.scheduler import SimpleScheduler
 from mlx_engine.engine.local import LocalEngine
+from mlx_engine.engine.model_holder import ModelHolder
 from mlx_engine.generation.request import Request
-from mlx_engine.outputs import GenerationResult
 
 
 class SimpleEngine(LocalEngine):
@@ -17,15 +15,11 @@ class SimpleEngine(LocalEngine):
     prompt is made into tokens before, on another thread.
     """
 
-    async def _serve(self, request: Request, ticket: RequestTicket) -> GenerationResult:
-        return await self._run_blocking_serialized(
-            self._generate,
-            request,
-            on_cancel=request.cancel,
-            _ticket=ticket,
-            _prepare=functools.partial(self._prepare, request),
-        )
+    _holder: ModelHolder
 
-    def _generate(self, request: Request) -> GenerationResult:
-        """On the MLX thread."""
-        return self._holder.generate(request)
+    def _new_holder(self) -> ModelHolder:
+        return ModelHolder()
+
+    def _new_scheduler(self) -> SimpleScheduler[Request]:
+        holder = self._holder
+        return SimpleScheduler(self._lifecycle, self._queue, holder.prepare, holder.generate)

@@ -303,7 +303,7 @@ def test_requests_of_other_event_loops_go_on_when_the_driving_one_ends(
     thread.join(PATIENCE)
     assert [len(result.tokens) for result in results] == [50]
     asyncio.run(engine.stop())
-    assert not engine._seats.pending
+    assert not engine._scheduler.queue.pending
 
 
 def test_no_request_depends_on_the_event_loop_of_another(tiny_path: Path) -> None:
@@ -578,5 +578,5 @@ async def test_the_batch_is_dropped_on_the_mlx_thread_and_nothing_waits(
 ) -> None:
     await engine.generate([1, 2], max_tokens=2)
     await engine.stop()
-    assert engine._slot._batch is None
+    assert engine._holder._batch is None
     assert not mlx_thread.busy

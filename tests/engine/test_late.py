@@ -50,7 +50,7 @@ async def main():
         await asyncio.sleep(0.01)
     print(engine.state, start.done(), flush=True)
     await asyncio.wait([start])
-    print(engine.state, start.cancelled(), engine._slot.filled, flush=True)
+    print(engine.state, start.cancelled(), engine._holder.loaded, flush=True)
     async with engine:
         print(len((await engine.generate([1, 2], max_tokens=3, ignore_eos=True)).tokens))
 asyncio.run(main())

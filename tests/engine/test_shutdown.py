@@ -27,6 +27,7 @@ from mlx_engine import (
     SimpleEngine,
 )
 from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.stop import Interrupted
 from tests.conftest import other_tasks
 from tests.guard import Gate
 from tests.waiting import PATIENCE, turns, until, until_now
@@ -109,7 +110,7 @@ async def test_stop_while_loading_ends_the_load_at_once(
     with pytest.raises(EngineStopped):
         await starting
     assert tiny_engine.state is EngineState.STOPPED
-    assert not tiny_engine._slot.filled
+    assert not tiny_engine._holder.loaded
 
 
 async def test_loading_reports_progress_in_the_event_loop(tiny_path: Path) -> None:
@@ -378,7 +379,7 @@ async def test_two_engines_share_the_thread_one_at_a_time(
 async def test_the_model_is_dropped_by_stop_on_the_mlx_thread(tiny_engine: BaseEngine) -> None:
     dropped_on: list[bool] = []
     async with tiny_engine as engine:
-        model = engine._slot.get().model
+        model = engine._holder.model().model
         weakref.finalize(model, lambda: dropped_on.append(mlx_thread.is_current()))
         await engine.generate(PROMPT, max_tokens=3)
         del model
@@ -392,7 +393,8 @@ async def test_a_forgotten_engine_warns_and_drops_its_model_on_the_mlx_thread(
     dropped_on: list[bool] = []
     engine = SimpleEngine(tiny_path)
     await engine.start()
-    weakref.finalize(engine._slot.get().model, lambda: dropped_on.append(mlx_thread.is_current()))
+    model = engine._holder.model().model
+    weakref.finalize(model, lambda: dropped_on.append(mlx_thread.is_current()))
     with pytest.warns(ResourceWarning, match="without being stopped"):
         del engine
         gc.collect()
@@ -420,33 +422,33 @@ def test_a_loop_that_ends_during_a_shutdown_leaves_no_model(
     asyncio.run(main())
     assert asyncio.run(engine.stop()) is not None
     assert engine.state is EngineState.STOPPED
-    until_now(lambda: not engine._slot.filled)
+    until_now(lambda: not engine._holder.loaded)
 
 
 @pytest.mark.parametrize("collected", ["at the end", "with no loop", "in another loop"])
 def test_a_start_whose_loop_was_closed_does_not_block_the_next(
     tiny_path: Path, monkeypatch: pytest.MonkeyPatch, collected: str
 ) -> None:
-    from mlx_engine.engine import model_holder
+    from mlx_engine.engine import mlx_work
 
     begun, stopped = threading.Event(), threading.Event()
-    original = model_holder.find_model
+    original = mlx_work.find_model
 
     def slow(config: object, progress: object, should_stop: Callable[[], bool]) -> Path:
         begun.set()
         until_now(should_stop)
         stopped.set()
-        raise model_holder.Interrupted
+        raise Interrupted
 
     engine = SimpleEngine(tiny_path)
-    monkeypatch.setattr(model_holder, "find_model", slow)
+    monkeypatch.setattr(mlx_work, "find_model", slow)
     loop = asyncio.new_event_loop()
     task = loop.create_task(engine.start())
     loop.run_until_complete(until(begun.is_set))
     task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()
     assert engine.state is EngineState.STARTING
-    monkeypatch.setattr(model_holder, "find_model", original)
+    monkeypatch.setattr(mlx_work, "find_model", original)
     assert stopped.wait(PATIENCE)
 
     coroutine = task.get_coro()
@@ -497,7 +499,7 @@ async def test_stop_while_a_failed_start_cleans_up(tiny_path: Path, gate: MakeGa
     outcomes = await asyncio.gather(starting, holder, return_exceptions=True)
     assert all(isinstance(error, Exception) for error in outcomes)
     assert engine.state is EngineState.STOPPED
-    assert not engine._slot.filled
+    assert not engine._holder.loaded
     gc.collect()
     assert not complaints
 

@@ -58,10 +58,10 @@ async def test_nothing_of_a_warm_up_stays(tiny_path: Path, kind: str) -> None:
         fresh, prompts = engine.stats(), engine.stats().prompt_cache
 
         def again() -> tuple[bool, list[int]]:
-            space = engine._slot.space()
+            space = engine._holder.runner()
             mx.random.seed(7)
             before = [mx.array(part) for part in mx.random.state]
-            warm_up(space, batched=engine._slot.batched)
+            warm_up(space, batched=engine._holder.batched)
             same = all(
                 mx.array_equal(a, b).item() for a, b in zip(before, mx.random.state, strict=True)
             )

@@ -16,7 +16,7 @@ from mlx_engine import DraftModel, EngineState, InvalidRequest, ModelLoadError, 
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.work import ThreadJob
-from mlx_engine.engine import model_holder
+from mlx_engine.engine import mlx_work
 from tests.conftest import ROOT
 from tests.waiting import PATIENCE
 
@@ -34,7 +34,7 @@ async def refused(model: str | Path, words: str, **options: Any) -> None:
     with pytest.raises(ModelLoadError, match=words):
         await engine.start()
     assert engine.state is EngineState.CREATED
-    assert not engine._slot.filled
+    assert not engine._holder.loaded
 
 
 async def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ async def test_kv_options_that_the_model_cannot_have_are_refused_at_load(tiny_pa
     with pytest.raises(InvalidRequest, match="must divide the model's head dimension"):
         await engine.start()
     assert engine.state is EngineState.CREATED
-    assert not engine._slot.filled
+    assert not engine._holder.loaded
 
 
 async def test_an_error_of_the_load_does_not_keep_the_model_alive(tiny_path: Path) -> None:
@@ -183,12 +183,12 @@ async def test_what_is_known_of_a_model(tiny_path: Path) -> None:
     from tests.tiny import CONTEXT
 
     async with SimpleEngine(tiny_path) as engine:
-        loaded = engine._slot.get()
+        loaded = engine._holder.model()
         assert loaded.vocab_size == 262
         assert loaded.context_length == CONTEXT
         assert loaded.vocabulary.longest_token == len("</tool_call>")
     async with SimpleEngine(tiny_path, context_length=100) as engine:
-        assert engine._slot.get().context_length == 100
+        assert engine._holder.model().context_length == 100
 
 
 LIMITS = """
@@ -230,7 +230,7 @@ async def test_a_model_that_drafts_for_itself_is_found_once_with_its_revision(
         found.append((config.model, config.revision))
         return tiny_path
 
-    monkeypatch.setattr(model_holder, "find_model", find)
+    monkeypatch.setattr(mlx_work, "find_model", find)
     decode = DraftModel("org/model", 2)
     async with SimpleEngine("org/model", revision="v1", decode=decode) as engine:
         result = await engine.generate([1, 2, 3], max_tokens=9, ignore_eos=True)

@@ -91,7 +91,7 @@ class Campaign:
 
     async def _forget(self) -> None:
         """Empty the prompt caches, so that the same calls come again."""
-        space = self.engine._slot.space()
+        space = self.engine._holder.runner()
         sides = [cache for cache, _ in space.equipment.side_caches]
         await self.engine.run_blocking(
             lambda: [each.clear() for each in (space.prompt_cache, *sides)]
@@ -131,7 +131,7 @@ class Campaign:
             say(f"{what}: {stats.running} running, {stats.waiting} waiting")
         if mlx_thread.busy or other_tasks():
             say(f"{what}: left behind: {other_tasks()}")
-        space = self.engine._slot._space
+        space = self.engine._holder._runner
         for cache in [space.prompt_cache, *(cache for cache, _ in space.equipment.side_caches)]:
             held = sum(entry.nbytes for entry in cache.entries())
             if not cache.nbytes == held <= cache.limit:

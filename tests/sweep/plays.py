@@ -22,7 +22,7 @@ from mlx_engine import (
     SpecPrefill,
 )
 from mlx_engine.core.stop import Interrupted, checkpoint
-from mlx_engine.engine import model_holder
+from mlx_engine.engine import mlx_work
 from mlx_engine.generation import equipment
 from mlx_engine.models import mtp_check
 from mlx_engine.testing.safety.endings import ALL_WAYS
@@ -264,7 +264,7 @@ def _cache_file(stage: Stage, operation: str) -> Scene:
     engine = engine_here(stage.engine)
 
     def reset() -> None:
-        simulation.on_mlx_thread(engine._slot.space().prompt_cache.clear)
+        simulation.on_mlx_thread(engine._holder.runner().prompt_cache.clear)
         simulation.in_a_loop(stage.generate)
         (stage.folder / "cache").unlink(missing_ok=True)
 
@@ -293,16 +293,16 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
     And where nothing is chosen, as before a play and after it, they are not warmed up, and what
     has been checked of them counts.
     """
-    load, models = model_holder.load_model, {}
+    load, models = mlx_work.load_model, {}
     load_head, heads = equipment.load_head, {}
     ask, answers = mtp_check._greedy, {}
-    warm_up = model_holder.warm_up
+    warm_up = mlx_work.warm_up
     checks = [
         (equipment, "check_rollback"),
         (equipment, "check_head"),
         (equipment, "check_sparse"),
         (equipment, "measure_kv"),
-        (model_holder, "check_batchable"),
+        (mlx_work, "check_batchable"),
     ]
     originals = [getattr(module, name) for module, name in checks]
 
@@ -340,15 +340,15 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
 
         return checked
 
-    model_holder.load_model, equipment.load_head = load_once, load_head_once
-    mtp_check._greedy, model_holder.warm_up = ask_once, warm_up_in_plays
+    mlx_work.load_model, equipment.load_head = load_once, load_head_once
+    mtp_check._greedy, mlx_work.warm_up = ask_once, warm_up_in_plays
     for (module, name), check in zip(checks, originals, strict=True):
         setattr(module, name, once_but_in_plays(check))
     try:
         yield
     finally:
-        model_holder.load_model, equipment.load_head = load, load_head
-        mtp_check._greedy, model_holder.warm_up = ask, warm_up
+        mlx_work.load_model, equipment.load_head = load, load_head
+        mtp_check._greedy, mlx_work.warm_up = ask, warm_up
         for (module, name), check in zip(checks, originals, strict=True):
             setattr(module, name, check)
         for loaded in (heads, models):
