@@ -14,7 +14,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from benchmarks.decode_runs import Cycle, Run
 from mlx_engine import MTP, DraftModel, SimpleEngine
-from mlx_engine.config import Decode
+from mlx_engine.strategies import Decode
 
 WRONG = "MTP auto, wrong head"
 

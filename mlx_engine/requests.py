@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mlx_engine.checks import LARGEST, integer, shown
-from mlx_engine.config import AsEngine, SpecPrefill
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.params import SamplingParams
+from mlx_engine.strategies import EngineDefault, SpecPrefill
 
 
 class TokenIds(list[int]):
@@ -97,8 +97,8 @@ class GenerationRequest:
     source: TextPrompt | ChatPrompt
     params: SamplingParams
     priority: int = 0
-    prefill: SpecPrefill | AsEngine | None = "as engine"
-    decode: AsEngine | None = "as engine"
+    prefill: SpecPrefill | EngineDefault | None = "default"
+    decode: EngineDefault | None = "default"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "priority", checked_priority(self.priority))

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from mlx_engine.checks import checked_path, shown
-from mlx_engine.config import AsEngine, QueueConfig, SpecPrefill
+from mlx_engine.config import QueueConfig
 from mlx_engine.core.drain import clean_up
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.stream import GenerationStream, Producer
@@ -31,6 +31,7 @@ from mlx_engine.outputs import (
 )
 from mlx_engine.params import SamplingOptions, SamplingParams
 from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt, checked_priority
+from mlx_engine.strategies import EngineDefault, SpecPrefill
 
 T = TypeVar("T")
 
@@ -165,8 +166,8 @@ class BaseEngine(abc.ABC):
         params: SamplingParams | None = None,
         *,
         priority: int = 0,
-        prefill: SpecPrefill | AsEngine | None = "as engine",
-        decode: AsEngine | None = "as engine",
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationResult:
@@ -204,8 +205,8 @@ class BaseEngine(abc.ABC):
         params: SamplingParams | None = None,
         *,
         priority: int = 0,
-        prefill: SpecPrefill | AsEngine | None = "as engine",
-        decode: AsEngine | None = "as engine",
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream:
@@ -229,8 +230,8 @@ class BaseEngine(abc.ABC):
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
-        prefill: SpecPrefill | AsEngine | None = "as engine",
-        decode: AsEngine | None = "as engine",
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationResult:
@@ -266,8 +267,8 @@ class BaseEngine(abc.ABC):
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
-        prefill: SpecPrefill | AsEngine | None = "as engine",
-        decode: AsEngine | None = "as engine",
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream:
@@ -284,8 +285,8 @@ class BaseEngine(abc.ABC):
         params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         *,
         priority: int = 0,
-        prefill: SpecPrefill | AsEngine | None = "as engine",
-        decode: AsEngine | None = "as engine",
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[GenerationResult | MLXEngineError]:
@@ -402,7 +403,7 @@ class BaseEngine(abc.ABC):
 
     @abc.abstractmethod
     def _check_strategies(
-        self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
+        self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
         """Raise ``InvalidRequest`` if a request may not ask for these."""
 

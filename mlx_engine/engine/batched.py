@@ -6,11 +6,12 @@ import functools
 import os
 from typing import Unpack
 
-from mlx_engine.config import BatchConfig, EngineOptions, check_batchable_options
+from mlx_engine.config import BatchedOptions, EngineConfig, spelled_out
 from mlx_engine.core.scheduler import BatchScheduler
 from mlx_engine.engine.batch_holder import BatchHolder
 from mlx_engine.engine.local import LocalEngine
 from mlx_engine.generation.request import Request
+from mlx_engine.outputs import ProgressCallback
 
 
 class BatchedEngine(LocalEngine):
@@ -24,23 +25,25 @@ class BatchedEngine(LocalEngine):
     _holder: BatchHolder
     _takes_priority = True
 
+    @spelled_out(BatchedOptions)
     def __init__(
         self,
         model: str | os.PathLike[str],
         *,
-        max_batch_size: int = 32,
-        max_decode_pause_ms: float | None = 200.0,
-        kv_cache_memory_bytes: int | None = None,
-        **options: Unpack[EngineOptions],
+        on_progress: ProgressCallback | None = None,
+        **options: Unpack[BatchedOptions],
     ) -> None:
         """Make an engine; nothing is loaded before it is started.
 
         Args:
             model: a folder in mlx-lm's layout, a Hugging Face repository id, or ``"demo"``.
-            max_batch_size: requests in work at once; others wait in the queue.
-            max_decode_pause_ms: milliseconds of prefill between two decode steps, roughly, so
-                that a long prompt that joins does not freeze running streams; ``None`` lets
-                each slice have ``prefill_step_size`` tokens.
+            on_progress: told of download and loading, in the event loop that starts the
+                engine.
+            max_batch_size: requests in work at once, 32 by default; others wait in the queue.
+            max_decode_pause_ms: milliseconds of prefill between two decode steps, roughly, 200
+                by default, so that a long prompt that joins does not freeze running streams: the
+                chunk is made as small as that takes, by the speed measured so far. ``None`` lets
+                each chunk have ``prefill_step_size`` tokens.
             kv_cache_memory_bytes: bytes that the KV caches of the requests in work and the
                 prompt cache may take together. A request that does not fit waits, one that
                 never could is refused. ``None`` is 90 % of the device's memory that the model
@@ -52,13 +55,9 @@ class BatchedEngine(LocalEngine):
             InvalidRequest: an argument is of the wrong type, out of its range, or cannot be
                 honoured in a batch.
         """
-        self.batch_config = BatchConfig(
-            max_batch_size=max_batch_size,
-            max_decode_pause_ms=max_decode_pause_ms,
-            kv_cache_memory_bytes=kv_cache_memory_bytes,
-        )
-        super().__init__(model, **options)
-        check_batchable_options(self.config)
+        config = EngineConfig.of("batched", model, options)
+        self.batch_config = config.batch
+        super().__init__(config, on_progress)
 
     def _new_holder(self) -> BatchHolder:
         return BatchHolder(self.batch_config)

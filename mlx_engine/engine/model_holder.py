@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from mlx_engine.config import ModelConfig, Strategies
+from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.stop import Interrupted, checkpoint, stoppable
@@ -23,11 +22,35 @@ from mlx_engine.errors import (
 )
 from mlx_engine.generation.request import Request
 from mlx_engine.outputs import GenerationResult, ProgressCallback, PromptCacheStats
+from mlx_engine.strategies import Strategies
 
 if TYPE_CHECKING:
     from mlx_engine.generation.runner import ModelRunner
     from mlx_engine.models.loading import LoadedModel
     from mlx_engine.models.vocabulary import Vocabulary
+
+
+H = TypeVar("H")
+
+
+def _telling(what: str) -> Callable[[Callable[[H, Path], int]], Callable[[H, Path], int]]:
+    """Tell what MLX raises inside in an error of ours, without the frames that hold arrays."""
+
+    def wrap(method: Callable[[H, Path], int]) -> Callable[[H, Path], int]:
+        @functools.wraps(method)
+        def telling(holder: H, path: Path) -> int:
+            try:
+                return method(holder, path)
+            except MLXEngineError as error:
+                drop_frames(error)
+                raise
+            except Exception as error:
+                drop_frames(error)
+                raise GenerationError(f"{what} failed: {describe(error)}") from error
+
+        return telling
+
+    return wrap
 
 
 class ModelHolder:
@@ -171,24 +194,24 @@ class ModelHolder:
         """Do a prepared request by itself. On the MLX thread."""
         return mlx_work.generate_single(request, self.runner())
 
+    @_telling("saving the prompt cache")
     def save_prompt_cache(self, path: Path) -> int:
         """Write the prompt cache into a file; the number of prompts. On the MLX thread."""
         runner = self.runner()
-        with _at_the_border("saving the prompt cache"):
-            file = mlx_work.prompt_cache_file
-            return file.save(path, runner.prompt_cache, file.fingerprint(runner.loaded))
+        file = mlx_work.prompt_cache_file
+        return file.save(path, runner.prompt_cache, file.fingerprint(runner.loaded))
 
+    @_telling("loading the prompt cache")
     def load_prompt_cache(self, path: Path) -> int:
         """Add the prompts of a file to the prompt cache; their number. On the MLX thread."""
         runner = self.runner()
-        with _at_the_border("loading the prompt cache"):
-            file = mlx_work.prompt_cache_file
-            return file.load(
-                path,
-                runner.prompt_cache,
-                file.fingerprint(runner.loaded),
-                mlx_work.sample_kv_cache(runner.loaded.model, runner.config),
-            )
+        file = mlx_work.prompt_cache_file
+        return file.load(
+            path,
+            runner.prompt_cache,
+            file.fingerprint(runner.loaded),
+            mlx_work.sample_kv_cache(runner.loaded.model, runner.config),
+        )
 
     def unload(self) -> None:
         """Drop the model. On the MLX thread."""
@@ -196,16 +219,3 @@ class ModelHolder:
         self.counters.kv_bytes = self.counters.batch_size = 0
         mlx_thread.remove_exit_job(self.unload)
         mlx_work.clear_cache()
-
-
-@contextlib.contextmanager
-def _at_the_border(what: str) -> Iterator[None]:
-    """Tell what MLX raises inside in an error of ours, without the frames that hold arrays."""
-    try:
-        yield
-    except MLXEngineError as error:
-        drop_frames(error)
-        raise
-    except Exception as error:
-        drop_frames(error)
-        raise GenerationError(f"{what} failed: {describe(error)}") from error

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mlx_engine.config import Strategies
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache.kv_cache import KVFootprint
 from mlx_engine.generation.request import Request
+from mlx_engine.strategies import Strategies
 
 
 class MemoryBudget:

@@ -9,7 +9,8 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_engine.config import MTP, DraftModel, ModelConfig, Strategies, path_text
+from mlx_engine.checks import path_text
+from mlx_engine.config import ModelConfig
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache.kv_cache import (
     KVFootprint,
@@ -30,6 +31,7 @@ from mlx_engine.generation.trials.sparse import check_sparse
 from mlx_engine.models.loading import LoadedModel, other_tokenizer
 from mlx_engine.models.mtp_check import check_head
 from mlx_engine.models.mtp_heads import load_head
+from mlx_engine.strategies import MTP, DraftModel, Strategies
 
 _DOUBTFUL = 0.05  # agreement of an MTP head with its model, below which something is wrong
 _TYPICAL = 8192  # tokens of a request, for dividing memory

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mlx_engine.config import Strategies
 from mlx_engine.core.request import ActiveRequest, Serve
 from mlx_engine.core.stream import emit_pieces
 from mlx_engine.errors import GenerationError, MLXEngineError
@@ -19,6 +18,7 @@ from mlx_engine.outputs import (
     Usage,
 )
 from mlx_engine.requests import GenerationRequest
+from mlx_engine.strategies import Strategies
 
 if TYPE_CHECKING:  # a request may be made before MLX is there: when its engine has not started
     import mlx.core as mx

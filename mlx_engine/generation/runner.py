@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_engine.config import ModelConfig, Strategies
+from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.generation.cache.kv_cache import (
     Cache,
@@ -21,6 +21,7 @@ from mlx_engine.generation.equipment import StrategyRuntime, make_runtime, share
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.sparse.sparse_cache import SparseKVCache
 from mlx_engine.models.loading import LoadedModel
+from mlx_engine.strategies import Strategies
 
 _GUESS = 2**30  # bytes of prompt cache where nothing is known of the device's memory
 _NEAR = 64  # tokens; for fewer it is not worth while to store a cache again

@@ -6,23 +6,17 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from mlx_engine.config import (
-    AsEngine,
-    BatchConfig,
-    ModelConfig,
-    QueueConfig,
-    SpecPrefill,
-    Strategies,
-)
+from mlx_engine.config import EngineConfig
 from mlx_engine.core.bridge import in_this_loop
 from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.scheduler import BatchScheduler, Scheduler, SimpleScheduler
 from mlx_engine.engine.base import checked_callback
 from mlx_engine.engine.in_process import InProcessEngine
 from mlx_engine.errors import EngineDead, InvalidRequest
-from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits, checked_limits
+from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import ProgressCallback
 from mlx_engine.requests import GenerationRequest, checked_priority
+from mlx_engine.strategies import EngineDefault, SpecPrefill, Strategies
 from mlx_engine.testing.fake_answer import Answers
 from mlx_engine.testing.fake_model import FakeModel, Load
 from mlx_engine.testing.fake_request import FakeRequest
@@ -96,20 +90,26 @@ class FakeEngine(InProcessEngine):
             InvalidRequest: an argument is of the wrong type or out of its range.
         """
         self.requests: list[FakeRequest] = []
-        self._limits = checked_limits(limits)
-        batch = None if max_batch_size is None else BatchConfig(max_batch_size=max_batch_size)
-        self._takes_priority = batch is not None
-        self._max_batch_size = None if batch is None else batch.max_batch_size
+        batch = {} if max_batch_size is None else {"max_batch_size": max_batch_size}
+        queue = {"queue_limit": queue_limit, "max_wait": max_wait, "limits": limits}
+        config = EngineConfig.of(
+            "batched" if batch else "simple",
+            "fake",
+            {"context_length": context_length, **queue, **batch},
+        )
+        self._limits = config.limits
+        self._takes_priority = bool(batch)
+        self._max_batch_size = config.batch.max_batch_size if batch else None
         self._on_progress = checked_callback(on_progress)
         model = FakeModel(
             answers,
             load,
-            ModelConfig(model="fake", context_length=context_length).context_length,
+            config.model.context_length,
             seconds_per_token=seconds_per_token,
             prefill_seconds=prefill_seconds,
             load_seconds=load_seconds,
         )
-        super().__init__(model, QueueConfig(queue_limit=queue_limit, max_wait=max_wait))
+        super().__init__(model, config.queue)
 
     def _new_scheduler(self) -> Scheduler[ScriptedRequest]:
         lifecycle, queue, prepare = self._lifecycle, self._queue, self._holder.prepare
@@ -149,7 +149,7 @@ class FakeEngine(InProcessEngine):
         )
 
     def _check_strategies(
-        self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
+        self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
         Strategies().of_request(prefill, decode)
 

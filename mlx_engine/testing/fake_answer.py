@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_engine.checks import shown
+from mlx_engine.checks import choice, shown
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import Segment, ToolCall
 from mlx_engine.testing.fake_gate import Gate
@@ -56,10 +56,7 @@ class FakeAnswer:
         object.__setattr__(self, "text", _pieces("text", self.text))
         object.__setattr__(self, "reasoning", _pieces("reasoning", self.reasoning))
         object.__setattr__(self, "tool_calls", tuple(map(_call, self.tool_calls)))
-        if self.finish_reason not in ("stop", "length"):
-            raise InvalidRequest(
-                "finish_reason", f"must be 'stop' or 'length', not {shown(self.finish_reason)}"
-            )
+        choice("finish_reason", self.finish_reason, ("stop", "length"))
 
     @classmethod
     def of(cls, answer: AnswerLike) -> FakeAnswer:

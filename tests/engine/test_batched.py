@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import inspect
 import itertools
 import math
 import random
@@ -25,7 +24,6 @@ from mlx_engine import (
     InvalidRequest,
     SimpleEngine,
 )
-from mlx_engine.config import EngineOptions
 from mlx_engine.core.mlx_thread import mlx_thread
 from tests.conftest import settled
 from tests.guard import GUARD, Gate
@@ -545,11 +543,6 @@ async def test_a_loaded_prompt_cache_keeps_within_the_memory_budget(
     async with BatchedEngine(tiny_path, kv_cache_memory_bytes=size // 2) as engine:
         await engine.load_prompt_cache(tmp_path / "cache")
         assert 0 < engine.stats().prompt_cache.nbytes <= size // 2
-
-
-def test_every_option_of_a_simple_engine_is_one_of_a_batched_engine() -> None:
-    own = inspect.signature(SimpleEngine.__init__).parameters.keys() - {"self", "model"}
-    assert EngineOptions.__annotations__.keys() == own
 
 
 async def test_a_model_that_mlx_lm_batches_wrongly_is_refused_at_the_start(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_engine import BaseEngine, EngineState
-from mlx_engine.config import Strategies
 from mlx_engine.core.stream import Emit
 from mlx_engine.errors import (
     EngineBusy,
@@ -34,6 +33,7 @@ from mlx_engine.remote.health import Health, health_of
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.wire.heartbeat import Beat, Watchdog
 from mlx_engine.requests import GenerationRequest
+from mlx_engine.strategies import Strategies
 
 Script = BaseException | asyncio.Event | Callable[[], Awaitable[None]] | None
 

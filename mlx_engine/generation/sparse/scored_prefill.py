@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mlx_engine.config import SpecPrefill
 from mlx_engine.generation.cache.kv_cache import Cache, make_kv_cache
 from mlx_engine.generation.equipment import Draft, SparsePrefilling
 from mlx_engine.generation.sparse.chunk_choice import Range, keeps_all
 from mlx_engine.generation.sparse.specprefill import Forward, SparsePrefill
+from mlx_engine.strategies import SpecPrefill
 
 
 class ScoredPrefill:

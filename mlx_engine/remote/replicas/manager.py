@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 
 from mlx_engine.checks import shown
-from mlx_engine.config import AsEngine, BatchedOptions, QueueConfig, SpecPrefill
+from mlx_engine.config import BatchedOptions, EngineKind, QueueConfig, spelled_out
 from mlx_engine.core.drain import clean_up
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.in_flight import InFlight as Entry
@@ -34,8 +34,8 @@ from mlx_engine.remote.replicas.supervisor import Supervisor
 from mlx_engine.remote.replicas.tasks import all_results
 from mlx_engine.remote.replicas.waiting_room import BOUNDED, WaitingRoom, waiting_limits
 from mlx_engine.remote.wire.heartbeat import Watchdog
-from mlx_engine.remote.wire.options import EngineKind
 from mlx_engine.requests import GenerationRequest
+from mlx_engine.strategies import EngineDefault, SpecPrefill
 
 T = TypeVar("T")
 
@@ -60,6 +60,7 @@ class EngineManager(BaseEngine):
     one: the one in which it was started, and in which the replicas are watched.
     """
 
+    @spelled_out(BatchedOptions)
     def __init__(
         self,
         model: str | os.PathLike[str],
@@ -91,6 +92,7 @@ class EngineManager(BaseEngine):
         self._set_up(process, replicas, restart, waiting_limits(options))
 
     @classmethod
+    @spelled_out(BatchedOptions)
     def on_ray(
         cls,
         model: str | os.PathLike[str],
@@ -335,7 +337,7 @@ class EngineManager(BaseEngine):
         )
 
     def _check_strategies(
-        self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
+        self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
         self._prototype._check_strategies(prefill, decode)
 
