@@ -2,6 +2,7 @@
 
 Its files:
 
+    interface.py     what engines are to their callers
     base.py          generate, stream_generate, chat, stream_chat, generate_batch
     local.py         those, for models in this process
     simple.py        one request at a time

@@ -393,8 +393,9 @@ async def test_a_forgotten_engine_warns_and_drops_its_model_on_the_mlx_thread(
     dropped_on: list[bool] = []
     engine = SimpleEngine(tiny_path)
     await engine.start()
-    model = engine._holder.model().model
-    weakref.finalize(model, lambda: dropped_on.append(mlx_thread.is_current()))
+    loaded = engine._holder.model()
+    weakref.finalize(loaded.model, lambda: dropped_on.append(mlx_thread.is_current()))
+    del loaded
     with pytest.warns(ResourceWarning, match="without being stopped"):
         del engine
         gc.collect()
