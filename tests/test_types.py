@@ -23,8 +23,6 @@ from tests.conftest import ROOT
 from tests.waiting import PATIENCE
 
 RIGHT = """
-import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 from mlx_engine import (
@@ -44,7 +42,7 @@ from mlx_engine import (
     RemoteEngine,
     SimpleEngine,
 )
-from mlx_engine.testing import Answers, FakeAnswer, FakeEngine, FakeRequest, Gate, Load, Piece
+from mlx_engine.testing import Answers, FakeAnswer, FakeEngine, Gate, Load, Piece
 
 
 def engines() -> list[Engine]:
