@@ -1,4 +1,4 @@
-"""When a replica that has ended is started again, and when that is given up."""
+"""Restarts of replicas that have ended, and when that is given up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST_DOUBLINGS = 64  # more than that overflows, and no wait is that long
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestartPolicy:
-    """How often a replica is started again after crashes, stalls and failed restarts.
+    """The limits on restarts of a replica after crashes, stalls and failed restarts.
 
     Attributes:
         max_restarts: restarts within ``window``; the next end is the last one. 0 is none.
@@ -60,7 +60,7 @@ class GiveUp:
 
 
 def decide(policy: RestartPolicy, ends: Sequence[float], now: float) -> Restart | GiveUp:
-    """What follows from an end. A pure function.
+    """The verdict on an end: what follows from it. A pure function.
 
     Args:
         ends: the earlier ends, in seconds on the clock of ``now``.
@@ -88,11 +88,11 @@ class RestartHistory:
         self._since: float | None = None
 
     def started(self, now: float) -> None:
-        """It runs from now on."""
+        """Count its time of running from now on."""
         self._since = now
 
     def ended(self, now: float, *, counts: bool = True) -> Restart | GiveUp:
-        """It has ended, or its start has failed.
+        """Decide what follows: it has ended, or its start has failed.
 
         Args:
             counts: whether that was a failure. One that was not is followed by a restart
