@@ -67,7 +67,7 @@ class Way:
 
     def _watch(self) -> None:
         """Note what the engine's chooser of depths is told."""
-        speculation = self._engine._slot.space().equipment.speculation
+        speculation = self._engine._slot.space().strategies.speculation
         if speculation is None:
             return
         tell = speculation.chooser.record

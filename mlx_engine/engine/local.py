@@ -27,8 +27,6 @@ from mlx_engine.engine.life import EngineLife
 from mlx_engine.engine.model_holder import ModelHolder
 from mlx_engine.engine.producer import RequestProducer
 from mlx_engine.errors import GenerationError, MLXEngineError, describe, drop_frames
-from mlx_engine.generation.cache import prompt_cache_file
-from mlx_engine.generation.cache.kv_cache import sample_kv_cache
 from mlx_engine.generation.request import Request
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits, checked_limits
 from mlx_engine.models.loading import find_model
@@ -163,11 +161,15 @@ class LocalEngine(EngineLife, BaseEngine):
 
     def _save(self, path: Path) -> int:
         """On the MLX thread."""
-        return _at_the_border("saving the prompt cache", _save, self._slot, path)
+        return _at_the_border(
+            "saving the prompt cache", lambda: self._slot.space().save_prompt_cache(path)
+        )
 
     def _load(self, path: Path) -> int:
         """On the MLX thread."""
-        return _at_the_border("loading the prompt cache", _load, self._slot, path)
+        return _at_the_border(
+            "loading the prompt cache", lambda: self._slot.space().load_prompt_cache(path)
+        )
 
     def _check_strategies(
         self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
@@ -204,29 +206,10 @@ class LocalEngine(EngineLife, BaseEngine):
         """Do a request that somebody waits for."""
 
 
-def _save(slot: ModelHolder, path: Path) -> int:
-    space = slot.space()
-    return prompt_cache_file.save(
-        path, space.prompt_cache, prompt_cache_file.fingerprint(space.loaded)
-    )
-
-
-def _load(slot: ModelHolder, path: Path) -> int:
-    space = slot.space()
-    return prompt_cache_file.load(
-        path,
-        space.prompt_cache,
-        prompt_cache_file.fingerprint(space.loaded),
-        sample_kv_cache(space.loaded.model, space.config),
-    )
-
-
-def _at_the_border(
-    what: str, work: Callable[[ModelHolder, Path], int], slot: ModelHolder, path: Path
-) -> int:
+def _at_the_border(what: str, work: Callable[[], int]) -> int:
     """What MLX raises inside is told in an error of ours, without the frames that hold arrays."""
     try:
-        return work(slot, path)
+        return work()
     except MLXEngineError as error:
         drop_frames(error)
         raise

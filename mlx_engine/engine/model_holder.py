@@ -14,8 +14,8 @@ from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.stop import Interrupted, checkpoint, stoppable
 from mlx_engine.errors import EngineDead, MLXEngineError, ModelLoadError, describe, drop_frames
-from mlx_engine.generation.runner import ModelRunner, make_runner
-from mlx_engine.generation.trials.warm_up import warm_up
+from mlx_engine.generation.runner import ModelRunner
+from mlx_engine.generation.warm_up import warm_up
 from mlx_engine.models.loading import LoadedModel, load_model
 from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.outputs import ProgressCallback, PromptCacheStats
@@ -109,7 +109,7 @@ class ModelHolder:
     ) -> None:
         loaded = load(config, sources[config.model])
         drafts = {name: load(config.for_draft(name), sources[name]) for name in strategies.drafts}
-        self._space = make_runner(loaded, config, self.meter, drafts, strategies)
+        self._space = ModelRunner(loaded, config, self.meter, drafts, strategies)
 
     def _equip(self, space: ModelRunner) -> None:
         """Make what else the engine needs; raises what the start then raises."""

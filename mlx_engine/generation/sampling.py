@@ -80,15 +80,14 @@ def make_sampling(
     """The sampler's options and the processors of one request. On the MLX thread.
 
     Args:
-        params: of the request.
+        params: of the request, for which ``check_sampling`` was asked.
         vocab_size: tokens that the model's logits cover.
         xtc_special_tokens: ids that XTC never excludes (newline and end of sequence, as in
             mlx-lm).
 
     Raises:
-        InvalidRequest: as ``check_sampling`` does, or a logits processor cannot be imported.
+        InvalidRequest: a logits processor cannot be imported.
     """
-    check_sampling(params, vocab_size)
     processors: list[LogitsProcessor] = make_logits_processors(
         logit_bias=dict(params.logit_bias),
         # A factor of 1 changes nothing; mlx_lm would still compute it.

@@ -278,7 +278,7 @@ async def test_the_drafts_prompts_count_as_memory_too(tiny_path: Path) -> None:
         space = engine._slot.space()
         stored: list[PromptCache] = [
             space.prompt_cache,
-            *(cache for cache, _ in space.equipment.side_caches),
+            *(cache for cache, _ in space.strategies.side_caches),
         ]
         assert 0 < sum(cache.nbytes for cache in stored) <= limit
 
@@ -309,7 +309,7 @@ async def test_a_head_keeps_no_more_states_than_it_may_need(
     folder = await made(MIMO, tmp_path / "model")
     async with SimpleEngine(folder, decode=MTP(), prefill_step_size=20) as engine:
         expected = await engine.generate(LONG[:300], decode=None, **OPTIONS)
-        speculation = engine._slot.space().equipment.speculation
+        speculation = engine._slot.space().strategies.speculation
         assert speculation is not None
         kept: list[int] = []
         observe = mtp.MTPDrafter.observe
@@ -324,5 +324,5 @@ async def test_a_head_keeps_no_more_states_than_it_may_need(
             result = await engine.generate(LONG[:300], max_tokens=80, ignore_eos=True)
             assert result.tokens[:30] == expected.tokens
         assert max(kept) <= 32 + 16 + 20
-        ((side, _),) = engine._slot.space().equipment.side_caches
+        ((side, _),) = engine._slot.space().strategies.side_caches
         assert all(length(entry.cache) == len(entry.tokens) for entry in side.entries())

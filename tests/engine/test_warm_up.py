@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_engine import BaseEngine, BatchedEngine, DraftModel, EngineState, SimpleEngine
-from mlx_engine.generation.trials.warm_up import warm_up
+from mlx_engine.generation.warm_up import warm_up
 from tests.conftest import ROOT, cancel_inside
 from tests.engine.first_request import KINDS
 from tests.generation.rigged import made
@@ -65,7 +65,7 @@ async def test_nothing_of_a_warm_up_stays(tiny_path: Path, kind: str) -> None:
             same = all(
                 mx.array_equal(a, b).item() for a, b in zip(before, mx.random.state, strict=True)
             )
-            stored = [len(cache.entries()) for cache, _ in space.equipment.side_caches]
+            stored = [len(cache.entries()) for cache, _ in space.strategies.side_caches]
             free = mx.get_cache_memory() // 1024  # KiB; that of the comparison is less than one
             return same, [len(space.prompt_cache.entries()), *stored, free]
 

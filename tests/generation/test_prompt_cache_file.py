@@ -333,7 +333,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 
-from mlx_engine.generation import prompt_cache_file
+from mlx_engine.generation.cache import prompt_cache_file
 from mlx_engine.generation.cache.prompt_cache import PromptCache
 from tests.generation.test_prompt_cache import kv, words
 

@@ -18,12 +18,12 @@ from mlx_lm.generate import generation_stream
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.errors import describe, drop_frames
 from mlx_engine.generation.cache.kv_cache import Cache
+from mlx_engine.generation.cache.rollback import Rollback
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.sampler import can_be_sampled
 from mlx_engine.generation.speculative.depth import DepthChooser
 from mlx_engine.generation.speculative.drafter import Drafter
 from mlx_engine.generation.speculative.forward import Forward
-from mlx_engine.generation.speculative.rollback import Rollback
 
 Emitted = tuple[int, mx.array | None]  # a token and its log-probabilities, if asked for
 # A token of shape (1,) that is not evaluated yet, whether there was anything to choose from

@@ -8,13 +8,11 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
-from mlx_engine.config import ModelConfig
+from mlx_engine.generation.cache.cached_model import CachedModel
 from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes, make_kv_cache
-from mlx_engine.generation.cache.prompt_cache import PromptCache
+from mlx_engine.generation.cache.rollback import Rollback
 from mlx_engine.generation.cache.snapshot import trimmable
 from mlx_engine.generation.prefill import prefill_chunk
-from mlx_engine.generation.speculative.rollback import Rollback
-from mlx_engine.models.loading import LoadedModel
 
 # A token id of shape (1,) from logits of shape (1, vocabulary), by the options of the request,
 # for the place behind these proposals.
@@ -75,18 +73,14 @@ class ModelDrafter(Drafter):
     """Proposes what a small model would say.
 
     Args:
-        draft: the small model.
-        config: how to prefill it.
-        prompt_cache: of its own.
+        draft: the small model, with its earlier prompts.
         vocab_size: tokens that the large model's logits cover.
     """
 
-    def __init__(
-        self, draft: LoadedModel, config: ModelConfig, prompt_cache: PromptCache, vocab_size: int
-    ) -> None:
-        self._draft = draft
-        self._config = config
-        self._prompt_cache = prompt_cache
+    def __init__(self, draft: CachedModel, vocab_size: int) -> None:
+        self._draft = draft.loaded
+        self._config = draft.config
+        self._prompt_cache = draft.prompt_cache
         self._vocab_size = vocab_size
         self._held = 0  # tokens in its cache
         self._ahead = 0  # of its proposals that are in its cache, too

@@ -9,9 +9,9 @@ from mlx_lm.generate import generation_stream
 
 from mlx_engine.generation.cache.kv_cache import Cache
 from mlx_engine.generation.cache.prompt_cache import PromptCache
+from mlx_engine.generation.cache.rollback import Rollback
 from mlx_engine.generation.speculative.depth import DepthChooser
 from mlx_engine.generation.speculative.drafter import Drafter, Sample
-from mlx_engine.generation.speculative.rollback import Rollback
 from mlx_engine.models.mtp_heads import MTPHead
 
 _CHUNK = 512  # hidden states that the head takes in at once

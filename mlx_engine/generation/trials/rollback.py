@@ -16,7 +16,7 @@ from mlx_engine.config import ModelConfig
 from mlx_engine.core.stop import Interrupted, checkpoint
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache.kv_cache import Cache, check_unbounded, make_kv_cache
-from mlx_engine.generation.speculative.rollback import Rollback, cannot_roll_back
+from mlx_engine.generation.cache.rollback import Rollback, cannot_roll_back
 from mlx_engine.generation.trials.same_logits import TOLERANCE, difference
 
 _PROMPT = (1, 2, 3, 4, 5)  # token ids that every model has

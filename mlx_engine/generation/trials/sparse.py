@@ -15,10 +15,10 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
 from mlx_engine.core.stop import Interrupted, checkpoint
+from mlx_engine.generation.cache.attention_tap import install
 from mlx_engine.generation.cache.kv_cache import Cache
-from mlx_engine.generation.sparse.attention_tap import install
-from mlx_engine.generation.sparse.row_fold import folded
-from mlx_engine.generation.sparse.sparse_cache import skip_to, sparse
+from mlx_engine.generation.cache.row_fold import folded
+from mlx_engine.generation.cache.sparse_cache import skip_to, sparse
 from mlx_engine.generation.trials.same_logits import TOLERANCE, difference
 
 _CHUNK = 4

@@ -14,7 +14,6 @@ from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.stop import checkpoint
 from mlx_engine.generation.cache.kv_cache import Cache, make_kv_cache, merge, quantize
-from mlx_engine.generation.equipment import Speculation
 from mlx_engine.generation.prefill import padded_prefill, prefill_chunk
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.runner import ModelRunner
@@ -22,6 +21,7 @@ from mlx_engine.generation.sampler import Sampler, can_be_sampled
 from mlx_engine.generation.sampling import make_sampling, token_logprob
 from mlx_engine.generation.speculative.decoder import SpeculativeDecoder
 from mlx_engine.generation.speculative.depth import DepthChooser
+from mlx_engine.generation.speculative.setup import Speculation
 from mlx_engine.generation.trials.batch import may_pad
 from mlx_engine.models.loading import LoadedModel
 from mlx_engine.params import SamplingParams
@@ -44,7 +44,7 @@ _EVERYTHING = SamplingParams(  # with a seed: the global random state stays as i
 )
 
 
-def warm_up(space: ModelRunner, *, batched: bool) -> None:
+def warm_up(runner: ModelRunner, *, batched: bool) -> None:
     """Prefill, decode and sample a little, in the ways of this engine. On the MLX thread.
 
     Nothing of it stays: no stored prompt, no count, no random number.
@@ -57,14 +57,14 @@ def warm_up(space: ModelRunner, *, batched: bool) -> None:
         Exception: whatever MLX raises.
     """
     try:
-        _alone(space.loaded, space.config)
+        _alone(runner.loaded, runner.config)
         if batched:
-            _together(space.loaded, space.config)
-        equipment = space.equipment
-        if equipment.speculation is not None:
-            _speculative(space.loaded, space.config, equipment.speculation)
-        if equipment.sparse is not None and equipment.sparse.draft.loaded is not space.loaded:
-            _alone(equipment.sparse.draft.loaded, equipment.sparse.draft.config)
+            _together(runner.loaded, runner.config)
+        strategies = runner.strategies
+        if strategies.speculation is not None:
+            _speculative(runner.loaded, runner.config, strategies.speculation)
+        if strategies.sparse is not None and strategies.sparse.draft.loaded is not runner.loaded:
+            _alone(strategies.sparse.draft.loaded, strategies.sparse.draft.config)
     finally:
         mx.synchronize(generation_stream)
         mx.clear_cache()

@@ -10,9 +10,9 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
+from mlx_engine.generation.cache.attention_tap import plain_attention
 from mlx_engine.generation.cache.kv_cache import Cache
-from mlx_engine.generation.sparse.attention_tap import plain_attention
-from mlx_engine.generation.sparse.sparse_cache import SparseKVCache
+from mlx_engine.generation.cache.sparse_cache import SparseKVCache
 
 
 class FoldedKVCache:
