@@ -184,7 +184,7 @@ class Batch:
                 self._store(sequence, cache)
 
     def _extract(self, sequence: Sequence) -> Cache | None:
-        """What it computed, to be stored."""
+        """The KV cache of a sequence that leaves, to be stored."""
         if sequence.fault is not None or not self._runner.prompt_cache.limit:
             return None
         try:
@@ -232,7 +232,7 @@ class Batch:
         self._store(sequence, sequence.cache)
 
     def _lose_all(self, error: Exception) -> Iterator[Over]:
-        """MLX failed, and nobody knows what the joint cache holds."""
+        """Fail all that decode: after a fault of MLX, nobody knows what the joint cache holds."""
         sequences = self._decoding.sequences
         self._decoding = DecodeBatch(self._runner)
         self._measure()
@@ -243,7 +243,7 @@ class Batch:
             yield sequence.request, sequence.request.failed(error)
 
     def _recover(self) -> None:
-        """After an error of MLX: see whether it still works."""
+        """See whether MLX still works, after an error of it."""
         try:
             mx.clear_cache()
             sample_kv_cache(self._runner.loaded.model, self._runner.config)

@@ -38,7 +38,7 @@ class _Pace:
 
 
 class PrefillQueue:
-    """Rows whose prompts are not yet in their KV caches. On the MLX thread.
+    """Sequences whose prompts are not yet in their KV caches. On the MLX thread.
 
     Args:
         runner: the model, and what belongs to it.

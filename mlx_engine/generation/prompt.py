@@ -58,7 +58,7 @@ def encode(source: TextPrompt | ChatPrompt, vocabulary: Vocabulary) -> Encoded:
 
 
 def option_of(source: TextPrompt | ChatPrompt) -> str:
-    """What a user calls it."""
+    """The option by which a user gives it."""
     return "messages" if isinstance(source, ChatPrompt) else "prompt"
 
 

@@ -1,4 +1,4 @@
-"""One request: its prompt, what it has generated so far, and how it ends. It runs nothing."""
+"""Requests at work: prompt, tokens so far, text, and how they end. Nothing is run here."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from mlx_engine.requests import ChatPrompt, TextPrompt
 
 
 class Request:
-    """A generation that is prepared once, given token after token, and asked for its result.
+    """A request at work: prepared once, given token after token, and asked for its result.
 
     Args:
         source: the prompt or chat.
@@ -104,7 +104,7 @@ class Request:
 
     @property
     def tokens(self) -> list[int]:
-        """What has been generated so far."""
+        """Token ids generated so far."""
         return self._tokens
 
     @property
@@ -132,7 +132,7 @@ class Request:
         in_this_loop: Callable[[ProgressCallback | None], ProgressCallback | None],
         emit: Emit | None,
     ) -> None:
-        """The caller waits from now on, in this event loop, where progress is to be told.
+        """Note that the caller waits from now on, in this event loop, where progress is told.
 
         Args:
             emit: gets each chunk at once; ``None`` makes no chunks.
@@ -149,7 +149,7 @@ class Request:
         self._stopped = True
 
     def prepare(self, vocabulary: Vocabulary) -> None:
-        """Turn the prompt into tokens, and look at the options. On any thread, without MLX.
+        """Make the prompt into tokens, and check the options. On any thread, without MLX.
 
         Raises:
             InvalidRequest: the prompt or an option does not suit this model.
@@ -179,7 +179,7 @@ class Request:
         self._ends = stops if self._params.ignore_eos else vocabulary.eos | stops
 
     def begin(self) -> bool:
-        """Its work on the MLX thread begins, with its sampler; ``False`` if it was cancelled.
+        """Begin on the MLX thread, with a sampler; ``False`` if it was cancelled.
 
         Raises:
             InvalidRequest: a logits processor cannot be imported.
@@ -193,26 +193,26 @@ class Request:
         return True
 
     def prefill_begins(self, cached: int) -> None:
-        """Its prefill begins, behind ``cached`` tokens that need none."""
+        """Note that prefill begins, behind ``cached`` tokens that need none."""
         self._cached_tokens = cached
         self.progress(cached)
 
     def progress(self, done: int, phase: Literal["score", "prefill"] = "prefill") -> None:
-        """So many tokens of the prompt are in the KV cache, or in the one that scores them."""
+        """Tell that ``done`` tokens of the prompt are in the KV cache, or in the scoring one."""
         if self._on_progress is not None:
             self._on_progress(Progress(phase, done, len(self.prompt)))
 
     def note(self, text: str) -> None:
-        """Something is done in another way than asked; told in the result, once."""
+        """Tell in the result, once, that something is done in another way than asked."""
         if text not in self._notes:
             self._notes += (text,)
 
     def kept(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """The model sees these parts of the prompt only."""
+        """Note that the model sees these parts of the prompt only."""
         self._kept = tuple(ranges)
 
     def prefilled(self) -> None:
-        """The prompt is in the KV cache, but for its last token."""
+        """Note that the prompt is in the KV cache, but for its last token."""
         self._clock.prefilled = time.perf_counter()
 
     def take(self, token: int, logprobs: mx.array | None) -> bool:
@@ -273,7 +273,7 @@ class Request:
         return processed.astype(logits.dtype)
 
     def process_now(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        """The same, evaluated if the caller has processors: what fails then is their fault too.
+        """Processed logits, evaluated if the caller has processors: what fails then is theirs.
 
         Raises:
             GenerationError: the processors leave nothing to sample.
@@ -287,7 +287,7 @@ class Request:
         return processed
 
     def nothing_to_sample(self, *, by_model: bool) -> GenerationError:
-        """What its caller is told when no token can be chosen.
+        """The error that its caller is told when no token can be chosen.
 
         Args:
             by_model: whether the model's own logits were so.
@@ -308,21 +308,21 @@ class Request:
         )
 
     def drafted(self, proposed: int, accepted: int) -> None:
-        """So many tokens were proposed for it, and so many of them were right."""
+        """Count tokens that were proposed for it, and those of them that were right."""
         self._draft_tokens += proposed
         self._accepted_tokens += accepted
 
     def ended_without_tokens(self) -> None:
-        """It ends here: none were asked for."""
+        """End the request: no tokens were asked for."""
         self.progress(len(self.prompt))
         self._finish("length", (), [])
 
     def cancelled(self) -> None:
-        """It ends here, cancelled."""
+        """End the request, cancelled."""
         self._finish("cancelled", (), [])
 
     def failed(self, error: BaseException) -> MLXEngineError:
-        """It ends here; what its caller is told, without the frames that ``error`` holds."""
+        """End the request; the error for its caller, without the frames that ``error`` holds."""
         self._clock.ended = time.perf_counter()
         self.sampling = None
         if isinstance(error, MLXEngineError):
@@ -337,7 +337,7 @@ class Request:
         return failed
 
     def result(self) -> GenerationResult:
-        """What has been made so far; final once it is over."""
+        """The result as it is so far; final once the request is over."""
         text = self._text
         return GenerationResult(
             text=text.content if text else "",

@@ -37,7 +37,7 @@ _NEAR = 64  # tokens; for fewer it is not worth while to store a cache again
 
 
 class ModelRunner:
-    """Runs the model of one engine: takes sequences into their KV caches, and keeps these.
+    """A model that is run for one engine: takes sequences into their KV caches, and keeps these.
 
     Made, used and dropped on the MLX thread.
 
@@ -215,7 +215,7 @@ class ModelRunner:
         )
 
     def _places(self, request: Request, hit: Hit) -> tuple[int, ...]:
-        """Where the cache of a request is to be stored on its way, ascending."""
+        """Places where the cache of a request is to be stored on its way, ascending."""
         if not self.prompt_cache.limit:
             return ()
         step = self.prompt_cache.grid or 1

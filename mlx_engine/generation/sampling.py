@@ -20,7 +20,7 @@ from mlx_engine.params import LogitsProcessor, SamplingParams
 
 
 class Sampling:
-    """What turns logits into the next token: processors first, then the sampler.
+    """Logits to the next token: processors first, then the sampler.
 
     Attributes:
         options: how it is sampled, alone or as a row among others.
@@ -38,8 +38,8 @@ class Sampling:
         return self._sampler(logprobs, range(position, position + logprobs.shape[0]))
 
     def sample_at(self, logprobs: mx.array, position: int) -> mx.array:
-        """The same, and the same choice whenever it is asked for the same position, so that what
-        a draft proposes can be what the model would choose.
+        """Token ids as of ``sample``, the same whenever it is asked for the same position, so that
+        what a draft proposes can be what the model would choose.
         """
         return self._repeatable(logprobs, range(position, position + logprobs.shape[0]))
 

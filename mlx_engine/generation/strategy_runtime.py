@@ -25,7 +25,7 @@ _INSTEAD = {"prefill": "prompts are prefilled in full", "decode": "decoded one t
 
 @dataclass(frozen=True, slots=True)
 class StrategyRuntime:
-    """What an engine prefills and decodes with beside its model.
+    """Strategies of one engine: what it prefills and decodes with beside its model.
 
     Attributes:
         sparse: ``None`` prefills in full.

@@ -1,4 +1,4 @@
-"""What a model computes first is computed when its engine starts, not in somebody's first step.
+"""Warming a model up: what it computes first is computed at start, not in somebody's step.
 
 MLX makes a program of what it runs for the first time: mlx_lm's models have functions that are
 compiled (on the CPU back end by a C++ compiler, seconds each), and Metal builds its kernels when
@@ -92,7 +92,7 @@ def _alone(loaded: LoadedModel, config: ModelConfig) -> None:
 
 
 def _together(loaded: LoadedModel, config: ModelConfig) -> None:
-    """A row that joins another, and prompts of two lengths that are prefilled together."""
+    """Step a row that joins another, and prefill prompts of two lengths together."""
     prompts = _halved(_prompt(loaded, config, _SHORT))
     joint, late = (merge([_prefilled(loaded, config, each)]) for each in prompts)
     for entry, other in zip(joint, late, strict=True):
@@ -153,7 +153,7 @@ def _step(loaded: LoadedModel, cache: Cache, inputs: list[list[int]]) -> mx.arra
 
 
 def _sampled(loaded: LoadedModel, logprobs: mx.array, prompt: list[int]) -> mx.array:
-    """Whether a token could be chosen, with all processors and filters."""
+    """The outcome of a choice with all processors and filters."""
     sampling = make_sampling(_EVERYTHING, vocab_size=loaded.vocab_size)
     with mx.stream(generation_stream):
         token_logprob(0, logprobs[0], 5)

@@ -1,4 +1,4 @@
-"""Where models come from: the embedded demo model, and everything that loads weights.
+"""Models: the embedded demo model, downloads, and everything that loads weights.
 
 Its files:
 

@@ -1,4 +1,4 @@
-"""How much attention a draft model pays to each token of a prompt."""
+"""The importance of a prompt's tokens: how much attention a draft model pays to each."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def attention_weights(
 
 
 def cannot_score(draft: nn.Module) -> str | None:
-    """Why the importance of tokens cannot be had from this draft; ``None`` if it can.
+    """The reason why a draft cannot tell the importance of tokens; ``None`` if it can.
 
     A few tokens are tried. On the MLX thread; raises ``Interrupted`` if it should stop.
     """

@@ -38,7 +38,7 @@ class SparsePrefilling:
         return self.draft.footprint
 
     def why_in_full(self, asked: SpecPrefill, prompt: list[int], held: int) -> str | None:
-        """Why nothing is left out of a prompt of which ``held`` tokens are there; else ``None``."""
+        """The reason why nothing of a prompt with ``held`` tokens is left out; else ``None``."""
         most, needed = self.draft.loaded.context_length, len(prompt) + asked.lookahead
         new = len(prompt) - held
         if new < asked.threshold:

@@ -166,7 +166,7 @@ class SparsePrefill:
         return tokens.size
 
     def _row_starts(self, size: int) -> list[int]:
-        """Where the whole chunks begin that come next, as many as fit."""
+        """Positions of the whole chunks that come next, as many as fit."""
         starts: list[int] = []
         for a, b in self._left if self._rows else []:
             whole = (b - a) // self._chunk
@@ -176,5 +176,5 @@ class SparsePrefill:
         return starts[: size // self._chunk]
 
     def _went_in(self, end: int) -> None:
-        """What comes before token ``end`` has been put in."""
+        """Note that what comes before token ``end`` has been put in."""
         self._left = [(max(a, end), b) for a, b in self._left if b > end]

@@ -1,4 +1,4 @@
-"""Can requests of this model share a batch, and does each get then what it gets alone?
+"""Trial of a batch: does each of a model's requests get then what it gets alone?
 
 For some models of mlx_lm 0.32.2 they do not, without an error: afm7 takes the positions of its
 queries from the padded width, longcat_flash_ngram spreads the state of a short prompt over
@@ -28,7 +28,7 @@ _ROWS = (list(range(1, 18)), [2, 1], [7])
 
 
 def check_batchable(model: nn.Module, config: ModelConfig) -> None:
-    """Try it.
+    """Try a model in a batch. On the MLX thread.
 
     Raises:
         InvalidRequest: names what does not work, and says what to do.
@@ -73,7 +73,7 @@ def _prefilled(model: nn.Module, config: ModelConfig, row: list[int]) -> Cache:
 
 
 def _last_logits(model: nn.Module, cache: Cache, rows: Sequence[list[int]]) -> mx.array:
-    """Of shape (rows, vocabulary)."""
+    """Logits of shape (rows, vocabulary)."""
     checkpoint()
     with mx.stream(generation_stream):
         logits: mx.array = model(mx.array([row[-1:] for row in rows]), cache=cache)[:, -1, :]
