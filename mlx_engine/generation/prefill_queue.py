@@ -8,10 +8,9 @@ import time
 from mlx_engine.generation.cache.kv_cache import Cache, merge
 from mlx_engine.generation.cache.sparse_cache import sparse
 from mlx_engine.generation.cache.stored_prompt import common_prefix
-from mlx_engine.generation.prefill import padded_prefill
+from mlx_engine.generation.prefill import may_pad, padded_prefill
 from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.sequence import Sequence
-from mlx_engine.generation.trials.batch import may_pad
 
 _CAUTIOUS = 64  # tokens of the first slice beside running sequences, before any was measured
 _SMALLEST = 16  # tokens of a slice, however slow the prefill is

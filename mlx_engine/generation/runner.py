@@ -15,7 +15,6 @@ from mlx_engine.generation.cache.cached_model import CachedModel
 from mlx_engine.generation.cache.kv_cache import (
     Cache,
     check_kv_options,
-    is_bounded_or_quantized,
     make_kv_cache,
     sample_kv_cache,
 )
@@ -70,7 +69,8 @@ class ModelRunner:
         check_kv_options(loaded.model, config)
         # With a cache that is bounded or quantised while a prompt goes in, what comes out depends
         # on where the chunks begin, so that a prefix may be used up to such a place only.
-        grid = config.prefill_step_size if is_bounded_or_quantized(config) else None
+        exact = config.max_kv_size is None and config.kv_bits is None
+        grid = None if exact else config.prefill_step_size
         cache = PromptCache(0, grid=grid, quantized_from=config.quantized_kv_start)
         target = CachedModel.of(loaded, config, cache)
         others = {

@@ -14,7 +14,7 @@ from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.stop import checkpoint
 from mlx_engine.generation.cache.kv_cache import Cache, make_kv_cache, merge, quantize
-from mlx_engine.generation.prefill import padded_prefill, prefill_chunk
+from mlx_engine.generation.prefill import may_pad, padded_prefill, prefilled
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.sampler import Sampler, can_be_sampled
@@ -22,7 +22,6 @@ from mlx_engine.generation.sampling import make_sampling, token_logprob
 from mlx_engine.generation.speculative.decoder import SpeculativeDecoder
 from mlx_engine.generation.speculative.depth import DepthChooser
 from mlx_engine.generation.speculative.setup import Speculation
-from mlx_engine.generation.trials.batch import may_pad
 from mlx_engine.models.loading import LoadedModel
 from mlx_engine.params import SamplingParams
 from mlx_engine.requests import TextPrompt
@@ -81,7 +80,7 @@ def _prompt(loaded: LoadedModel, config: ModelConfig, most: int | None = None) -
 
 def _alone(loaded: LoadedModel, config: ModelConfig) -> None:
     prompt = _prompt(loaded, config)
-    cache = _prefilled(loaded, config, prompt)
+    cache = prefilled(loaded.model, config, prompt)
     for sampled in (False, True):
         logits = _step(loaded, cache, [prompt[-1:]])
         quantize(cache, config)
@@ -94,7 +93,7 @@ def _alone(loaded: LoadedModel, config: ModelConfig) -> None:
 def _together(loaded: LoadedModel, config: ModelConfig) -> None:
     """Step a row that joins another, and prefill prompts of two lengths together."""
     prompts = _halved(_prompt(loaded, config, _SHORT))
-    joint, late = (merge([_prefilled(loaded, config, each)]) for each in prompts)
+    joint, late = (merge([prefilled(loaded.model, config, each)]) for each in prompts)
     for entry, other in zip(joint, late, strict=True):
         entry.extend(other)
     sampler = Sampler([make_sampling(_EVERYTHING, vocab_size=loaded.vocab_size).options] * 2)
@@ -133,13 +132,6 @@ def _speculative(loaded: LoadedModel, config: ModelConfig, speculation: Speculat
     for _ in range(1 + _STEPS):  # nothing is proposed for the first token
         checkpoint()
         decoder.step()
-
-
-def _prefilled(loaded: LoadedModel, config: ModelConfig, prompt: list[int]) -> Cache:
-    cache = make_kv_cache(loaded.model, config)
-    checkpoint()
-    prefill_chunk(loaded.model, cache, prompt, 0, len(prompt) - 1, config)
-    return cache
 
 
 def _step(loaded: LoadedModel, cache: Cache, inputs: list[list[int]]) -> mx.array:

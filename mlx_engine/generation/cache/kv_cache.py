@@ -69,11 +69,6 @@ def sample_kv_cache(model: nn.Module, config: ModelConfig) -> Cache:
     return cache
 
 
-def is_bounded_or_quantized(config: ModelConfig) -> bool:
-    """Whether what a prompt gives depends on where its prefill chunks begin."""
-    return config.max_kv_size is not None or config.kv_bits is not None
-
-
 def check_unbounded(option: str, config: ModelConfig) -> None:
     """Refuse ``option`` together with a bounded or quantised KV cache.
 

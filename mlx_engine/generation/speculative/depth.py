@@ -47,11 +47,6 @@ class DepthChooser:
         self._check_after = _FIRST_CHECK
 
     @property
-    def most(self) -> int:
-        """The deepest that is ever chosen."""
-        return MAX_AUTO_DEPTH if self._fixed is None else self._fixed
-
-    @property
     def parked(self) -> bool:
         """Whether nothing is proposed at present, because it does not pay."""
         return self._fixed is None and not self._trial and self._best == 0

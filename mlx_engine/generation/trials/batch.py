@@ -13,14 +13,13 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream
-from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.stop import Interrupted, checkpoint
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache.kv_cache import Cache, cache_parts, make_kv_cache, merge
 from mlx_engine.generation.cache.snapshot import snapshot
-from mlx_engine.generation.prefill import prefill_chunk
+from mlx_engine.generation.prefill import prefilled
 from mlx_engine.generation.trials.same_logits import TOLERANCE, difference
 
 # Token ids that every model has: a long row, a short one, and one with nothing in its cache.
@@ -38,7 +37,7 @@ def check_batchable(model: nn.Module, config: ModelConfig) -> None:
         if not hasattr(part, "merge") or getattr(part, "keep", None):
             raise _refused(f"mlx-lm cannot batch its {type(part).__name__}")
     try:
-        caches = [_prefilled(model, config, row) for row in _ROWS]
+        caches = [prefilled(model, config, row) for row in _ROWS]
         alone = [
             _last_logits(model, snapshot(cache), [row])[0]
             for cache, row in zip(caches, _ROWS, strict=True)
@@ -53,23 +52,6 @@ def check_batchable(model: nn.Module, config: ModelConfig) -> None:
         raise _refused(f"in a batch it fails ({type(error).__name__}: {error})") from error
     if not off <= TOLERANCE:
         raise _refused(f"in a batch its logits are others than alone (by {off:.0%} of their span)")
-
-
-def may_pad(model: nn.Module, config: ModelConfig) -> bool:
-    """Whether prompts of different lengths may be prefilled together.
-
-    Recurrent models would have to mask the padding, and not all of them do.
-    """
-    cache = make_kv_cache(model, config)
-    return all(isinstance(entry, KVCache | RotatingKVCache) for entry in cache)
-
-
-def _prefilled(model: nn.Module, config: ModelConfig, row: list[int]) -> Cache:
-    cache = make_kv_cache(model, config)
-    checkpoint()
-    if len(row) > 1:
-        prefill_chunk(model, cache, row, 0, len(row) - 1, config)
-    return cache
 
 
 def _last_logits(model: nn.Module, cache: Cache, rows: Sequence[list[int]]) -> mx.array:
