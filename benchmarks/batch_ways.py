@@ -55,7 +55,7 @@ async def raw_with_text(engine: BatchedEngine, load: Load) -> Answer:
 
 def _raw(engine: BatchedEngine, load: Load, start: float, with_text: bool) -> Answer:
     """On the MLX thread, and with the very model that the engine uses."""
-    loaded = engine._slot.get()
+    loaded = engine._holder.model()
     generator = BatchGenerator(loaded.model, max_tokens=load.count, completion_batch_size=ROWS)
     uids = generator.insert(load.prompts)
     tokens: dict[int, list[int]] = {uid: [] for uid in uids}

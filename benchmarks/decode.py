@@ -97,7 +97,7 @@ async def measure(folder: Path, text: Text, rounds: int, options: Namespace) -> 
         if text.hostile:
             prompts = random_prompts(options.prompts, PROMPT)
         else:
-            tokenizer = await engine.run_blocking(lambda: engine._slot.get().tokenizer)
+            tokenizer = await engine.run_blocking(lambda: engine._holder.model().tokenizer)
             prompts = code_prompts(tokenizer, options.prompts, PROMPT)
         expected = [(await ways["plain"].run(prompt, text, count))[0] for prompt in prompts]
         for name, way in ways.items():  # warm-up

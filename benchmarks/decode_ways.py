@@ -14,7 +14,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from benchmarks.decode_runs import Cycle, Run
 from mlx_engine import MTP, DraftModel, SimpleEngine
-from mlx_engine.config import Decode
+from mlx_engine.strategies import Decode
 
 WRONG = "MTP auto, wrong head"
 
@@ -67,7 +67,7 @@ class Way:
 
     def _watch(self) -> None:
         """Note what the engine's chooser of depths is told."""
-        speculation = self._engine._slot.space().strategies.speculation
+        speculation = self._engine._holder.runner().strategies.speculation
         if speculation is None:
             return
         tell = speculation.chooser.record
@@ -116,7 +116,7 @@ class Raw(Way):
         first = last = 0.0
         for token, _ in generate_step(
             mx.array(prompt),
-            self._engine._slot.get().model,
+            self._engine._holder.model().model,
             max_tokens=count,
             sampler=make_sampler(temp=text.temperature),
         ):

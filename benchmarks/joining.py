@@ -168,7 +168,7 @@ def longest(times: list[list[float]], start: float, first: float) -> tuple[float
 def raw_join(engine: BatchedEngine, plan: Plan, step_size: int) -> Join:
     """On the MLX thread: the same with mlx_lm's batch."""
     generator = BatchGenerator(
-        engine._slot.get().model, max_tokens=16_000, prefill_step_size=step_size
+        engine._holder.model().model, max_tokens=16_000, prefill_step_size=step_size
     )
     uids = generator.insert([plan.short(place) for place in range(plan.streams)])
     times: dict[int, list[float]] = {uid: [] for uid in uids}
@@ -203,7 +203,7 @@ def raw_join(engine: BatchedEngine, plan: Plan, step_size: int) -> Join:
 
 def measure_chunks(engine: BatchedEngine, plan: Plan) -> list[float]:
     """On the MLX thread: seconds of each whole chunk of the long prompt, nothing else running."""
-    model = engine._slot.get().model
+    model = engine._holder.model().model
     cache = make_prompt_cache(model)
     tokens = plan.long()
     seconds = []

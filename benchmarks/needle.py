@@ -104,7 +104,7 @@ async def find_needles(quick: bool) -> list[Needle]:
     found: list[Needle] = []
     strategy = SpecPrefill(threshold=0, report_ranges=True)
     async with SimpleEngine("demo", prefill=strategy, prompt_cache_bytes=0) as engine:
-        tokenizer = await engine.run_blocking(lambda: engine._slot.get().tokenizer)
+        tokenizer = await engine.run_blocking(lambda: engine._holder.model().tokenizer)
         for city, depth in list(CASES.items())[:cases]:
             asked = await engine.run_blocking(Question.of, tokenizer, city, depth, length)
             for keep in (None, *keeps):

@@ -116,7 +116,7 @@ async def beside(engine: BatchedEngine, plan: Plan, name: str, count: int) -> tu
 
 def control(engine: BatchedEngine, name: str) -> float:
     """On the MLX thread, alone."""
-    tokenizer = engine._slot.get().tokenizer
+    tokenizer = engine._holder.model().tokenizer
     if name == "rendered and tokenized at once":
         messages, tools = long_chat()
         for message in messages:

@@ -80,7 +80,7 @@ async def raw(engine: BaseEngine, count: int) -> Answer:
 
 def _raw(engine: BaseEngine, count: int) -> Answer:
     """On the MLX thread, and with the very model that the engine uses."""
-    loaded = engine._slot.get()
+    loaded = engine._holder.model()
     tokenizer = copy.copy(loaded.tokenizer)
     tokenizer.eos_token_ids = []  # what ignore_eos is to the engine
     tokens: list[int] = []

@@ -88,7 +88,7 @@ async def make_known(engine: BatchedEngine) -> list[Known]:
 def _greedy_alone(engine: BatchedEngine, prompt: list[int]) -> list[int]:
     """On the MLX thread."""
     tokens = []
-    steps = generate_step(mx.array(prompt), engine._slot.get().model, max_tokens=LONGEST)
+    steps = generate_step(mx.array(prompt), engine._holder.model().model, max_tokens=LONGEST)
     for token, logprobs in steps:
         second, best = mx.topk(logprobs, 2).tolist()
         if abs(best - second) < MARGIN:

@@ -16,6 +16,7 @@ Its files:
     guide/       what users read, by ``mlx-engine help``
     __main__.py  ``python -m mlx_engine``
     config.py    how an engine is set up
+    strategies.py  how prompts are prefilled, and answers decoded
     limits.py    how large a request may be
     params.py    the options of one request
     outputs.py   what engines give back
@@ -31,7 +32,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlx_engine.config import MTP, DraftModel, SpecPrefill
     from mlx_engine.core.lifecycle import EngineState
     from mlx_engine.core.stream import GenerationStream
     from mlx_engine.engine.base import BaseEngine
@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from mlx_engine.remote.serving.host import EngineHost
     from mlx_engine.remote.signals import install_signal_handlers
     from mlx_engine.remote.wire.heartbeat import Watchdog
+    from mlx_engine.strategies import MTP, DraftModel, SpecPrefill
 
 __version__ = "0.1.0"
 
@@ -136,11 +137,11 @@ __all__ = [
 
 # Imported when it is first asked for: some of it needs MLX, or msgspec, and all of it takes time.
 _LATER = {
-    "MTP": "mlx_engine.config",
+    "MTP": "mlx_engine.strategies",
     "BaseEngine": "mlx_engine.engine.base",
     "BatchedEngine": "mlx_engine.engine.batched",
     "ContextLengthExceeded": "mlx_engine.errors",
-    "DraftModel": "mlx_engine.config",
+    "DraftModel": "mlx_engine.strategies",
     "EngineBusy": "mlx_engine.errors",
     "EngineDead": "mlx_engine.errors",
     "EngineHost": "mlx_engine.remote.serving.host",
@@ -175,7 +176,7 @@ _LATER = {
     "Segment": "mlx_engine.outputs",
     "ShutdownReport": "mlx_engine.outputs",
     "SimpleEngine": "mlx_engine.engine.simple",
-    "SpecPrefill": "mlx_engine.config",
+    "SpecPrefill": "mlx_engine.strategies",
     "StreamClosed": "mlx_engine.errors",
     "StreamConsumed": "mlx_engine.errors",
     "Timings": "mlx_engine.outputs",

@@ -1,17 +1,21 @@
-"""Numbers and paths that callers give: of which kind, in which range, and the error that says so.
+"""Values that callers give: of which kind, in which range, and the error that says so.
 
 Whatever is given, what is raised is ``InvalidRequest``, and its text is short.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar, get_type_hints
 
 from mlx_engine.errors import InvalidRequest
 
@@ -20,6 +24,60 @@ T = TypeVar("T")
 LARGEST = 2**63 - 1  # what an integer may be that native code or another process gets
 
 _CHARACTERS, _ITEMS, _DEPTH = 100, 5, 4  # of a value that an error shows
+_LONGEST = 64  # characters of an unknown option to look at
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A field of a dataclass, as far as its type and default do not say it.
+
+    Attributes:
+        check: called with the field's name and what was given; returns the value to keep, or
+            raises ``InvalidRequest``.
+        help: a line for the command.
+    """
+
+    check: Callable[[str, Any], object]
+    help: str
+
+
+def option(check: Callable[..., object], help: str = "", **limits: object) -> Option:
+    """The annotation of a field: ``Annotated[int, option(integer, "tokens", low=1)]``."""
+    return Option(partial(check, **limits), help)
+
+
+_OPTIONS: dict[type[object], dict[str, Option]] = {}  # of the classes that were asked for
+
+
+def options_of(kind: type[object]) -> dict[str, Option]:
+    """The fields of a dataclass that are annotated with an ``Option``."""
+    if (found := _OPTIONS.get(kind)) is None:
+        hints = get_type_hints(kind, include_extras=True)
+        found = _OPTIONS[kind] = {
+            name: extra
+            for name, hint in hints.items()
+            for extra in getattr(hint, "__metadata__", ())
+            if isinstance(extra, Option)
+        }
+    return found
+
+
+def check_options(config: object) -> None:
+    """Check those fields of a frozen dataclass, in its ``__post_init__``.
+
+    Raises:
+        InvalidRequest: a value is of the wrong type or out of its range.
+    """
+    for name, option in options_of(type(config)).items():
+        object.__setattr__(config, name, option.check(name, getattr(config, name)))
+
+
+def unknown_option(name: str, known: Iterable[str], of: str = "") -> InvalidRequest:
+    """The error for an option that does not exist, with the nearest one that does."""
+    known = list(known)
+    close = difflib.get_close_matches(name[:_LONGEST], known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    return InvalidRequest(name[:_LONGEST], f"there is no such option{of}; {hint}")
 
 
 def shown(value: object) -> str:
@@ -191,6 +249,27 @@ def _shown(value: object, depth: int) -> str:
 
 def _listed(items: list[str], count: int) -> str:
     return ", ".join([*items, "..."] if count > len(items) else items)
+
+
+def path_text(path: Any) -> Any:
+    """``path`` as a string; what is no path is left for others to refuse."""
+    return os.fspath(path) if isinstance(path, os.PathLike) else path
+
+
+def text_or_none(option: str, value: object) -> str | None:
+    """``value``, if it is a string or ``None``.
+
+    Raises:
+        InvalidRequest: it is not.
+    """
+    if value is not None and not isinstance(value, str):
+        raise InvalidRequest(option, f"must be a string or None, not {shown(value)}")
+    return value
+
+
+def path_or_none(option: str, value: object) -> str | None:
+    """``value`` as ``text_or_none`` has it; it may be a path."""
+    return text_or_none(option, path_text(value))
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:

@@ -19,6 +19,11 @@ raised ``from`` the original. ``asyncio.CancelledError`` is never wrapped.
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
+E = TypeVar("E", bound=BaseException)
+
 
 class MLXEngineError(Exception):
     """Base of every error of this library."""
@@ -174,3 +179,15 @@ def drop_frames(error: BaseException) -> None:
         links += [link.__cause__, link.__context__]
         if isinstance(link, BaseExceptionGroup):
             links += link.exceptions
+
+
+def another(error: E) -> E:
+    """A copy of an error of ours: one object, raised in many tasks, would gather all their frames.
+
+    Errors of others are given back as they are; they may not be made to be copied.
+    """
+    if not isinstance(error, MLXEngineError):
+        return error
+    copied = copy.copy(error)
+    copied.__cause__ = error.__cause__
+    return copied

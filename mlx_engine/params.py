@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from mlx_engine.checks import flag, integer, number, shown
+from mlx_engine.checks import flag, integer, number, shown, unknown_option
 from mlx_engine.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ else:
 MAX_TOP_LOGPROBS = 100
 _DIGITS = re.compile(r"[0-9]{1,20}")  # of a token id
 _NAME = re.compile(r"[\w.]+:[\w.]+")  # of a function, with its module
-_LONGEST = 64  # characters of an unknown option to look at
 _SEED_LIMIT = 2**64
 _COLDEST = 1e-6  # below it logits overflow when they are divided by the temperature
 _LEAST_PENALTY, _PENALTY_LIMIT = 1e-3, 1e3  # beyond, logits in half precision overflow
@@ -186,9 +184,7 @@ class SamplingParams:
         known = [f.name for f in fields(cls)]
         for name in options:
             if name not in known:
-                close = difflib.get_close_matches(name[:_LONGEST], known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-                raise InvalidRequest(name[:_LONGEST], f"there is no such option; {hint}")
+                raise unknown_option(name, known)
         changes: dict[str, Any] = dict(options)
         return replace(params, **changes) if changes else params
 

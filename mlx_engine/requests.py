@@ -6,13 +6,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx_engine.checks import LARGEST, integer, shown
-from mlx_engine.config import AsEngine, SpecPrefill
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.params import SamplingParams
+from mlx_engine.strategies import EngineDefault, SpecPrefill
 
 
 class TokenIds(list[int]):
@@ -25,12 +25,14 @@ class TextPrompt:
 
     Attributes:
         prompt: text, or a list of token ids; anything that counts as such is made into one.
+        option: what a caller calls it.
 
     Raises:
         InvalidRequest: it is empty or of another type.
     """
 
     prompt: str | list[int]
+    option: ClassVar[str] = "prompt"
 
     @classmethod
     def of(cls, prompt: object, limits: RequestLimits = DEFAULT_LIMITS) -> TextPrompt:
@@ -54,6 +56,7 @@ class ChatPrompt:
         messages: as templates expect them, made from what OpenAI's API takes.
         tools: descriptions of tools; ``None`` if there are none.
         template_kwargs: for the chat template.
+        option: what a caller calls it.
 
     Raises:
         InvalidRequest: one of them is of the wrong shape.
@@ -62,6 +65,7 @@ class ChatPrompt:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     template_kwargs: dict[str, Any]
+    option: ClassVar[str] = "messages"
 
     @classmethod
     def of(
@@ -93,8 +97,8 @@ class GenerationRequest:
     source: TextPrompt | ChatPrompt
     params: SamplingParams
     priority: int = 0
-    prefill: SpecPrefill | AsEngine | None = "as engine"
-    decode: AsEngine | None = "as engine"
+    prefill: SpecPrefill | EngineDefault | None = "default"
+    decode: EngineDefault | None = "default"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "priority", checked_priority(self.priority))

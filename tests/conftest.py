@@ -18,6 +18,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from mlx_engine import BaseEngine, BatchedEngine, SimpleEngine
+from mlx_engine.core import preparer
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.work import PendingWork, ThreadJob
 from mlx_engine.core.work_queue import WorkQueue
@@ -172,6 +173,12 @@ def old_garbage() -> None:
     gc.collect()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_thread_lingers() -> None:
+    """Or each test would wait for those that wait for more prompts."""
+    preparer._LINGER = 0.0
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(old_garbage: None) -> Iterator[None]:
     """I1 and I6: after every test MLX is free, and no thread or turn has been left."""
@@ -235,7 +242,7 @@ async def cancel_inside(gate: Gate, work: Awaitable[object], times: int = 3) -> 
 
 def all_ready(engine: BatchedEngine, count: int) -> bool:
     """Whether so many requests wait for a place in the batch, their prompts prepared."""
-    seats = list(engine._seats._queue)
+    seats = list(engine._scheduler.queue._queue)
     return len(seats) == count and all(seat.ready for seat in seats)
 
 

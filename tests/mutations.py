@@ -119,8 +119,8 @@ MUTATIONS = (
     Mutation(
         "the lock is free before the function has returned",
         "core/mlx_thread.py",
-        "                turn.execute()\n",
-        "                self._running = None\n                turn.execute()\n",
+        "                job.execute()\n",
+        "                self._running = None\n                job.execute()\n",
     ),
     Mutation(
         "a cancelled reader of a stream does not wait until the work is out",
@@ -131,7 +131,7 @@ MUTATIONS = (
     Mutation(
         "work of an event loop that is gone is done",
         "core/mlx_thread.py",
-        "if turn.orphaned:",
+        "if job.orphaned:",
         "if False:",
     ),
     Mutation(

@@ -20,13 +20,14 @@ from pathlib import Path
 
 import pytest
 
-from mlx_engine.cli.options import engine_options, parse, sampling_params, spelled, strategies
+from mlx_engine.cli.options import engine_options, parse, sampling_params, spelled
 from mlx_engine.cli.output import AnswerPrinter, ProgressBar
-from mlx_engine.config import MTP, DraftModel, ModelConfig, SpecPrefill
+from mlx_engine.config import ModelConfig
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.models.info import count_parameters
 from mlx_engine.outputs import GenerationChunk, Progress
 from mlx_engine.params import SamplingParams
+from mlx_engine.strategies import MTP, DraftModel, SpecPrefill
 from tests.generation.rigged import made
 from tests.models.mtp_checkpoints import MIMO
 from tests.stuck import StuckModel
@@ -364,7 +365,9 @@ def test_every_engine_option_is_passed_on_and_only_if_given() -> None:
 
 def test_the_options_of_the_fast_paths_become_strategies() -> None:
     def of(line: str) -> dict[str, object]:
-        return strategies(parse(["generate", "x", *line.split()]))
+        options = engine_options(parse(["generate", "x", *line.split()]))
+        assert options.pop("model") == "demo"
+        return options
 
     assert of("") == {}
     assert of("--mtp") == {"decode": MTP()}
@@ -422,7 +425,7 @@ def test_errors_of_the_library_name_the_option_as_it_is_spelled_here() -> None:
 )
 def test_so_do_those_of_the_strategies(line: str, option: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        strategies(parse(["generate", "x", *line.split()]))
+        engine_options(parse(["generate", "x", *line.split()]))
     assert spelled(caught.value).startswith(f"argument {option}: must be")
 
 

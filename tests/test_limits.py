@@ -20,8 +20,9 @@ from mlx_engine import (
     SamplingParams,
     SimpleEngine,
 )
-from mlx_engine.cli.options import parse, queue_options
-from mlx_engine.remote.wire.options import EnginePlan, options_from_wire
+from mlx_engine.cli.options import engine_options, parse
+from mlx_engine.config import EngineConfig
+from mlx_engine.remote.wire.options import options_from_wire, options_to_wire
 from mlx_engine.testing import FakeEngine
 
 NONE = RequestLimits(**{field.name: None for field in fields(RequestLimits)})
@@ -229,14 +230,14 @@ def test_text_that_is_none_is_refused_by_name(
 
 def test_limits_travel() -> None:
     limits = RequestLimits(messages=None, tools=7)
-    plan = EnginePlan.of("simple", "demo", {"limits": limits})
-    assert plan.limits == limits
-    assert options_from_wire(plan.options) == {"limits": limits}
+    config = EngineConfig.of("simple", "demo", {"limits": limits})
+    assert config.limits == limits
+    assert options_from_wire(options_to_wire(config)) == {"limits": limits}
 
 
 def test_limits_of_a_host_are_given_on_the_command_line() -> None:
     line = ["host", "--socket", "s", "--limit", "messages=7", "--limit", "stop=none"]
-    assert queue_options(parse(line)) == {"limits": RequestLimits(messages=7, stop=None)}
+    assert engine_options(parse(line))["limits"] == RequestLimits(messages=7, stop=None)
     for bad in ("nonsense=3", "messages", "messages=x"):
         with pytest.raises(SystemExit):
             parse([*line, "--limit", bad])

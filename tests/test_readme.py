@@ -97,7 +97,7 @@ async def test_the_demo_model_gives_the_tokens_of_mlx_lm() -> None:
     prompt = "The capital of France is"
 
     def raw() -> list[int]:
-        loaded = engine._slot.get()
+        loaded = engine._holder.model()
         answer = stream_generate(loaded.model, loaded.tokenizer, prompt, max_tokens=24)
         return [response.token for response in answer]
 

@@ -16,6 +16,7 @@ Its files:
 
     command.py           one run, from its arguments to its exit code
     options.py           the arguments
+    flags.py             arguments out of the fields of the library's values
     sampling_options.py  those that say how tokens are chosen
     values.py            their values, out of their text
     generate.py          a command: one answer

@@ -13,7 +13,7 @@ import signal
 import sys
 
 from mlx_engine.cli import interrupts
-from mlx_engine.cli.options import engine_options, sampling_params, strategies
+from mlx_engine.cli.options import engine_options, sampling_params
 from mlx_engine.cli.output import AnswerPrinter, ProgressBar, print_answer, remark, say
 from mlx_engine.engine.simple import SimpleEngine
 from mlx_engine.errors import ContextLengthExceeded, GenerationError
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Talk until the input ends; the exit code."""
     params = sampling_params(args)
     bar = ProgressBar()
-    engine = SimpleEngine(**engine_options(args), **strategies(args), on_progress=bar)
+    engine = SimpleEngine(**engine_options(args), on_progress=bar)
     with asyncio.Runner() as runner:
         try:
             interrupts.run(runner, engine.start())

@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 
 from mlx_engine.cli import interrupts
-from mlx_engine.cli.options import engine_options, sampling_params, strategies
+from mlx_engine.cli.options import engine_options, sampling_params
 from mlx_engine.cli.output import AnswerPrinter, ProgressBar, print_answer, remark, say
 from mlx_engine.core.stream import GenerationStream
 from mlx_engine.engine.simple import SimpleEngine
@@ -41,9 +41,7 @@ async def _generate(
     args: argparse.Namespace, params: SamplingParams, bar: ProgressBar
 ) -> GenerationResult:
     try:
-        async with SimpleEngine(
-            **engine_options(args), **strategies(args), on_progress=bar
-        ) as engine:
+        async with SimpleEngine(**engine_options(args), on_progress=bar) as engine:
             bar.clear()
             if not (args.raw or engine.has_chat_template or args.system is not None):
                 say("note: the model has no chat template: the prompt is continued, as with --raw")

@@ -14,7 +14,7 @@ import signal
 from typing import Any
 
 from mlx_engine.cli.leaving import EXIT_INTERRUPTED
-from mlx_engine.cli.options import engine_options, queue_options, strategies
+from mlx_engine.cli.options import engine_options
 from mlx_engine.cli.output import ProgressBar, say
 from mlx_engine.core.lifecycle import EngineState
 from mlx_engine.engine.batched import BatchedEngine
@@ -40,9 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def _serve(args: argparse.Namespace, bar: ProgressBar) -> int:
     kind = BatchedEngine if args.engine == "batched" else SimpleEngine
-    engine = kind(
-        **engine_options(args), **queue_options(args), **strategies(args), on_progress=bar
-    )
+    engine = kind(**engine_options(args), on_progress=bar)
     own = {name: value for name, value in vars(args).items() if name in _OF_THE_HOST}
     host = EngineHost(engine, args.socket, **own)
     program = _Program(engine, host, args.drain)

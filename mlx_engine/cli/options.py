@@ -1,7 +1,7 @@
 """The arguments of the command, and their way into ``SamplingParams`` and the engine.
 
 An option that was not given is absent from the namespace, not set to a default: defaults
-live in ``SamplingParams`` and ``ModelConfig``.
+live in ``SamplingParams`` and ``EngineConfig``.
 """
 
 from __future__ import annotations
@@ -12,32 +12,19 @@ from dataclasses import fields
 from typing import Any
 
 from mlx_engine import __version__
-from mlx_engine.cli.sampling_options import default_of, option_group, sampling_options
+from mlx_engine.cli.flags import SPELLINGS, add_flags, flag_of, option_group
+from mlx_engine.cli.sampling_options import sampling_options
 from mlx_engine.cli.values import count_or_auto, number_or_none, request_limit, topic
-from mlx_engine.config import (
-    DEMO_MODEL,
-    MTP,
-    BatchConfig,
-    DraftModel,
-    ModelConfig,
-    QueueConfig,
-    SpecPrefill,
-)
+from mlx_engine.config import DEMO_MODEL, BatchConfig, ModelConfig, QueueConfig
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.limits import RequestLimits
 from mlx_engine.params import SamplingParams
+from mlx_engine.strategies import MTP, DraftModel, SpecPrefill
 
 PROGRAM = "mlx-engine"
 
 _MODEL_HELP = "folder, Hugging Face id, or 'demo', a small built-in model (default)"
-# Options of the command whose names are not those of the library with hyphens.
-_SPELLINGS = {
-    "stop_token_ids": "--stop-token-id",
-    "depth": "--mtp",
-    "keep": "--prefill-keep",
-    "threshold": "--prefill-threshold",
-    "path": "--socket",
-}
+_SOURCE = ("revision", "trust_remote_code")  # of what info takes as well
 # Options that mean nothing without another one.
 _NEEDS = {
     "num_draft_tokens": "draft_model",
@@ -58,12 +45,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error("argument --logprobs: needs --json, which shows them")
     if args.command == "host" and args.engine == "simple":
         for option in _given(args, BatchConfig):
-            parser.error(f"argument {_flag(option)}: not allowed with --engine simple")
+            parser.error(f"argument {flag_of(option)}: not allowed with --engine simple")
     if "mtp" in args and "draft_model" in args:
         parser.error("argument --mtp: not allowed with --draft-model")
     for option, needed in _NEEDS.items():
         if option in args and needed not in args:
-            parser.error(f"argument {_flag(option)}: needs {_flag(needed)}")
+            parser.error(f"argument {flag_of(option)}: needs {flag_of(needed)}")
     return args
 
 
@@ -80,55 +67,40 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of an engine, the model included."""
-    return _given(args, ModelConfig)
-
-
-def queue_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of an engine that say how many requests it takes."""
-    chosen = _given(args, QueueConfig) | _given(args, BatchConfig)
-    if "limits" in args:
-        chosen["limits"] = RequestLimits(**dict(args.limits))
-    return chosen
-
-
-def strategies(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of an engine that say how it prefills and decodes.
+    """Keyword arguments of an engine, the model included.
 
     Raises:
         InvalidRequest: a value is out of its range.
     """
-    given, chosen = vars(args), dict[str, Any]()
-    if "mtp" in given:
-        chosen["decode"] = MTP(given["mtp"], head=given.get("mtp_head"))
-    elif "draft_model" in given:
-        chosen["decode"] = DraftModel(given["draft_model"], given.get("num_draft_tokens", "auto"))
-    if "prefill_draft" in given:
-        limits = {name: given[name] for name in ("keep", "threshold") if name in given}
-        chosen["prefill"] = SpecPrefill(given["prefill_draft"], **limits)
+    chosen = dict[str, Any]()
+    for kind in (ModelConfig, QueueConfig, BatchConfig):
+        chosen |= _given(args, kind)
+    if "limits" in args:
+        chosen["limits"] = RequestLimits(**dict(args.limits))
+    if "mtp" in args:
+        chosen["decode"] = MTP(args.mtp, head=vars(args).get("mtp_head"))
+    elif "draft_model" in args:
+        chosen["decode"] = DraftModel(**_given(args, DraftModel) | {"model": args.draft_model})
+    if "prefill_draft" in args:
+        chosen["prefill"] = SpecPrefill(**_given(args, SpecPrefill) | {"draft": args.prefill_draft})
     return chosen
 
 
 def spelled(error: InvalidRequest) -> str:
     """The error's message, with the option as it is spelled here."""
     kinds = (SamplingParams, ModelConfig, QueueConfig, BatchConfig)
-    names = {field.name for kind in kinds for field in fields(kind)}
+    names = {field.name for kind in kinds for field in fields(kind)} | {*SPELLINGS}
     names |= {"num_draft_tokens", "q_bits", "q_group_size", "seconds", "only", "max_clients"}
     names |= {"cache_folder"}
-    names |= {*_SPELLINGS}
     message = str(error)
     if error.option not in names:
         return message
-    return f"argument {_flag(error.option)}: {message.removeprefix(f'{error.option}: ')}"
+    return f"argument {flag_of(error.option)}: {message.removeprefix(f'{error.option}: ')}"
 
 
 def _given(args: argparse.Namespace, kind: type[Any]) -> dict[str, Any]:
     given = vars(args)
     return {field.name: given[field.name] for field in fields(kind) if field.name in given}
-
-
-def _flag(option: str) -> str:
-    return _SPELLINGS.get(option, f"--{option.replace('_', '-')}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -248,34 +220,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _source_options() -> argparse.ArgumentParser:
     parser, group = option_group("model")
-    add = group.add_argument
-    add("--revision", metavar="NAME", help="branch, tag or commit of the repository")
-    add("--trust-remote-code", action="store_true", help="run Python code of the models")
+    add_flags(group, ModelConfig, only=_SOURCE)
     return parser
 
 
 def _cache_options() -> argparse.ArgumentParser:
     parser, group = option_group("adapters and KV cache")
-    add = group.add_argument
-    add("--adapter-path", metavar="FOLDER", help="LoRA adapters to apply")
-    add("--context-length", type=int, metavar="N", help="tokens of prompt and answer together")
-    add("--max-kv-size", type=int, metavar="N", help="tokens that the KV cache holds at most")
-    add("--kv-bits", type=int, metavar="N", help="quantise the KV cache: 2, 3, 4, 5, 6 or 8")
-    add("--kv-group-size", type=int, metavar="N", help="values that share a scale in it")
-    add("--quantized-kv-start", type=int, metavar="N", help="tokens from which on it is quantised")
-    step = default_of(ModelConfig, "prefill_step_size")
-    add(
-        "--prefill-step-size",
-        type=int,
-        metavar="N",
-        help=f"tokens per prefill chunk; {step} by default",
-    )
-    add(
-        "--prompt-cache-bytes",
-        type=int,
-        metavar="N",
-        help="of earlier prompts to keep; by default a quarter of the memory that is left",
-    )
+    add_flags(group, ModelConfig, but=_SOURCE)
     return parser
 
 
@@ -283,7 +234,7 @@ def _path_options() -> argparse.ArgumentParser:
     parser, group = option_group("faster decoding and prefill")
     add = group.add_argument
     add("--draft-model", metavar="MODEL", help="a small model with the same tokenizer proposes")
-    add("--num-draft-tokens", type=count_or_auto, metavar="N", help="at a time; 'auto' (default)")
+    add_flags(group, DraftModel)
     add(
         "--mtp",
         type=count_or_auto,
@@ -294,21 +245,7 @@ def _path_options() -> argparse.ArgumentParser:
     )
     add("--mtp-head", metavar="FILE", help="what extract-mtp wrote, if not in the model's folder")
     add("--prefill-draft", metavar="MODEL", help="SpecPrefill: a small model scores long prompts")
-    keep, long = default_of(SpecPrefill, "keep"), default_of(SpecPrefill, "threshold")
-    add(
-        "--prefill-keep",
-        dest="keep",
-        type=float,
-        metavar="X",
-        help=f"share of them to prefill; {keep} by default",
-    )
-    add(
-        "--prefill-threshold",
-        dest="threshold",
-        type=int,
-        metavar="N",
-        help=f"tokens of long ones; {long} by default",
-    )
+    add_flags(group, SpecPrefill)
     return parser
 
 
@@ -321,24 +258,8 @@ def _host_options() -> argparse.ArgumentParser:
         default="batched",
         help="one request at a time, or many in one batch (default)",
     )
-    size, pause = (
-        default_of(BatchConfig, name) for name in ("max_batch_size", "max_decode_pause_ms")
-    )
-    add("--max-batch-size", type=int, metavar="N", help=f"requests in work; {size} by default")
-    add(
-        "--max-decode-pause-ms",
-        type=number_or_none,
-        metavar="N",
-        help=f"of prefill between two decode steps; {pause:g} by default, 'none': no limit",
-    )
-    add(
-        "--kv-cache-memory-bytes",
-        type=int,
-        metavar="N",
-        help="of all requests in work and earlier prompts; by default 90 %% of what is left",
-    )
-    add("--queue-limit", type=int, metavar="N", help="requests that may wait; others are refused")
-    add("--max-wait", type=float, metavar="SECONDS", help="for a request to wait at most")
+    add_flags(group, BatchConfig)
+    add_flags(group, QueueConfig)
     add(
         "--limit",
         dest="limits",

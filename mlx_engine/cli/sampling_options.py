@@ -1,24 +1,12 @@
-"""The arguments that say how tokens are chosen, and what groups of arguments are made with."""
+"""The arguments that say how tokens are chosen."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
-from typing import Any
 
+from mlx_engine.cli.flags import default_of, option_group
 from mlx_engine.cli.values import bias, count_or_none
 from mlx_engine.params import SamplingParams
-
-
-def default_of(kind: type[Any], option: str) -> Any:
-    """The default of a field of a dataclass."""
-    return next(field.default for field in fields(kind) if field.name == option)
-
-
-def option_group(title: str) -> tuple[argparse.ArgumentParser, argparse._ArgumentGroup]:
-    """A parser to be a parent of others, and its group of arguments, which set no defaults."""
-    parser = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    return parser, parser.add_argument_group(title)
 
 
 def sampling_options() -> argparse.ArgumentParser:

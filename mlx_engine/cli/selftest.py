@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 
 from mlx_engine.cli import interrupts
-from mlx_engine.cli.options import engine_options, strategies
+from mlx_engine.cli.options import engine_options
 from mlx_engine.cli.output import ProgressBar, say
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.engine.batched import BatchedEngine
@@ -30,7 +30,7 @@ _CHUNK = 16  # tokens, so that the prompt has several
 def run(args: argparse.Namespace) -> int:
     """Check an engine, and print the report; the exit code."""
     bar = ProgressBar()
-    options = {"prefill_step_size": _CHUNK, **engine_options(args), **strategies(args)}
+    options = {"prefill_step_size": _CHUNK, **engine_options(args)}
 
     def tell(line: str) -> None:
         bar.clear()

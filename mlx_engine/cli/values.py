@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
+from mlx_engine.checks import number
 from mlx_engine.cli import guide
 from mlx_engine.limits import RequestLimits
 
@@ -24,12 +25,10 @@ def number_or_none(text: str) -> float | None:
     if text.lower() == "none":
         return None
     try:
-        number = float(text)
+        return number("", float(text), low=0, endless=True)
     except ValueError:
-        number = -1.0
-    if not number >= 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, or 'none', not {text!r}")
-    return number
+        said = f"must be 0 or more, or 'none', not {text!r}"
+        raise argparse.ArgumentTypeError(said) from None
 
 
 def count_or_auto(text: str) -> int | str:

@@ -22,7 +22,7 @@ def in_this_loop(callback: ProgressCallback | None) -> ProgressCallback | None:
     if callback is None:
         return None
     loop = running_loop()
-    # Not the context of a turn, in which the callback could not begin a request of its own.
+    # Not the context of a job, in which the callback could not begin a request of its own.
     context = contextvars.copy_context()
 
     def call(progress: Progress) -> None:
@@ -42,15 +42,15 @@ async def off_loop(func: Callable[[], T], stop: threading.Event) -> T:
         EngineDead: no thread can be had for it.
         BaseException: whatever ``func`` raises.
     """
-    turn = ThreadJob(func)
+    job = ThreadJob(func)
 
     def work() -> None:
-        turn.execute()
-        turn.announce()
+        job.execute()
+        job.announce()
 
     def failed(error: EngineDead) -> None:
-        turn.error = error
-        turn.announce()
+        job.error = error
+        job.announce()
 
     def cancel() -> None:
         stop.set()
@@ -60,9 +60,9 @@ async def off_loop(func: Callable[[], T], stop: threading.Event) -> T:
     start.begin()
     limit = start.limit()
     try:
-        await wait_shielded(turn.out, cancel)
+        await wait_shielded(job.out, cancel)
     finally:
         limit.cancel()
-        if not turn.out.done():  # the coroutine is being destroyed, its loop is gone
+        if not job.out.done():  # the coroutine is being destroyed, its loop is gone
             stop.set()
-    return turn.outcome()
+    return job.outcome()

@@ -1,4 +1,4 @@
-"""What the MLX thread counts."""
+"""Counters of the work that the MLX thread does."""
 
 from __future__ import annotations
 

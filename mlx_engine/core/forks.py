@@ -10,7 +10,7 @@ NO_FORK = "does not survive a fork: start the process with the 'spawn' method in
 
 
 class Forked(Protocol):
-    """What has something to do in a fork of its process."""
+    """Something with work to do in a fork of its process."""
 
     def after_fork(self) -> None:
         """In the child, before anything else runs there."""

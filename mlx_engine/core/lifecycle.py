@@ -1,27 +1,20 @@
-"""The states of an engine, what is in flight in it, and how it is shut down."""
+"""The states of an engine, and how it is started and shut down."""
 
 from __future__ import annotations
 
 import asyncio
 import enum
-import itertools
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from mlx_engine.checks import number_or_none
 from mlx_engine.core.drain import clean_up, finish
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.forks import NO_FORK, tell_after_fork
-from mlx_engine.core.wakeup import wake
-from mlx_engine.errors import (
-    EngineDead,
-    EngineNotStarted,
-    EngineStopped,
-    MLXEngineError,
-)
+from mlx_engine.core.in_flight import InFlight, InFlightRegistry
+from mlx_engine.errors import EngineDead, EngineNotStarted, EngineStopped
 from mlx_engine.outputs import ShutdownReport
 
 
@@ -46,54 +39,21 @@ _TRANSITIONS: dict[EngineState, frozenset[EngineState]] = {
     _S.FAILED: frozenset({_S.DRAINING}),
 }
 
-Abort = Callable[[MLXEngineError], bool]
-
 _RECHECK = 1.0  # seconds after which to look whether an event loop was closed meanwhile
 
 
-class Ticket:
-    """Something in flight: a request, a user's function, or the engine's own work.
+class Lifecycle:
+    """The state of one engine. Every method may be called from any thread.
 
-    Args:
-        request_id: its name.
-        loop: the event loop without which it would never end; ``None`` if the MLX thread
-            ends it.
-        abortable: whether a shutdown may abort it; else it does not wait for it either.
-        reported: whether a shutdown reports on it: it is a request, whose name its caller knows.
+    Attributes:
+        in_flight: what is in flight in it.
     """
 
-    def __init__(
-        self,
-        request_id: str,
-        *,
-        loop: asyncio.AbstractEventLoop | None = None,
-        abortable: bool = True,
-        reported: bool = True,
-    ) -> None:
-        self.request_id = request_id
-        self.abortable = abortable
-        self.reported = reported
-        self.abort: Abort | None = None
-        self.aborted = False
-        self._loop = loop
-
-    @property
-    def orphaned(self) -> bool:
-        """Whether nobody will ever end it."""
-        return self._loop is not None and self._loop.is_closed()
-
-
-class Lifecycle:
-    """State and in-flight work of one engine. Every method may be called from any thread."""
-
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.in_flight = InFlightRegistry()
         self._state = EngineState.CREATED
-        self._in_flight: dict[str, Ticket] = {}
-        self._watchers: list[asyncio.Future[None]] = []
-        self._ids: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
-        self._draining: list[Ticket] = []
-        self._starter: Ticket | None = None
+        self._draining: list[InFlight] = []
+        self._starter: InFlight | None = None
         self._releasing: asyncio.AbstractEventLoop | None = None  # in which that is done
         self._report = ShutdownReport()
         self._failure: Callable[[], Exception] = _unknown
@@ -112,17 +72,20 @@ class Lifecycle:
 
     def after_fork(self) -> None:
         """In a fork of this process: what ran the engine is not there, nor what was in flight."""
-        self._lock = threading.RLock()  # somebody may have held it
-        self._in_flight, self._draining, self._watchers = {}, [], []
+        self.in_flight.after_fork()
+        self._draining = []
         self._starter = self._releasing = None
         if self._state not in (EngineState.CREATED, EngineState.STOPPED):
             self._inherited, self._state = True, EngineState.FAILED
             self._failure = _forked
 
+    @property
+    def _lock(self) -> threading.RLock:
+        return self.in_flight.lock
+
     def new_id(self, prefix: str = "req") -> str:
         """A name that no other request of this engine has."""
-        with self._lock:
-            return f"{prefix}-{next(self._ids[prefix])}"
+        return self.in_flight.new_id(prefix)
 
     def move(self, to: EngineState) -> None:
         """Change the state.
@@ -134,7 +97,7 @@ class Lifecycle:
             if to not in _TRANSITIONS[self._state]:
                 raise RuntimeError(f"an engine cannot go from {self._state.value} to {to.value}")
             self._state = to
-            self._notify()
+            self.in_flight.changed.notify()
 
     def fail(self, failure: str | Callable[[], EngineDead]) -> None:
         """Be FAILED, unless the engine is being shut down, which then goes on.
@@ -153,8 +116,8 @@ class Lifecycle:
             with self._lock:
                 if self._state is EngineState.FAILED:
                     return self._failure()
-                changed = self._watch()
-            await self._wait(changed)
+                changed = self.in_flight.changed.watch()
+            await self.in_flight.changed.wait(changed)
 
     def check_running(self) -> None:
         """Raise the error that tells why requests are refused, unless they are taken.
@@ -175,26 +138,14 @@ class Lifecycle:
             case EngineState.RUNNING:
                 return
 
-    def add(self, ticket: Ticket, abort: Abort) -> None:
-        """Put a ticket in flight; ``abort(error)`` must end it promptly, and tell if it did."""
-        with self._lock:
-            ticket.abort = abort
-            self._in_flight[ticket.request_id] = ticket
-
-    def admit(self, ticket: Ticket, abort: Abort) -> None:
-        """``check_running`` and ``add`` in one step."""
+    def admit(self, entry: InFlight) -> None:
+        """``check_running``, and put it in flight, in one step."""
         with self._lock:
             self.check_running()
-            self.add(ticket, abort)
+            self.in_flight.add(entry)
 
-    def done(self, ticket: Ticket) -> None:
-        """The ticket's work is out of MLX."""
-        with self._lock:
-            self._in_flight.pop(ticket.request_id, None)
-            self._notify()
-
-    async def begin_start(self, ticket: Ticket, abort: Abort) -> bool:
-        """Enter STARTING, with ``ticket`` in flight; ``False`` if the engine runs by now.
+    async def begin_start(self, entry: InFlight) -> bool:
+        """Enter STARTING, with ``entry`` in flight; ``False`` if the engine runs by now.
 
         Raises:
             EngineStopped: it is being shut down.
@@ -208,39 +159,39 @@ class Lifecycle:
                     return False
                 if self._state is EngineState.STARTING:
                     if self._starter is not None and self._starter.orphaned:
-                        self._in_flight.pop(self._starter.request_id, None)
+                        self.in_flight.remove(self._starter)
                         self.move(EngineState.CREATED)
                         waited = False
                         continue
-                    changed = self._watch()
+                    changed = self.in_flight.changed.watch()
                 elif waited:
                     raise EngineNotStarted("the start that another task had begun did not succeed")
                 elif self._state in (EngineState.CREATED, EngineState.STOPPED):
                     self.move(EngineState.STARTING)
-                    self._starter = ticket
-                    self.add(ticket, abort)
+                    self._starter = entry
+                    self.in_flight.add(entry)
                     return True
                 else:
                     self.check_running()
-            await self._wait(changed, _RECHECK)
+            await self.in_flight.changed.wait(changed, _RECHECK)
             waited = True
 
-    def is_starter(self, ticket: Ticket) -> bool:
+    def is_starter(self, entry: InFlight) -> bool:
         """Whether no other start has begun since; one does when this one's event loop is closed."""
-        return self._starter is ticket
+        return self._starter is entry
 
-    def start_succeeded(self, ticket: Ticket) -> bool:
+    def start_succeeded(self, entry: InFlight) -> bool:
         """Be RUNNING; ``False`` if a shutdown, or another start, has begun meanwhile."""
         with self._lock:
-            if self._state is EngineState.STARTING and self.is_starter(ticket):
+            if self._state is EngineState.STARTING and self.is_starter(entry):
                 self.move(EngineState.RUNNING)
                 return True
             return False
 
-    def start_failed(self, ticket: Ticket) -> None:
+    def start_failed(self, entry: InFlight) -> None:
         """Leave STARTING without success; what has begun meanwhile goes on."""
         with self._lock:
-            if self._state is EngineState.STARTING and self.is_starter(ticket):
+            if self._state is EngineState.STARTING and self.is_starter(entry):
                 self.move(EngineState.CREATED)
 
     async def shutdown(
@@ -264,7 +215,7 @@ class Lifecycle:
             if self._state is not EngineState.DRAINING:
                 loading = self._state is EngineState.STARTING
                 self.move(EngineState.DRAINING)
-                self._draining = [t for t in self._in_flight.values() if t.abortable]
+                self._draining = [one for one in self.in_flight if one.abortable]
                 if loading:  # nobody wants the model any more
                     self._abort_all()
         end = partial(self._finish, release)
@@ -294,19 +245,19 @@ class Lifecycle:
             with self._lock:
                 if self._state is not EngineState.DRAINING:
                     return self._report
-                changed = self._watch()
-            await self._wait(changed, _RECHECK)
+                changed = self.in_flight.changed.watch()
+            await self.in_flight.changed.wait(changed, _RECHECK)
 
     def _released(self, loop: asyncio.AbstractEventLoop) -> None:
-        """It is STOPPED, unless somebody in another loop has taken over from ``loop``."""
+        """Be STOPPED, unless somebody in another loop has taken over from ``loop``."""
         with self._lock:
             if self._releasing is not loop:
                 return
             self._releasing = None
-            told = [t for t in self._draining if t.reported]
+            told = [one for one in self._draining if one.reported]
             self._report = ShutdownReport(
-                finished=tuple(t.request_id for t in told if not t.aborted),
-                aborted=tuple(t.request_id for t in told if t.aborted),
+                finished=tuple(one.request_id for one in told if not one.aborted),
+                aborted=tuple(one.request_id for one in told if one.aborted),
             )
             self._draining = []
             self.move(EngineState.STOPPED)
@@ -314,10 +265,10 @@ class Lifecycle:
     def _abort_all(self) -> None:
         """Abort what was in flight when the draining began; the release is not."""
         with self._lock:
-            tickets = [t for t in self._draining if t.request_id in self._in_flight]
-        for ticket in tickets:
-            if not ticket.aborted and ticket.abort is not None:
-                ticket.aborted = ticket.abort(
+            left = [one for one in self._draining if one in self.in_flight]
+        for one in left:
+            if not one.aborted and one.abort is not None:
+                one.aborted = one.abort(
                     EngineStopped("the engine was stopped while this was in flight")
                 )
 
@@ -326,34 +277,13 @@ class Lifecycle:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._lock:
-                if not any(
-                    t.request_id in self._in_flight and not t.orphaned for t in self._draining
-                ):
+                if not any(one in self.in_flight and not one.orphaned for one in self._draining):
                     return
-                changed = self._watch()
+                changed = self.in_flight.changed.watch()
             left = _RECHECK if deadline is None else min(_RECHECK, deadline - time.monotonic())
             if left <= 0:
                 return
-            await self._wait(changed, left)
-
-    def _watch(self) -> asyncio.Future[None]:
-        """A future of the running loop that is done at the next change. Under the lock."""
-        future: asyncio.Future[None] = running_loop().create_future()
-        self._watchers.append(future)
-        return future
-
-    async def _wait(self, future: asyncio.Future[None], timeout: float | None = None) -> None:
-        try:
-            await asyncio.wait({future}, timeout=timeout)
-        finally:
-            with self._lock:
-                self._watchers = [watcher for watcher in self._watchers if watcher is not future]
-
-    def _notify(self) -> None:
-        """Wake whoever waits for a change. Under the lock."""
-        watchers, self._watchers = self._watchers, []
-        for future in watchers:
-            wake(future)
+            await self.in_flight.changed.wait(changed, left)
 
 
 def checked_timeout(timeout: float | None) -> float | None:

@@ -1,7 +1,7 @@
 """The MLX thread: the one thread of this process that is ever inside MLX.
 
 Work takes turns on it, first come, first served, whichever engine, event loop or thread it
-comes from. The generation lock *is* the thread being busy: a turn holds it from the moment
+comes from. The generation lock *is* the thread being busy: a job holds it from the moment
 the thread takes it up (RUNNING) until its function has returned (DONE), so there is no code
 path, neither a cancellation nor an event loop that dies, on which it could be released while
 the function is still inside MLX.
@@ -25,11 +25,11 @@ from mlx_engine.errors import EngineDead
 
 
 class MLXThread(WorkQueue[ThreadJob[Any]]):
-    """A thread that runs turns one at a time, in the order in which they were entered.
+    """A thread that runs jobs one at a time, in the order in which they were entered.
 
-    A turn that is being prepared holds up those behind it that are of its lane, no others.
+    A job that is being prepared holds up those behind it that are of its lane, no others.
 
-    Every process has one, ``mlx_thread``; it starts with the first turn and ends, after its
+    Every process has one, ``mlx_thread``; it starts with the first job and ends, after its
     exit jobs, when the interpreter does.
     """
 
@@ -41,7 +41,7 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
         self._thread: threading.Thread | None = None
         self._pid = 0
         self._closing = False
-        self.attended_seconds = 0.0  # spent on turns that somebody waited for
+        self.attended_seconds = 0.0  # spent on jobs that somebody waited for
         self._chores: list[Callable[[], None]] = []
         self._exit_jobs: list[Callable[[], None]] = []
         tell_after_fork(self)
@@ -53,19 +53,19 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
 
     @property
     def wanted(self) -> bool:
-        """Whether a turn is queued that could be taken up now."""
+        """Whether a job is queued that could be taken up now."""
         with self._changed:
             return self._first() is not None
 
     @property
     def busy(self) -> bool:
-        """Whether a turn that enters now would have to wait, if there is none of its lane."""
+        """Whether a job that enters now would have to wait, if there is none of its lane."""
         with self._changed:
             return self._running is not None or self._first() is not None
 
     @property
     def free(self) -> int:
-        """How many of the queued turns are about to be taken up."""
+        """How many of the queued jobs are about to be taken up."""
         return 0 if self.locked else 1
 
     def waiting_with(self, one: ThreadJob[Any]) -> int:
@@ -102,22 +102,22 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
                 self._changed.notify()
 
     def is_used_by_others(self, mine: ThreadJob[Any] | None) -> bool:
-        """Whether a turn other than ``mine`` is on the thread, or queued and not held up."""
+        """Whether a job other than ``mine`` is on the thread, or queued and not held up."""
         with self._changed:
             lanes = [lane for lane in self._lanes.values() if next(iter(lane)).ready]
-            queued = any(turn.ready and turn is not mine for lane in lanes for turn in lane)
+            queued = any(job.ready and job is not mine for lane in lanes for job in lane)
             return queued or self._running not in (None, mine)
 
     def check_outside(self) -> None:
         """Raise ``RuntimeError`` where waiting for this thread would be waiting for ever.
 
-        That is inside a turn that is still running, by task or by thread, and in a process
+        That is inside a job that is still running, by task or by thread, and in a process
         forked from one that has used MLX.
         """
         inside = current_job()
         if self.is_current() or (inside is not None and inside.running):
             raise RuntimeError(
-                "this code already runs inside a turn on the MLX thread, and would wait for "
+                "this code already runs inside a job on the MLX thread, and would wait for "
                 "itself for ever: call the MLX functions directly here"
             )
         self.check_fork()
@@ -131,8 +131,8 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
         """In a fork of this process: the thread is not there, and may have held the lock."""
         self._changed = threading.Condition()
 
-    def submit(self, turn: ThreadJob[Any]) -> None:
-        """Queue a turn without waiting for it. From any thread, this one included.
+    def submit(self, job: ThreadJob[Any]) -> None:
+        """Queue a job without waiting for it. From any thread, this one included.
 
         Raises:
             EngineDead: the interpreter is shutting down, or the thread cannot be started.
@@ -142,15 +142,15 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
                 raise EngineDead("the MLX thread has ended, or the interpreter is shutting down")
             if self._thread is None:
                 self._start()
-            if turn.stage is Stage.QUEUED:  # else it was aborted on its way here
-                self._queue[turn] = None
-                self._lanes.setdefault(turn.lane, OrderedDict())[turn] = None
+            if job.stage is Stage.QUEUED:  # else it was aborted on its way here
+                self._queue[job] = None
+                self._lanes.setdefault(job.lane, OrderedDict())[job] = None
                 self._changed.notify()
 
     def _first(self) -> ThreadJob[Any] | None:
-        """The turn to take up next: of those that are first in their lanes. Under the lock."""
+        """The job to take up next: of those that are first in their lanes. Under the lock."""
         heads = (next(iter(lane)) for lane in self._lanes.values())
-        return min((turn for turn in heads if turn.ready), key=_arrival, default=None)
+        return min((job for job in heads if job.ready), key=_arrival, default=None)
 
     def _withdraw(self, one: PendingWork[Any]) -> None:
         super()._withdraw(one)
@@ -169,9 +169,9 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
         with self._changed:
             self._changed.notify()
 
-    def _enter(self, turn: ThreadJob[Any]) -> None:
+    def _enter(self, job: ThreadJob[Any]) -> None:
         self.check_outside()
-        self.submit(turn)
+        self.submit(job)
 
     def _start(self) -> None:
         # A daemon, so that the interpreter does not wait for it before it runs atexit
@@ -199,8 +199,8 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
                 running.aborted_with = EngineDead("the MLX thread has ended")
         if running is not None:
             running.announce()
-        for turn in waiting:
-            self.abort(turn, EngineDead("the MLX thread has ended"))
+        for job in waiting:
+            self.abort(job, EngineDead("the MLX thread has ended"))
 
     def _serve(self) -> None:
         while True:
@@ -214,37 +214,37 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
                     if self._closing:
                         return
                     continue
-                turn = self._running = first
-                del self._queue[turn], first
-                self._leave_lane(turn)
-                turn.stage = Stage.RUNNING
-            if turn.orphaned:
-                turn.cancelled = True
+                job = self._running = first
+                del self._queue[job], first
+                self._leave_lane(job)
+                job.stage = Stage.RUNNING
+            if job.orphaned:
+                job.cancelled = True
             else:
-                turn.execute()
+                job.execute()
             with self._changed:
-                turn.stage = Stage.DONE
+                job.stage = Stage.DONE
                 self._running = None
-                if turn.attended:
-                    self.attended_seconds += turn.ended - turn.started
-            turn.announce()
-            del turn  # or its result would live until the next one
+                if job.attended:
+                    self.attended_seconds += job.ended - job.started
+            job.announce()
+            del job  # or its result would live until the next one
 
     def _close(self) -> None:
-        """At exit: abort all turns, run the exit jobs, join the thread."""
+        """At exit: abort all jobs, run the exit jobs, join the thread."""
         if self._thread is None or self._pid != os.getpid():
             return
         with self._changed:
             self._closing = True
-            turns = [*self._queue, *([self._running] if self._running else [])]
+            jobs = [*self._queue, *([self._running] if self._running else [])]
             self._changed.notify()
-        for turn in turns:
-            self.abort(turn, EngineDead("the interpreter is shutting down"))
+        for job in jobs:
+            self.abort(job, EngineDead("the interpreter is shutting down"))
         self._thread.join()
 
 
-def _arrival(turn: ThreadJob[Any]) -> int:
-    return turn.rank[1]
+def _arrival(job: ThreadJob[Any]) -> int:
+    return job.rank[1]
 
 
 def _call_all(jobs: list[Callable[[], None]]) -> None:

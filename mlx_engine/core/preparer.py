@@ -18,6 +18,7 @@ P = TypeVar("P", bound=PendingWork[Any])
 Limit = tuple[Start, asyncio.TimerHandle]
 
 _THREADS = 2  # so that one long prompt does not keep all others waiting
+_LINGER = 1.0  # seconds that a thread waits for more to do: to start one takes longer than a prompt
 
 
 class Preparer(Generic[P]):
@@ -26,20 +27,23 @@ class Preparer(Generic[P]):
     Every eighth piece is the one that came first, whatever the ranks: it may be the one that gets
     the next place, and all others would wait for it.
 
-    A thread begins when there is something to do, and ends when there is nothing. What it does
-    must need no MLX, and should look at ``checkpoint`` between its steps.
+    A thread begins when there is something to do, and ends when there is nothing for a moment. It
+    holds no engine and no model meanwhile. What it does must need no MLX, and should look at
+    ``checkpoint`` between its steps.
 
     Args:
-        line: where the work is queued.
+        queue: where the work waits.
     """
 
-    def __init__(self, line: WorkQueue[P]) -> None:
-        self._line = line
-        self._lock = threading.RLock()  # a coroutine may be destroyed anywhere, and leaves then
+    def __init__(self, queue: WorkQueue[P]) -> None:
+        self._queue = queue
+        # Reentrant: a coroutine may be destroyed anywhere, and leaves then.
+        self._changed = threading.Condition(threading.RLock())
         self._by_rank: Ranked[Preparing[P]] = Ranked()
         self._by_arrival: Ranked[Preparing[P]] = Ranked()
         self._taken = 0
         self._threads = 0  # that run, or are on their way
+        self._idle = 0  # of them, that wait for something to do
 
     def add(self, work: Preparing[P]) -> Limit | None:
         """Have it done. In the event loop of its caller.
@@ -47,9 +51,13 @@ class Preparer(Generic[P]):
         Returns:
             What gives up the thread that was started for it, if one was.
         """
-        with self._lock:
+        with self._changed:
             self._by_rank.add(work.one.rank, work)
             self._by_arrival.add(work.one.rank[1:], work)
+            if self._idle:
+                self._idle -= 1
+                self._changed.notify()
+                return None
             if self._threads >= _THREADS:
                 return None
             self._threads += 1
@@ -63,7 +71,7 @@ class Preparer(Generic[P]):
 
     def discard(self, work: Preparing[P]) -> None:
         """Nobody wants it any more; nothing happens if a thread has it. From any thread."""
-        with self._lock:
+        with self._changed:
             self._leave(work)
 
     def _leave(self, work: Preparing[P]) -> None:
@@ -76,29 +84,42 @@ class Preparer(Generic[P]):
             del work  # or what it holds would live until the next one
 
     def _next(self) -> Preparing[P] | None:
-        with self._lock:
-            oldest = self._taken % FAIR == FAIR - 1
-            work = (self._by_arrival if oldest else self._by_rank).first()
-            if work is None:
-                self._threads -= 1
-                return None
+        with self._changed:
+            while (work := self._first()) is None:
+                if not self._more_comes():
+                    self._threads -= 1
+                    return None
             self._taken += 1
             self._leave(work)
             return work
 
+    def _first(self) -> Preparing[P] | None:
+        oldest = self._taken % FAIR == FAIR - 1
+        return (self._by_arrival if oldest else self._by_rank).first()
+
+    def _more_comes(self) -> bool:
+        """Wait for something to do; whether there may be something. Under the lock."""
+        self._idle += 1
+        if self._changed.wait(_LINGER):
+            return True
+        if self._idle:
+            self._idle -= 1
+            return False
+        return True  # it was called in the last moment
+
     def _do(self, work: Preparing[P]) -> None:
-        if not self._line.take_to_prepare(work.one):
+        if not self._queue.take_to_prepare(work.one):
             return
         error: BaseException | None = None
         try:
             error = work.func()
         except BaseException as raised:  # noqa: BLE001 - the border: its caller raises it
             error = raised
-        self._line.left(work.one, error)
+        self._queue.left(work.one, error)
 
     def _fail(self, error: EngineDead) -> None:
         """A thread does not come. Another one does what there is; if there is none, nobody does."""
-        with self._lock:
+        with self._changed:
             self._threads -= 1
             if self._threads:
                 return
@@ -109,8 +130,8 @@ class Preparer(Generic[P]):
         for work in left:
             failed = GenerationError(f"the prompt is not prepared: {error}")
             failed.__cause__ = error
-            if self._line.take_to_prepare(work.one):
-                self._line.left(work.one, failed)
+            if self._queue.take_to_prepare(work.one):
+                self._queue.left(work.one, failed)
 
 
 class Preparing(Generic[P]):

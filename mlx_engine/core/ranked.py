@@ -42,13 +42,6 @@ class Ranked(Generic[T]):
             heapq.heappop(self._heap)
         return self._things[self._heap[0]] if self._heap else None
 
-    def pop(self) -> T | None:
-        """Take the one of the lowest rank out."""
-        thing = self.first()
-        if thing is not None:
-            del self._things[heapq.heappop(self._heap)]
-        return thing
-
     def below(self, rank: Rank, most: int) -> int:
         """How many have a lower rank, counted up to ``most``; hardly any others are looked at."""
         self.first()

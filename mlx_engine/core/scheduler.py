@@ -1,215 +1,188 @@
-"""The queue of a batch: who gets the next place in it, and who is in it."""
+"""Schedulers: how an engine's requests, and all else that it does, get to the MLX thread."""
 
 from __future__ import annotations
 
-import copy
+import abc
+import functools
 import threading
-import time
-from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, TypeVar
 
+from mlx_engine.config import QueueConfig
+from mlx_engine.core.admission import Admission
+from mlx_engine.core.batch_queue import BatchQueue, QueuedRequest, R
+from mlx_engine.core.in_flight import InFlight
+from mlx_engine.core.lifecycle import Lifecycle
 from mlx_engine.core.mlx_thread import mlx_thread
-from mlx_engine.core.ranked import FAIR, Ranked
-from mlx_engine.core.work import PendingWork, Stage, ThreadJob
-from mlx_engine.core.work_queue import WorkQueue
+from mlx_engine.core.preparer import Preparer, Preparing
+from mlx_engine.core.work import PendingWork, ThreadJob
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.outputs import GenerationResult
 
+T = TypeVar("T")
 
-class Schedulable(Protocol):
-    """A request, as far as its place matters."""
-
-    request_id: str
-    priority: int
-
-    def cancel(self) -> None:
-        """Ask it to stop. From any thread."""
-
-    def result(self) -> GenerationResult:
-        """What has been made so far; final once it is over."""
+Prepare = Callable[[R], MLXEngineError | None]
 
 
-R = TypeVar("R", bound=Schedulable)
-
-
-class QueuedRequest(PendingWork[GenerationResult], Generic[R]):
-    """A request on its way through the queue and the batch.
+class Scheduler(abc.ABC, Generic[R]):
+    """An engine's way to the MLX thread, behind its admission.
 
     Args:
-        request: whose it is.
-        on_done: called once it is over.
-        on_moved: called, from any thread, when it may have a place or has left the queue.
+        lifecycle: the engine's state.
+        limits: of the queue.
+        prepare: makes a request ready, on a helper thread, without MLX; gives the error that its
+            caller gets instead, if that fails.
+
+    Attributes:
+        width: requests that can be in work at once.
+        admission: limits and counters.
+    """
+
+    width = 1
+
+    def __init__(self, lifecycle: Lifecycle, limits: QueueConfig, prepare: Prepare[R]) -> None:
+        self.admission = Admission(lifecycle, limits)
+        self._lifecycle = lifecycle
+        self._prepare = prepare
+        self._preparer: Preparer[Any] = Preparer(mlx_thread)
+
+    @abc.abstractmethod
+    def serve(self, request: R) -> Awaitable[GenerationResult]:
+        """Do a request that somebody waits for.
+
+        Cancellation: what waits leaves the queue at once; what runs is told to stop, and its
+        caller stays until it is out of MLX.
+        """
+
+    async def run_blocking_serialized(
+        self,
+        func: Callable[..., T],
+        /,
+        *args: Any,
+        on_cancel: Callable[[], None] | None = None,
+        _entry: InFlight | None = None,
+        _prepare: Callable[[], MLXEngineError | None] | None = None,
+        **kwargs: Any,
+    ) -> T:
+        """Run ``func`` on the MLX thread. All work that somebody waits for goes through here.
+
+        Takes the generation lock in the order of arrival, and holds it until ``func`` has
+        returned, whatever happens to the caller meanwhile; see ``WorkQueue.run``.
+
+        Args:
+            on_cancel: called once, from any thread, if the caller is cancelled meanwhile.
+            _entry: what it is in the registry; the engine's own work, if there is none.
+            _prepare: done before, on a thread of the preparer; see ``Preparing``.
+        """
+        entry = _entry or InFlight(self._lifecycle.new_id("work"))
+        job = ThreadJob(
+            functools.partial(func, *args, **kwargs),
+            on_cancel,
+            functools.partial(self.admission.over, entry),
+            lane=self.admission,
+        )
+        preparing = None if _prepare is None else Preparing(self._preparer, job, _prepare)
+        with self.admission.enter(entry, job, mlx_thread):
+            return await mlx_thread.run(job, preparing)  # type: ignore[no-any-return]
+
+
+class SimpleScheduler(Scheduler[R]):
+    """One request at a time, in the order of arrival: each is one job on the MLX thread.
+
+    Args:
+        lifecycle, limits, prepare: those of every ``Scheduler``.
+        generate: does a prepared request, on the MLX thread.
     """
 
     def __init__(
         self,
-        request: R,
-        on_done: Callable[[PendingWork[Any]], None],
-        on_moved: Callable[[], None],
+        lifecycle: Lifecycle,
+        limits: QueueConfig,
+        prepare: Prepare[R],
+        generate: Callable[[R], GenerationResult],
     ) -> None:
-        super().__init__(request.cancel, on_done, priority=request.priority)
-        self.request = request
-        self.on_moved = on_moved
+        super().__init__(lifecycle, limits, prepare)
+        self._generate = generate
+
+    def serve(self, request: R) -> Awaitable[GenerationResult]:
+        """See ``Scheduler``."""
+        return self.run_blocking_serialized(
+            self._generate,
+            request,
+            on_cancel=request.cancel,
+            _entry=InFlight(request.request_id, counted=True, reported=True),
+            _prepare=functools.partial(self._prepare, request),
+        )
 
 
-class _Order(Generic[R]):
-    """Seats in the queue in one order: those that may have a place, and those not ready yet."""
+class BatchScheduler(Scheduler[R]):
+    """Many requests at once, by continuous batching: they share jobs on the MLX thread.
 
-    def __init__(self, rank: Callable[[QueuedRequest[R]], tuple[int, ...]]) -> None:
-        self._rank = rank
-        self._ready: Ranked[QueuedRequest[R]] = Ranked()
-        self._unready: Ranked[None] = Ranked()
-
-    def add(self, seat: QueuedRequest[R]) -> None:
-        if seat.ready:
-            self._unready.discard(self._rank(seat))
-            self._ready.add(self._rank(seat), seat)
-        else:
-            self._unready.add(self._rank(seat), None)
-
-    def discard(self, seat: QueuedRequest[R]) -> None:
-        self._ready.discard(self._rank(seat))
-        self._unready.discard(self._rank(seat))
-
-    def first(self, places: int) -> QueuedRequest[R] | None:
-        """The first that is ready, unless those before it that are not will need all places."""
-        seat = self._ready.first()
-        if seat is None or self._unready.below(self._rank(seat), places) >= places:
-            return None
-        return seat
-
-    def settled(self, places: int) -> bool:
-        """Whether there are enough that are ready, or no others."""
-        return len(self._ready) >= places or not self._unready
-
-
-class BatchScheduler(WorkQueue[QueuedRequest[R]], Generic[R]):
-    """Requests that wait for a place in the batch, and those that have one.
-
-    Entered and cancelled from event loops, made ready on other threads, taken up and ended on
-    the MLX thread.
+    A job, or batch run, goes on until there is nothing to do, or others have waited for as long
+    as they let the batch wait. Nobody waits for one: if an event loop had to ask for the next
+    one, all requests would depend on that loop.
 
     Args:
-        width: places in the batch.
+        lifecycle, limits, prepare: those of every ``Scheduler``.
+        width: requests that can be in work at once.
+        run_batch: works on what is in the queue until there is nothing to do, others wait, or
+            the event is set; on the MLX thread. Whatever happens, it leaves nobody waiting.
 
     Attributes:
-        burst: the turn in which the batch is worked on, or will be next.
-        driving: held while it is looked whether there is to be one.
+        queue: requests that wait, and those in the batch.
     """
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        limits: QueueConfig,
+        prepare: Prepare[R],
+        width: int,
+        run_batch: Callable[[BatchQueue[R], threading.Event], None],
+    ) -> None:
+        super().__init__(lifecycle, limits, prepare)
         self.width = width
-        self.burst: ThreadJob[None] | None = None
-        self.driving = threading.Lock()
-        self._running: dict[str, QueuedRequest[R]] = {}
-        self._by_rank: _Order[R] = _Order(lambda seat: seat.rank)
-        self._by_arrival: _Order[R] = _Order(lambda seat: seat.rank[1:])
-        self._taken = 0
+        self.queue: BatchQueue[R] = BatchQueue(width)
+        self._preparer = Preparer(self.queue)
+        self._run_batch = run_batch
+        self._looking = threading.Lock()  # held while it is looked whether there is to be a job
 
-    @property
-    def free(self) -> int:
-        """Places in the batch that nobody has."""
-        return self.width - len(self._running)
+    async def serve(self, request: R) -> GenerationResult:
+        """See ``Scheduler``."""
+        entry = InFlight(request.request_id, counted=True, reported=True)
+        over = functools.partial(self.admission.over, entry)
+        queued = QueuedRequest(request, over, self._ensure_job)
+        preparing = Preparing(self._preparer, queued, functools.partial(self._prepare, request))
+        with self.admission.enter(entry, queued, self.queue):
+            return await self.queue.run(queued, preparing)  # type: ignore[no-any-return]
 
-    @property
-    def busy(self) -> bool:
-        """Whether a request that enters now would have to wait for others."""
-        with self._changed:
-            if len(self._queue) >= self.free:
-                return True
-        return mlx_thread.is_used_by_others(self.burst)
+    def _ensure_job(self) -> None:
+        """See to it that a job is under way, or in the queue of the MLX thread, if needed.
 
-    @property
-    def pending(self) -> bool:
-        """Whether there is anything to do on the MLX thread."""
-        return bool(self._running) or self.first() is not None
-
-    def first(self) -> QueuedRequest[R] | None:
-        """Who gets the next place: by priority, then in the order of arrival.
-
-        Nobody overtakes: who comes earlier and is not ready yet keeps a place. ``None`` if there
-        is no place, or nobody for it.
+        From any thread.
         """
-        with self._changed:
-            if self.free <= 0:
-                return None
-            oldest = self._taken % FAIR == FAIR - 1
-            return (self._by_arrival if oldest else self._by_rank).first(self.free)
+        with self._looking:
+            if self.queue.job is not None or not self.queue.pending:
+                return
+            try:
+                self.queue.job = self._submit_job()
+                return
+            except MLXEngineError as error:
+                gone = error
+        self.queue.end_all(gone)
 
-    def gather(self, seconds: float) -> None:
-        """Wait a moment for those that are not ready yet, so that they begin together."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._by_rank.settled(self.free), seconds)
+    def _submit_job(self) -> ThreadJob[None]:
+        stop = threading.Event()
+        run = functools.partial(self._run_batch, self.queue, stop)
+        job = ThreadJob(run, stop.set, self._job_over, attended=False)
+        mlx_thread.submit(job)
+        return job
 
-    def take(self, seat: QueuedRequest[R]) -> bool:
-        """Give it a place; ``False`` if it has been withdrawn."""
-        with self._changed:
-            if seat.stage is not Stage.QUEUED:
-                return False
-            self._withdraw(seat)
-            seat.stage = Stage.RUNNING
-            seat.started = time.perf_counter()
-            self._running[seat.request.request_id] = seat
-            self._taken += 1
-        return True
-
-    def end(self, request: R, error: BaseException | None) -> None:
-        """A request in the batch is over."""
-        with self._changed:
-            seat = self._running.pop(request.request_id, None)
-            if seat is None:
-                return  # told by end_all
-            seat.ended = time.perf_counter()
-            seat.stage = Stage.DONE
-        if error is not None:
-            seat.error = error
+    def _job_over(self, job: PendingWork[None]) -> None:
+        """A job has made way for others, or there was nothing left to do."""
+        with self._looking:
+            self.queue.job = None
+        if isinstance(job.aborted_with, MLXEngineError):  # the MLX thread is gone
+            self.queue.end_all(job.aborted_with)
         else:
-            seat.value = request.result()
-        seat.announce()
-
-    def end_all(self, error: MLXEngineError) -> None:
-        """Nobody will do any of this any more."""
-        with self._changed:
-            waiting, running = list(self._queue), list(self._running.values())
-        for seat in waiting:
-            self.refuse(seat, _another(error))
-        for seat in running:
-            self.end(seat.request, _another(error))
-
-    def withdraw_orphans(self) -> None:
-        """Drop those in the queue whose event loop is closed."""
-        with self._changed:
-            orphans = [seat for seat in self._queue if seat.orphaned]
-        for seat in orphans:
-            self._cancel(seat)
-
-    def _enter(self, one: QueuedRequest[R]) -> None:
-        mlx_thread.check_outside()
-        with self._changed:
-            if one.stage is Stage.QUEUED:  # else it was aborted on its way here
-                self._queue[one] = None
-                self._is_ready(one)
-
-    def _is_ready(self, one: QueuedRequest[R]) -> None:
-        self._by_rank.add(one)
-        self._by_arrival.add(one)
-        self._changed.notify_all()
-
-    def _withdraw(self, one: PendingWork[Any]) -> None:
-        super()._withdraw(one)
-        assert isinstance(one, QueuedRequest)
-        self._by_rank.discard(one)
-        self._by_arrival.discard(one)
-        self._changed.notify_all()
-
-    def _moved(self, one: PendingWork[Any]) -> None:
-        assert isinstance(one, QueuedRequest)
-        one.on_moved()
-
-
-def _another(error: MLXEngineError) -> MLXEngineError:
-    """The same error: to raise one object in many tasks would add all their frames to it."""
-    another = copy.copy(error)
-    another.__cause__ = error.__cause__
-    return another
+            self._ensure_job()

@@ -18,7 +18,7 @@ _should_stop: contextvars.ContextVar[Callable[[], bool] | None] = contextvars.Co
 
 @contextmanager
 def stoppable(should_stop: Callable[[], bool]) -> Iterator[None]:
-    """What is done in this block ends at its next ``checkpoint`` once ``should_stop()``."""
+    """Work in this block ends at its next ``checkpoint`` once ``should_stop()``."""
     token = _should_stop.set(should_stop)
     try:
         yield

@@ -32,7 +32,7 @@ _WHILE = 0.005
 
 
 class Producer(Protocol):
-    """What makes the chunks of one stream."""
+    """A request as its stream sees it: it makes the chunks."""
 
     request_id: str
 
@@ -47,7 +47,7 @@ class Producer(Protocol):
         """Ask the work to stop. From any thread; returns at once."""
 
     def partial_result(self) -> GenerationResult:
-        """What there is once the work has been cancelled and is over."""
+        """The result so far, once the work has been cancelled and is over."""
 
 
 class _Channel:

@@ -19,7 +19,7 @@ class RequestTimer:
         self.ended = 0.0
 
     def timings(self, prefilled_tokens: int, completion_tokens: int) -> Timings:
-        """What they come to; of a request that is not over, until now."""
+        """Durations between them; of a request that is not over, until now."""
         end = self.ended or time.perf_counter()
         prefill = self.prefilled - self.started if self.prefilled else 0.0
         decode = self.last_token - self.first_token

@@ -54,3 +54,36 @@ def set_done(*futures: asyncio.Future[None]) -> None:
     for future in futures:
         if not future.done():
             future.set_result(None)
+
+
+class Broadcast:
+    """Tells all who wait for a change, in whatever event loops, that there was one.
+
+    Its owner has a lock, under which it watches and notifies: no change goes unnoticed then.
+    """
+
+    def __init__(self) -> None:
+        self._watchers: set[asyncio.Future[None]] = set()
+
+    def __bool__(self) -> bool:
+        """Whether anybody waits."""
+        return bool(self._watchers)
+
+    def watch(self) -> asyncio.Future[None]:
+        """A future of the running loop that is done at the next change. Under the lock."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._watchers.add(future)
+        return future
+
+    async def wait(self, future: asyncio.Future[None], timeout: float | None = None) -> None:
+        """Wait for a change since ``watch``, for ``timeout`` seconds at most."""
+        try:
+            await asyncio.wait({future}, timeout=timeout)
+        finally:
+            self._watchers.discard(future)
+
+    def notify(self) -> None:
+        """There was a change. Under the lock; from any thread."""
+        watchers, self._watchers = self._watchers, set()
+        for future in list(watchers):  # one may be leaving
+            wake(future)

@@ -22,7 +22,7 @@ class Stage(enum.Enum):
     """How far a pending piece of work has come."""
 
     QUEUED = enum.auto()  # it may be withdrawn
-    RUNNING = enum.auto()  # its work is being done: a turn's function is on the MLX thread
+    RUNNING = enum.auto()  # its work is being done: a job's function is on the MLX thread
     DONE = enum.auto()  # its work is over, or never will be done
 
 
@@ -45,7 +45,7 @@ class PendingWork(Generic[T]):
 
     Attributes:
         rank: its place in an order: by priority, then by arrival.
-        stage: written by its line alone, under the line's lock.
+        stage: written by its queue alone, under the queue's lock.
         ready: whether it may be taken up; if not, a ``Preparer`` will say so. As ``stage``.
         preparing: whether it is on one of the ``Preparer``'s threads. As ``stage``.
         cancelled: whether it was cancelled or aborted before its work was over.
@@ -150,16 +150,16 @@ class PendingWork(Generic[T]):
 
 
 class ThreadJob(PendingWork[T]):
-    """One function's turn on another thread, which is the MLX thread as a rule.
+    """One function that another thread calls: the MLX thread, as a rule.
 
     Args:
         func: called without arguments, with the context variables of the caller.
         on_cancel: called at most once, from any thread, when the function should return
             early.
-        on_done: called once, from any thread, when the turn is over.
+        on_done: called once, from any thread, when the job is over.
         attended: whether somebody in the running event loop waits for it; if not, the function
             is called with no context variables.
-        lane: turns of one lane go in their order, whether or not the first of them is ready;
+        lane: jobs of one lane go in their order, whether or not the first of them is ready;
             ``None`` is for those that always are.
     """
 
@@ -182,35 +182,35 @@ class ThreadJob(PendingWork[T]):
     def execute(self) -> None:
         """On the other thread: call the function and keep its outcome."""
         func, self._func = self._func, None
-        # Not kept: it will hold this turn, and only the garbage collector would end that.
+        # Not kept: it will hold this job, and only the garbage collector would end that.
         context, self._context = self._context, None
         self.started = time.perf_counter()
         try:
             if func is None or context is None:
-                raise RuntimeError("a turn is used once")
-            self.value = context.run(_call_in_turn, self, func)
+                raise RuntimeError("a job is used once")
+            self.value = context.run(_call_in_job, self, func)
         except BaseException as error:  # noqa: BLE001 - the border: the caller raises it
             self.error = error
         self.ended = time.perf_counter()
 
     def announce(self) -> None:
         """Tell everyone that it is over. From any thread, once."""
-        self._func = None  # what it holds should not outlive the turn
+        self._func = None  # what it holds should not outlive the job
         super().announce()
 
 
 def call_in(context: contextvars.Context, func: Callable[..., T], /, *args: Any) -> T:
-    """Call ``func`` with other context variables, as part of the turn that runs."""
-    return context.run(_call_in_turn, _current.get(), func, *args)
+    """Call ``func`` with other context variables, as part of the job that runs."""
+    return context.run(_call_in_job, _current.get(), func, *args)
 
 
-def _call_in_turn(turn: ThreadJob[Any] | None, func: Callable[..., T], *args: Any) -> T:
-    _current.set(turn)
+def _call_in_job(job: ThreadJob[Any] | None, func: Callable[..., T], *args: Any) -> T:
+    _current.set(job)
     return func(*args)
 
 
 def current_job() -> ThreadJob[Any] | None:
-    """The turn in whose function, or in whose context variables, the caller runs."""
+    """The job in whose function, or in whose context variables, the caller runs."""
     return _current.get()
 
 

@@ -15,13 +15,13 @@ P = TypeVar("P", bound=PendingWork[Any])
 
 
 class Preparation(Protocol):
-    """What has to be done for a piece of pending work before it may be taken up."""
+    """Preparation of a piece of pending work, before which it is not taken up."""
 
     def begin(self) -> None:
         """See to it that it is done, on another thread, which then calls ``WorkQueue.left``."""
 
     def forget(self) -> None:
-        """Nobody wants it any more. Called under the line's lock."""
+        """Nobody wants it any more. Called under the queue's lock."""
 
     def over(self) -> None:
         """Whoever wanted it waits no more. In the event loop of ``begin``."""
@@ -74,7 +74,7 @@ class WorkQueue(abc.ABC, Generic[P]):
         what is being prepared, until that is over.
 
         Raises:
-            RuntimeError: called from inside a turn on the MLX thread that is still running,
+            RuntimeError: called from inside a job on the MLX thread that is still running,
                 which would wait for itself for ever.
             EngineDead: there is nobody left to do it.
             BaseException: whatever the work or its preparation raised, or ``abort`` was given.
@@ -122,7 +122,7 @@ class WorkQueue(abc.ABC, Generic[P]):
         return True
 
     def refuse(self, one: P, error: BaseException) -> None:
-        """It will not be taken up at all: its caller gets ``error``. From any thread."""
+        """Refuse to do it: its caller gets ``error``. From any thread."""
         with self._changed:
             if one.stage is not Stage.QUEUED:
                 return
@@ -142,7 +142,7 @@ class WorkQueue(abc.ABC, Generic[P]):
             return True
 
     def left(self, one: P, error: BaseException | None) -> None:
-        """Its preparation is over, and has failed if there is an ``error``."""
+        """Note that its preparation is over, and has failed if there is an ``error``."""
         with self._changed:
             one.preparing = False
             one.error = one.error or error
@@ -161,10 +161,10 @@ class WorkQueue(abc.ABC, Generic[P]):
         """Put it in the queue, and see to it that it is taken up."""
 
     def _is_ready(self, one: P) -> None:
-        """It may be taken up now. Under the lock."""
+        """Let it be taken up. Under the lock."""
 
     def _moved(self, one: PendingWork[Any]) -> None:
-        """It has become ready, or has left the queue: others may go. From any thread."""
+        """Look for who may go: it has become ready, or has left the queue. From any thread."""
 
     def _withdraw(self, one: PendingWork[Any]) -> None:
         """Take it out of the queue. Under the lock; it may be out of it already."""

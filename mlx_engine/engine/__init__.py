@@ -4,11 +4,10 @@ Its files:
 
     base.py          generate, stream_generate, chat, stream_chat, generate_batch
     local.py         those, for models in this process
-    life.py          start, run_blocking, shutdown; the one way into MLX
     simple.py        one request at a time
     batched.py       many at once
-    bursts.py        turns that they share
     many.py          many requests by one call
-    producer.py      a request as a stream sees it
     model_holder.py  where the model is
+    batch_holder.py  a model and the batch of its requests
+    in_process.py    start, run_blocking, shutdown; the one way into MLX
 """

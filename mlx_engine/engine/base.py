@@ -1,4 +1,4 @@
-"""What all engines offer: answers, whole, as streams, and many at once.
+"""The interface of all engines: answers, whole, as streams, and many at once.
 
 No MLX here: an engine may be in this process or elsewhere.
 """
@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from mlx_engine.checks import checked_path, shown
-from mlx_engine.config import AsEngine, QueueConfig, SpecPrefill
+from mlx_engine.config import QueueConfig
 from mlx_engine.core.drain import clean_up
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.lifecycle import EngineState
@@ -26,6 +26,7 @@ from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import EngineStats, GenerationResult, ProgressCallback, ShutdownReport
 from mlx_engine.params import SamplingOptions, SamplingParams
 from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt, checked_priority
+from mlx_engine.strategies import EngineDefault, SpecPrefill
 
 T = TypeVar("T")
 
@@ -60,6 +61,38 @@ class BaseEngine(abc.ABC):
         no model is loaded. From any thread.
         """
 
+    @property
+    @abc.abstractmethod
+    def width(self) -> int:
+        """Requests that can be in work at once. From any thread."""
+
+    @abc.abstractmethod
+    def check_running(self) -> None:
+        """Raise the error that tells why requests are refused, unless they are taken.
+
+        Raises:
+            EngineNotStarted, EngineStopped, EngineDead: by the state.
+            RuntimeError: this process is a fork of the one in which the engine was started.
+        """
+
+    @abc.abstractmethod
+    def submit(
+        self,
+        request: GenerationRequest,
+        on_progress: ProgressCallback | None = None,
+        request_id: str | None = None,
+    ) -> Producer:
+        """Make of ``request`` what does it, once its ``run`` is awaited.
+
+        Args:
+            request: what is asked.
+            on_progress: told of the prefill, in the event loop in which it is run.
+            request_id: its name, if its caller has given it one; no other in flight has it.
+
+        Raises:
+            InvalidRequest: it asks for what this engine was not made for.
+        """
+
     @abc.abstractmethod
     def stats(self) -> EngineStats:
         """A snapshot of counters. Cheap; from any thread."""
@@ -76,7 +109,8 @@ class BaseEngine(abc.ABC):
             InvalidRequest: an option does not suit the model.
             EngineStopped: the engine is being shut down.
             EngineNotStarted: the start that another task had begun did not succeed.
-            EngineDead: the engine has failed; ``stop()`` it first.
+            EngineDead: the engine has failed; ``stop()`` it first. Or there is no thread for it.
+            RuntimeError: this process was forked from one that has used MLX.
         """
 
     async def stop(self) -> ShutdownReport:
@@ -96,12 +130,15 @@ class BaseEngine(abc.ABC):
             Which requests finished, and which were aborted.
 
         May be called any number of times, from several tasks: the earliest deadline counts.
+        The model is dropped on the MLX thread, when its turn comes: work of other engines
+        that is there already is waited for.
 
         Cancellation: requests still in flight are aborted, the model is released, then
         ``CancelledError`` is raised.
 
         Raises:
             InvalidRequest: ``timeout`` is not such a number.
+            RuntimeError: called from inside a job on the MLX thread.
         """
 
     async def __aenter__(self) -> Self:
@@ -124,8 +161,8 @@ class BaseEngine(abc.ABC):
         params: SamplingParams | None = None,
         *,
         priority: int = 0,
-        prefill: SpecPrefill | AsEngine | None = "as engine",
-        decode: AsEngine | None = "as engine",
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationResult:
@@ -155,7 +192,7 @@ class BaseEngine(abc.ABC):
         ask = GenerationRequest(
             source, self._limits.params(params, options), priority, prefill, decode
         )
-        return await self._producer(ask, checked_callback(on_progress)).run(None)
+        return await self.submit(ask, checked_callback(on_progress)).run(None)
 
     def stream_generate(
         self,
@@ -163,8 +200,8 @@ class BaseEngine(abc.ABC):
         params: SamplingParams | None = None,
         *,
         priority: int = 0,
-        prefill: SpecPrefill | AsEngine | None = "as engine",
-        decode: AsEngine | None = "as engine",
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream:
@@ -178,7 +215,7 @@ class BaseEngine(abc.ABC):
         ask = GenerationRequest(
             source, self._limits.params(params, options), priority, prefill, decode
         )
-        return GenerationStream(self._producer(ask, checked_callback(on_progress)))
+        return GenerationStream(self.submit(ask, checked_callback(on_progress)))
 
     async def chat(
         self,
@@ -188,8 +225,8 @@ class BaseEngine(abc.ABC):
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
-        prefill: SpecPrefill | AsEngine | None = "as engine",
-        decode: AsEngine | None = "as engine",
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationResult:
@@ -215,7 +252,7 @@ class BaseEngine(abc.ABC):
         ask = GenerationRequest(
             source, self._limits.params(params, options), priority, prefill, decode
         )
-        return await self._producer(ask, checked_callback(on_progress)).run(None)
+        return await self.submit(ask, checked_callback(on_progress)).run(None)
 
     def stream_chat(
         self,
@@ -225,8 +262,8 @@ class BaseEngine(abc.ABC):
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
-        prefill: SpecPrefill | AsEngine | None = "as engine",
-        decode: AsEngine | None = "as engine",
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream:
@@ -235,7 +272,7 @@ class BaseEngine(abc.ABC):
         ask = GenerationRequest(
             source, self._limits.params(params, options), priority, prefill, decode
         )
-        return GenerationStream(self._producer(ask, checked_callback(on_progress)))
+        return GenerationStream(self.submit(ask, checked_callback(on_progress)))
 
     async def generate_batch(
         self,
@@ -243,8 +280,8 @@ class BaseEngine(abc.ABC):
         params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         *,
         priority: int = 0,
-        prefill: SpecPrefill | AsEngine | None = "as engine",
-        decode: AsEngine | None = "as engine",
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[GenerationResult | MLXEngineError]:
@@ -278,7 +315,7 @@ class BaseEngine(abc.ABC):
         checked_priority(priority, self._takes_priority)
         self._check_strategies(prefill, decode)
         given = params_for_each(prompts, params)
-        self._check_running()
+        self.check_running()
         each = await made_once(given, lambda own: self._limits.params(own, options))
 
         async def one(prompt: str | Sequence[int], own: SamplingParams) -> GenerationResult:
@@ -288,7 +325,7 @@ class BaseEngine(abc.ABC):
 
         calls = [functools.partial(one, *pair) for pair in zip(prompts, each, strict=True)]
         return await in_order(
-            calls, at_once(self._width, self._queue), checked_callback(on_progress)
+            calls, at_once(self.width, self._queue), checked_callback(on_progress)
         )
 
     async def save_prompt_cache(self, path: str | os.PathLike[str]) -> int:
@@ -352,7 +389,7 @@ class BaseEngine(abc.ABC):
         discarded and ``CancelledError`` raised.
 
         Raises:
-            RuntimeError: called from inside another turn on the MLX thread.
+            RuntimeError: called from inside another job on the MLX thread.
             InvalidRequest: ``func`` is not a plain function, or the engine is in another
                 process, where a function cannot go.
             EngineBusy, EngineNotStarted, EngineStopped, EngineDead: as in ``generate``.
@@ -360,30 +397,10 @@ class BaseEngine(abc.ABC):
         """
 
     @abc.abstractmethod
-    def _producer(
-        self,
-        ask: GenerationRequest,
-        on_progress: ProgressCallback | None,
-        request_id: str | None = None,
-    ) -> Producer:
-        """What will do a request, once its ``run`` is awaited.
-
-        Args:
-            request_id: its name, if its caller has given it one; no other in flight has it.
-
-        Raises:
-            InvalidRequest: it asks for what this engine was not made for.
-        """
-
-    @abc.abstractmethod
     def _check_strategies(
-        self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
+        self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
         """Raise ``InvalidRequest`` if a request may not ask for these."""
-
-    @abc.abstractmethod
-    def _check_running(self) -> None:
-        """Raise the error that tells why requests are refused, unless they are taken."""
 
     @abc.abstractmethod
     async def _save_prompt_cache(self, path: Path) -> int:
@@ -392,11 +409,6 @@ class BaseEngine(abc.ABC):
     @abc.abstractmethod
     async def _load_prompt_cache(self, path: Path) -> int:
         """See ``load_prompt_cache``."""
-
-    @property
-    @abc.abstractmethod
-    def _width(self) -> int:
-        """Requests that can be in work at once."""
 
 
 def checked_callback(on_progress: ProgressCallback | None) -> ProgressCallback | None:

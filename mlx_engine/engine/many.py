@@ -93,7 +93,7 @@ def at_once(width: int, queue: QueueConfig) -> int:
 async def made_once(
     given: Sequence[SamplingParams | None], make: Callable[[SamplingParams | None], SamplingParams]
 ) -> list[SamplingParams]:
-    """What ``make`` makes of each, once of the same one, without holding up the event loop."""
+    """Results of ``make`` for each, once for the same one, without holding up the event loop."""
     made: dict[int, SamplingParams] = {}
     for own in given:
         if id(own) not in made:

@@ -1,4 +1,4 @@
-"""Where an engine keeps its model."""
+"""The model of an engine, and what belongs to it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,30 @@ import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 
-from mlx_engine.config import ModelConfig, Strategies
+from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.stop import Interrupted, checkpoint, stoppable
-from mlx_engine.errors import EngineDead, MLXEngineError, ModelLoadError, describe, drop_frames
+from mlx_engine.errors import (
+    EngineDead,
+    GenerationError,
+    MLXEngineError,
+    ModelLoadError,
+    describe,
+    drop_frames,
+)
+from mlx_engine.generation.request import Request
 from mlx_engine.generation.runner import ModelRunner
+from mlx_engine.generation.single import generate_single
 from mlx_engine.generation.warm_up import warm_up
 from mlx_engine.models.loading import LoadedModel, load_model
 from mlx_engine.models.vocabulary import Vocabulary
-from mlx_engine.outputs import ProgressCallback, PromptCacheStats
+from mlx_engine.outputs import GenerationResult, ProgressCallback, PromptCacheStats
+from mlx_engine.strategies import Strategies
 
 
 def _leave_mlx() -> None:
@@ -30,45 +41,68 @@ def _leave_mlx() -> None:
 mlx_thread.at_exit(_leave_mlx)
 
 
+H = TypeVar("H")
+
+
+def _telling(what: str) -> Callable[[Callable[[H, Path], int]], Callable[[H, Path], int]]:
+    """Tell what MLX raises inside in an error of ours, without the frames that hold arrays."""
+
+    def wrap(method: Callable[[H, Path], int]) -> Callable[[H, Path], int]:
+        @functools.wraps(method)
+        def telling(holder: H, path: Path) -> int:
+            try:
+                return method(holder, path)
+            except MLXEngineError as error:
+                drop_frames(error)
+                raise
+            except Exception as error:
+                drop_frames(error)
+                raise GenerationError(f"{what} failed: {describe(error)}") from error
+
+        return telling
+
+    return wrap
+
+
 class ModelHolder:
     """Holds the model of one engine, and what belongs to it.
 
-    Filled, used and emptied on the MLX thread.
+    Loaded, used and unloaded on the MLX thread.
 
     Attributes:
-        meter: counters of the work done with it. From any thread.
+        counters: of the work done with it. From any thread.
         batched: whether its requests share a batch.
     """
 
     batched = False
 
     def __init__(self) -> None:
-        self._space: ModelRunner | None = None
-        self.meter = EngineCounters()
+        self._runner: ModelRunner | None = None
+        self.counters = EngineCounters()
 
     @property
-    def filled(self) -> bool:
+    def loaded(self) -> bool:
         """Whether there is a model in it. From any thread."""
-        return self._space is not None
+        return self._runner is not None
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the model in it has a chat template. From any thread."""
-        space = self._space
-        return space is not None and bool(space.loaded.tokenizer.has_chat_template)
+        runner = self._runner
+        return runner is not None and bool(runner.loaded.tokenizer.has_chat_template)
 
     @property
     def context_length(self) -> int | None:
         """Tokens of prompt and answer together, if limited. From any thread."""
-        space = self._space
-        return None if space is None else space.loaded.context_length
+        runner = self._runner
+        return None if runner is None else runner.loaded.context_length
 
     def prompt_cache_stats(self) -> PromptCacheStats:
-        """Of its prompt cache. From any thread."""
-        space = self._space
-        return PromptCacheStats() if space is None else space.prompt_cache.stats()
+        """Counters of the prompt cache. From any thread."""
+        runner = self._runner
+        return PromptCacheStats() if runner is None else runner.prompt_cache.stats()
 
-    def fill(
+    def load(
         self,
         config: ModelConfig,
         strategies: Strategies,
@@ -87,11 +121,11 @@ class ModelHolder:
         load = functools.partial(load_model, on_progress=on_progress, should_stop=should_stop)
         try:
             with stoppable(should_stop):
-                self._load(config, strategies, sources, load)
-                mlx_thread.at_exit(self.empty)
+                self._load_models(config, strategies, sources, load)
+                mlx_thread.at_exit(self.unload)
                 checkpoint()
-                self._equip(self.space())
-                warm_up(self.space(), batched=self.batched)
+                self._equip(self.runner())
+                warm_up(self.runner(), batched=self.batched)
         except Exception as error:
             drop_frames(error)  # this frame stays: nothing here may hold a model
             if isinstance(error, MLXEngineError | Interrupted):
@@ -100,7 +134,7 @@ class ModelHolder:
                 f"{config.model} is loaded, but does not work: {describe(error)}"
             ) from error
 
-    def _load(
+    def _load_models(
         self,
         config: ModelConfig,
         strategies: Strategies,
@@ -109,34 +143,62 @@ class ModelHolder:
     ) -> None:
         loaded = load(config, sources[config.model])
         drafts = {name: load(config.for_draft(name), sources[name]) for name in strategies.drafts}
-        self._space = ModelRunner(loaded, config, self.meter, drafts, strategies)
+        self._runner = ModelRunner(loaded, config, self.counters, drafts, strategies)
 
-    def _equip(self, space: ModelRunner) -> None:
+    def _equip(self, runner: ModelRunner) -> None:
         """Make what else the engine needs; raises what the start then raises."""
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """What prompts are made into tokens with. From any thread.
+        """Vocabulary that prompts are made into tokens with. From any thread.
 
         Raises:
             EngineDead: there is no model.
         """
-        return self.space().loaded.vocabulary
+        return self.runner().loaded.vocabulary
 
-    def get(self) -> LoadedModel:
+    def model(self) -> LoadedModel:
         """The model. On the MLX thread, in a request that was admitted."""
-        return self.space().loaded
+        return self.runner().loaded
 
-    def space(self) -> ModelRunner:
-        """The model and what belongs to it. On the MLX thread, in a request that was admitted."""
-        if self._space is None:
+    def runner(self) -> ModelRunner:
+        """The model and what belongs to it. On the MLX thread, in a request that was admitted.
+
+        Raises:
+            EngineDead: there is no model.
+        """
+        if self._runner is None:
             raise EngineDead("the engine has no model any more")
-        return self._space
+        return self._runner
 
-    def empty(self) -> None:
+    def prepare(self, request: Request) -> MLXEngineError | None:
+        """Make its prompt into tokens; the error if that fails. On any thread, without MLX."""
+        try:
+            request.prepare(self.vocabulary)
+        except Interrupted:
+            pass  # its turn, if it still gets one, ends it
+        except BaseException as error:  # noqa: BLE001 - the border: templates raise anything
+            return request.failed(error)
+        return None
+
+    def generate(self, request: Request) -> GenerationResult:
+        """Do a prepared request by itself. On the MLX thread."""
+        return generate_single(request, self.runner())
+
+    @_telling("saving the prompt cache")
+    def save_prompt_cache(self, path: Path) -> int:
+        """Write the prompt cache into a file; the number of prompts. On the MLX thread."""
+        return self.runner().save_prompt_cache(path)
+
+    @_telling("loading the prompt cache")
+    def load_prompt_cache(self, path: Path) -> int:
+        """Add the prompts of a file to the prompt cache; their number. On the MLX thread."""
+        return self.runner().load_prompt_cache(path)
+
+    def unload(self) -> None:
         """Drop the model. On the MLX thread."""
-        self._space = None
-        self.meter.kv_bytes = self.meter.batch_size = 0
-        mlx_thread.remove_exit_job(self.empty)
+        self._runner = None
+        self.counters.kv_bytes = self.counters.batch_size = 0
+        mlx_thread.remove_exit_job(self.unload)
         with contextlib.suppress(Exception):  # the model is gone, and that is what counts
             mx.clear_cache()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import functools
+import os
+from typing import Unpack
 
-from mlx_engine.core.in_flight import RequestTicket
+from mlx_engine.config import EngineConfig, EngineOptions, spelled_out
+from mlx_engine.core.scheduler import SimpleScheduler
 from mlx_engine.engine.local import LocalEngine
+from mlx_engine.engine.model_holder import ModelHolder
 from mlx_engine.generation.request import Request
-from mlx_engine.generation.single import generate_single
-from mlx_engine.outputs import GenerationResult
+from mlx_engine.outputs import ProgressCallback
 
 
 class SimpleEngine(LocalEngine):
@@ -18,15 +20,61 @@ class SimpleEngine(LocalEngine):
     prompt is made into tokens before, on another thread.
     """
 
-    async def _serve(self, request: Request, ticket: RequestTicket) -> GenerationResult:
-        return await self._run_blocking_serialized(
-            self._generate,
-            request,
-            on_cancel=request.cancel,
-            _ticket=ticket,
-            _prepare=functools.partial(self._prepare, request),
-        )
+    @spelled_out(EngineOptions)
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        on_progress: ProgressCallback | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        """Make an engine; nothing is loaded before it is started.
 
-    def _generate(self, request: Request) -> GenerationResult:
-        """On the MLX thread."""
-        return generate_single(request, self._slot.space())
+        Args:
+            model: a folder in mlx-lm's layout, a Hugging Face repository id, or ``"demo"``.
+            on_progress: told of download and loading, in the event loop that starts the
+                engine.
+            revision: branch, tag or commit of the repository.
+            adapter_path: folder of LoRA adapters to apply.
+            trust_remote_code: run Python code that the model brings along, and so do draft
+                models, of which the newest revision is taken.
+            context_length: tokens that prompt and answer may have together; ``None`` takes
+                it from the model's configuration.
+            max_kv_size: tokens that the KV cache keeps at most (the first 4 and the latest
+                ones), and one prefill chunk more while a prompt goes in; ``None`` is unbounded.
+                What a longer prompt gives then depends on ``prefill_step_size``.
+            kv_bits: bits of the quantised KV cache (2, 3, 4, 5, 6 or 8); ``None`` keeps full
+                precision.
+            kv_group_size: values that share a scale in it (32, 64 or 128), 64 by default; only
+                with ``kv_bits``.
+            quantized_kv_start: tokens in the cache from which on it is quantised, 0 by default;
+                only with ``kv_bits``.
+            prefill_step_size: tokens per prefill chunk, 512 by default; a cancelled request
+                leaves MLX after the chunk that it is in.
+            prompt_cache_bytes: bytes that earlier prompts and answers may take, so that they
+                need no second prefill; 0 switches that off, ``None`` is a quarter of the
+                device's memory that the model leaves, or 1 GiB where that is not known.
+            prefill: ``SpecPrefill(...)`` leaves parts of long prompts out; ``None`` prefills
+                all of them.
+            decode: ``DraftModel(...)`` or ``MTP()`` proposes tokens, several of which the
+                model verifies together; ``"auto"`` is ``MTP()`` where the model has a head;
+                ``None`` decodes one token after another. In ``BatchedEngine`` it is for
+                requests that are alone at the time.
+            queue_limit: requests that may wait for their turn before ``EngineBusy`` is
+                raised; ``None`` is no limit.
+            max_wait: seconds that a request may wait for its turn before ``EngineBusy`` is
+                raised; ``None`` is no limit.
+            limits: how large a request may be; see ``RequestLimits``.
+
+        Raises:
+            InvalidRequest: an argument is of the wrong type, out of its range, or
+                contradicts another one.
+        """
+        super().__init__(EngineConfig.of("simple", model, options), on_progress)
+
+    def _new_holder(self) -> ModelHolder:
+        return ModelHolder()
+
+    def _new_scheduler(self) -> SimpleScheduler[Request]:
+        holder = self._holder
+        return SimpleScheduler(self._lifecycle, self._queue, holder.prepare, holder.generate)

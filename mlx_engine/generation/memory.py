@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
-from mlx_engine.config import ModelConfig, Strategies
+from mlx_engine.config import ModelConfig
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache.kv_cache import KVFootprint
 from mlx_engine.generation.cache.prompt_cache import PromptCache
 from mlx_engine.generation.request import Request
+from mlx_engine.strategies import Strategies
 
 _GUESS = 2**30  # bytes of prompt cache where nothing is known of the device's memory
 _SHARE = 0.9  # of what the model leaves; the rest is for activations and copies

@@ -57,11 +57,6 @@ def encode(source: TextPrompt | ChatPrompt, vocabulary: Vocabulary) -> Encoded:
     return _encode_text(source, vocabulary)
 
 
-def option_of(source: TextPrompt | ChatPrompt) -> str:
-    """The option by which a user gives it."""
-    return "messages" if isinstance(source, ChatPrompt) else "prompt"
-
-
 def _encode_text(source: TextPrompt, vocabulary: Vocabulary) -> Encoded:
     prompt = source.prompt
     if isinstance(prompt, str):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_engine.config import ModelConfig, Strategies
+from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.generation.cache import prompt_cache_file
 from mlx_engine.generation.cache.cached_model import CachedModel
@@ -31,6 +31,7 @@ from mlx_engine.generation.speculative.decoder import Pending, SpeculativeDecode
 from mlx_engine.generation.speculative.drafter import Drafter
 from mlx_engine.generation.strategy_runtime import StrategyRuntime
 from mlx_engine.models.loading import LoadedModel
+from mlx_engine.strategies import Strategies
 
 _NEAR = 64  # tokens; for fewer it is not worth while to store a cache again
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_engine.config import MTP, DraftModel, SpecPrefill, Strategies
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache.cached_model import CachedModel
 from mlx_engine.generation.cache.kv_cache import KVFootprint
 from mlx_engine.generation.cache.prompt_cache import PromptCache
 from mlx_engine.generation.sparse.setup import SparsePrefilling, set_up
 from mlx_engine.generation.speculative.setup import Speculation, set_up_draft, set_up_head
+from mlx_engine.strategies import MTP, DraftModel, SpecPrefill, Strategies
 
 # A strategy is a folder and a line: what was asked for -> set_up(asked, target, drafts).
 _SET_UP: Mapping[type, Callable[..., Any]] = {

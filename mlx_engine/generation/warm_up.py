@@ -24,7 +24,7 @@ from mlx_engine.generation.speculative.depth import DepthChooser
 from mlx_engine.generation.speculative.setup import Speculation
 from mlx_engine.models.loading import LoadedModel
 from mlx_engine.params import SamplingParams
-from mlx_engine.requests import TextPrompt
+from mlx_engine.requests import GenerationRequest, TextPrompt
 
 _LONG = 64  # tokens: enough for the kernels of long inputs, soon done by a large model
 _SHORT = 8  # tokens, where there are no such kernels: a CPU takes a tenth of a second for each
@@ -115,7 +115,7 @@ def _halved(prompt: list[int]) -> list[list[int]]:
 def _speculative(loaded: LoadedModel, config: ModelConfig, speculation: Speculation) -> None:
     """Proposals, and the forward that verifies them."""
     prompt = _prompt(loaded, config)
-    request = Request(TextPrompt(prompt), _EVERYTHING, "warm-up")
+    request = Request(GenerationRequest(TextPrompt(prompt), _EVERYTHING), "warm-up")
     request.prompt = prompt
     request.sampling = make_sampling(_EVERYTHING, vocab_size=loaded.vocab_size)
     cache, drafter = make_kv_cache(loaded.model, config), speculation.make_drafter()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_engine.checks import shown
+from mlx_engine.checks import choice
 from mlx_engine.errors import InvalidRequest, ModelLoadError
 from mlx_engine.models.mtp_families import family_of
 from mlx_engine.models.mtp_weights import SIDECAR, Tensors, in_one_form, read_checkpoint
@@ -56,12 +56,9 @@ def extract_mtp(
             ``out`` cannot be written.
         ModelLoadError: there is no head, or files or tensors are missing or damaged.
     """
-    if q_bits is not None and q_bits not in _BITS:
-        raise InvalidRequest("q_bits", f"must be one of {_BITS}, not {shown(q_bits)}")
-    if q_group_size not in _GROUP_SIZES:
-        raise InvalidRequest(
-            "q_group_size", f"must be one of {_GROUP_SIZES}, not {shown(q_group_size)}"
-        )
+    if q_bits is not None:
+        q_bits = choice("q_bits", q_bits, _BITS)
+    q_group_size = choice("q_group_size", q_group_size, _GROUP_SIZES)
     out = _sidecar(out)
     family = family_of(_read_config(checkpoint))
     tensors = in_one_form(read_checkpoint(checkpoint, family), family)

@@ -18,7 +18,8 @@ from mlx_engine.core.bridge import in_this_loop
 from mlx_engine.core.drain import clean_up, finish, is_destroyed
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.forks import tell_after_fork
-from mlx_engine.core.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
+from mlx_engine.core.in_flight import InFlight
+from mlx_engine.core.lifecycle import EngineState, Lifecycle, checked_timeout
 from mlx_engine.core.stream import Emit
 from mlx_engine.core.work import PendingWork
 from mlx_engine.engine.base import BaseEngine, checked_callback
@@ -144,7 +145,7 @@ class LinkedEngine(BaseEngine):
         """
         io_thread.check_fork()
         lifecycle = self._lifecycle
-        ticket = Ticket(lifecycle.new_id("start"), loop=running_loop(), reported=False)
+        ticket = InFlight(lifecycle.new_id("start"), loop=running_loop())
         connection = Connection(
             self.name,
             self._make_link(),
@@ -159,7 +160,8 @@ class LinkedEngine(BaseEngine):
             connection.end_by(time.monotonic())
             return True
 
-        if not await lifecycle.begin_start(ticket, abort):
+        ticket.abort = abort
+        if not await lifecycle.begin_start(ticket):
             return
         try:
             self._connection = connection
@@ -181,7 +183,7 @@ class LinkedEngine(BaseEngine):
             raise
         finally:
             lifecycle.start_failed(ticket)
-            lifecycle.done(ticket)
+            lifecycle.in_flight.remove(ticket)
 
     async def shutdown(self, timeout: float | None = None) -> ShutdownReport:
         """Refuse new requests from now on, let those in flight finish, end what runs the engine.
@@ -256,11 +258,11 @@ class LinkedEngine(BaseEngine):
         closed = functools.partial(connection.closed, patience)
         await finish(lambda: io_thread.run(closed))
 
-    def _check_running(self) -> None:
+    def check_running(self) -> None:
         self._lifecycle.check_running()
 
     @property
-    def _width(self) -> int:
+    def width(self) -> int:
         return 1 if self._welcome is None else self._welcome.width
 
     @property
@@ -269,15 +271,15 @@ class LinkedEngine(BaseEngine):
         connection = self._connection
         return None if connection is None or connection.exit is not None else connection.welcome
 
-    def _producer(
+    def submit(
         self,
-        ask: GenerationRequest,
-        on_progress: ProgressCallback | None,
+        request: GenerationRequest,
+        on_progress: ProgressCallback | None = None,
         request_id: str | None = None,
     ) -> RemoteRequest:
-        self._check_strategies(ask.prefill, ask.decode)
-        checked_priority(ask.priority, self._takes_priority)
-        return RemoteRequest(self, ask, on_progress, request_id or self._lifecycle.new_id())
+        self._check_strategies(request.prefill, request.decode)
+        checked_priority(request.priority, self._takes_priority)
+        return RemoteRequest(self, request, on_progress, request_id or self._lifecycle.new_id())
 
     async def _save_prompt_cache(self, path: Path) -> int:
         return await self._cache_file("save", path)
@@ -292,7 +294,7 @@ class LinkedEngine(BaseEngine):
             except (UnicodeEncodeError, OSError) as error:
                 raise InvalidRequest("path", f"cannot go to another process: {error}") from error
 
-        ticket = Ticket(self._lifecycle.new_id(action), reported=False)
+        ticket = InFlight(self._lifecycle.new_id(action))
         answer = await self._ask(ticket, frame)
         assert isinstance(answer, int)
         return answer
@@ -303,7 +305,7 @@ class LinkedEngine(BaseEngine):
 
     async def _ask(
         self,
-        ticket: Ticket,
+        ticket: InFlight,
         frame: Callable[[int], bytes],
         emit: Emit | None = None,
         on_progress: ProgressCallback | None = None,
@@ -321,7 +323,7 @@ class LinkedEngine(BaseEngine):
         def over(ended: PendingWork[Any]) -> None:
             if isinstance(ended.error, EngineStopped) and ended.aborted_with is None:
                 ticket.aborted = True  # the other end was quicker with it
-            self._lifecycle.done(ticket)
+            self._lifecycle.in_flight.remove(ticket)
 
         def abort(error: MLXEngineError) -> bool:
             connection.end_by(time.monotonic())  # or what is stuck would stay
@@ -330,7 +332,8 @@ class LinkedEngine(BaseEngine):
         call = Call(frame, cancel, over, emit, in_this_loop(on_progress))
         if on_call is not None:
             on_call(call)
-        self._lifecycle.admit(ticket, abort)
+        ticket.abort = abort
+        self._lifecycle.admit(ticket)
         return await connection.calls.run(call)  # type: ignore[no-any-return]
 
 

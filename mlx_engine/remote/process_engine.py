@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Unpack
 
-from mlx_engine.config import AsEngine, BatchedOptions, SpecPrefill
+from mlx_engine.config import BatchedOptions, EngineConfig, EngineKind, spelled_out
 from mlx_engine.outputs import ProgressCallback
 from mlx_engine.remote.connection import BEAT
 from mlx_engine.remote.linked import LinkedEngine
@@ -17,7 +17,8 @@ from mlx_engine.remote.links.link import Link
 from mlx_engine.remote.links.process_link import ProcessLink
 from mlx_engine.remote.wire.heartbeat import Watchdog
 from mlx_engine.remote.wire.messages import Configure, Hello, encode_strictly
-from mlx_engine.remote.wire.options import EngineKind, EnginePlan
+from mlx_engine.remote.wire.options import options_to_wire, settled
+from mlx_engine.strategies import EngineDefault, SpecPrefill
 
 _numbers = itertools.count(1)
 
@@ -37,6 +38,7 @@ class ProcessEngine(LinkedEngine):
     their names, ``"package.module:function"``.
     """
 
+    @spelled_out(BatchedOptions)
     def __init__(
         self,
         model: str | os.PathLike[str],
@@ -61,27 +63,29 @@ class ProcessEngine(LinkedEngine):
             InvalidRequest: an argument is of the wrong type, out of its range, contradicts
                 another one, or is not for this kind of engine.
         """
-        self._plan = EnginePlan.of(engine, model, dict(options))
-        self._limits, self._queue = self._plan.limits, self._plan.queue
-        self._takes_priority = self._plan.kind == "batched"
+        self._config = settled(EngineConfig.of(engine, model, options))
+        self._limits, self._queue = self._config.limits, self._config.queue
+        self._takes_priority = self._config.kind == "batched"
         super().__init__(name or f"engine-{next(_numbers)}", watchdog, on_progress)
 
     def _make_link(self) -> Callable[[], Link]:
         return functools.partial(ProcessLink, self.name)
 
     def _greeting(self) -> bytes:
-        return greeting(self._plan)
+        return greeting(self._config)
 
     def _check_strategies(
-        self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
+        self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
-        self._plan.strategies.of_request(prefill, decode)
+        self._config.strategies.of_request(prefill, decode)
 
 
-def greeting(plan: EnginePlan) -> bytes:
+def greeting(config: EngineConfig) -> bytes:
     """The first frame for the process of an engine: which one to be."""
+    options = options_to_wire(config)
     paths = [path for entry in sys.path if (path := _absolute(entry)) is not None]
-    return encode_strictly([Hello(), Configure(plan.kind, plan.model, plan.options, paths, BEAT)])
+    configure = Configure(config.kind, config.model.model, options, paths, BEAT)
+    return encode_strictly([Hello(), configure])
 
 
 def _absolute(entry: object) -> str | None:

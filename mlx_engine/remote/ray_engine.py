@@ -7,14 +7,13 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
-from mlx_engine.config import BatchedOptions
+from mlx_engine.config import BatchedOptions, EngineKind, spelled_out
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import ProgressCallback
 from mlx_engine.remote.links.link import Link
 from mlx_engine.remote.links.ray_link import RayLink
 from mlx_engine.remote.process_engine import ProcessEngine
 from mlx_engine.remote.wire.heartbeat import Watchdog
-from mlx_engine.remote.wire.options import EngineKind
 
 
 class RayEngine(ProcessEngine):
@@ -29,6 +28,7 @@ class RayEngine(ProcessEngine):
     options, ``start()`` raises ``MLXEngineError``.
     """
 
+    @spelled_out(BatchedOptions)
     def __init__(
         self,
         model: str | os.PathLike[str],

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from mlx_engine.config import AsEngine, SpecPrefill, Strategies
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits, checked_limits
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.links.link import Link
@@ -16,6 +15,7 @@ from mlx_engine.remote.links.socket_link import SocketLink
 from mlx_engine.remote.wire.frames import MAX_GUEST_FRAME
 from mlx_engine.remote.wire.heartbeat import Watchdog
 from mlx_engine.remote.wire.messages import Hello, encode
+from mlx_engine.strategies import EngineDefault, SpecPrefill, Strategies
 
 # The model is loaded already: a host that says nothing for that long is stopped or stuck.
 _WATCHDOG = Watchdog(start=30.0)
@@ -79,9 +79,7 @@ class RemoteEngine(LinkedEngine):
         return str(path)  # a name in the host's folder
 
     def _check_strategies(
-        self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
+        self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
         # What its engine was made with is for the host to check; their kinds are not.
-        Strategies().of_request(
-            "as engine" if isinstance(prefill, SpecPrefill) else prefill, decode
-        )
+        Strategies().of_request("default" if isinstance(prefill, SpecPrefill) else prefill, decode)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mlx_engine.core.lifecycle import Ticket
+from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.stream import Emit
 from mlx_engine.outputs import GenerationChunk, GenerationResult, ProgressCallback, Timings, Usage
 from mlx_engine.remote.calls import Call
@@ -47,7 +47,7 @@ class RemoteRequest:
     async def run(self, emit: Emit | None) -> GenerationResult:
         """Have it done, and give its result."""
         if self._cancelled:  # before it was read
-            self._engine._check_running()
+            self._engine.check_running()
             return self.partial_result()
 
         def frame(number: int) -> bytes:
@@ -66,7 +66,7 @@ class RemoteRequest:
             emit(chunk)
 
         result = await self._engine._ask(
-            Ticket(self.request_id),
+            InFlight(self.request_id, reported=True),
             frame,
             None if emit is None else emit_and_keep,
             self._on_progress,

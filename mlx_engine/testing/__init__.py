@@ -2,16 +2,18 @@
 
 Its files:
 
-    safety/          whether an engine keeps its promises about cancellation
-    fake.py          FakeEngine
-    fake_answer.py   its script
-    fake_gate.py     a place in it where a test holds the work
-    fake_model.py    what plays the script
-    fake_request.py  what it was asked
-    fake_text.py     pieces of an answer -> text
-    fake_cache.py    its prompt cache
-    stepped_loop.py  an event loop of single steps
-    ways.py          in which code is cancelled
+    safety/              whether an engine keeps its promises about cancellation
+    fake.py              FakeEngine
+    fake_answer.py       its script
+    fake_gate.py         a place in it where a test holds the work
+    fake_model.py        what plays the script
+    fake_request.py      what it was asked
+    fake_text.py         pieces of an answer -> text
+    fake_cache.py        its prompt cache
+    stepped_loop.py      an event loop of single steps
+    ways.py              in which code is cancelled
+    player.py            what it does on the MLX thread
+    scripted_request.py  a request at work in it
 """
 
 from mlx_engine.testing.fake import FakeEngine

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from mlx_engine.config import (
-    AsEngine,
-    BatchConfig,
-    ModelConfig,
-    QueueConfig,
-    SpecPrefill,
-    Strategies,
-)
+from mlx_engine.config import EngineConfig
 from mlx_engine.core.bridge import in_this_loop
-from mlx_engine.core.in_flight import RequestTicket
-from mlx_engine.core.mlx_thread import mlx_thread
-from mlx_engine.core.preparer import Preparer
-from mlx_engine.core.scheduler import BatchScheduler
-from mlx_engine.core.stream import Emit
-from mlx_engine.engine.base import BaseEngine, checked_callback
-from mlx_engine.engine.bursts import BurstLife
-from mlx_engine.engine.producer import RequestProducer
-from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError, describe
-from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits, checked_limits
-from mlx_engine.outputs import GenerationResult, ProgressCallback
+from mlx_engine.core.in_flight import InFlight
+from mlx_engine.core.scheduler import BatchScheduler, Scheduler, SimpleScheduler
+from mlx_engine.engine.base import checked_callback
+from mlx_engine.engine.in_process import InProcessEngine
+from mlx_engine.errors import EngineDead, InvalidRequest
+from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
+from mlx_engine.outputs import ProgressCallback
 from mlx_engine.requests import GenerationRequest, checked_priority
-from mlx_engine.testing.fake_answer import Answers, another
-from mlx_engine.testing.fake_model import LOOK, FakeModel, Load
-from mlx_engine.testing.fake_request import FakeRequest, Outlet
+from mlx_engine.strategies import EngineDefault, SpecPrefill, Strategies
+from mlx_engine.testing.fake_answer import Answers
+from mlx_engine.testing.fake_model import FakeModel, Load
+from mlx_engine.testing.fake_request import FakeRequest
+from mlx_engine.testing.player import Player
+from mlx_engine.testing.scripted_request import ScriptedRequest
 
 
-class FakeEngine(BurstLife[FakeRequest], BaseEngine):
+class FakeEngine(InProcessEngine):
     """An engine that says what your test tells it to. It needs no MLX, and no Apple machine.
 
         async def test_greets() -> None:
@@ -59,7 +48,7 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
         requests: what it was asked, in order; those that it refused included.
     """
 
-    _slot: FakeModel
+    _holder: FakeModel
 
     def __init__(
         self,
@@ -101,26 +90,33 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
             InvalidRequest: an argument is of the wrong type or out of its range.
         """
         self.requests: list[FakeRequest] = []
-        self._limits = checked_limits(limits)
-        batch = None if max_batch_size is None else BatchConfig(max_batch_size=max_batch_size)
-        self._batched = self._takes_priority = batch is not None
-        self._seats: BatchScheduler[FakeRequest] = BatchScheduler(
-            1 if batch is None else batch.max_batch_size
+        batch = {} if max_batch_size is None else {"max_batch_size": max_batch_size}
+        queue = {"queue_limit": queue_limit, "max_wait": max_wait, "limits": limits}
+        config = EngineConfig.of(
+            "batched" if batch else "simple",
+            "fake",
+            {"context_length": context_length, **queue, **batch},
         )
-        self._playing: dict[FakeRequest, Iterator[float | None]] = {}
+        self._limits = config.limits
+        self._takes_priority = bool(batch)
+        self._max_batch_size = config.batch.max_batch_size if batch else None
         self._on_progress = checked_callback(on_progress)
         model = FakeModel(
             answers,
             load,
-            ModelConfig(model="fake", context_length=context_length).context_length,
+            config.model.context_length,
             seconds_per_token=seconds_per_token,
             prefill_seconds=prefill_seconds,
             load_seconds=load_seconds,
         )
-        self._queue = QueueConfig(queue_limit=queue_limit, max_wait=max_wait)
-        super().__init__(model, self._queue)
-        if self._batched:
-            self._preparer = Preparer(self._seats)
+        super().__init__(model, config.queue)
+
+    def _new_scheduler(self) -> Scheduler[ScriptedRequest]:
+        lifecycle, queue, prepare = self._lifecycle, self._queue, self._holder.prepare
+        player = Player(self._holder, lifecycle.fail)
+        if self._max_batch_size is None:
+            return SimpleScheduler(lifecycle, queue, prepare, player.play)
+        return BatchScheduler(lifecycle, queue, prepare, self._max_batch_size, player.run_batch)
 
     def die(self, error: EngineDead | None = None) -> None:
         """End the engine as if what it runs on were gone. From any thread.
@@ -132,136 +128,42 @@ class FakeEngine(BurstLife[FakeRequest], BaseEngine):
         Args:
             error: what everybody is told.
         """
-        dead = self._slot.dead = error or EngineDead("the engine was told to die")
-        self._lifecycle.fail(lambda: another(dead))
+        self._holder.die(error or EngineDead("the engine was told to die"), self._lifecycle.fail)
 
     async def _load_model(self, stop: threading.Event, should_stop: Callable[[], bool]) -> None:
         progress = in_this_loop(self._on_progress)
         await self._run_blocking_serialized(
-            self._slot.fill, progress, should_stop, on_cancel=stop.set
+            self._holder.load, progress, should_stop, on_cancel=stop.set
         )
 
     async def _save_prompt_cache(self, path: Path) -> int:
-        ticket = RequestTicket(self._lifecycle.new_id("save"), reported=False)
+        entry = InFlight(self._lifecycle.new_id("save"), counted=True)
         return await self._run_blocking_serialized(
-            lambda: self._slot.cache.save(path), _ticket=ticket
+            lambda: self._holder.cache.save(path), _entry=entry
         )
 
     async def _load_prompt_cache(self, path: Path) -> int:
-        ticket = RequestTicket(self._lifecycle.new_id("load"), reported=False)
+        entry = InFlight(self._lifecycle.new_id("load"), counted=True)
         return await self._run_blocking_serialized(
-            lambda: self._slot.cache.load(path), _ticket=ticket
+            lambda: self._holder.cache.load(path), _entry=entry
         )
 
     def _check_strategies(
-        self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
+        self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
         Strategies().of_request(prefill, decode)
 
-    @property
-    def _width(self) -> int:
-        return self._seats.width
-
-    def _producer(
+    def submit(
         self,
-        ask: GenerationRequest,
-        on_progress: ProgressCallback | None,
+        request: GenerationRequest,
+        on_progress: ProgressCallback | None = None,
         request_id: str | None = None,
-    ) -> RequestProducer:
-        self._check_strategies(ask.prefill, ask.decode)
-        checked_priority(ask.priority, self._takes_priority)
-        if ask.params.logits_processors:
+    ) -> ScriptedRequest:
+        self._check_strategies(request.prefill, request.decode)
+        checked_priority(request.priority, self._takes_priority)
+        if request.params.logits_processors:
             raise InvalidRequest(
                 "logits_processors", "what a FakeEngine says is scripted: it has no logits"
             )
-        request = FakeRequest(ask, request_id or self._lifecycle.new_id(), on_progress)
-        return RequestProducer(request, functools.partial(self._complete, request))
-
-    async def _complete(self, request: FakeRequest, emit: Emit | None) -> GenerationResult:
-        outlet = Outlet(emit)  # of this coroutine: the engine keeps its requests for ever
-        request.submitted(outlet)
-        self.requests.append(request)
-        ticket = RequestTicket(request.request_id)
-        try:
-            serve = self._serve if self._batched else self._serve_alone
-            result = await serve(request, ticket)
-        except asyncio.CancelledError:
-            request.over("cancelled")
-            raise
-        except BaseException as error:
-            request.over("failed", error)
-            raise
-        request.over("cancelled" if result.finish_reason == "cancelled" else "finished")
-        return result
-
-    async def _serve_alone(self, request: FakeRequest, ticket: RequestTicket) -> GenerationResult:
-        return await self._run_blocking_serialized(
-            self._play_alone,
-            request,
-            on_cancel=request.cancel,
-            _ticket=ticket,
-            _prepare=functools.partial(self._prepare, request),
-        )
-
-    def _prepare(self, request: FakeRequest) -> MLXEngineError | None:
-        try:
-            request.prepare(self._slot.context_length)
-        except Exception as error:  # noqa: BLE001 - told to its caller
-            return request.failed(error)
-        return None
-
-    # on the MLX thread
-
-    def _play_alone(self, request: FakeRequest) -> GenerationResult:
-        try:
-            for seconds in self._slot.play(request):
-                time.sleep(LOOK if seconds is None else seconds)
-        except EngineDead as error:
-            self.die(error)
-            raise
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - told to its caller
-            failed = request.failed(error)
-            raise failed from failed.__cause__
-        return request.result()
-
-    def _burst(self, stop: threading.Event) -> None:
-        try:
-            while self._take_up() and not stop.is_set():
-                self._step()
-                if mlx_thread.wanted:
-                    return
-        except BaseException as error:  # noqa: BLE001 - nobody may be left waiting
-            dead = error if isinstance(error, EngineDead) else EngineDead(describe(error))
-            self._playing.clear()
-            self.die(dead)
-            self._seats.end_all(dead)
-
-    def _take_up(self) -> bool:
-        """Give places to those whose turn it is; whether there is anything to do."""
-        while (seat := self._seats.first()) is not None:
-            if seat.orphaned:
-                self._seats.withdraw_orphans()
-            elif self._seats.take(seat):
-                self._playing[seat.request] = self._slot.play(seat.request)
-        return self._seats.pending
-
-    def _step(self) -> None:
-        """A token for each request that is not held at a gate."""
-        self._slot.meter.batch_size = len(self._playing)
-        waits = []
-        for request, steps in list(self._playing.items()):
-            error = None
-            try:
-                waits.append(next(steps))
-                continue
-            except StopIteration:
-                pass
-            except EngineDead:
-                raise
-            except (Exception, asyncio.CancelledError) as raised:  # noqa: BLE001 - told to its caller
-                error = request.failed(raised)
-            del self._playing[request]
-            self._seats.end(request, error)
-        self._slot.meter.batch_size = len(self._playing)
-        if waits:
-            time.sleep(max((s for s in waits if s is not None), default=LOOK))
+        name = request_id or self._lifecycle.new_id()
+        return ScriptedRequest(request, name, on_progress, self._scheduler.serve, self.requests)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_engine.checks import shown
-from mlx_engine.errors import InvalidRequest, MLXEngineError
+from mlx_engine.checks import choice, shown
+from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import Segment, ToolCall
 from mlx_engine.testing.fake_gate import Gate
 
 if TYPE_CHECKING:
     from mlx_engine.testing.fake_request import FakeRequest
 
-E = TypeVar("E", bound=Exception)
 
 END = 0  # the end-of-sequence token
 
@@ -58,10 +56,7 @@ class FakeAnswer:
         object.__setattr__(self, "text", _pieces("text", self.text))
         object.__setattr__(self, "reasoning", _pieces("reasoning", self.reasoning))
         object.__setattr__(self, "tool_calls", tuple(map(_call, self.tool_calls)))
-        if self.finish_reason not in ("stop", "length"):
-            raise InvalidRequest(
-                "finish_reason", f"must be 'stop' or 'length', not {shown(self.finish_reason)}"
-            )
+        choice("finish_reason", self.finish_reason, ("stop", "length"))
 
     @classmethod
     def of(cls, answer: AnswerLike) -> FakeAnswer:
@@ -135,11 +130,6 @@ def words(text: str) -> list[str]:
 def token_id(text: str) -> int:
     """The token id of a piece: always the same one, and not that of the end."""
     return zlib.crc32(text.encode("utf-8", "surrogatepass")) or 1
-
-
-def another(error: E) -> E:
-    """A scripted error to raise, once more: one object would gather the frames of all."""
-    return copy.copy(error) if isinstance(error, MLXEngineError) else error
 
 
 def _pieces(option: str, given: object) -> tuple[Piece, ...]:

@@ -10,16 +10,17 @@ from functools import partial
 from mlx_engine.checks import number, shown
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.stop import Interrupted
-from mlx_engine.errors import EngineDead, InvalidRequest
+from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError, another
 from mlx_engine.outputs import Progress, ProgressCallback, PromptCacheStats
-from mlx_engine.testing.fake_answer import Answers, another, checked_answers, choose
+from mlx_engine.testing.fake_answer import Answers, checked_answers, choose
 from mlx_engine.testing.fake_cache import FakePromptCache
 from mlx_engine.testing.fake_gate import Gate
-from mlx_engine.testing.fake_request import FakeRequest
+from mlx_engine.testing.scripted_request import ScriptedRequest
 
 LoadPiece = Gate | Exception
 LoadLike = LoadPiece | Sequence[LoadPiece]
 Load = LoadLike | Iterator[LoadLike]
+Fail = Callable[[Callable[[], EngineDead]], None]
 
 LOOK = 0.001  # seconds between two looks at a closed gate
 _SLICE = 0.01  # seconds of prefill, or of a load, after which to look whether to stop
@@ -29,7 +30,7 @@ class FakeModel:
     """Where a ``FakeEngine`` has its script, in the place of a model. On the engine's thread.
 
     Attributes:
-        meter: counters of the work done with it. From any thread.
+        counters: counters of the work done with it. From any thread.
         dead: why it cannot be used any more.
     """
 
@@ -43,7 +44,7 @@ class FakeModel:
         prefill_seconds: float,
         load_seconds: float,
     ) -> None:
-        self.meter = EngineCounters()
+        self.counters = EngineCounters()
         self.dead: EngineDead | None = None
         self._answers = checked_answers(answers)
         self._load = load if isinstance(load, Iterator) else _load_pieces(load)
@@ -54,19 +55,19 @@ class FakeModel:
         self._cache: FakePromptCache | None = None
 
     @property
-    def filled(self) -> bool:
+    def loaded(self) -> bool:
         """Whether it has been loaded. From any thread."""
         return self._cache is not None
 
     @property
     def has_chat_template(self) -> bool:
         """Whether there can be chats. From any thread."""
-        return self.filled
+        return self.loaded
 
     @property
     def context_length(self) -> int | None:
         """Tokens of prompt and answer together, if limited. From any thread."""
-        return self._context_length if self.filled else None
+        return self._context_length if self.loaded else None
 
     @property
     def cache(self) -> FakePromptCache:
@@ -76,11 +77,11 @@ class FakeModel:
         return self._cache
 
     def prompt_cache_stats(self) -> PromptCacheStats:
-        """Of its prompt cache. From any thread."""
+        """Counters of the prompt cache. From any thread."""
         cache = self._cache
         return PromptCacheStats() if cache is None else cache.stats()
 
-    def fill(self, on_progress: ProgressCallback | None, should_stop: Callable[[], bool]) -> None:
+    def load(self, on_progress: ProgressCallback | None, should_stop: Callable[[], bool]) -> None:
         """Play the script of a load.
 
         Raises:
@@ -104,17 +105,30 @@ class FakeModel:
             raise Interrupted
         self._cache, self.dead = FakePromptCache(), None
 
-    def empty(self) -> None:
+    def unload(self) -> None:
         """Forget what was seen."""
         self._cache = None
-        self.meter.batch_size = 0
+        self.counters.batch_size = 0
+
+    def die(self, error: EngineDead, fail: Fail) -> None:
+        """Be dead; ``fail`` is told what new requests are told. From any thread."""
+        self.dead = error
+        fail(lambda: another(error))
 
     def check_alive(self) -> None:
         """Raise its ``EngineDead`` if it is dead."""
         if self.dead is not None:
             raise another(self.dead)
 
-    def play(self, request: FakeRequest) -> Iterator[float | None]:
+    def prepare(self, request: ScriptedRequest) -> MLXEngineError | None:
+        """Count the tokens of its prompt; the error if that fails. On any thread."""
+        try:
+            request.prepare(self.context_length)
+        except Exception as error:  # noqa: BLE001 - told to its caller
+            return request.failed(error)
+        return None
+
+    def play(self, request: ScriptedRequest) -> Iterator[float | None]:
         """Do a prepared request, step by step; it is over when this ends.
 
         Yields:
@@ -125,27 +139,27 @@ class FakeModel:
             Exception: what is scripted, or comes of the test's own function.
         """
         self.check_alive()
-        request.begin(self.cache.look_up(request.prompt_tokens))
-        self.meter.prompt_tokens += len(request.prompt_tokens)
-        self.meter.cached_tokens += request.result().usage.cached_tokens
+        request.begin(self.cache.look_up(request.prompt))
+        self.counters.prompt_tokens += len(request.prompt)
+        self.counters.cached_tokens += request.result().usage.cached_tokens
         try:
             yield from self._steps(request)
         finally:
             if self._cache is not None:
-                self._cache.store(request.seen)
+                self._cache.store(request.all_tokens)
 
-    def _steps(self, request: FakeRequest) -> Iterator[float | None]:
-        answer = choose(self._answers, request)
-        if answer.for_chats and request.messages is None:
+    def _steps(self, request: ScriptedRequest) -> Iterator[float | None]:
+        answer = choose(self._answers, request.shown)
+        if answer.for_chats and request.shown.messages is None:
             raise ValueError("reasoning and tool calls are of chats; this is a plain prompt")
         for _, _, seconds in _slices(self._prefill_seconds):
-            self.meter.step("prefill")
-            self.meter.prefill_seconds += seconds
+            self.counters.step("prefill")
+            self.counters.prefill_seconds += seconds
             yield seconds
             if self._stops(request):
                 return
         request.prefilled()
-        if not request.wants_tokens:
+        if request.limit == 0:
             request.end("length")
             return
         while True:
@@ -164,7 +178,7 @@ class FakeModel:
             if (yield from self._token(request, request.take_end)):
                 return
 
-    def _hold(self, request: FakeRequest, gate: Gate) -> Generator[None, None, bool]:
+    def _hold(self, request: ScriptedRequest, gate: Gate) -> Generator[None, None, bool]:
         """Stay at a gate; whether the request is over with that."""
         gate.arrive()
         while gate.holds(request.should_stop):
@@ -173,18 +187,18 @@ class FakeModel:
         return self._stops(request)
 
     def _token(
-        self, request: FakeRequest, take: Callable[[], bool]
+        self, request: ScriptedRequest, take: Callable[[], bool]
     ) -> Generator[float, None, bool]:
         """Make a token; whether the request is over with it."""
-        self.meter.step("decode")
-        self.meter.decode_seconds += self._seconds_per_token / max(1, self.meter.batch_size)
+        self.counters.step("decode")
+        self.counters.decode_seconds += self._seconds_per_token / max(1, self.counters.batch_size)
         yield self._seconds_per_token
         if self._stops(request):
             return True
-        self.meter.completion_tokens += 1
+        self.counters.completion_tokens += 1
         return take()
 
-    def _stops(self, request: FakeRequest) -> bool:
+    def _stops(self, request: ScriptedRequest) -> bool:
         """Whether it has been cancelled, and so is over."""
         self.check_alive()
         if request.should_stop:

@@ -22,7 +22,7 @@ from mlx_engine import (
     SimpleEngine,
     testing,
 )
-from mlx_engine.core.scheduler import BatchScheduler, QueuedRequest
+from mlx_engine.core.batch_queue import BatchQueue, QueuedRequest
 from mlx_engine.core.work import PendingWork, Stage
 from mlx_engine.testing import FakeEngine
 from tests.conftest import make_tiny, settled
@@ -221,22 +221,20 @@ class Asked:
         raise AssertionError("none of them is served")
 
 
-def enter(
-    seats: BatchScheduler[Asked], request: Asked, *, ready: bool = True
-) -> QueuedRequest[Asked]:
+def enter(seats: BatchQueue[Asked], request: Asked, *, ready: bool = True) -> QueuedRequest[Asked]:
     seat = QueuedRequest(request, lambda _: None, lambda: None)
     seat.ready = ready
     seats._enter(seat)
     return seat
 
 
-def make_ready(seats: BatchScheduler[Asked], seat: QueuedRequest[Asked]) -> None:
+def make_ready(seats: BatchQueue[Asked], seat: QueuedRequest[Asked]) -> None:
     seat.preparing = True
     seats.left(seat, None)
 
 
 async def test_those_that_left_the_queue_are_forgotten_though_better_ones_wait() -> None:
-    seats = BatchScheduler[Asked](1)
+    seats = BatchQueue[Asked](1)
     first = enter(seats, Asked("first", 0))
     gone = []
     for number in range(400):
@@ -252,7 +250,7 @@ async def test_those_that_left_the_queue_are_forgotten_though_better_ones_wait()
 
 @pytest.mark.parametrize("ready", [0, 1, 2])
 async def test_nobody_who_left_the_queue_is_held_when_nobody_is_left_in_it(ready: int) -> None:
-    seats = BatchScheduler[Asked](1)
+    seats = BatchQueue[Asked](1)
     asked = [Asked("one", 0), Asked("other", 0)]
     entered = [enter(seats, each, ready=i < ready) for i, each in enumerate(asked)]
     assert seats.pending == bool(ready)
@@ -265,7 +263,7 @@ async def test_nobody_who_left_the_queue_is_held_when_nobody_is_left_in_it(ready
 
 
 async def test_who_comes_first_keeps_a_place_while_it_is_made_ready() -> None:
-    seats = BatchScheduler[Asked](2)
+    seats = BatchQueue[Asked](2)
     slow, quick, third = (enter(seats, Asked(n, 0), ready=n != "slow") for n in ("slow", "b", "c"))
     assert seats.first() is quick  # there is a place for each
     assert seats.take(quick)
@@ -280,7 +278,7 @@ async def test_who_comes_first_keeps_a_place_while_it_is_made_ready() -> None:
 
 
 async def test_better_priorities_keep_a_place_too_and_make_room_when_they_leave() -> None:
-    seats = BatchScheduler[Asked](1)
+    seats = BatchQueue[Asked](1)
     ready = enter(seats, Asked("ready", 0))
     assert seats.first() is ready
     urgent = enter(seats, Asked("urgent", -1), ready=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import inspect
 import itertools
 import math
 import random
@@ -25,7 +24,6 @@ from mlx_engine import (
     InvalidRequest,
     SimpleEngine,
 )
-from mlx_engine.config import EngineOptions
 from mlx_engine.core.mlx_thread import mlx_thread
 from tests.conftest import settled
 from tests.guard import GUARD, Gate
@@ -303,7 +301,7 @@ def test_requests_of_other_event_loops_go_on_when_the_driving_one_ends(
     thread.join(PATIENCE)
     assert [len(result.tokens) for result in results] == [50]
     asyncio.run(engine.stop())
-    assert not engine._seats.pending
+    assert not engine._scheduler.queue.pending
 
 
 def test_no_request_depends_on_the_event_loop_of_another(tiny_path: Path) -> None:
@@ -547,11 +545,6 @@ async def test_a_loaded_prompt_cache_keeps_within_the_memory_budget(
         assert 0 < engine.stats().prompt_cache.nbytes <= size // 2
 
 
-def test_every_option_of_a_simple_engine_is_one_of_a_batched_engine() -> None:
-    own = inspect.signature(SimpleEngine.__init__).parameters.keys() - {"self", "model"}
-    assert EngineOptions.__annotations__.keys() == own
-
-
 async def test_a_model_that_mlx_lm_batches_wrongly_is_refused_at_the_start(
     tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -578,5 +571,5 @@ async def test_the_batch_is_dropped_on_the_mlx_thread_and_nothing_waits(
 ) -> None:
     await engine.generate([1, 2], max_tokens=2)
     await engine.stop()
-    assert engine._batch_slot._batch is None
+    assert engine._holder._batch is None
     assert not mlx_thread.busy

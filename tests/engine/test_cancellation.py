@@ -277,7 +277,7 @@ async def test_a_cancelled_start_leaves_nothing_and_can_be_tried_again(
     engine = SimpleEngine(tiny_path)
     await WAYS[way](engine.start, stop)
     assert engine.state is EngineState.CREATED
-    assert not engine._slot.filled
+    assert not engine._holder.loaded
     assert not other_tasks()
     await engine.start()
     assert engine.state is EngineState.RUNNING
@@ -341,4 +341,4 @@ async def test_a_cancelled_stop_still_stops(engine: BaseEngine, gate: MakeGate) 
     with pytest.raises(Exception, match="stopped while this was in flight"):
         await request
     assert engine.state is EngineState.STOPPED
-    assert not engine._slot.filled
+    assert not engine._holder.loaded

@@ -38,7 +38,7 @@ class Held:
         self.threads: set[str] = set()
         self.sizes: list[int] = []  # characters of each text that was tokenized
         self._go = threading.Event()
-        tokenizer = engine._slot.vocabulary.tokenizer._tokenizer  # type: ignore[attr-defined]
+        tokenizer = engine._holder.vocabulary.tokenizer._tokenizer  # type: ignore[attr-defined]
         self._owner, self._step, self._real = tokenizer, step, getattr(tokenizer, step)
         setattr(tokenizer, step, self._call)
 
@@ -351,13 +351,13 @@ async def test_every_eighth_prompt_that_is_prepared_is_the_one_that_came_first(
     """Or the place that is kept for it would stand empty until all better ones are prepared."""
     async with BatchedEngine(tiny_path, max_batch_size=1) as engine:
         order: list[str] = []
-        prepare = engine._prepare
+        prepare = engine._scheduler._prepare
 
         def watched(request: Any) -> Any:
             order.append(request._source.prompt)
             return prepare(request)
 
-        engine._prepare = watched  # type: ignore[method-assign]
+        engine._scheduler._prepare = watched  # type: ignore[attr-defined]
         held = hold(engine)
         first = [ask(engine, HELD, priority=-1) for _ in range(2)]
         await held.reached(2)

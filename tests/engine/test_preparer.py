@@ -35,7 +35,7 @@ async def test_who_leaves_before_its_thread_comes_does_not_keep_the_next_one_fro
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-    await until(lambda: engine._preparer._threads == 0)  # type: ignore[attr-defined]
+    await until(lambda: engine._scheduler._preparer._threads == 0)  # type: ignore[attr-defined]
     assert len((await engine.generate("next", max_tokens=3)).tokens) == 3
 
 
@@ -61,13 +61,42 @@ async def test_a_thread_that_goes_on_holds_nothing_of_what_it_did_before(
     await until(lambda: refs[1]() is None)
 
 
+async def test_a_thread_waits_a_moment_for_the_next_prompt(
+    engine: BaseEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    begin = threads.Start.begin
+
+    def noted(start: threads.Start) -> None:
+        started.append(start.thread.name)
+        begin(start)
+
+    monkeypatch.setattr(threads.Start, "begin", noted)
+    monkeypatch.setattr(preparer, "_LINGER", 60.0)
+    waiting = engine._scheduler._preparer  # type: ignore[attr-defined]
+    for _ in range(3):
+        await engine.generate("a", max_tokens=1)
+        await until(lambda: waiting._idle == 1)
+    assert started.count("prepare") == 1
+    both = [asyncio.create_task(engine.generate(text, max_tokens=1)) for text in "bc"]
+    await asyncio.gather(*both)
+    assert started.count("prepare") <= 2
+    monkeypatch.setattr(preparer, "_LINGER", 0.0)
+    for text in "de":  # whoever takes one waits no more
+        await asyncio.gather(*(engine.generate(text, max_tokens=1) for _ in range(4)))
+    with waiting._changed:
+        waiting._idle = 0
+        waiting._changed.notify_all()
+    await until(lambda: waiting._threads == 0)
+
+
 async def test_where_a_prompt_failed_is_told_with_the_thread_on_which_it_did(
     engine: BaseEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    tokenizer = engine._slot.vocabulary.tokenizer._tokenizer  # type: ignore[attr-defined]
+    tokenizer = engine._holder.vocabulary.tokenizer._tokenizer  # type: ignore[attr-defined]
     monkeypatch.setattr(tokenizer, "encode", broken)
     with pytest.raises(GenerationError) as caught:
         await engine.generate("a")

@@ -109,7 +109,7 @@ async def test_stop_while_loading_ends_the_load_at_once(
     with pytest.raises(EngineStopped):
         await starting
     assert tiny_engine.state is EngineState.STOPPED
-    assert not tiny_engine._slot.filled
+    assert not tiny_engine._holder.loaded
 
 
 async def test_loading_reports_progress_in_the_event_loop(tiny_path: Path) -> None:
@@ -378,7 +378,7 @@ async def test_two_engines_share_the_thread_one_at_a_time(
 async def test_the_model_is_dropped_by_stop_on_the_mlx_thread(tiny_engine: BaseEngine) -> None:
     dropped_on: list[bool] = []
     async with tiny_engine as engine:
-        model = engine._slot.get().model
+        model = engine._holder.model().model
         weakref.finalize(model, lambda: dropped_on.append(mlx_thread.is_current()))
         await engine.generate(PROMPT, max_tokens=3)
         del model
@@ -392,7 +392,8 @@ async def test_a_forgotten_engine_warns_and_drops_its_model_on_the_mlx_thread(
     dropped_on: list[bool] = []
     engine = SimpleEngine(tiny_path)
     await engine.start()
-    weakref.finalize(engine._slot.get().model, lambda: dropped_on.append(mlx_thread.is_current()))
+    model = engine._holder.model().model
+    weakref.finalize(model, lambda: dropped_on.append(mlx_thread.is_current()))
     with pytest.warns(ResourceWarning, match="without being stopped"):
         del engine
         gc.collect()
@@ -420,7 +421,7 @@ def test_a_loop_that_ends_during_a_shutdown_leaves_no_model(
     asyncio.run(main())
     assert asyncio.run(engine.stop()) is not None
     assert engine.state is EngineState.STOPPED
-    until_now(lambda: not engine._slot.filled)
+    until_now(lambda: not engine._holder.loaded)
 
 
 @pytest.mark.parametrize("collected", ["at the end", "with no loop", "in another loop"])
@@ -497,7 +498,7 @@ async def test_stop_while_a_failed_start_cleans_up(tiny_path: Path, gate: MakeGa
     outcomes = await asyncio.gather(starting, holder, return_exceptions=True)
     assert all(isinstance(error, Exception) for error in outcomes)
     assert engine.state is EngineState.STOPPED
-    assert not engine._slot.filled
+    assert not engine._holder.loaded
     gc.collect()
     assert not complaints
 

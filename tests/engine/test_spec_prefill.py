@@ -51,7 +51,7 @@ async def test_only_a_part_of_a_long_prompt_is_prefilled(
     async with engine_type(tiny_path, prefill=strategy(draft_path), prefill_step_size=64) as engine:
         result = await engine.generate(LONG, on_progress=told.append, **OPTIONS)
         in_full = await engine.generate(LONG, prefill=None, **OPTIONS)
-        shape = await engine.run_blocking(lambda: len(engine._slot.space().prompt_cache))
+        shape = await engine.run_blocking(lambda: len(engine._holder.runner().prompt_cache))
     kept, ranges = result.usage.kept_tokens, result.usage.kept_ranges
     assert kept is not None
     assert ranges is not None
@@ -134,7 +134,7 @@ async def test_the_second_turn_is_scored_from_what_the_draft_has_read(
     async with SimpleEngine(tiny_path, prefill=strategy(draft_path)) as engine:
         await engine.generate(LONG, **OPTIONS)
         await engine.generate(LONG + OTHER, **OPTIONS)
-        ((side, _),) = engine._slot.space().strategies.side_caches
+        ((side, _),) = engine._holder.runner().strategies.side_caches
         assert side.stats().hit_tokens >= len(LONG) - 16
 
 
@@ -205,7 +205,7 @@ async def test_a_cancel_is_seen_in_scoring_prefill_and_decode(
     ) as engine:
         expected = await engine.generate(LONG, **OPTIONS)
         await settled()
-        engine._slot.space().strategies.side_caches[0][0].clear()
+        engine._holder.runner().strategies.side_caches[0][0].clear()
         stop = gate("model", at)
         await cancel_inside(stop, engine.generate(LONG, **OPTIONS))
         assert stop.calls - at <= 1

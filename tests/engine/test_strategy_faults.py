@@ -219,7 +219,7 @@ async def test_the_pace_of_prefill_counts_what_went_through_each_model(
     monkeypatch.setattr(prefill_queue._Pace, "measured", noted)
     async with BatchedEngine(tiny_path, prefill=sparse(tiny_path)) as engine:
         result = await engine.generate(LONG, **OPTIONS)
-        queue = engine._batch_slot.batch()._prefilling
+        queue = engine._holder.batch()._prefilling
         assert result.usage.kept_tokens is not None
         assert counted[id(queue._pace)] == result.usage.kept_tokens - 1
         assert 850 < counted[id(queue._draft_pace)] <= len(LONG)
@@ -275,10 +275,10 @@ async def test_the_drafts_prompts_count_as_memory_too(tiny_path: Path) -> None:
         for n in range(20):
             await engine.generate(LONG[20 * n : 20 * n + 200], **OPTIONS)
         await settled()
-        space = engine._slot.space()
+        runner = engine._holder.runner()
         stored: list[PromptCache] = [
-            space.prompt_cache,
-            *(cache for cache, _ in space.strategies.side_caches),
+            runner.prompt_cache,
+            *(cache for cache, _ in runner.strategies.side_caches),
         ]
         assert 0 < sum(cache.nbytes for cache in stored) <= limit
 
@@ -309,7 +309,7 @@ async def test_a_head_keeps_no_more_states_than_it_may_need(
     folder = await made(MIMO, tmp_path / "model")
     async with SimpleEngine(folder, decode=MTP(), prefill_step_size=20) as engine:
         expected = await engine.generate(LONG[:300], decode=None, **OPTIONS)
-        speculation = engine._slot.space().strategies.speculation
+        speculation = engine._holder.runner().strategies.speculation
         assert speculation is not None
         kept: list[int] = []
         observe = mtp.MTPDrafter.observe
@@ -324,5 +324,5 @@ async def test_a_head_keeps_no_more_states_than_it_may_need(
             result = await engine.generate(LONG[:300], max_tokens=80, ignore_eos=True)
             assert result.tokens[:30] == expected.tokens
         assert max(kept) <= 32 + 16 + 20
-        ((side, _),) = engine._slot.space().strategies.side_caches
+        ((side, _),) = engine._holder.runner().strategies.side_caches
         assert all(length(entry.cache) == len(entry.tokens) for entry in side.entries())

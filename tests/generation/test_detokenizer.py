@@ -260,7 +260,7 @@ async def test_no_bytes_are_seen_in_answers_of_a_model_with_such_a_decoder(tmp_p
     content["decoder"] = json.loads(decoders.Sequence(SENTENCEPIECE).__getstate__())
     file.write_text(json.dumps(content), "utf-8")
     async with SimpleEngine(folder) as engine:
-        vocabulary = engine._slot.get().tokenizer.get_vocab()
+        vocabulary = engine._holder.model().tokenizer.get_vocab()
         space, line, a = (vocabulary[char] for char in ("Ġ", "Ċ", "a"))
         bias = {space: 1000.0, line: 1000.0, a: 1000.0}
         result = await engine.generate(
@@ -273,7 +273,7 @@ async def test_no_bytes_are_seen_in_answers_of_a_model_with_such_a_decoder(tmp_p
 @pytest.mark.anyio
 async def test_an_answer_begins_with_the_space_that_the_model_gave_it(tiny_path: Path) -> None:
     async with SimpleEngine(tiny_path) as engine:
-        space = engine._slot.get().tokenizer.get_vocab()["Ġ"]
+        space = engine._holder.model().tokenizer.get_vocab()["Ġ"]
         options: dict[str, Any] = {"max_tokens": 3, "logit_bias": {space: 1000.0}}
         assert (await engine.generate("x", **options)).text == "   "
         async with engine.stream_generate("x", **options) as stream:
@@ -283,7 +283,7 @@ async def test_an_answer_begins_with_the_space_that_the_model_gave_it(tiny_path:
 @pytest.mark.anyio
 async def test_text_in_a_stream_is_the_decoded_tokens(tiny_path: Path) -> None:
     async with SimpleEngine(tiny_path) as engine:
-        tokenizer = engine._slot.get().tokenizer
+        tokenizer = engine._holder.model().tokenizer
         for seed in range(4):
             options: dict[str, Any] = {"max_tokens": 120, "temperature": 2.0, "seed": seed}
             result = await engine.generate("x", ignore_eos=True, **options)

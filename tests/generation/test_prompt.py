@@ -33,12 +33,12 @@ async def engine(tiny_engine: SimpleEngine) -> AsyncIterator[SimpleEngine]:
 
 
 async def encoded(engine: SimpleEngine, *args: Any) -> Any:
-    return encode(ChatPrompt.of(*args), engine._slot.vocabulary)
+    return encode(ChatPrompt.of(*args), engine._holder.vocabulary)
 
 
 async def rendered(engine: SimpleEngine, *args: Any) -> str:
     tokens = (await encoded(engine, *args)).tokens
-    return str(engine._slot.get().tokenizer.decode(tokens))
+    return str(engine._holder.model().tokenizer.decode(tokens))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ async def test_tools_are_shown_or_refused(engine: SimpleEngine, tmp_path: Path) 
         await engine.chat(USER, tools=TOOL)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="tools: each must be a mapping"):
         await engine.chat(USER, tools=["f"])  # type: ignore[list-item]
-    template = engine._slot.get().tokenizer
+    template = engine._holder.model().tokenizer
     original = template.chat_template
     template.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     try:
@@ -210,7 +210,7 @@ async def test_a_marker_written_by_a_user_does_not_open_reasoning(engine: Simple
 
 
 async def test_a_template_that_raises_is_the_requests_fault(engine: SimpleEngine) -> None:
-    tokenizer = engine._slot.get().tokenizer
+    tokenizer = engine._holder.model().tokenizer
     original = tokenizer.chat_template
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     try:

@@ -51,7 +51,7 @@ def on_mlx_thread(test: Test) -> Any:
 
 
 def llama(engine: SimpleEngine) -> Any:
-    return engine._slot.get().model
+    return engine._holder.model().model
 
 
 def hybrid() -> Any:

@@ -392,11 +392,11 @@ async def test_a_fingerprint_is_that_of_the_model_and_not_of_its_folder(
     copy.mkdir()
     for file in tiny_path.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    mine = await engine.run_blocking(lambda: fingerprint(engine._slot.get()))
+    mine = await engine.run_blocking(lambda: fingerprint(engine._holder.model()))
     others = []
     for folder in (copy, make_tiny(tmp_path / "other", "1")):
         async with SimpleEngine(folder) as other:
-            loaded = await other.run_blocking(other._slot.get)
+            loaded = await other.run_blocking(other._holder.model)
             others.append(await other.run_blocking(fingerprint, loaded))
             changed = replace(loaded, config={**loaded.config, "rope_theta": 5})
             assert await other.run_blocking(fingerprint, changed) != others[-1]
@@ -406,7 +406,7 @@ async def test_a_fingerprint_is_that_of_the_model_and_not_of_its_folder(
 
 @on_mlx_thread
 def test_one_changed_weight_changes_the_fingerprint(engine: SimpleEngine) -> None:
-    loaded = engine._slot.get()
+    loaded = engine._holder.model()
     before = fingerprint(loaded)
     norm = loaded.model.model.norm
     norm.weight = norm.weight.astype(mx.bfloat16)

@@ -33,7 +33,7 @@ PROMPT = [i * 37 % 250 + 1 for i in range(40)]
 
 def raw(engine: BaseEngine, prompt: list[int], count: int) -> list[int]:
     """What mlx_lm itself generates, greedily. On the MLX thread."""
-    steps = generate_step(mx.array(prompt), engine._slot.get().model, max_tokens=count)
+    steps = generate_step(mx.array(prompt), engine._holder.model().model, max_tokens=count)
     return [int(token) for token, _ in steps]
 
 
@@ -132,7 +132,7 @@ async def test_sampled_tokens_have_exactly_the_law_of_the_model(tiny_path: Path)
 
     runs = 700
     async with SimpleEngine(tiny_path, decode=DraftModel(tiny_path, 2)) as engine:
-        chances = await engine.run_blocking(law, engine._slot.get())
+        chances = await engine.run_blocking(law, engine._holder.model())
         rig(engine, [*PROMPT, *max(chances, key=chances.__getitem__)], 0.2)
         seen = dict.fromkeys(chances, 0)
         for seed in range(runs):
@@ -162,7 +162,7 @@ async def test_nothing_is_emitted_after_an_end_inside_of_a_burst(
         whole = await plain.generate(PROMPT, max_tokens=20, ignore_eos=True)
         options: dict[str, Any] = {
             "token": {"stop_token_ids": [whole.tokens[place]]},
-            "string": {"stop": plain._slot.get().tokenizer.decode([whole.tokens[place]])},
+            "string": {"stop": plain._holder.model().tokenizer.decode([whole.tokens[place]])},
             "length": {"max_tokens": place},
         }[end]
         options = {"max_tokens": 20, "ignore_eos": True, **options}
@@ -240,7 +240,7 @@ async def test_what_a_draft_model_has_read_is_kept_for_the_next_prompt(tiny_path
         first = await engine.generate(PROMPT * 4, max_tokens=20, ignore_eos=True)
         follow_up = [*PROMPT * 4, *first.tokens, 1, 2, 3]
         await engine.generate(follow_up, max_tokens=20, ignore_eos=True)
-        ((side, _),) = engine._slot.space().strategies.side_caches
+        ((side, _),) = engine._holder.runner().strategies.side_caches
         assert side.stats().hit_tokens > 4 * len(PROMPT)
         assert side.limit > 0
         assert side.limit + engine.stats().prompt_cache.limit <= 2**30
@@ -252,7 +252,7 @@ async def test_what_a_head_has_read_is_kept_for_the_next_prompt(tmp_path: Path) 
         first = await engine.generate(PROMPT * 4, max_tokens=20, ignore_eos=True)
         follow_up = [*PROMPT * 4, *first.tokens, 1, 2, 3]
         again = await engine.generate(follow_up, max_tokens=20, ignore_eos=True)
-        ((side, _),) = engine._slot.space().strategies.side_caches
+        ((side, _),) = engine._holder.runner().strategies.side_caches
         assert side.stats().hit_tokens == again.usage.cached_tokens > 4 * len(PROMPT)
 
 
@@ -347,7 +347,9 @@ async def test_a_draft_with_another_tokenizer_is_refused(
         await engine.start()
     async with engine_type(tiny_path, decode=DraftModel(draft, fallback=True)) as engine:
         result = await engine.generate(PROMPT, max_tokens=5)
-        assert engine._slot.space().strategies.side_caches == (), "what is not used gets no memory"
+        assert engine._holder.runner().strategies.side_caches == (), (
+            "what is not used gets no memory"
+        )
     assert result.timings.draft_tokens == 0
     assert "another tokenizer" in " ".join(result.notes)
 

@@ -110,7 +110,7 @@ async def test_what_is_for_the_call_has_no_effect_and_is_noted(
 async def test_a_template_with_tags_of_its_own_is_rendered_as_often_as_any_other(
     engine: SimpleEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = engine._slot.get().tokenizer
+    tokenizer = engine._holder.model().tokenizer
     monkeypatch.setattr(
         tokenizer._tokenizer,
         "chat_template",

@@ -25,7 +25,7 @@ PROMPT = "The quick brown fox"
 
 def raw(engine: SimpleEngine, prompt: str | list[int], **options: Any) -> list[int]:
     """What mlx_lm itself generates with the engine's model. On the MLX thread."""
-    loaded = engine._slot.get()
+    loaded = engine._holder.model()
     return [r.token for r in stream_generate(loaded.model, loaded.tokenizer, prompt, **options)]
 
 
@@ -43,7 +43,7 @@ async def test_greedy_tokens_equal_mlx_lm(tmp_path: Path, seed: int) -> None:
 
 async def test_greedy_text_equals_mlx_lm(engine: SimpleEngine) -> None:
     def text() -> str:
-        loaded = engine._slot.get()
+        loaded = engine._holder.model()
         answer = stream_generate(loaded.model, loaded.tokenizer, PROMPT, max_tokens=150)
         return "".join(r.text for r in answer)
 
@@ -86,7 +86,7 @@ async def test_a_users_processor_gets_prompt_and_answer_so_far(engine: SimpleEng
     seen: list[list[int]] = []
 
     def spy(tokens: mx.array, logits: mx.array) -> mx.array:
-        assert logits.shape == (1, engine._slot.get().vocab_size)
+        assert logits.shape == (1, engine._holder.model().vocab_size)
         seen.append(tokens.tolist())  # type: ignore[arg-type]
         return logits
 
@@ -233,7 +233,7 @@ async def test_bounded_kv_cache_holds_the_bound(tiny_path: Path) -> None:
     from mlx_engine.generation.prefill import prefill_chunk
 
     async with SimpleEngine(tiny_path, max_kv_size=32, prefill_step_size=16) as engine:
-        loaded = engine._slot.get()
+        loaded = engine._holder.model()
 
         def lengths() -> list[int]:
             cache = make_kv_cache(loaded.model, engine.config)
@@ -321,7 +321,7 @@ async def test_an_error_keeps_neither_kv_cache_nor_model_alive(
     except GenerationError as error:
         kept = error
     assert await engine.run_blocking(active) - before < 100_000
-    model = weakref.ref(engine._slot.get().model)
+    model = weakref.ref(engine._holder.model().model)
     await engine.stop()
     gc.collect()
     assert model() is None
@@ -339,7 +339,7 @@ async def test_an_error_of_a_cache_file_keeps_no_model_alive(
 
     engine = engine_type(tiny_path)
     await engine.start()
-    model = weakref.ref(engine._slot.get().model)
+    model = weakref.ref(engine._holder.model().model)
     with pytest.raises(InvalidRequest) as missing:
         await engine.load_prompt_cache(tmp_path / "none")
     monkeypatch.setattr(prompt_cache_file, "save", broken)

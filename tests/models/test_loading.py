@@ -34,7 +34,7 @@ async def refused(model: str | Path, words: str, **options: Any) -> None:
     with pytest.raises(ModelLoadError, match=words):
         await engine.start()
     assert engine.state is EngineState.CREATED
-    assert not engine._slot.filled
+    assert not engine._holder.loaded
 
 
 async def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ async def test_kv_options_that_the_model_cannot_have_are_refused_at_load(tiny_pa
     with pytest.raises(InvalidRequest, match="must divide the model's head dimension"):
         await engine.start()
     assert engine.state is EngineState.CREATED
-    assert not engine._slot.filled
+    assert not engine._holder.loaded
 
 
 async def test_an_error_of_the_load_does_not_keep_the_model_alive(tiny_path: Path) -> None:
@@ -183,12 +183,12 @@ async def test_what_is_known_of_a_model(tiny_path: Path) -> None:
     from tests.tiny import CONTEXT
 
     async with SimpleEngine(tiny_path) as engine:
-        loaded = engine._slot.get()
+        loaded = engine._holder.model()
         assert loaded.vocab_size == 262
         assert loaded.context_length == CONTEXT
         assert loaded.vocabulary.longest_token == len("</tool_call>")
     async with SimpleEngine(tiny_path, context_length=100) as engine:
-        assert engine._slot.get().context_length == 100
+        assert engine._holder.model().context_length == 100
 
 
 LIMITS = """

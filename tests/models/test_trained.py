@@ -54,7 +54,7 @@ async def test_the_head_agrees_with_its_model(trained_path: Path) -> None:
     async with SimpleEngine(trained_path) as engine:
 
         def agreement() -> float:
-            loaded = engine._slot.get()
+            loaded = engine._holder.model()
             head = load_head(loaded)
             return check_head(loaded, head.trunk, head)
 

@@ -91,10 +91,10 @@ class Campaign:
 
     async def _forget(self) -> None:
         """Empty the prompt caches, so that the same calls come again."""
-        space = self.engine._slot.space()
-        sides = [cache for cache, _ in space.strategies.side_caches]
+        runner = self.engine._holder.runner()
+        sides = [cache for cache, _ in runner.strategies.side_caches]
         await self.engine.run_blocking(
-            lambda: [each.clear() for each in (space.prompt_cache, *sides)]
+            lambda: [each.clear() for each in (runner.prompt_cache, *sides)]
         )
         await settled()
 
@@ -131,8 +131,8 @@ class Campaign:
             say(f"{what}: {stats.running} running, {stats.waiting} waiting")
         if mlx_thread.busy or other_tasks():
             say(f"{what}: left behind: {other_tasks()}")
-        space = self.engine._slot._space
-        for cache in [space.prompt_cache, *(cache for cache, _ in space.strategies.side_caches)]:
+        runner = self.engine._holder._runner
+        for cache in [runner.prompt_cache, *(cache for cache, _ in runner.strategies.side_caches)]:
             held = sum(entry.nbytes for entry in cache.entries())
             if not cache.nbytes == held <= cache.limit:
                 say(f"{what}: the prompt cache counts {cache.nbytes}, holds {held}")

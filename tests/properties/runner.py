@@ -486,7 +486,7 @@ class Runner:
         self._check_counts()
         await _in_time(engine.stop())
         assert engine.state is EngineState.STOPPED
-        assert not engine._slot.filled
+        assert not engine._holder.loaded
         assert not mlx_thread.busy
         assert not other_tasks()
         assert not GUARD.violations
@@ -500,7 +500,7 @@ class Runner:
         certain = counts["finished"] + counts["failed"]
         total = stats.finished + stats.failed + stats.cancelled
         assert certain <= total <= certain + counts["perhaps"], (stats, counts)
-        cache = self._engine._slot.space().prompt_cache
+        cache = self._engine._holder.runner().prompt_cache
         assert cache.nbytes == sum(entry.nbytes for entry in cache.entries()) <= cache.limit
 
 

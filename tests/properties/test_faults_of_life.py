@@ -59,7 +59,7 @@ async def test_a_fault_at_any_call_of_a_start_is_told_and_it_can_be_tried_again(
                 problems.append(f"{what}: {said!r} {sorted(faults.where)}")
             if engine.state not in (EngineState.CREATED, EngineState.STOPPED):
                 problems.append(f"{what}: {engine.state}")
-            if engine._slot.filled:
+            if engine._holder.loaded:
                 problems.append(f"{what}: it has a model")
             del said
             await engine.start()
@@ -91,8 +91,8 @@ async def test_a_fault_at_any_call_of_a_stop_leaves_a_stopped_engine(
         faults.disarm()
         if isinstance(said, BaseException) and not isinstance(said, MLXEngineError):
             problems.append(f"{hook} #{n}: {said!r} is no error of ours {sorted(faults.where)}")
-        if engine.state is not EngineState.STOPPED or engine._slot.filled:
-            problems.append(f"{hook} #{n}: {engine.state}, {engine._slot.filled}")
+        if engine.state is not EngineState.STOPPED or engine._holder.loaded:
+            problems.append(f"{hook} #{n}: {engine.state}, {engine._holder.loaded}")
         await engine.start()
         assert (await engine.generate(SHORT, **GREEDY)).tokens == expected
         await engine.stop()

@@ -123,4 +123,4 @@ class Stranger:
 def generate(number: int, max_tokens: int = ENDLESS, *, stream: bool = False) -> Generate:
     """A request by hand."""
     params = {"max_tokens": max_tokens, "ignore_eos": True}
-    return Generate(number, PROMPT, None, params, 0, "as engine", "as engine", stream, False)
+    return Generate(number, PROMPT, None, params, 0, "default", "default", stream, False)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_engine import BaseEngine, EngineState
-from mlx_engine.config import Strategies
 from mlx_engine.core.stream import Emit
 from mlx_engine.errors import (
     EngineBusy,
@@ -34,6 +33,7 @@ from mlx_engine.remote.health import Health, health_of
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.wire.heartbeat import Beat, Watchdog
 from mlx_engine.requests import GenerationRequest
+from mlx_engine.strategies import Strategies
 
 Script = BaseException | asyncio.Event | Callable[[], Awaitable[None]] | None
 
@@ -205,19 +205,19 @@ class Scripted(BaseEngine):
     async def run_blocking(self, func: Any, /, *args: Any, **kwargs: Any) -> Any:
         raise InvalidRequest("func", "cannot go to another process")
 
-    def _producer(
+    def submit(
         self,
-        ask: GenerationRequest,
-        on_progress: ProgressCallback | None,
+        request: GenerationRequest,
+        on_progress: ProgressCallback | None = None,
         request_id: str | None = None,
     ) -> ScriptedRequest:
-        self._check_strategies(ask.prefill, ask.decode)
-        return ScriptedRequest(self, ask, request_id or "own")
+        self._check_strategies(request.prefill, request.decode)
+        return ScriptedRequest(self, request, request_id or "own")
 
     def _check_strategies(self, prefill: Any, decode: Any) -> None:
         Strategies().of_request(prefill, decode)
 
-    def _check_running(self) -> None:
+    def check_running(self) -> None:
         match self._state:
             case EngineState.RUNNING:
                 return
@@ -229,19 +229,19 @@ class Scripted(BaseEngine):
                 raise EngineNotStarted("it is not started")
 
     async def _save_prompt_cache(self, path: Path) -> int:
-        self._check_running()
+        self.check_running()
         self.saved.append(path)
         return self.nbytes
 
     async def _load_prompt_cache(self, path: Path) -> int:
-        self._check_running()
+        self.check_running()
         if path.name == "broken":
             raise InvalidRequest("path", "is broken")
         self.saved.append(path)
         return self.nbytes
 
     @property
-    def _width(self) -> int:
+    def width(self) -> int:
         return 2
 
 
@@ -255,7 +255,7 @@ class ScriptedRequest:
         self.cancelled = False
 
     async def run(self, emit: Emit | None) -> GenerationResult:
-        self.engine._check_running()
+        self.engine.check_running()
         if self.engine.busy:
             raise EngineBusy("busy", retry_after=float(self.engine.name[-1]))
         self.emit = emit

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlx_engine import EngineDead, EngineStopped, GenerationError
-from mlx_engine.cli.options import parse, queue_options, spelled
+from mlx_engine.cli.options import engine_options, parse, spelled
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.remote.remote_engine import RemoteEngine
 from tests.conftest import ROOT
@@ -216,11 +216,15 @@ async def test_what_is_wrong_is_told_before_the_model_is_loaded(path: Path) -> N
 def test_the_options_of_the_queue_are_passed_on() -> None:
     args = parse(["host", "m", "--socket", "s", "--queue-limit", "3", "--max-batch-size", "5"])
     assert (args.engine, args.drain, args.model) == ("batched", 30.0, "m")
-    assert queue_options(args) == {"queue_limit": 3, "max_batch_size": 5}
-    assert queue_options(parse(["host", "--socket", "s"])) == {}
+    assert engine_options(args) == {"model": "m", "queue_limit": 3, "max_batch_size": 5}
+    assert engine_options(parse(["host", "--socket", "s"])) == {"model": "demo"}
     line = "host --socket s --max-wait 2.5 --max-decode-pause-ms none --kv-cache-memory-bytes 9"
-    expected = {"max_wait": 2.5, "max_decode_pause_ms": None, "kv_cache_memory_bytes": 9}
-    assert queue_options(parse(line.split())) == expected
+    assert engine_options(parse(line.split())) == {
+        "model": "demo",
+        "max_wait": 2.5,
+        "max_decode_pause_ms": None,
+        "kv_cache_memory_bytes": 9,
+    }
     assert parse(["host", "--socket", "s", "--max-clients", "2"]).max_clients == 2
     assert parse(["host", "--socket", "s", "--cache-folder", "d"]).cache_folder == "d"
     assert parse(["host", "--socket", "s", "--drain", "none"]).drain is None

@@ -207,7 +207,7 @@ async def test_what_a_client_says_reaches_no_other_client(host: EngineHost) -> N
         with pytest.raises(InvalidRequest, match=r"^chat_template_kwargs: 'chat_template' is set"):
             await remote.chat(user, chat_template_kwargs={"chat_template": "{{ 1 }}"})
         ask = GenerationRequest(TextPrompt("a"), SamplingParams(max_tokens=1))
-        result = await other._producer(ask, None, "n" * 100_000).run(None)
+        result = await other.submit(ask, None, "n" * 100_000).run(None)
         assert result.tokens
         assert len(str(host.engine.stats())) < 5000
         many = [endless(remote) for _ in range(1100)]

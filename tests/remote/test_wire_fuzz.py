@@ -69,7 +69,7 @@ SHAPES: list[object] = [
     [["generate", 1, "x", None, {"no": 1, "stop": {"a": 1}}, 2**63, {"draft": 1}, "x", True, True]],
     [["generate", 1, None, [[{"role": []}], 3, {}], {}, 0, None, None, True, True]],
     [["generate", 1, None, [[{"role": "user", "content": "x"}], [{}], {"a": {}}], {}] + [0] * 5],
-    [["generate", -1, [-1], None, {"seed": 2**64 - 1}, 0, "as engine", None, True, True]],
+    [["generate", -1, [-1], None, {"seed": 2**64 - 1}, 0, "default", None, True, True]],
     [["cancel"], ["cancel", "x"]],
     [["cancel", 99]],
     [["cachefile", 1, "delete", "/"]],

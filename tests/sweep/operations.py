@@ -199,12 +199,10 @@ def check_rest(engine: BaseEngine) -> None:
     assert isinstance(engine, LocalEngine | LinkedEngine)
     lifecycle, stats = engine._lifecycle, engine.stats()
     # Here and below, no text is made of what is in order: that costs more than to look at it.
-    if lifecycle._in_flight:
-        raise Broken(f"I6: in flight: {list(lifecycle._in_flight)}")
-    require(not lifecycle._watchers, "I6: somebody waits for a change of state")
+    if lifecycle.in_flight:
+        raise Broken(f"I6: in flight: {list(lifecycle.in_flight)}")
+    require(not lifecycle.in_flight.changed, "I6: somebody waits for a change of state")
     if isinstance(engine, LocalEngine):
-        if engine._admission._inside:
-            raise Broken(f"I6: inside: {list(engine._admission._inside)}")
         if stats.running or stats.waiting or stats.kv_bytes or stats.batch_size:
             raise Broken(f"I6: {stats}")
         return

@@ -266,7 +266,7 @@ def _cache_file(stage: Stage, operation: str) -> Scene:
     engine = engine_here(stage.engine)
 
     def reset() -> None:
-        simulation.on_mlx_thread(engine._slot.space().prompt_cache.clear)
+        simulation.on_mlx_thread(engine._holder.runner().prompt_cache.clear)
         simulation.in_a_loop(stage.generate)
         (stage.folder / "cache").unlink(missing_ok=True)
 

@@ -18,15 +18,15 @@ from typing import Any
 
 from mlx_engine.core import bridge, preparer
 from mlx_engine.core import stream as streams
-from mlx_engine.core.in_flight import Admission
+from mlx_engine.core.admission import Admission
+from mlx_engine.core.batch_queue import BatchQueue
 from mlx_engine.core.mlx_thread import mlx_thread
-from mlx_engine.core.scheduler import BatchScheduler
+from mlx_engine.core.request import ActiveRequest
 from mlx_engine.core.work import PendingWork, Stage, ThreadJob
 from mlx_engine.core.work_queue import WorkQueue
-from mlx_engine.engine import batched
+from mlx_engine.engine import batch_holder
 from mlx_engine.generation import prompt
 from mlx_engine.generation.chat_places import EncodedText
-from mlx_engine.generation.request import Request
 from mlx_engine.remote.calls import Call
 from mlx_engine.remote.io_thread import io_thread
 from mlx_engine.testing.safety.endings import LoopShutdown
@@ -48,13 +48,13 @@ _JOINTS = (
     (PendingWork, "announce"),
     (Admission, "over"),
     (streams._Channel, "push"),
-    (BatchScheduler, "take"),
-    (BatchScheduler, "end"),
+    (BatchQueue, "take"),
+    (BatchQueue, "end"),
     (WorkQueue, "refuse"),
     (WorkQueue, "take_to_prepare"),
     (prompt._Chat, "_render"),
     (EncodedText, "__init__"),
-    (Request, "_fit"),
+    (ActiveRequest, "_fit"),
     (WorkQueue, "left"),
 )
 
@@ -123,7 +123,7 @@ class Simulation:
         start, io_loop, io_pid = bridge.Start, io_thread._loop, io_thread._pid
         undo_joints, undo_watch = self.driver.joints(*_JOINTS), self._watch()
         bridge.Start = preparer.Start = self._start  # type: ignore[assignment,misc]
-        gather, batched._GATHER = batched._GATHER, 0.0  # nobody else goes on meanwhile
+        gather, batch_holder._GATHER = batch_holder._GATHER, 0.0  # nobody else goes on meanwhile
         io_thread._loop, io_thread._pid = self._io_loop, os.getpid()
         self.driver.start(self._io_loop.run_forever, "I/O")
 
@@ -151,7 +151,7 @@ class Simulation:
             self._io_loop.close()
             io_thread._loop, io_thread._pid = io_loop, io_pid
             bridge.Start = preparer.Start = start  # type: ignore[misc]
-            batched._GATHER = gather
+            batch_holder._GATHER = gather
             undo_watch()
             undo_joints()
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from mlx_engine.testing import FakeEngine, FakeRequest
+from mlx_engine.testing import FakeEngine
 from mlx_engine.testing import fake_model as model
+from mlx_engine.testing.scripted_request import ScriptedRequest
 from tests.guard import GUARD
 
 WORDS = [f"word {number} " for number in range(40)]
@@ -30,13 +31,13 @@ class RiggedFake(FakeEngine):
     ) -> None:
         super().__init__(WORDS, context_length=16384, **options)
         self._step_size = prefill_step_size
-        self._slot.play = self._play  # type: ignore[method-assign]
+        self._holder.play = self._play  # type: ignore[method-assign]
 
-    def _play(self, request: FakeRequest) -> Iterator[float | None]:
-        size = max(len(request.prompt_tokens), len(request.question))
+    def _play(self, request: ScriptedRequest) -> Iterator[float | None]:
+        size = max(len(request.prompt), len(request.shown.question))
         chunks = max(1, math.ceil((size - 1) / self._step_size))
-        self._slot._prefill_seconds = chunks * model._SLICE
-        for _ in model.FakeModel.play(self._slot, request):
+        self._holder._prefill_seconds = chunks * model._SLICE
+        for _ in model.FakeModel.play(self._holder, request):
             if GUARD.hook is not None:
                 GUARD.hook("model")
             yield 0.0

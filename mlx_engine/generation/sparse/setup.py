@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mlx_engine.config import SpecPrefill, path_text
+from mlx_engine.checks import path_text
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache.cached_model import CachedModel
 from mlx_engine.generation.cache.kv_cache import KVFootprint, check_unbounded
@@ -13,6 +13,7 @@ from mlx_engine.generation.cache.prompt_cache import PromptCache
 from mlx_engine.generation.sparse.chunk_choice import keeps_all
 from mlx_engine.generation.sparse.importance import cannot_score
 from mlx_engine.generation.trials.sparse import check_sparse
+from mlx_engine.strategies import SpecPrefill
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
-from mlx_engine.config import SpecPrefill
 from mlx_engine.generation.cache.kv_cache import Cache, make_kv_cache
 from mlx_engine.generation.cache.row_fold import folded
 from mlx_engine.generation.cache.snapshot import arrays
@@ -18,6 +17,7 @@ from mlx_engine.generation.cache.sparse_cache import skip_to, sparse
 from mlx_engine.generation.sparse.chunk_choice import CHUNK, Range, choose_chunks, join, keeps_all
 from mlx_engine.generation.sparse.importance import Importance
 from mlx_engine.generation.sparse.setup import SparsePrefilling
+from mlx_engine.strategies import SpecPrefill
 
 # Puts tokens of shape (rows, tokens a row), whose rows begin at these positions, into a cache of
 # the target: run(tokens, cache, starts). Nothing need be evaluated by it.

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_engine.config import MTP, DraftModel, path_text
+from mlx_engine.checks import path_text
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache.cached_model import CachedModel
 from mlx_engine.generation.cache.kv_cache import KVFootprint, footprint_of, make_kv_cache
@@ -22,6 +22,7 @@ from mlx_engine.generation.speculative.mtp import MTPDrafter
 from mlx_engine.generation.trials.mtp_head import check_head
 from mlx_engine.generation.trials.rollback import check_rollback
 from mlx_engine.models.mtp_heads import load_head
+from mlx_engine.strategies import MTP, DraftModel
 
 _DOUBTFUL = 0.05  # agreement of an MTP head with its model, below which something is wrong
 

@@ -8,9 +8,10 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, TypeVar
 
+from mlx_engine.core import in_flight
 from mlx_engine.core.drain import wait_shielded
 from mlx_engine.core.event_loop import running_loop
-from mlx_engine.core.lifecycle import Lifecycle, Ticket
+from mlx_engine.core.lifecycle import Lifecycle
 from mlx_engine.core.wakeup import wake
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.remote.replicas.tasks import cancel, look_at
@@ -29,7 +30,7 @@ class InFlight:
         request_id: the name of the ticket.
         lifecycle: what it is in flight in.
         leftovers: gets the tasks that an abort has left; they leave it when they are over.
-        reported: whether a shutdown reports on it; see ``Ticket``.
+        reported: whether a shutdown reports on it; see ``core.in_flight``.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class InFlight:
         *,
         reported: bool = True,
     ) -> None:
-        self._ticket = Ticket(request_id, loop=running_loop(), reported=reported)
+        self._ticket = in_flight.InFlight(request_id, loop=running_loop(), reported=reported)
         self._lifecycle = lifecycle
         self._leftovers = leftovers
         self._lock = threading.Lock()
@@ -49,7 +50,8 @@ class InFlight:
         self._ended = False
 
     def __enter__(self) -> InFlight:
-        self._lifecycle.admit(self._ticket, self._abort)
+        self._ticket.abort = self._abort
+        self._lifecycle.admit(self._ticket)
         return self
 
     def __exit__(
@@ -60,7 +62,7 @@ class InFlight:
     ) -> None:
         with self._lock:
             self._ended = True
-        self._lifecycle.done(self._ticket)
+        self._lifecycle.in_flight.remove(self._ticket)
         if exc_type is None and self._error is not None:  # it is reported as aborted, so it is
             raise self._error
 

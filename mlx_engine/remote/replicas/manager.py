@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 
 from mlx_engine.checks import shown
-from mlx_engine.config import AsEngine, BatchedOptions, QueueConfig, SpecPrefill
+from mlx_engine.config import BatchedOptions, EngineKind, QueueConfig, spelled_out
 from mlx_engine.core.drain import clean_up
 from mlx_engine.core.event_loop import running_loop
-from mlx_engine.core.lifecycle import EngineState, Lifecycle, Ticket, checked_timeout
+from mlx_engine.core.in_flight import InFlight as Entry
+from mlx_engine.core.lifecycle import EngineState, Lifecycle, checked_timeout
 from mlx_engine.core.stream import Producer
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
@@ -33,8 +34,8 @@ from mlx_engine.remote.replicas.supervisor import Supervisor
 from mlx_engine.remote.replicas.tasks import all_results
 from mlx_engine.remote.replicas.waiting_room import BOUNDED, WaitingRoom, waiting_limits
 from mlx_engine.remote.wire.heartbeat import Watchdog
-from mlx_engine.remote.wire.options import EngineKind
 from mlx_engine.requests import GenerationRequest
+from mlx_engine.strategies import EngineDefault, SpecPrefill
 
 T = TypeVar("T")
 
@@ -59,6 +60,7 @@ class EngineManager(BaseEngine):
     one: the one in which it was started, and in which the replicas are watched.
     """
 
+    @spelled_out(BatchedOptions)
     def __init__(
         self,
         model: str | os.PathLike[str],
@@ -90,6 +92,7 @@ class EngineManager(BaseEngine):
         self._set_up(process, replicas, restart, waiting_limits(options))
 
     @classmethod
+    @spelled_out(BatchedOptions)
     def on_ray(
         cls,
         model: str | os.PathLike[str],
@@ -217,8 +220,9 @@ class EngineManager(BaseEngine):
             supervisor.cancel_jobs()
             return True
 
-        ticket = Ticket(self._lifecycle.new_id("start"), loop=loop, reported=False)
-        if not await self._lifecycle.begin_start(ticket, abort):
+        ticket = Entry(self._lifecycle.new_id("start"), loop=loop)
+        ticket.abort = abort
+        if not await self._lifecycle.begin_start(ticket):
             return
         try:
             self._home, self._scaling, self._deadline = loop, asyncio.Lock(), None
@@ -237,7 +241,7 @@ class EngineManager(BaseEngine):
             raise
         finally:
             self._lifecycle.start_failed(ticket)
-            self._lifecycle.done(ticket)
+            self._lifecycle.in_flight.remove(ticket)
 
     async def shutdown(self, timeout: float | None = None) -> ShutdownReport:
         """Refuse new requests from now on, let those in flight finish, stop all replicas.
@@ -284,9 +288,9 @@ class EngineManager(BaseEngine):
         """
         wanted = checked_count(replicas)
         self._check_home()
-        self._check_running()
+        self.check_running()
         async with self._scaling:
-            self._check_running()
+            self.check_running()
             more = wanted - len(self._fleet)
             if more > 0:
                 await self._supervisor.grow(more)
@@ -307,33 +311,33 @@ class EngineManager(BaseEngine):
             return
         raise RuntimeError("a manager is scaled and shut down in the event loop that started it")
 
-    def _check_running(self) -> None:
+    def check_running(self) -> None:
         if self.state is EngineState.FAILED and not self._lifecycle.inherited:
             self._fleet.check()  # which knows more of the reason
         self._lifecycle.check_running()
 
     @property
-    def _width(self) -> int:
-        return max(1, sum(replica.engine._width for replica in self._fleet.up()))
+    def width(self) -> int:
+        return max(1, sum(replica.engine.width for replica in self._fleet.up()))
 
-    def _producer(
+    def submit(
         self,
-        ask: GenerationRequest,
-        on_progress: ProgressCallback | None,
+        request: GenerationRequest,
+        on_progress: ProgressCallback | None = None,
         request_id: str | None = None,
     ) -> Producer:
-        self._prototype._producer(ask, on_progress)  # only to see whether it can be done
+        self._prototype.submit(request, on_progress)  # only to see whether it can be done
         return RoutedRequest(
             request_id or self._lifecycle.new_id(),
-            ask,
+            request,
             on_progress,
             self._lifecycle,
             self._fleet,
-            self._check_running,
+            self.check_running,
         )
 
     def _check_strategies(
-        self, prefill: SpecPrefill | AsEngine | None, decode: AsEngine | None
+        self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
         self._prototype._check_strategies(prefill, decode)
 
@@ -373,7 +377,7 @@ class EngineManager(BaseEngine):
             return max(await flight.do(loads))
 
     def _flight(self, prefix: str) -> InFlight:
-        self._check_running()
+        self.check_running()
         name = self._lifecycle.new_id(prefix)
         return InFlight(name, self._lifecycle, self._fleet.leftovers, reported=False)
 

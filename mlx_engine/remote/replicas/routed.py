@@ -114,7 +114,7 @@ class RoutedRequest:
                 self._emitted = True
                 emit(chunk)
 
-        producer = self._producer = engine._producer(self._ask, self._on_progress, self.request_id)
+        producer = self._producer = engine.submit(self._ask, self._on_progress, self.request_id)
         if self._cancelled:
             producer.cancel()
 

@@ -83,7 +83,7 @@ class ClientRequests:
         """What the client should know of the engine."""
         engine = self._engine
         return Welcome(
-            engine.has_chat_template, engine.context_length, engine._width, engine.stats()
+            engine.has_chat_template, engine.context_length, engine.width, engine.stats()
         )
 
     def take(self, message: ToServer, size: int = 0) -> None:
@@ -131,7 +131,7 @@ class ClientRequests:
         try:
             _check_options(message)
             ask = ask_from_wire(message, trusted=self._trusted, limits=self._engine._limits)
-            producer = self._engine._producer(ask, progress, self._name(message))
+            producer = self._engine.submit(ask, progress, self._name(message))
         except Exception as error:  # noqa: BLE001 - the border: the client is told
             self._outbox.put(self._failed(number, error))
             return

@@ -53,7 +53,7 @@ class Heartbeats:
         """What there is to tell now."""
         pending, steps, stats = 0, self._loaded, None
         if self.engine is not None:
-            meter, pending = self.engine._slot.meter, self.pending
+            meter, pending = self.engine.counters, self.pending
             steps += meter.steps + self._answered
             self.phase = meter.phase if pending else "idle"
             stats = self.engine.stats()

@@ -86,7 +86,7 @@ class EngineHost:
             InvalidRequest: an argument is of the wrong type or out of its range; something
                 serves at ``path`` already, or it is a file of another kind.
         """
-        if not hasattr(engine, "_slot"):
+        if not hasattr(engine, "counters"):
             raise InvalidRequest(
                 "engine", f"must be SimpleEngine or BatchedEngine, not {shown(engine)}"
             )
@@ -131,7 +131,7 @@ class EngineHost:
             InvalidRequest: it cannot listen at ``path``, or something serves there already.
             RuntimeError: it has been started before.
         """
-        self.engine._check_running()
+        self.engine.check_running()
         if self._door is not None:
             raise RuntimeError("a host is started once: make a new one")
         self._heart.engine = self.engine

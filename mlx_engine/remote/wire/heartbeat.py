@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mlx_engine.checks import number_or_none, shown
-from mlx_engine.errors import InvalidRequest
+from mlx_engine.checks import choice, number_or_none
 
 Phase = Literal["start", "load", "idle", "prefill", "decode"]
 
@@ -60,8 +59,7 @@ class Watchdog:
                 name, getattr(self, name), low=0, above=True, endless=True, what="seconds"
             )
             object.__setattr__(self, name, limit)
-        if self.action not in ("kill", "report"):
-            raise InvalidRequest("action", f"must be 'kill' or 'report', not {shown(self.action)}")
+        choice("action", self.action, ("kill", "report"))
 
     @property
     def tick(self) -> float:

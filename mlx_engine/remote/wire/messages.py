@@ -24,7 +24,7 @@ from mlx_engine.remote.wire.json_values import extension_from_wire
 
 T = TypeVar("T")
 
-VERSION = 2
+VERSION = 3
 MAGIC = "mlx_engine"
 
 
@@ -63,7 +63,7 @@ class Generate(_Message):
         prompt: text or token ids; ``None`` in a chat.
         chat: messages, tools, and keyword arguments of the template, by ``json_values``.
         params: fields of ``SamplingParams`` that are not at their defaults.
-        prefill: ``"as engine"``, ``None``, or fields of ``SpecPrefill``.
+        prefill: ``"default"``, ``None``, or fields of ``SpecPrefill``.
         stream: whether chunks are wanted.
         progress: whether its progress is to be told.
         name: what its caller calls it; for messages.

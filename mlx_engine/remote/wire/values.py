@@ -10,7 +10,6 @@ from typing import Any
 
 from mlx_engine import errors
 from mlx_engine.checks import shown
-from mlx_engine.config import MTP, DraftModel, SpecPrefill
 from mlx_engine.errors import GenerationError, InvalidRequest, MLXEngineError, describe
 from mlx_engine.limits import RequestLimits
 from mlx_engine.outputs import GenerationResult, ToolCall
@@ -19,6 +18,7 @@ from mlx_engine.remote.wire.frames import MAX_FRAME
 from mlx_engine.remote.wire.json_values import PLAIN, encodable, simple, to_wire
 from mlx_engine.remote.wire.messages import Done, ErrorReply, Generate, encode_strictly
 from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt
+from mlx_engine.strategies import MTP, DraftModel, SpecPrefill
 
 _CONFIGS = {kind.__name__: kind for kind in (DraftModel, MTP, SpecPrefill, RequestLimits)}
 _UNWRITABLE = (TypeError, ValueError, OverflowError, RecursionError)

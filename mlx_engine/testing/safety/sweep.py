@@ -115,7 +115,7 @@ class Sweep:
         began = time.perf_counter()
         self._home.run(stage.start, float("inf"), "start()")
         self._load_seconds = time.perf_counter() - began
-        stage.exact = stage.engine._width == 1 if self.exact is None else self.exact
+        stage.exact = stage.engine.width == 1 if self.exact is None else self.exact
         stage.takes_processors = self._is_done(stage.with_processor)
         stage.takes_functions = self._is_done(stage.visit_once)
         answers = []

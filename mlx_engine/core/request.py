@@ -1,0 +1,163 @@
+"""A request at work, as far as it needs no MLX: its way from its caller to its end."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import contextvars
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal
+
+from mlx_engine.core.bridge import in_this_loop
+from mlx_engine.core.event_loop import running_loop
+from mlx_engine.core.stream import Emit
+from mlx_engine.core.timer import RequestTimer
+from mlx_engine.errors import (
+    ContextLengthExceeded,
+    GenerationError,
+    MLXEngineError,
+    describe,
+    drop_frames,
+)
+from mlx_engine.outputs import FinishReason, GenerationResult, Progress, ProgressCallback
+from mlx_engine.requests import GenerationRequest
+
+Serve = Callable[[Any], Awaitable[GenerationResult]]
+
+
+class ActiveRequest(abc.ABC):
+    """A request that an engine in this process has been asked for. See ``Producer``.
+
+    Args:
+        asked: what the caller wants.
+        request_id: the engine's name for it.
+        on_progress: told of the prefill, in the event loop of the caller.
+        serve: has it done, and gives its result; ``None`` if it is never run.
+
+    Attributes:
+        prompt: token ids, once prepared.
+        limit: tokens that may be generated, once prepared; ``None`` is without limit.
+        context: the context variables of the caller, for code of the caller's.
+    """
+
+    def __init__(
+        self,
+        asked: GenerationRequest,
+        request_id: str,
+        on_progress: ProgressCallback | None = None,
+        serve: Serve | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.priority = asked.priority
+        self.prompt: list[int] = []
+        self.limit = asked.params.max_tokens
+        self.context: contextvars.Context | None = None
+        self._source = asked.source
+        self._params = asked.params
+        self._on_progress = on_progress
+        self._serve = serve
+        self._emit: Emit | None = None
+        self._stopped = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer = RequestTimer()
+        self._tokens: list[int] = []
+        self._cached_tokens = 0
+        self._finish_reason: FinishReason = "cancelled"
+
+    def run(self, emit: Emit | None) -> Awaitable[GenerationResult]:
+        """Begin it, for a caller who waits in this event loop; see ``Producer``."""
+        self._timer.submitted = time.perf_counter()
+        self._loop = running_loop()
+        self._on_progress = in_this_loop(self._on_progress)
+        self._emit = emit
+        if self._params.logits_processors:
+            self.context = contextvars.copy_context()
+        assert self._serve is not None, "nobody is there to do it"
+        return self._serve(self)
+
+    def cancel(self) -> None:
+        """Ask it to stop at its next token or prefill chunk. From any thread."""
+        self._stopped = True
+
+    @abc.abstractmethod
+    def result(self) -> GenerationResult:
+        """The result so far; final once it is over."""
+
+    def partial_result(self) -> GenerationResult:
+        """See ``Producer``."""
+        return self.result()
+
+    @property
+    def tokens(self) -> list[int]:
+        """Token ids that have been generated so far."""
+        return self._tokens
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether it was cancelled, or its event loop closed, so that nobody waits for it."""
+        return self._stopped or (self._loop is not None and self._loop.is_closed())
+
+    @property
+    def over(self) -> bool:
+        """Whether it has come to its end."""
+        return self._timer.ended > 0
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether log-probabilities belong to its tokens."""
+        return self._params.logprobs is not None
+
+    def progress(self, done: int, phase: Literal["score", "prefill"] = "prefill") -> None:
+        """So many tokens of the prompt are in the KV cache, or in the one that scores them."""
+        if self._on_progress is not None:
+            self._on_progress(Progress(phase, done, len(self.prompt)))
+
+    def prefill_begins(self, cached: int) -> None:
+        """Begin its prefill, behind ``cached`` tokens that need none."""
+        self._cached_tokens = cached
+        self.progress(cached)
+
+    def prefilled(self) -> None:
+        """The prompt is in the KV cache, but for its last token."""
+        self._timer.prefilled = time.perf_counter()
+
+    def failed(self, error: BaseException) -> MLXEngineError:
+        """End it; the error that its caller gets, without the frames that ``error`` holds."""
+        self._timer.ended = time.perf_counter()
+        if isinstance(error, MLXEngineError):
+            drop_frames(error)
+            return error
+        failed = GenerationError(f"{self.request_id} failed: {describe(error)}")
+        if error.__traceback__ is not None:
+            where = f"On the thread {threading.current_thread().name!r}:\n"
+            error.add_note("".join([where, *traceback.format_exception(error)]))
+        drop_frames(error)
+        failed.__cause__ = error
+        return failed
+
+    def _fit(self, context: int | None) -> None:
+        """Set the limit by the room that the prompt leaves in a context of so many tokens.
+
+        Raises:
+            ContextLengthExceeded: there is too little.
+        """
+        length, wanted = len(self.prompt), self._params.max_tokens
+        if context is None:
+            return
+        room = context - length
+        if room < (1 if wanted is None else wanted):
+            advice = "shorten the prompt"
+            if wanted is not None and room > 0:
+                advice += f", or lower max_tokens to {room} or None (as many as fit)"
+            raise ContextLengthExceeded(
+                f"{length} prompt tokens and max_tokens={wanted} do not fit into the "
+                f"model's context of {context} tokens (the engine's context_length); {advice}",
+                prompt_tokens=length,
+                max_tokens=wanted,
+                context_length=context,
+                option=self._source.option,
+            )
+        self.limit = room if wanted is None else wanted

@@ -1,0 +1,170 @@
+"""A request at work in a ``FakeEngine``."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable
+
+from mlx_engine.core.request import ActiveRequest, Serve
+from mlx_engine.core.stream import Emit, emit_pieces
+from mlx_engine.outputs import (
+    FinishReason,
+    GenerationResult,
+    ProgressCallback,
+    Segment,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
+from mlx_engine.requests import GenerationRequest
+from mlx_engine.testing.fake_answer import END, token_id
+from mlx_engine.testing.fake_request import FakeRequest, encode
+from mlx_engine.testing.fake_text import FakeText
+
+
+class ScriptedRequest(ActiveRequest):
+    """A request whose tokens come from a script.
+
+    Args:
+        asked, request_id, on_progress, serve: those of every ``ActiveRequest``.
+        seen: gets what the test is shown of it, once it is run.
+
+    Attributes:
+        shown: that.
+    """
+
+    def __init__(
+        self,
+        asked: GenerationRequest,
+        request_id: str,
+        on_progress: ProgressCallback | None,
+        serve: Serve,
+        seen: list[FakeRequest],
+    ) -> None:
+        super().__init__(asked, request_id, on_progress, serve)
+        self.shown = FakeRequest(asked, request_id, self.result)
+        self._seen = seen
+        self._text = FakeText(tuple(self._params.stop))
+        self._calls: list[ToolCall] = []
+
+    def run(self, emit: Emit | None) -> Awaitable[GenerationResult]:
+        """Begin it, for a caller who waits in this event loop; see ``Producer``."""
+        self._seen.append(self.shown)
+        return self._until_known(super().run(emit))
+
+    async def _until_known(self, work: Awaitable[GenerationResult]) -> GenerationResult:
+        """Its outcome is told as soon as its caller knows."""
+        shown = self.shown
+        try:
+            result = await work
+        except asyncio.CancelledError:
+            shown.outcome = "cancelled"
+            raise
+        except BaseException as error:
+            shown.outcome, shown.error = "failed", error
+            raise
+        finally:
+            self._emit = self._on_progress = None  # engines keep what they show for ever
+        shown.outcome = "cancelled" if result.finish_reason == "cancelled" else "finished"
+        return result
+
+    def prepare(self, context_length: int | None) -> None:
+        """Count the tokens of the prompt. On any thread.
+
+        Raises:
+            ContextLengthExceeded: there is no room for the answer.
+        """
+        self.prompt = self.shown.prompt_tokens = encode(self.shown)
+        self._fit(context_length)
+
+    def begin(self, cached_tokens: int) -> None:
+        """Its work begins, behind so many tokens that need no prefill."""
+        self._timer.started = time.perf_counter()
+        self.shown.outcome = "running"
+        self.prefill_begins(cached_tokens)
+
+    def prefilled(self) -> None:
+        """All of its prompt has been read."""
+        super().prefilled()
+        self.progress(len(self.prompt))
+
+    def take(self, segment: Segment, piece: str | ToolCall) -> bool:
+        """Take the next token; whether the answer is complete with it."""
+        text = piece if isinstance(piece, str) else piece.raw
+        token = token_id(text)
+        if token in self._params.stop_token_ids:
+            self._finish("stop", token, [])
+            return True
+        pieces = self._text.add(segment, text)
+        if isinstance(piece, ToolCall) and not self._text.stopped:
+            self._calls.append(piece)
+        return self._took(token, pieces, "stop" if self._text.stopped else None)
+
+    def take_end(self) -> bool:
+        """Take the end of the sequence; whether the answer is complete with it."""
+        stops = not self._params.ignore_eos or END in self._params.stop_token_ids
+        return self._took(END, [], "stop" if stops else None)
+
+    def end(self, reason: FinishReason) -> None:
+        """It ends here, without another token."""
+        self._finish(reason, None, [])
+
+    def result(self) -> GenerationResult:
+        """What has been answered so far; final once it is over."""
+        tokens = tuple(self._tokens)
+        return GenerationResult(
+            text=self._text.so_far("content"),
+            tokens=tokens,
+            finish_reason=self._finish_reason,
+            usage=Usage(len(self.prompt), len(tokens), self._cached_tokens),
+            timings=self._timer.timings(len(self.prompt) - self._cached_tokens, len(self._tokens)),
+            reasoning=self._text.so_far("reasoning"),
+            tool_calls=tuple(self._calls),
+            logprobs=tuple(map(self._logprob, tokens)) if self.wants_logprobs else (),
+            request_id=self.request_id,
+        )
+
+    @property
+    def all_tokens(self) -> list[int]:
+        """The tokens of the prompt and of the answer, for the prompt cache."""
+        return self.prompt + [token for token in self._tokens if token != END]
+
+    def _took(
+        self, token: int, pieces: list[tuple[Segment, str]], reason: FinishReason | None
+    ) -> bool:
+        if reason is None and len(self._tokens) + 1 == self.limit:
+            reason = "length"
+        if reason is not None:
+            self._finish(reason, token, pieces)
+            return True
+        self._keep(token)
+        self._let_out(token, pieces, None)
+        return False
+
+    def _finish(
+        self, reason: FinishReason, token: int | None, pieces: list[tuple[Segment, str]]
+    ) -> None:
+        if token is not None:
+            self._keep(token)
+        self._finish_reason = reason
+        self._timer.ended = time.perf_counter()
+        self._let_out(token, pieces + self._text.finish(), reason)
+
+    def _keep(self, token: int) -> None:
+        self._timer.last_token = time.perf_counter()
+        self._timer.first_token = self._timer.first_token or self._timer.last_token
+        self._tokens.append(token)
+
+    def _let_out(
+        self, token: int | None, pieces: list[tuple[Segment, str]], reason: FinishReason | None
+    ) -> None:
+        if self._emit is None:
+            return
+        tokens = () if token is None else (token,)
+        logprobs = tuple(map(self._logprob, tokens)) if self.wants_logprobs else ()
+        emit_pieces(self._emit, pieces, tokens, logprobs, reason)
+
+    def _logprob(self, token: int) -> TokenLogprob:
+        """What is scripted is certain."""
+        return TokenLogprob(token, 0.0, ((token, 0.0),) if self._params.logprobs else ())
