@@ -13,10 +13,9 @@ from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.engine.model_holder import ModelHolder
 from mlx_engine.errors import EngineDead, MLXEngineError, describe, drop_frames
 from mlx_engine.generation.batch import Batch
-from mlx_engine.generation.budget import MemoryBudget
-from mlx_engine.generation.cache.kv_cache import measure_kv
+from mlx_engine.generation.memory import MemoryBudget, memory_for_caches
 from mlx_engine.generation.request import Request
-from mlx_engine.generation.runner import ModelRunner, memory_for_caches
+from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.trials.batch import check_batchable
 
 _GATHER = 0.002  # seconds in which those that came together may join the first of them
@@ -60,9 +59,7 @@ class BatchHolder(ModelHolder):
         check_batchable(model, runner.config)
         memory = self._config.kv_cache_memory_bytes
         limit = memory_for_caches() if memory is None else memory
-        self._budget = MemoryBudget(
-            measure_kv(model, runner.config), limit, runner.equipment.footprints
-        )
+        self._budget = MemoryBudget(runner.footprint, limit, runner.strategies.footprints)
         self._batch = Batch(runner, self._budget, None if pause is None else pause / 1000)
 
     def prepare(self, request: Request) -> MLXEngineError | None:

@@ -22,12 +22,10 @@ from mlx_engine.errors import (
     describe,
     drop_frames,
 )
-from mlx_engine.generation.cache import prompt_cache_file
-from mlx_engine.generation.cache.kv_cache import sample_kv_cache
 from mlx_engine.generation.request import Request
-from mlx_engine.generation.runner import ModelRunner, make_runner
+from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.single import generate_single
-from mlx_engine.generation.trials.warm_up import warm_up
+from mlx_engine.generation.warm_up import warm_up
 from mlx_engine.models.loading import LoadedModel, load_model
 from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.outputs import GenerationResult, ProgressCallback, PromptCacheStats
@@ -145,7 +143,7 @@ class ModelHolder:
     ) -> None:
         loaded = load(config, sources[config.model])
         drafts = {name: load(config.for_draft(name), sources[name]) for name in strategies.drafts}
-        self._runner = make_runner(loaded, config, self.counters, drafts, strategies)
+        self._runner = ModelRunner(loaded, config, self.counters, drafts, strategies)
 
     def _equip(self, runner: ModelRunner) -> None:
         """Make what else the engine needs; raises what the start then raises."""
@@ -190,20 +188,12 @@ class ModelHolder:
     @_telling("saving the prompt cache")
     def save_prompt_cache(self, path: Path) -> int:
         """Write the prompt cache into a file; the number of prompts. On the MLX thread."""
-        runner = self.runner()
-        model = prompt_cache_file.fingerprint(runner.loaded)
-        return prompt_cache_file.save(path, runner.prompt_cache, model)
+        return self.runner().save_prompt_cache(path)
 
     @_telling("loading the prompt cache")
     def load_prompt_cache(self, path: Path) -> int:
         """Add the prompts of a file to the prompt cache; their number. On the MLX thread."""
-        runner = self.runner()
-        return prompt_cache_file.load(
-            path,
-            runner.prompt_cache,
-            prompt_cache_file.fingerprint(runner.loaded),
-            sample_kv_cache(runner.loaded.model, runner.config),
-        )
+        return self.runner().load_prompt_cache(path)
 
     def unload(self) -> None:
         """Drop the model. On the MLX thread."""
