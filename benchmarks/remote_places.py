@@ -123,7 +123,7 @@ def seconds_of_main_thread(pid: int) -> float | None:
 
 def pid_of(engine: ProcessEngine) -> int:
     """The process of an engine that runs."""
-    pid: int = engine._connection._link.pid  # type: ignore[union-attr]
+    pid: int = engine._client.connection.link.pid  # type: ignore[union-attr]
     return pid
 
 
@@ -205,7 +205,7 @@ def _ray_engine(model: str) -> RayEngine:
 
 def _ray_place(engine: RayEngine) -> Place:
     """Ray's own daemons are left out: they serve whole clusters."""
-    actor: int = engine._connection._link.place.pid  # type: ignore[union-attr]
+    actor: int = engine._client.connection.link.place.pid  # type: ignore[union-attr]
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(stat.read_text().rpartition(")")[2].split()[1])

@@ -128,7 +128,7 @@ loop.close()
 
 @pytest.mark.parametrize(
     ("kind", "more"),
-    [("SimpleEngine", "engine._lifecycle"), ("EngineManager", "engine._fleet")],
+    [("SimpleEngine", "engine._lifecycle"), ("EngineManager", "engine._replicas")],
 )
 def test_a_lock_that_somebody_held_when_the_process_was_forked_holds_up_nobody(
     tiny_path: Path, kind: str, more: str

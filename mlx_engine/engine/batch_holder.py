@@ -18,7 +18,7 @@ from mlx_engine.generation.request import Request
 
 if TYPE_CHECKING:
     from mlx_engine.generation.batch import Batch
-    from mlx_engine.generation.budget import MemoryBudget
+    from mlx_engine.generation.memory import MemoryBudget
     from mlx_engine.generation.runner import ModelRunner
 
 _GATHER = 0.002  # seconds in which those that came together may join the first of them
@@ -62,9 +62,7 @@ class BatchHolder(ModelHolder):
         mlx_work.check_batchable(model, runner.config)
         memory = self._config.kv_cache_memory_bytes
         limit = mlx_work.memory_for_caches() if memory is None else memory
-        self._budget = mlx_work.MemoryBudget(
-            mlx_work.measure_kv(model, runner.config), limit, runner.equipment.footprints
-        )
+        self._budget = mlx_work.MemoryBudget(runner.footprint, limit, runner.strategies.footprints)
         self._batch = mlx_work.Batch(runner, self._budget, None if pause is None else pause / 1000)
 
     def prepare(self, request: Request) -> MLXEngineError | None:

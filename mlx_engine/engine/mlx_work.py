@@ -6,30 +6,25 @@ import mlx.core as mx
 
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.generation.batch import Batch
-from mlx_engine.generation.budget import MemoryBudget
-from mlx_engine.generation.cache import prompt_cache_file
-from mlx_engine.generation.cache.kv_cache import measure_kv, sample_kv_cache
+from mlx_engine.generation.memory import MemoryBudget, memory_for_caches
 from mlx_engine.generation.prepare import prepare
-from mlx_engine.generation.runner import make_runner, memory_for_caches
+from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.single import generate_single
 from mlx_engine.generation.trials.batch import check_batchable
-from mlx_engine.generation.trials.warm_up import warm_up
+from mlx_engine.generation.warm_up import warm_up
 from mlx_engine.models.loading import find_model, load_model
 
 __all__ = [
     "Batch",
     "MemoryBudget",
+    "ModelRunner",
     "check_batchable",
     "clear_cache",
     "find_model",
     "generate_single",
     "load_model",
-    "make_runner",
-    "measure_kv",
     "memory_for_caches",
     "prepare",
-    "prompt_cache_file",
-    "sample_kv_cache",
     "warm_up",
 ]
 

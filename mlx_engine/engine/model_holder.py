@@ -152,7 +152,7 @@ class ModelHolder:
     ) -> None:
         loaded = load(config, sources[config.model])
         drafts = {name: load(config.for_draft(name), sources[name]) for name in strategies.drafts}
-        self._runner = mlx_work.make_runner(loaded, config, self.counters, drafts, strategies)
+        self._runner = mlx_work.ModelRunner(loaded, config, self.counters, drafts, strategies)
 
     def _equip(self, runner: ModelRunner) -> None:
         """Make what else the engine needs; raises what the start then raises."""
@@ -197,21 +197,12 @@ class ModelHolder:
     @_telling("saving the prompt cache")
     def save_prompt_cache(self, path: Path) -> int:
         """Write the prompt cache into a file; the number of prompts. On the MLX thread."""
-        runner = self.runner()
-        file = mlx_work.prompt_cache_file
-        return file.save(path, runner.prompt_cache, file.fingerprint(runner.loaded))
+        return self.runner().save_prompt_cache(path)
 
     @_telling("loading the prompt cache")
     def load_prompt_cache(self, path: Path) -> int:
         """Add the prompts of a file to the prompt cache; their number. On the MLX thread."""
-        runner = self.runner()
-        file = mlx_work.prompt_cache_file
-        return file.load(
-            path,
-            runner.prompt_cache,
-            file.fingerprint(runner.loaded),
-            mlx_work.sample_kv_cache(runner.loaded.model, runner.config),
-        )
+        return self.runner().load_prompt_cache(path)
 
     def unload(self) -> None:
         """Drop the model. On the MLX thread."""

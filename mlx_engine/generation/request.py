@@ -1,4 +1,4 @@
-"""One request: its prompt, what it has generated so far, and how it ends. It runs nothing."""
+"""Requests at work: prompt, tokens so far, text, and how they end. Nothing is run here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # a request may be made before MLX is there: when its engine 
 
 
 class Request(ActiveRequest):
-    """A generation that is prepared once, given token after token, and asked for its result.
+    """A request at work: prepared once, given token after token, and asked for its result.
 
     Args:
         asked, request_id, on_progress, serve: those of every ``ActiveRequest``.
@@ -77,7 +77,7 @@ class Request(ActiveRequest):
         self._text, self._make_sampling, self._ends = text, make_sampling, ends
 
     def begin(self) -> bool:
-        """Its work on the MLX thread begins, with its sampler; ``False`` if it was cancelled.
+        """Begin on the MLX thread, with a sampler; ``False`` if it was cancelled.
 
         Raises:
             InvalidRequest: a logits processor cannot be imported.
@@ -91,12 +91,12 @@ class Request(ActiveRequest):
         return True
 
     def note(self, text: str) -> None:
-        """Something is done in another way than asked; told in the result, once."""
+        """Tell in the result, once, that something is done in another way than asked."""
         if text not in self._notes:
             self._notes += (text,)
 
     def kept(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """The model sees these parts of the prompt only."""
+        """Note that the model sees these parts of the prompt only."""
         self._kept = tuple(ranges)
 
     def take(self, token: int, logprobs: mx.array | None) -> bool:
@@ -147,7 +147,7 @@ class Request(ActiveRequest):
         return self.sampling.process(tokens, logits, self.context)
 
     def process_now(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        """The same, evaluated if the caller has processors: what fails then is their fault too.
+        """Processed logits, evaluated if the caller has processors: what fails then is theirs.
 
         Raises:
             GenerationError: the processors leave nothing to sample.
@@ -161,7 +161,7 @@ class Request(ActiveRequest):
         return processed
 
     def nothing_to_sample(self, *, by_model: bool) -> GenerationError:
-        """What its caller is told when no token can be chosen.
+        """The error that its caller is told when no token can be chosen.
 
         Args:
             by_model: whether the model's own logits were so.
@@ -182,26 +182,26 @@ class Request(ActiveRequest):
         )
 
     def drafted(self, proposed: int, accepted: int) -> None:
-        """So many tokens were proposed for it, and so many of them were right."""
+        """Count tokens that were proposed for it, and those of them that were right."""
         self._draft_tokens += proposed
         self._accepted_tokens += accepted
 
     def ended_without_tokens(self) -> None:
-        """It ends here: none were asked for."""
+        """End the request: no tokens were asked for."""
         self.progress(len(self.prompt))
         self._finish("length", (), [])
 
     def cancelled(self) -> None:
-        """It ends here, cancelled."""
+        """End the request, cancelled."""
         self._finish("cancelled", (), [])
 
     def failed(self, error: BaseException) -> MLXEngineError:
-        """It ends here; what its caller is told, without the frames that ``error`` holds."""
+        """End the request; the error for its caller, without the frames that ``error`` holds."""
         self.sampling = None
         return super().failed(error)
 
     def result(self) -> GenerationResult:
-        """What has been made so far; final once it is over."""
+        """The result as it is so far; final once the request is over."""
         text = self._text
         return GenerationResult(
             text=text.content if text else "",

@@ -22,7 +22,7 @@ from mlx_engine.params import LogitsProcessor, SamplingParams
 
 
 class Sampling:
-    """What turns logits into the next token: processors first, then the sampler.
+    """Logits to the next token: processors first, then the sampler.
 
     Attributes:
         options: how it is sampled, alone or as a row among others.
@@ -40,8 +40,8 @@ class Sampling:
         return self._sampler(logprobs, range(position, position + logprobs.shape[0]))
 
     def sample_at(self, logprobs: mx.array, position: int) -> mx.array:
-        """The same, and the same choice whenever it is asked for the same position, so that what
-        a draft proposes can be what the model would choose.
+        """Token ids as of ``sample``, the same whenever it is asked for the same position, so that
+        what a draft proposes can be what the model would choose.
         """
         return self._repeatable(logprobs, range(position, position + logprobs.shape[0]))
 
@@ -120,15 +120,14 @@ def make_sampling(
     """The sampler's options and the processors of one request. On the MLX thread.
 
     Args:
-        params: of the request.
+        params: of the request, for which ``check_sampling`` was asked.
         vocab_size: tokens that the model's logits cover.
         xtc_special_tokens: ids that XTC never excludes (newline and end of sequence, as in
             mlx-lm).
 
     Raises:
-        InvalidRequest: as ``check_sampling`` does, or a logits processor cannot be imported.
+        InvalidRequest: a logits processor cannot be imported.
     """
-    check_sampling(params, vocab_size)
     processors: list[LogitsProcessor] = make_logits_processors(
         logit_bias=dict(params.logit_bias),
         # A factor of 1 changes nothing; mlx_lm would still compute it.

@@ -1,21 +1,23 @@
 """Engines in other processes and on other machines, and those who watch over them.
 
-Its files:
+Its files, a request's way from top to bottom:
 
-    links/             ways to what serves an engine
-    wire/              what is said, and how it travels
-    serving/           the other side
     replicas/          several engines as one
+    ray_engine.py      RayEngine
     process_engine.py  ProcessEngine
     remote_engine.py   RemoteEngine
-    ray_engine.py      RayEngine
-    linked.py          what all of them share
+    linked.py          the interface of all three
     remote_request.py  a request to one
-    connection.py      one life of an engine elsewhere, from start to end, and its watchdog
+    client.py          its life, its connection, and what is asked over it
+    connection.py      one life of an engine elsewhere, from start to end
+    liveness.py        its heartbeats, and the watchdog
     calls.py           what has been asked
-    io_thread.py       the loop in which all this happens
     health.py          whether its work goes on
-    exits.py           what is known of its end
+    links/             ways to what serves an engine
+    wire/              messages, and how they travel
+    serving/           the other side
+    io_thread.py       the loop in which all this happens
+    exits.py           the end of what serves an engine
     signals.py         SIGTERM and Ctrl-C for programs that serve
     totals.py          the counters of several as those of one
 """

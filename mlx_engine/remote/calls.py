@@ -1,10 +1,12 @@
-"""What has been asked of an engine elsewhere and is not over yet."""
+"""Calls: what has been asked of an engine elsewhere and is not over yet."""
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from msgspec.structs import astuple
 
 from mlx_engine.core.stream import Emit
 from mlx_engine.core.work import PendingWork, Stage
@@ -26,11 +28,12 @@ Answer = GenerationResult | int
 
 
 class Call(PendingWork[Answer]):
-    """Something asked, which a coroutine waits for.
+    """A call: something asked, which a coroutine waits for.
 
     Args:
-        frame: the payload that asks for it, once it has a number.
-        on_cancel, on_done: as for every ``PendingWork``.
+        calls: those over the same connection.
+        frame: the payload that asks for it.
+        on_done: as for every ``PendingWork``.
         emit: gets chunks, on the I/O thread.
         on_progress: told of progress, on the I/O thread.
 
@@ -42,25 +45,34 @@ class Call(PendingWork[Answer]):
 
     def __init__(
         self,
-        frame: Callable[[int], bytes],
-        on_cancel: Callable[[], None],
+        calls: Calls,
+        number: int,
+        frame: bytes,
         on_done: Callable[[PendingWork[Answer]], None],
         emit: Emit | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> None:
-        super().__init__(on_cancel, on_done)
-        self._frame: Callable[[int], bytes] | None = frame
+        super().__init__(self.cancel, on_done)
+        self.number = number
         self.emit = emit
         self.on_progress = on_progress
-        self.number = 0
         self.partial: GenerationResult | None = None
         self.unwanted = False
+        self._calls = calls
+        self._frame = frame
 
-    def take_frame(self, number: int) -> bytes:
-        """The payload that asks for it. Once, as what makes it holds the prompt."""
-        frame, self._frame = self._frame, None
-        assert frame is not None
-        return frame(number)
+    def take_frame(self) -> bytes:
+        """The payload that asks for it. Once: it is not kept, as it has the prompt."""
+        frame, self._frame = self._frame, b""
+        return frame
+
+    def answer(self) -> Coroutine[Any, Any, Any]:
+        """Its ``Answer``, to be awaited once; see ``WorkQueue.run``."""
+        return self._calls.run(self)
+
+    def cancel(self) -> None:
+        """Tell the other end that nobody wants it any more. From any thread."""
+        self._calls.cancel(self)
 
 
 class Calls(WorkQueue[Call]):
@@ -73,23 +85,21 @@ class Calls(WorkQueue[Call]):
     def __init__(self, send: Callable[[bytes], None]) -> None:
         super().__init__()
         self._send = send
-        self._numbers = itertools.count(1)
         self._calls: dict[int, Call] = {}
         self._lost: Callable[[], MLXEngineError] | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether there are any."""
+        """True if there are any."""
         return bool(self._calls)
 
     @property
     def free(self) -> int:
-        """None of them waits here."""
+        """0: none of them waits here."""
         return 0
 
     def _enter(self, call: Call) -> None:
-        call.number = next(self._numbers)
-        frame = call.take_frame(call.number)
+        frame = call.take_frame()
         with self._changed:
             if self._lost is not None:
                 raise self._lost()
@@ -102,36 +112,28 @@ class Calls(WorkQueue[Call]):
             if call.unwanted:
                 self._send(encode([Cancel(call.number)]))
 
-    def ask_to_cancel(self, call: Call) -> None:
-        """Tell the other end that nobody wants it any more. From any thread."""
+    def cancel(self, call: Call) -> None:
+        """Tell the other end that nobody wants a call any more. From any thread."""
         with self._changed:
             call.unwanted = True
-            if self._calls.get(call.number) is call:  # not one of an earlier connection
+            if call.number in self._calls:
                 self._send(encode([Cancel(call.number)]))
 
     def cancel_orphans(self) -> None:
-        """Those whose event loop is closed: nobody waits for them any more."""
+        """Cancel those whose event loop is closed: nobody waits for them any more."""
         for call in list(self._calls.values()):
             if call.orphaned:
                 self._cancel(call)
 
     def answered(self, message: ProgressUpdate | Chunk | Done | CacheFileDone | ErrorReply) -> None:
-        """The other end has said something about one of them. On the I/O thread."""
+        """Take what the other end has said about one of them. On the I/O thread."""
         call = self._calls.get(message.number)
         if call is None:
             return
         match message:
             case Chunk():
                 if call.emit is not None:
-                    call.emit(
-                        GenerationChunk(
-                            message.text,
-                            message.tokens,
-                            message.segment,
-                            message.logprobs,
-                            message.finish_reason,
-                        )
-                    )
+                    call.emit(GenerationChunk(*astuple(message)[1:]))  # its fields, in their order
             case ProgressUpdate():
                 if call.on_progress is not None:
                     call.on_progress(Progress(message.phase, message.done, message.total))
@@ -146,7 +148,7 @@ class Calls(WorkQueue[Call]):
                 self._end(call)
 
     def lost(self, error: Callable[[], MLXEngineError]) -> None:
-        """The other end is gone: tell everybody, now and later. From any thread."""
+        """Tell everybody, now and later, that the other end is gone. From any thread."""
         with self._changed:
             self._lost = error
             calls = list(self._calls.values())

@@ -1,4 +1,4 @@
-"""One life of an engine elsewhere, from its start to its end. In the I/O loop."""
+"""The connection to an engine elsewhere: one life of it, from start to end. In the I/O loop."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from mlx_engine.core.wakeup import waking_together
@@ -16,8 +15,9 @@ from mlx_engine.remote.calls import Calls
 from mlx_engine.remote.exits import Exit, ExitKind
 from mlx_engine.remote.io_thread import io_thread
 from mlx_engine.remote.links.link import Ending, Link
+from mlx_engine.remote.liveness import Liveness
 from mlx_engine.remote.wire.frames import WireError
-from mlx_engine.remote.wire.heartbeat import Beat, Watchdog, judge
+from mlx_engine.remote.wire.heartbeat import Watchdog
 from mlx_engine.remote.wire.messages import (
     CacheFileDone,
     Chunk,
@@ -36,11 +36,9 @@ from mlx_engine.remote.wire.messages import (
 )
 from mlx_engine.remote.wire.values import error_from_wire
 
-BEAT = 0.25  # seconds between two heartbeats
 _TERMINATE_AFTER = 0.35  # seconds from the deadline of a shutdown
 _KILL_AFTER = 0.65
 _FAILED = "its engine has failed"
-_LATE = 0.05  # seconds that a watchdog's own sleep may be late
 
 _log = logging.getLogger("mlx_engine.remote")
 
@@ -54,14 +52,15 @@ class Connection:
         greeting: the payload of the first frame.
         watchdog: ``None`` watches nothing.
         on_progress: told of the start, on the I/O thread.
-        on_leaving: called when the other end drains because somebody else has asked it to.
+        on_draining: called when the other end drains because somebody else has asked it to.
         on_exit: called once, when the other end is gone.
 
     Attributes:
         calls: what has been asked.
+        link: to the other end, once it was opened.
         welcome: what the engine has said of itself when it was ready.
         stats: the latest that it has told.
-        beat: the latest, which came at ``last_beat`` by ``time.monotonic``.
+        liveness: its heartbeats.
         exit: how it ended, once it has.
     """
 
@@ -72,27 +71,25 @@ class Connection:
         greeting: bytes,
         watchdog: Watchdog | None,
         on_progress: ProgressCallback | None,
-        on_leaving: Callable[[Connection], None],
+        on_draining: Callable[[Connection], None],
         on_exit: Callable[[Exit], None],
     ) -> None:
         self.calls = Calls(self._send_soon)
         self.welcome: Welcome | None = None
         self.stats: EngineStats | None = None
-        self.beat = Beat()
-        self.last_beat = time.monotonic()
+        self.liveness = Liveness()
         self.exit: Exit | None = None
+        self.link: Link | None = None
         self._name = name
         self._make_link = make_link
         self._greeting = greeting
         self._limits = watchdog
         self._on_progress = on_progress
-        self._on_leaving = on_leaving
+        self._on_draining = on_draining
         self._on_exit = on_exit
-        self._link: Link | None = None
         self._ready: asyncio.Future[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._timers: list[asyncio.TimerHandle] = []
-        self._heard = False  # from its engine
         self._unwanted = False  # before it was opened
         self._ending = False  # it was asked to end, by us
         self._deadline: float | None = None  # by time.monotonic
@@ -100,27 +97,22 @@ class Connection:
         self._verdict: str | None = None  # of the watchdog
         self._refusal: str | None = None  # of the other end
         self._start_error: MLXEngineError | None = None
-        io_thread.tell_at_exit(self)
+        io_thread.call_at_exit(self._interpreter_exits)
 
     # From any thread
-
-    @property
-    def opened(self) -> bool:
-        """Whether there is, or was, anything at its other end."""
-        return self._link is not None
 
     def _send_soon(self, frame: bytes) -> None:
         io_thread.call(self._send, frame)
 
     def end_by(self, deadline: float | None) -> None:
-        """Have it drain until then (by ``time.monotonic``), abort the rest, and end.
+        """Have the engine drain until then (by ``time.monotonic``), abort the rest, and end.
 
         It is killed if it does not. The earliest deadline counts. From any thread.
         """
         io_thread.call(self._end_by, deadline)
 
     def kill(self) -> None:
-        """End it now. From any thread."""
+        """Kill what is at the other end. From any thread."""
         io_thread.call(self._kill)
 
     # In the I/O loop
@@ -137,10 +129,10 @@ class Connection:
             raise EngineDead("the engine was stopped before its process was started")
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
-        link = self._link = self._make_link()
+        link = self.link = self._make_link()
         link.on_frame = self._receive
         link.gone.add_done_callback(self._gone)
-        self.last_beat = time.monotonic()
+        self.liveness.seen()
         if self._limits is not None:
             self._watch = loop.create_task(self._watch_over(link, self._limits))
         opening = loop.create_task(link.open())
@@ -172,40 +164,40 @@ class Connection:
         Args:
             patience: seconds after which it is killed.
         """
-        if self._link is None:
+        if self.link is None:
             return
-        if not self._link.gone.done():
-            done, _ = await asyncio.wait({self._link.gone}, timeout=patience)
+        if not self.link.gone.done():
+            done, _ = await asyncio.wait({self.link.gone}, timeout=patience)
             if not done:
-                self._link.kill()
-                await asyncio.wait({self._link.gone})
+                self.link.kill()
+                await asyncio.wait({self.link.gone})
 
     async def exited(self) -> Exit:
         """Wait for its end."""
-        assert self._link is not None
-        await asyncio.wait({self._link.gone})
+        assert self.link is not None
+        await asyncio.wait({self.link.gone})
         assert self.exit is not None
         return self.exit
 
     def _send(self, frame: bytes) -> None:
-        if self._link is not None:
-            self._link.send(frame)
+        if self.link is not None:
+            self.link.send(frame)
 
     def _kill(self) -> None:
-        if self._link is not None:
-            self._link.kill()
+        if self.link is not None:
+            self.link.kill()
         else:
             self._unwanted = True
 
     def _end_by(self, deadline: float | None) -> None:
-        if self._link is None:
+        if self.link is None:
             self._unwanted = True
             return
         if self.exit is not None:
             return
         if self.welcome is None:  # still loading: nobody wants the model any more
             self._ending = True
-            self._link.kill()
+            self.link.kill()
             return
         if deadline is None:
             if not self._ending:
@@ -221,8 +213,8 @@ class Connection:
             timer.cancel()
         loop = asyncio.get_running_loop()
         self._timers = [
-            loop.call_later(left + _TERMINATE_AFTER, self._link.terminate),
-            loop.call_later(left + _KILL_AFTER, self._link.kill),
+            loop.call_later(left + _TERMINATE_AFTER, self.link.terminate),
+            loop.call_later(left + _KILL_AFTER, self.link.kill),
         ]
 
     def _receive(self, frame: bytes) -> None:
@@ -239,7 +231,7 @@ class Connection:
     def _take(self, message: ToClient) -> None:
         match message:
             case ProgressUpdate(number=0):
-                self._lives()
+                self.liveness.seen()
                 if self._on_progress is not None:
                     self._on_progress(Progress(message.phase, message.done, message.total))
             case ErrorReply(number=0):
@@ -252,63 +244,37 @@ class Connection:
             case Chunk() | Done() | CacheFileDone() | ErrorReply() | ProgressUpdate():
                 self.calls.answered(message)
             case Heartbeat():
-                self.beat = Beat(message.progress, message.phase, message.age, message.pending)
+                self.liveness.beat(message)
                 self.stats = message.stats or self.stats
-                self._heard = True
                 self.calls.cancel_orphans()
-                self._lives()
                 if self.stats is not None and self.stats.state == "failed" and not message.pending:
                     self._verdict = _FAILED  # everybody has been told why
                     self._kill()
             case Welcome():
                 self.welcome, self.stats = message, message.stats
-                self.beat, self._heard = Beat(phase="idle"), True
-                self._lives()
+                self.liveness.beat(Heartbeat(phase="idle"))
                 self._set_ready()
             case Draining():
                 _log.info("%s: %s", self._name, message.reason)
-                self._on_leaving(self)
+                self._on_draining(self)
             case Stopped():
                 self._stopped = True
-
-    def _lives(self) -> None:
-        self.last_beat = time.monotonic()
 
     def _set_ready(self) -> None:
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
 
     async def _watch_over(self, link: Link, limits: Watchdog) -> None:
-        """Look now and then whether it is stuck."""
-        tick, reported = limits.tick, False
-        before_the_first_beat = replace(limits, silence=None)
-        while not link.gone.done():
-            began = time.monotonic()
-            await asyncio.sleep(tick)
-            late = time.monotonic() - began - tick
-            if late > max(tick, _LATE):  # it is we who were stopped, or had no processor
-                self.last_beat = min(time.monotonic(), self.last_beat + late)
-                continue
-            valid = limits if self._heard else before_the_first_beat
-            verdict = judge(time.monotonic(), self.last_beat, self.beat, valid)
-            if verdict is None:
-                reported = False
-                continue
-            if limits.action == "kill":
-                self._verdict = verdict
-                await link.dump_stacks()
-                link.kill()
-                return
-            if not reported:
-                reported = True
-                _log.warning("%s: %s", self._name, verdict)
-                await link.dump_stacks()  # they go to the log of what the process says
+        if (verdict := await self.liveness.watch(self._name, link, limits)) is not None:
+            self._verdict = verdict
+            await link.dump_stacks()
+            link.kill()
 
-    def interpreter_exits(self) -> None:
-        """Nobody will hear of its end later than now."""
-        if self.exit is None and self._link is not None:
+    def _interpreter_exits(self) -> None:
+        """Tell of the end now: nobody would hear of it later."""
+        if self.exit is None and self.link is not None:
             self._ended(Ending("the interpreter is shutting down"))
-            self._link.kill()
+            self.link.kill()
 
     def _gone(self, gone: asyncio.Future[Ending]) -> None:
         if self.exit is None:
@@ -324,7 +290,7 @@ class Connection:
             "; ".join(text for text in (self._verdict, self._refusal, ending.detail) if text),
             ending.exit_code,
             ending.signal_name,
-            self.beat.phase,
+            self.liveness.heartbeat.phase,
             ending.stderr,
         )
         with waking_together():

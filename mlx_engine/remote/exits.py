@@ -1,4 +1,4 @@
-"""What is known of an engine elsewhere that has ended."""
+"""The end of an engine elsewhere, as far as it is known."""
 
 from __future__ import annotations
 
@@ -31,10 +31,14 @@ class Exit:
     phase: str = "start"
     stderr: str = ""
 
-    def error(self) -> EngineDead:
-        """What requests that were in flight are told. A new object each time."""
+    def error(self, reason: str | None = None) -> EngineDead:
+        """The error of those that it meets, a new one each time.
+
+        Args:
+            reason: its message; ``None`` is that of a request that was in flight.
+        """
         return EngineDead(
-            f"the engine is gone: {self.detail} (while in phase {self.phase!r})",
+            reason or f"the engine is gone: {self.detail} (while in phase {self.phase!r})",
             exit_code=self.exit_code,
             signal=self.signal,
             phase=self.phase,

@@ -1,4 +1,4 @@
-"""Whether an engine elsewhere is well: not that it answers, but that its work goes on."""
+"""Health of an engine elsewhere: not that it answers, but that its work goes on."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from mlx_engine.outputs import EngineState
 from mlx_engine.remote.exits import Exit
-from mlx_engine.remote.wire.heartbeat import Beat, Phase, Watchdog, judge, seconds_since_step
+from mlx_engine.remote.wire.heartbeat import Watchdog, judge, seconds_since_step
+from mlx_engine.remote.wire.messages import Heartbeat, Phase
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How an engine elsewhere does; made of what is known here, without asking it.
+    """The health of an engine elsewhere; made of what is known here, without asking it.
 
     Attributes:
         healthy: it takes requests, or finishes those it has, and its work goes on.
@@ -34,7 +35,7 @@ def health_of(
     state: EngineState,
     now: float,
     last_beat: float,
-    beat: Beat,
+    beat: Heartbeat,
     limits: Watchdog,
     last_exit: Exit | None = None,
 ) -> Health:
@@ -45,34 +46,19 @@ def health_of(
         now, last_beat, beat, limits: as ``judge`` takes them.
         last_exit: how it ended, if it has.
     """
-    return Health(
-        healthy=not (reason := _why_not(state, now, last_beat, beat, limits, last_exit)),
-        reason=reason,
-        phase=beat.phase,
-        pending=beat.pending,
-        seconds_since_step=seconds_since_step(now, last_beat, beat),
-        seconds_since_beat=now - last_beat,
-    )
-
-
-def _why_not(
-    state: EngineState,
-    now: float,
-    last_beat: float,
-    beat: Beat,
-    limits: Watchdog,
-    last_exit: Exit | None,
-) -> str:
     if last_exit is not None:
-        return f"it has ended: {last_exit.detail}"
-    match state:
-        case EngineState.CREATED:
-            return "it has not been started"
-        case EngineState.STOPPED:
-            return "it has been stopped"
-        case EngineState.FAILED:
-            return "it has failed"
-        case EngineState.STARTING:
-            return judge(now, last_beat, beat, limits) or "it is still starting"
-        case EngineState.RUNNING | EngineState.DRAINING:
-            return judge(now, last_beat, beat, limits) or ""
+        reason = f"it has ended: {last_exit.detail}"
+    elif state in _NOT_THERE:
+        reason = _NOT_THERE[state]
+    else:
+        starting = "it is still starting" if state is EngineState.STARTING else ""
+        reason = judge(now, last_beat, beat, limits) or starting
+    step, quiet = seconds_since_step(now, last_beat, beat), now - last_beat
+    return Health(not reason, reason, beat.phase, beat.pending, step, quiet)
+
+
+_NOT_THERE = {
+    EngineState.CREATED: "it has not been started",
+    EngineState.STOPPED: "it has been stopped",
+    EngineState.FAILED: "it has failed",
+}

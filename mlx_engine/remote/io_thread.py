@@ -17,7 +17,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from mlx_engine.core.drain import wait_shielded
 from mlx_engine.core.forks import NO_FORK, tell_after_fork
@@ -33,14 +33,7 @@ _LOOK = 1.0  # seconds after which to look whether an event loop was closed mean
 _LAST = 0.5  # seconds for what goes on to end when the interpreter exits
 
 
-class IOUser(Protocol):
-    """What lives in the I/O loop."""
-
-    def interpreter_exits(self) -> None:
-        """The loop is about to end. In the loop."""
-
-
-class _Work(PendingWork[T]):
+class _Job(PendingWork[T]):
     """A coroutine function that somebody waits for; a task, once it has begun."""
 
     def __init__(
@@ -63,8 +56,8 @@ class IOThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = 0
         self._start: Start | None = None
-        self._works: set[_Work[Any]] = set()  # that are not over
-        self._users: weakref.WeakSet[IOUser] = weakref.WeakSet()
+        self._jobs: set[_Job[Any]] = set()  # that are not over
+        self._at_exit: set[weakref.WeakMethod[Callable[[], None]]] = set()
         tell_after_fork(self)
 
     def call(self, func: Callable[..., object], *args: object) -> None:
@@ -88,17 +81,17 @@ class IOThread:
             EngineDead: the thread cannot be started, or the interpreter is shutting down.
             BaseException: whatever the coroutine raises.
         """
-        work, start = self._enter(func)
+        job, start = self._enter(func)
         limit = start.limit() if start is not None and start.pending else None
-        cancel = functools.partial(self._cancel, work)
+        cancel = functools.partial(self._cancel, job)
         try:
-            await wait_shielded(work.out, cancel)
+            await wait_shielded(job.out, cancel)
         finally:
             if limit is not None:
                 limit.cancel()
-            if not work.out.done():  # the coroutine is being destroyed, its loop is gone
+            if not job.out.done():  # the coroutine is being destroyed, its loop is gone
                 cancel()
-        return work.outcome()
+        return job.outcome()
 
     def check_fork(self) -> None:
         """Raise ``RuntimeError`` in a process forked from one that uses engines elsewhere."""
@@ -107,68 +100,68 @@ class IOThread:
                 f"an engine elsewhere was used before this process was forked, and {NO_FORK}"
             )
 
-    def tell_at_exit(self, user: IOUser) -> None:
-        """Tell ``user`` when the interpreter exits, if it is still there."""
-        self._users.add(user)
+    def call_at_exit(self, method: Callable[[], None]) -> None:
+        """Call a bound method, in the loop, when the interpreter exits, if its object is there."""
+        self._at_exit.add(weakref.WeakMethod(method, self._at_exit.discard))
 
     def after_fork(self) -> None:
-        """In a fork of this process: the thread is not there, and may have held the lock."""
+        """Replace the lock in a fork of this process: the thread that may have it is not there."""
         self._lock = threading.RLock()
 
     # What is to be done in the loop
 
-    def _enter(self, func: Callable[[], Coroutine[Any, Any, T]]) -> tuple[_Work[T], Start | None]:
+    def _enter(self, func: Callable[[], Coroutine[Any, Any, T]]) -> tuple[_Job[T], Start | None]:
         with self._lock:
             loop = self._running_loop()
             if loop.is_closed():
                 raise EngineDead(_EXIT)
-            work = _Work(func, loop)
-            self._works.add(work)  # before the loop ends: then it is told
-            _call_in(loop, self._begin, work)
-            return work, self._start
+            job = _Job(func, loop)
+            self._jobs.add(job)  # before the loop ends: then it is told
+            _call_in(loop, self._begin, job)
+            return job, self._start
 
-    def _begin(self, work: _Work[Any]) -> None:
+    def _begin(self, job: _Job[Any]) -> None:
         with self._lock:
-            if work not in self._works:
+            if job not in self._jobs:
                 return  # it was cancelled on its way here
-            work.task = work.loop.create_task(work.func())
-        work.task.add_done_callback(functools.partial(self._ended, work))
-        work.loop.call_later(_LOOK, self._look, work)
+            job.task = job.loop.create_task(job.func())
+        job.task.add_done_callback(functools.partial(self._ended, job))
+        job.loop.call_later(_LOOK, self._look, job)
 
-    def _look(self, work: _Work[Any]) -> None:
-        """Whether anybody waits: a loop that is closed cancels nothing."""
-        assert work.task is not None
-        if work.orphaned:
-            work.task.cancel()
-        elif not work.task.done():
-            work.loop.call_later(_LOOK, self._look, work)
+    def _look(self, job: _Job[Any]) -> None:
+        """Cancel a job that nobody waits for: a loop that is closed cancels nothing."""
+        assert job.task is not None
+        if job.orphaned:
+            job.task.cancel()
+        elif not job.task.done():
+            job.loop.call_later(_LOOK, self._look, job)
 
-    def _ended(self, work: _Work[Any], task: asyncio.Task[Any]) -> None:
+    def _ended(self, job: _Job[Any], task: asyncio.Task[Any]) -> None:
         if task.cancelled():  # by the caller, who then is told so, or at exit
-            self._over(work, EngineDead(_EXIT))
+            self._over(job, EngineDead(_EXIT))
         elif (error := task.exception()) is not None:
-            self._over(work, error)
+            self._over(job, error)
         else:
-            work.value = task.result()
-            self._over(work)
+            job.value = task.result()
+            self._over(job)
 
-    def _cancel(self, work: _Work[Any]) -> None:
-        """From any thread."""
+    def _cancel(self, job: _Job[Any]) -> None:
+        """Cancel a job. From any thread."""
         with self._lock:
-            task = work.task
+            task = job.task
         if task is None:
-            self._over(work)
+            self._over(job)
         else:
-            _call_in(work.loop, task.cancel)
+            _call_in(job.loop, task.cancel)
 
-    def _over(self, work: _Work[Any], error: BaseException | None = None) -> None:
+    def _over(self, job: _Job[Any], error: BaseException | None = None) -> None:
         """Tell whoever waits, once. From any thread."""
         with self._lock:
-            if work not in self._works:
+            if job not in self._jobs:
                 return
-            self._works.discard(work)
-        work.error = error
-        work.announce()
+            self._jobs.discard(job)
+        job.error = error
+        job.announce()
 
     # The loop
 
@@ -201,13 +194,13 @@ class IOThread:
         return loop
 
     def _not_started(self, loop: asyncio.AbstractEventLoop, error: EngineDead) -> None:
-        """There is no thread for ``loop``: it is as if nobody had asked for one."""
+        """Forget ``loop``, for which there is no thread: it is as if nobody had asked for one."""
         with self._lock:
             self._loop = self._start = None
-            works = [work for work in self._works if work.loop is loop]
+            jobs = [job for job in self._jobs if job.loop is loop]
         loop.close()
-        for work in works:
-            self._over(work, EngineDead(error.reason))  # an error of its own for each
+        for job in jobs:
+            self._over(job, EngineDead(error.reason))  # an error of its own for each
 
     def _main(self, loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
@@ -216,7 +209,7 @@ class IOThread:
             pass
 
     def _close(self, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-        """At exit: end the loop, so that nothing runs while the interpreter is torn down."""
+        """End the loop at exit, so that nothing runs while the interpreter is torn down."""
         if self._pid != os.getpid() or loop.is_closed():
             return
         if thread.is_alive():
@@ -228,14 +221,15 @@ class IOThread:
         with self._lock:
             if not thread.is_alive():
                 loop.close()
-            works = list(self._works)
-        for work in works:  # that came after all others had been told, or are stuck
-            self._over(work, EngineDead(_EXIT))
+            jobs = list(self._jobs)
+        for job in jobs:  # that came after all others had been told, or are stuck
+            self._over(job, EngineDead(_EXIT))
 
     async def _end_all(self) -> None:
         """Tell everybody that there will be no more, and let what goes on end."""
-        for user in list(self._users):
-            user.interpreter_exits()
+        for reference in list(self._at_exit):
+            if (method := reference()) is not None:
+                method()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()

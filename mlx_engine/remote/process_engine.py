@@ -11,11 +11,10 @@ from typing import Unpack
 
 from mlx_engine.config import BatchedOptions, EngineConfig, EngineKind, spelled_out
 from mlx_engine.outputs import ProgressCallback
-from mlx_engine.remote.connection import BEAT
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.links.link import Link
 from mlx_engine.remote.links.process_link import ProcessLink
-from mlx_engine.remote.wire.heartbeat import Watchdog
+from mlx_engine.remote.wire.heartbeat import HEARTBEAT_INTERVAL, Watchdog
 from mlx_engine.remote.wire.messages import Configure, Hello, encode_strictly
 from mlx_engine.remote.wire.options import options_to_wire, settled
 from mlx_engine.strategies import EngineDefault, SpecPrefill
@@ -72,20 +71,15 @@ class ProcessEngine(LinkedEngine):
         return functools.partial(ProcessLink, self.name)
 
     def _greeting(self) -> bytes:
-        return greeting(self._config)
+        config, options = self._config, options_to_wire(self._config)
+        paths = [path for entry in sys.path if (path := _absolute(entry)) is not None]
+        model, interval = config.model.model, HEARTBEAT_INTERVAL
+        return encode_strictly([Hello(), Configure(config.kind, model, options, paths, interval)])
 
     def _check_strategies(
         self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
         self._config.strategies.of_request(prefill, decode)
-
-
-def greeting(config: EngineConfig) -> bytes:
-    """The first frame for the process of an engine: which one to be."""
-    options = options_to_wire(config)
-    paths = [path for entry in sys.path if (path := _absolute(entry)) is not None]
-    configure = Configure(config.kind, config.model.model, options, paths, BEAT)
-    return encode_strictly([Hello(), configure])
 
 
 def _absolute(entry: object) -> str | None:

@@ -12,7 +12,7 @@ from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.links.link import Link
 from mlx_engine.remote.links.socket_file import checked_socket_path
 from mlx_engine.remote.links.socket_link import SocketLink
-from mlx_engine.remote.wire.frames import MAX_GUEST_FRAME
+from mlx_engine.remote.wire.frames import MAX_CLIENT_FRAME
 from mlx_engine.remote.wire.heartbeat import Watchdog
 from mlx_engine.remote.wire.messages import Hello, encode
 from mlx_engine.strategies import EngineDefault, SpecPrefill, Strategies
@@ -42,7 +42,7 @@ class RemoteEngine(LinkedEngine):
     (``EngineDead``).
     """
 
-    frame_limit = MAX_GUEST_FRAME
+    frame_limit = MAX_CLIENT_FRAME
 
     def __init__(
         self,

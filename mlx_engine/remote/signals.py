@@ -20,14 +20,14 @@ _log = logging.getLogger("mlx_engine.remote")
 
 
 class Drains(Protocol[T_co]):
-    """What can be shut down: an engine, a host, a manager."""
+    """Anything that can be shut down: an engine, a host, a manager."""
 
     def shutdown(self, timeout: float | None) -> Awaitable[T_co]:
         """Let what is in flight finish for so many seconds, and abort the rest."""
 
 
 class SignalHandlers(Generic[T]):
-    """What ``install_signal_handlers`` returns; as a context manager it removes itself.
+    """Handlers of signals; as a context manager they remove themselves.
 
     Attributes:
         received: the first signal that came; ``None`` as long as none has.

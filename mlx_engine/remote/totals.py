@@ -31,6 +31,6 @@ def total(state: EngineState, parts: Iterable[EngineStats]) -> EngineStats:
 
 
 def bygone(stats: EngineStats) -> EngineStats:
-    """What stays of an engine that is gone: what it has done, and nothing of what it held."""
+    """The counters that stay of an engine that is gone: nothing of what it held."""
     cache = replace(stats.prompt_cache, entries=0, nbytes=0, limit=0)
     return replace(stats, running=0, waiting=0, batch_size=0, kv_bytes=0, prompt_cache=cache)

@@ -22,7 +22,7 @@ LONG: dict[str, Any] = {"max_tokens": 5000, "ignore_eos": True}
 
 def process_of(engine: LinkedEngine) -> int | None:
     """The id of its process, once there is one."""
-    link = None if engine._connection is None else engine._connection._link
+    link = None if engine._client.connection is None else engine._client.connection.link
     pid: int | None = getattr(link, "pid", None)
     return pid
 
@@ -47,15 +47,15 @@ async def watch_closely(engine: LinkedEngine, **limits: Any) -> None:
     For an engine that is stuck by now: while they start and work, those on a busy machine may
     take as long as that.
     """
-    watched = engine._connection
+    watched = engine._client.connection
     assert watched is not None
     narrow = Watchdog(**{"start": None, "prefill": None, "decode": None, "silence": None} | limits)
 
     async def watch() -> None:
         assert watched._watch is not None
-        assert watched._link is not None
+        assert watched.link is not None
         watched._watch.cancel()
-        watched._watch = asyncio.create_task(watched._watch_over(watched._link, narrow))
+        watched._watch = asyncio.create_task(watched._watch_over(watched.link, narrow))
 
     await io_thread.run(watch)
 

@@ -31,7 +31,8 @@ from mlx_engine.outputs import (
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.health import Health, health_of
 from mlx_engine.remote.linked import LinkedEngine
-from mlx_engine.remote.wire.heartbeat import Beat, Watchdog
+from mlx_engine.remote.wire.heartbeat import Watchdog
+from mlx_engine.remote.wire.messages import Heartbeat
 from mlx_engine.requests import GenerationRequest
 from mlx_engine.strategies import Strategies
 
@@ -155,7 +156,7 @@ class Scripted(BaseEngine):
         )
 
     def check_health(self) -> Health:
-        return health_of(self._state, 1.0, 1.0, Beat(phase="idle"), Watchdog(), self.last_exit)
+        return health_of(self._state, 1.0, 1.0, Heartbeat(phase="idle"), Watchdog(), self.last_exit)
 
     async def start(self) -> None:
         script = self.world.starts.popleft() if self.world.starts else None

@@ -21,9 +21,10 @@ from mlx_engine.remote.remote_engine import RemoteEngine
 from mlx_engine.remote.serving import client_connection
 from mlx_engine.remote.serving.host import EngineHost
 from mlx_engine.remote.serving.round_robin import RoundRobin
-from mlx_engine.remote.wire.frames import MAX_GUEST_FRAME, WireError, framed
-from mlx_engine.remote.wire.intake import MAX_VALUES, Refusal, Step, messages_in
+from mlx_engine.remote.wire.frames import MAX_CLIENT_FRAME, WireError, framed
+from mlx_engine.remote.wire.intake import MAX_VALUES, Step, messages_in
 from mlx_engine.remote.wire.messages import Cancel, ErrorReply, Generate, encode
+from mlx_engine.remote.wire.values import error_from_wire
 from mlx_engine.requests import TokenIds
 from tests.remote.hosting import PROMPT, Stranger, client, generate, hosted, until
 
@@ -156,7 +157,7 @@ async def test_a_flood_of_one_client_holds_up_no_others_tokens(
     host: EngineHost, flood: Any
 ) -> None:
     frame = framed(flood())
-    assert len(frame) <= MAX_GUEST_FRAME + 4
+    assert len(frame) <= MAX_CLIENT_FRAME + 4
     async with client(host) as remote, Stranger.at(host, hello=True) as stranger:
         assert (await remote.generate(PROMPT, max_tokens=2)).tokens
         with no_collections():
@@ -175,7 +176,7 @@ async def test_a_flood_of_one_client_holds_up_no_others_tokens(
 async def test_what_is_refused_takes_no_memory_but_its_bytes(host: EngineHost, flood: Any) -> None:
     frame = framed(flood())
     async with Stranger.at(host, hello=True) as stranger:
-        (one,) = host._guests
+        (one,) = host._connections
         tracemalloc.start()
         try:
             await stranger.send(frame)
@@ -196,7 +197,7 @@ async def test_a_client_is_not_listened_to_while_it_has_something_to_be_taken(
 ) -> None:
     async with Stranger.at(host, hello=True) as stranger:
         stranger.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        (one,) = host._guests
+        (one,) = host._connections
         frame = framed(encode([asked(n, prompt="") for n in range(2000)]))
         sending = asyncio.create_task(stranger.send(frame * 200))
         most = 0
@@ -227,7 +228,7 @@ async def test_clients_take_turns() -> None:
     turns = RoundRobin()
     workers = [Slices("a", 5, log), Slices("b", 2, log), Slices("c", 3, log)]
     for worker in workers:
-        turns.add(worker)
+        turns.add(worker.work)
     assert log == ["a"], "the first one at once"
     await until(lambda: not any(worker.left > 0 for worker in workers))
     assert "".join(log) == "aabcabcaca"
@@ -237,9 +238,9 @@ async def test_who_has_gone_takes_no_turn() -> None:
     log: list[str] = []
     turns = RoundRobin()
     one, other = Slices("a", 1000, log), Slices("b", 2, log)
-    turns.add(one)
-    turns.add(other)
-    turns.discard(one)
+    turns.add(one.work)
+    turns.add(other.work)
+    turns.discard(one.work)
     await until(lambda: other.left == 0)
     assert log == ["a", "b", "b"]
 
@@ -259,7 +260,7 @@ async def test_requests_under_way_are_bounded_in_bytes(
         assert 1 <= len(busy) <= 3
         assert all("under way already" in str(error) and error.retry_after for error in busy)
         assert (await remote.generate(PROMPT, max_tokens=1)).tokens
-    await until(lambda: not host._guests)
+    await until(lambda: not host._connections)
 
 
 # ── who says nothing ────────────────────────────────────────────────────────────────────────
@@ -274,14 +275,14 @@ async def test_the_silent_keep_nobody_out_and_are_told_why(
             assert (await remote.generate(PROMPT, max_tokens=1)).tokens
             reason = await mutes[0].refusal()
             assert "64 others have connected since and have not said who they are" in reason
-            assert len(host._guests) <= 2 * 64 + 2
+            assert len(host._connections) <= 2 * 64 + 2
     assert [record.levelno for record in caplog.records] == [logging.WARNING], "one line"
 
 
 async def test_a_client_that_is_evicted_raises_why(host: EngineHost) -> None:
     async with Stranger.at(host) as stranger:
-        await until(lambda: host._guests)
-        (one,) = host._guests
+        await until(lambda: host._connections)
+        (one,) = host._connections
         one.evict("others want in")
         with contextlib.suppress(ConnectionError):
             await stranger.send(framed(RemoteEngine("x")._greeting()))
@@ -349,16 +350,18 @@ def test_a_request_with_too_many_values_is_refused_by_its_number(
 ) -> None:
     request_.number = 42
     (refusal,) = said(request_)
-    assert isinstance(refusal, Refusal)
+    assert isinstance(refusal, ErrorReply)
     assert refusal.number == 42
-    assert isinstance(refusal.error, InvalidRequest)
-    assert refusal.error.option == option
+    error = error_from_wire(refusal)
+    assert isinstance(error, InvalidRequest)
+    assert error.option == option
 
 
 def test_token_ids_that_cannot_fit_are_refused_by_their_count() -> None:
     (refusal,) = said(asked(prompt=[7] * 100_000), context_length=99_999)
-    assert isinstance(refusal.error, ContextLengthExceeded)
-    assert refusal.error.prompt_tokens == 100_000
+    error = error_from_wire(refusal)
+    assert isinstance(error, ContextLengthExceeded)
+    assert error.prompt_tokens == 100_000
     assert said(asked(prompt=[7] * 100_000), context_length=100_000)
 
 

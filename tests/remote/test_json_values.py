@@ -24,8 +24,8 @@ from mlx_engine.remote.wire.messages import (
     encode,
 )
 from mlx_engine.remote.wire.values import (
-    ask_from_wire,
-    ask_to_wire,
+    request_from_wire,
+    request_to_wire,
     result_from_wire,
     result_to_wire,
 )
@@ -59,10 +59,10 @@ def exactly(value: Any) -> str:
 def there(chat: ChatPrompt) -> ChatPrompt:
     """A chat as it arrives in the process of an engine."""
     ask = GenerationRequest(chat, SamplingParams())
-    payload = ask_to_wire(1, ask, name="", stream=False, progress=False)
+    payload = request_to_wire(1, ask, name="", stream=False, progress=False)
     (message,) = decode_from_client(payload)
     assert isinstance(message, Generate)
-    arrived = ask_from_wire(message, trusted=True, limits=DEFAULT_LIMITS).source
+    arrived = request_from_wire(message, trusted=True, limits=DEFAULT_LIMITS).source
     assert isinstance(arrived, ChatPrompt)
     return arrived
 
@@ -141,7 +141,7 @@ def test_a_request_that_is_too_long_is_told_by_its_largest_part() -> None:
             [{"role": "user", "content": texts["messages"]}], [{"t": texts["tools"]}], kwargs
         )
         with pytest.raises(InvalidRequest, match=rf"^{option}: takes \d+ bytes .* 3000 may"):
-            ask_to_wire(
+            request_to_wire(
                 1,
                 GenerationRequest(chat, SamplingParams()),
                 name="",
@@ -164,7 +164,7 @@ def test_extensions_of_others_are_no_messages() -> None:
         except WireError:
             continue
         with pytest.raises(InvalidRequest):  # msgpack's own, a time
-            ask_from_wire(message, trusted=False, limits=DEFAULT_LIMITS)  # type: ignore[arg-type]
+            request_from_wire(message, trusted=False, limits=DEFAULT_LIMITS)  # type: ignore[arg-type]
 
 
 def test_what_a_parser_makes_that_no_json_has_arrives_spelled_out() -> None:

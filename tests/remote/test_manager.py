@@ -395,7 +395,7 @@ async def test_if_nobody_watches_any_more_the_manager_fails_loudly(
         raise world_error
 
     monkeypatch.setattr(manager._supervisor, "_follow_up", follow_up)
-    replica = next(iter(manager._fleet))
+    replica = next(iter(manager._replicas))
     replica.engine.kill()
     await until(lambda: manager.state is EngineState.FAILED)
     assert "the monitor of the replicas has ended" in caplog.text

@@ -269,8 +269,8 @@ async def test_cancelled_at_any_moment_it_leaves_nothing(engine: ProcessEngine) 
             async with asyncio.timeout(step / 4000):
                 await engine.generate([7] * 600, max_tokens=5, ignore_eos=True)
     assert (await engine.generate("b", max_tokens=3)).finish_reason == "length"
-    assert engine._connection is not None
-    assert not engine._connection.calls.busy
+    assert engine._client.connection is not None
+    assert not engine._client.connection.calls.busy
     assert engine.stats().running == engine.stats().waiting == 0
 
 
@@ -618,7 +618,7 @@ PROGRAMS = {
             engine = ProcessEngine(sys.argv[1])
             await engine.start()
             print(len((await engine.generate("hello", max_tokens=9)).tokens), flush=True)
-            print(engine._connection._link.pid, file=sys.stderr)
+            print(engine._client.connection.link.pid, file=sys.stderr)
         asyncio.run(forget())
     """,
 }

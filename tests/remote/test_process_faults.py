@@ -137,7 +137,7 @@ async def test_a_late_cancel_of_a_stream_touches_no_other_request(tiny_path: Pat
         await engine.stop()
         await engine.start()
         other = asyncio.create_task(engine.generate("b", max_tokens=200, ignore_eos=True))
-        await until(lambda: engine._connection and engine._connection.calls.busy)
+        await until(lambda: engine._client.connection and engine._client.connection.calls.busy)
         stream.cancel()
         assert (await other).finish_reason == "length"
 
@@ -181,7 +181,7 @@ def test_inherited_signal_masks_do_not_matter(tiny_path: Path, gate: Path, block
         async def run():
             engine = ProcessEngine({str(tiny_path)!r})
             await engine.start()
-            print(engine._connection._link.pid, flush=True)
+            print(engine._client.connection.link.pid, flush=True)
             await engine.generate("a", logits_processors=["{NAMED}hold_the_gil"])
 
         asyncio.run(run())

@@ -33,7 +33,7 @@ HERE = {"env_vars": {"OMP_NUM_THREADS": "2"}}
 
 
 def actor_of(engine: Any) -> int:
-    link = engine._connection._link
+    link = engine._client.connection.link
     assert isinstance(link, RayLink)
     assert link.place is not None
     return link.place.pid

@@ -429,8 +429,8 @@ async def test_link_whose_follower_is_cancelled_ends_its_actor(ray_cluster: RayC
 
 
 def actor_of(engine: RayEngine) -> int:
-    assert engine._connection is not None
-    link = engine._connection._link
+    assert engine._client.connection is not None
+    link = engine._client.connection.link
     assert isinstance(link, RayLink)
     assert link.place is not None
     return link.place.pid
@@ -458,7 +458,7 @@ async def test_engine_on_another_node_dies_with_its_actor(
     engine = RayEngine(tiny_path, resources={"node_b": 1})
     await engine.start()
     request = asyncio.create_task(engine.generate("hello", max_tokens=5000, ignore_eos=True))
-    await until(lambda: engine._connection and engine._connection.calls.busy)
+    await until(lambda: engine._client.connection and engine._client.connection.calls.busy)
     os.kill(actor_of(engine), signal.SIGKILL)
     with pytest.raises(EngineDead, match="its Ray actor"):
         await asyncio.wait_for(request, PROMPTLY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlx_engine import SamplingParams
-from mlx_engine.remote.replicas.routing import Router, Work
+from mlx_engine.remote.replicas.routing import RequestCost, Router
 from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt
 
 LONG = "All work and no play makes Jack a dull boy. " * 200  # 8,800 characters, 2,200 tokens
@@ -18,23 +18,27 @@ def router(*names: str) -> Router:
     return made
 
 
-def text(prompt: str | list[int], max_tokens: int | None = 16) -> Work:
-    return Work.of(GenerationRequest(TextPrompt(prompt), SamplingParams(max_tokens=max_tokens)))
+def text(prompt: str | list[int], max_tokens: int | None = 16) -> RequestCost:
+    return RequestCost.of(
+        GenerationRequest(TextPrompt(prompt), SamplingParams(max_tokens=max_tokens))
+    )
 
 
-def chat(*contents: str, tools: list[dict[str, object]] | None = None) -> Work:
+def chat(*contents: str, tools: list[dict[str, object]] | None = None) -> RequestCost:
     messages = [{"role": "user", "content": content} for content in contents]
-    return Work.of(GenerationRequest(ChatPrompt.of(messages, tools), SamplingParams(max_tokens=16)))
+    return RequestCost.of(
+        GenerationRequest(ChatPrompt.of(messages, tools), SamplingParams(max_tokens=16))
+    )
 
 
-def cached(work: Work, other: Work) -> int:
-    """Tokens of ``work`` that a replica is thought to have that was given ``other``."""
-    shared = {mark.digest for mark in other.marks}
-    return max((mark.tokens for mark in work.marks if mark.digest in shared), default=0)
+def cached(cost: RequestCost, other: RequestCost) -> int:
+    """Tokens of ``cost`` that a replica is thought to have that was given ``other``."""
+    shared = {prefix.digest for prefix in other.prefixes}
+    return max((prefix.tokens for prefix in cost.prefixes if prefix.digest in shared), default=0)
 
 
 @pytest.mark.parametrize(
-    ("work", "prompt", "answer"),
+    ("cost", "prompt", "answer"),
     [
         (text("x" * 400), 100, 16),
         (text([1] * 400), 400, 16),
@@ -42,9 +46,9 @@ def cached(work: Work, other: Work) -> int:
         (text("x" * 4, 1000), 1, 1000),
     ],
 )
-def test_the_size_of_a_request(work: Work, prompt: int, answer: int) -> None:
-    assert (work.prompt_tokens, work.answer_tokens) == (prompt, answer)
-    assert work.tokens == prompt + answer
+def test_the_size_of_a_request(cost: RequestCost, prompt: int, answer: int) -> None:
+    assert (cost.prompt_tokens, cost.answer_tokens) == (prompt, answer)
+    assert cost.tokens == prompt + answer
 
 
 def test_a_chat_is_as_long_as_its_messages_and_tools() -> None:
@@ -57,13 +61,13 @@ def test_a_chat_is_as_long_as_its_messages_and_tools() -> None:
     ("length", "tokens"),
     [(0, []), (255, []), (256, [64]), (511, [64]), (512, [64, 128]), (1100, [64, 128, 256])],
 )
-def test_marks_are_of_powers_of_two_of_blocks(length: int, tokens: list[int]) -> None:
-    assert [mark.tokens for mark in text("é" * length or "x").marks] == tokens
+def test_prefixes_are_of_powers_of_two_of_blocks(length: int, tokens: list[int]) -> None:
+    assert [prefix.tokens for prefix in text("é" * length or "x").prefixes] == tokens
 
 
-def test_marks_of_token_ids() -> None:
-    assert [mark.tokens for mark in text([1] * 300).marks] == [64, 128, 256]
-    assert [mark.tokens for mark in text([2**62] * 300).marks] == [64, 128, 256]
+def test_prefixes_of_token_ids() -> None:
+    assert [prefix.tokens for prefix in text([1] * 300).prefixes] == [64, 128, 256]
+    assert [prefix.tokens for prefix in text([2**62] * 300).prefixes] == [64, 128, 256]
 
 
 def test_what_two_prompts_share() -> None:
@@ -83,16 +87,16 @@ def test_a_conversation_shares_its_earlier_turns() -> None:
     assert cached(chat(LONG, tools=[{"a": 1}]), chat(LONG)) == 0
 
 
-def test_messages_that_no_json_can_hold_have_no_marks() -> None:
+def test_messages_that_no_json_can_hold_have_no_prefixes() -> None:
     ring: dict[str, object] = {"role": "user", "content": LONG}
     ring["self"] = ring
-    assert chat(LONG).marks
-    work = Work.of(GenerationRequest(ChatPrompt([ring], None, {}), SamplingParams()))
-    assert work.marks == ()
+    assert chat(LONG).prefixes
+    cost = RequestCost.of(GenerationRequest(ChatPrompt([ring], None, {}), SamplingParams()))
+    assert cost.prefixes == ()
 
 
 def test_text_that_is_no_unicode_is_left_to_the_engine() -> None:
-    assert text("\ud800" * 300).marks
+    assert text("\ud800" * 300).prefixes
 
 
 def test_without_replicas_there_is_no_choice() -> None:
@@ -104,10 +108,10 @@ def test_equals_take_turns() -> None:
     chosen = router("a", "b", "c")
     names = []
     for _ in range(7):
-        work = text("short")
-        names.append(name := chosen.choose(work))
+        cost = text("short")
+        names.append(name := chosen.choose(cost))
         assert name is not None
-        chosen.done(name, work)
+        chosen.done(name, cost)
     assert names == ["a", "b", "c", "a", "b", "c", "a"]
 
 
@@ -123,42 +127,42 @@ def test_the_one_with_fewest_outstanding_tokens() -> None:
 
 def test_it_goes_where_its_beginning_has_been() -> None:
     chosen = router("a", "b", "c")
-    names = [chosen.choose(work := text(letter * 8800)) for letter in "xyz"]
+    names = [chosen.choose(cost := text(letter * 8800)) for letter in "xyz"]
     assert names == ["a", "b", "c"]
     for name, letter in zip("abc", "xyz", strict=True):
         chosen.done(name, text(letter * 8800))
     for name, letter in zip("cab", "zxy", strict=True):
-        work = text(letter * 8800 + "more")
-        assert chosen.choose(work) == name
-        chosen.done(name, work)
+        cost = text(letter * 8800 + "more")
+        assert chosen.choose(cost) == name
+        chosen.done(name, cost)
 
 
 def test_load_that_costs_more_than_the_prefill_saved_wins() -> None:
     chosen = router("a", "b")
-    work = text(LONG)
-    assert chosen.choose(work) == "a"
-    chosen.done("a", work)
+    cost = text(LONG)
+    assert chosen.choose(cost) == "a"
+    chosen.done("a", cost)
     # The prompt cache saves 2,048 tokens there: as many to wait behind are no gain any more.
     assert chosen.choose(text("x", 2047), among=("a",)) == "a"
-    assert chosen.choose(work) == "a"
-    chosen.done("a", work)
+    assert chosen.choose(cost) == "a"
+    chosen.done("a", cost)
     chosen.choose(text("x", 1), among=("a",))
-    assert chosen.choose(work) == "b"
+    assert chosen.choose(cost) == "b"
 
 
 def test_one_that_leaves_is_forgotten() -> None:
     chosen = router("a", "b")
-    work = text(LONG)
-    assert chosen.choose(work) == "a"
+    cost = text(LONG)
+    assert chosen.choose(cost) == "a"
     chosen.leave("a")
     chosen.leave("a")
     assert "a" not in chosen
     assert chosen.outstanding("a") == 0
-    chosen.done("a", work)
+    chosen.done("a", cost)
     assert chosen.choose(text("x")) == "b"
     chosen.join("a")
     assert chosen.outstanding("a") == 0
-    chosen.done("a", work)  # of its life before
+    chosen.done("a", cost)  # of its life before
     assert chosen.outstanding("a") == 0
 
 
@@ -168,7 +172,7 @@ def test_what_it_remembers_is_bounded() -> None:
     assert chosen.choose(first) == "a"
     chosen.done("a", first)
     for number in range(200):
-        work = text(f"{number:04}" + LONG)
-        assert chosen.choose(work, among=("a",)) == "a"
-        chosen.done("a", work)
+        cost = text(f"{number:04}" + LONG)
+        assert chosen.choose(cost, among=("a",)) == "a"
+        chosen.done("a", cost)
     assert chosen.choose(first) == "b"  # a has forgotten it, and b was chosen longer ago

@@ -79,9 +79,9 @@ async def _importing(engine: ProcessEngine, held: HeldImport) -> tuple[asyncio.T
     """A start whose process stands in its imports, and the id of that process."""
     start = asyncio.create_task(engine.start())
     await asyncio.to_thread(held.reach)
-    connection = engine._connection
+    connection = engine._client.connection
     assert connection is not None
-    pid = connection._link.pid  # type: ignore[union-attr]
+    pid = connection.link.pid  # type: ignore[union-attr]
     assert isinstance(pid, int)
     return start, pid
 

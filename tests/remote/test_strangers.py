@@ -125,10 +125,10 @@ async def test_a_client_that_does_not_read_is_dropped_and_slows_nobody(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(client_connection, "MAX_UNSENT", 50_000)
-    others = set(host._guests)
+    others = set(host._connections)
     async with Stranger.at(host, hello=True) as stranger:
-        (guest_of_it,) = host._guests - others
-        its: socket.socket = guest_of_it._transport.get_extra_info("socket")
+        (its_connection,) = host._connections - others
+        its: socket.socket = its_connection._transport.get_extra_info("socket")
         # The system keeps less for them than it would.
         stranger.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         its.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -144,12 +144,12 @@ async def test_a_stopped_client_is_not_told_more_and_more_heartbeats(
 ) -> None:
     monkeypatch.setattr(client_connection, "_MAX_UNSENT_BEFORE_BEAT", 5000)
     async with Stranger.at(host, hello=True):
-        (one,) = host._guests
+        (one,) = host._connections
         while not (size := one._transport.get_write_buffer_size()) > 5000:
-            one.beat(host._heart.beat())
+            one.beat(host._heartbeats.heartbeat())
             await asyncio.sleep(0)
         for _ in range(1000):
-            one.beat(host._heart.beat())
+            one.beat(host._heartbeats.heartbeat())
         await turns()
         assert one._transport.get_write_buffer_size() == size
         assert host.clients == 1
@@ -172,7 +172,7 @@ async def test_clients_hear_that_the_host_leaves_before_they_hear_that_it_has(
     host: EngineHost,
 ) -> None:
     async with Stranger.at(host, hello=True) as stranger, Stranger.at(host) as mute:
-        await until(lambda: len(host._guests) == 2)
+        await until(lambda: len(host._connections) == 2)
         shutdown = asyncio.create_task(host.shutdown(0))
         _, leaving, stopped = await stranger.end()
         assert isinstance(leaving, Draining)
@@ -196,7 +196,7 @@ async def test_who_comes_in_at_the_last_moment_is_sent_away_too(
             shutdown = asyncio.create_task(host.shutdown(0))
             assert len(await one.end() + await two.end()) <= 2
             await shutdown
-            assert not host._guests
+            assert not host._connections
     assert {record.name for record in caplog.records} <= {LOG}
 
 

@@ -17,7 +17,7 @@ import pytest
 from mlx_engine import BatchedEngine, InvalidRequest
 from mlx_engine.remote.remote_engine import RemoteEngine
 from mlx_engine.remote.serving.host import EngineHost
-from mlx_engine.remote.wire.frames import MAX_FRAME, MAX_GUEST_FRAME, framed
+from mlx_engine.remote.wire.frames import MAX_CLIENT_FRAME, MAX_FRAME, framed
 from mlx_engine.remote.wire.messages import Cancel, Generate, Hello, Shutdown, encode
 from tests.remote.hosting import PROMPT, Stranger, client, generate, hosted
 from tests.waiting import until
@@ -36,7 +36,7 @@ async def host(tiny_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncIterat
     asyncio.get_running_loop().set_exception_handler(lambda _, context: wrong.append(context))
     async with BatchedEngine(tiny_path) as engine, hosted(engine) as host:
         yield host
-        await until(lambda: not host.pending and not host.clients and not host._guests)
+        await until(lambda: not host.pending and not host.clients and not host._connections)
         stats = engine.stats()
         assert stats.running == stats.waiting == 0
     assert wrong == []
@@ -189,14 +189,14 @@ async def test_nothing_that_is_said_harms_a_client_that_behaves(host: EngineHost
 
 async def test_a_length_is_believed_only_as_bytes_arrive(host: EngineHost) -> None:
     announced = 8 * 2**20
-    assert announced <= MAX_GUEST_FRAME
+    assert announced <= MAX_CLIENT_FRAME
     tracemalloc.start()
     try:
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(11):
                 stranger = await stack.enter_async_context(Stranger.at(host, hello=True))
                 await stranger.send(announced.to_bytes(4, "big") + b"\x91" * 5000)
-            await until(lambda: sum(len(g._frames) for g in host._guests) > 50_000)
+            await until(lambda: sum(len(g._frames) for g in host._connections) > 50_000)
             assert tracemalloc.get_traced_memory()[1] < 5 * 2**20
             async with client(host) as remote:
                 assert (await remote.generate(PROMPT, max_tokens=1)).tokens

@@ -1,6 +1,6 @@
 """An engine elsewhere whose other side is here: the wire and all above it, without a process.
 
-The frames, the connection, its watchdog-less deadlines, the session with its requests and the
+The frames, the connection, its watchdog-less deadlines, the requests of the client and the
 engine behind it are the real ones; what is missing is the socket and the second interpreter.
 Both sides live in the event loop of the I/O thread, which the simulation drives.
 """
@@ -95,9 +95,9 @@ class OtherSide:
         self._on_end = on_end
         self._silent = False
         self._outbox = Outbox(lambda payload: loop.call_soon(self._deliver, write, payload))
-        self._heart = Heartbeats()
+        self._heartbeats = Heartbeats()
         self._engine: SimpleEngine | BatchedEngine | None = None
-        self._session: ClientRequests | None = None
+        self._requests: ClientRequests | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._beating = loop.call_later(_BEAT, self._beat)
 
@@ -115,8 +115,8 @@ class OtherSide:
                 case Shutdown():
                     self._spawn(self._shut_down(message.remaining))
                 case _:
-                    if self._session is not None and not self._silent:
-                        self._session.take(message)
+                    if self._requests is not None and not self._silent:
+                        self._requests.take(message)
 
     async def die(self) -> None:
         """The process is gone, and all that it did with it."""
@@ -127,8 +127,8 @@ class OtherSide:
             task.cancel()
         if others:
             await asyncio.wait(others)
-        if self._session is not None:
-            await self._session.end()
+        if self._requests is not None:
+            await self._requests.end()
         if self._engine is not None:
             await self._engine.stop()
 
@@ -146,25 +146,25 @@ class OtherSide:
             self._outbox.put(error_to_wire(0, error))
             self._outbox.flush()
             return
-        self._session = ClientRequests(
-            self._engine, self._outbox, trusted=True, on_over=self._heart.request_over
+        self._requests = ClientRequests(
+            self._engine, self._outbox, trusted=True, on_over=self._heartbeatsbeats.step
         )
-        self._heart.sessions.add(self._session)
-        self._heart.engine = self._engine
-        self._outbox.put(self._session.welcome())
+        self._heartbeatsbeats.clients.add(self._requests)
+        self._heartbeats.engine = self._engine
+        self._outbox.put(self._requests.welcome())
 
     async def _shut_down(self, remaining: float | None) -> None:
         assert self._engine is not None
-        assert self._session is not None
+        assert self._requests is not None
         report = await self._engine.shutdown(remaining)
-        await self._session.over()
+        await self._requests.over()
         self._beating.cancel()
         self._outbox.put(Stopped(report))
         self._outbox.flush()
         self._loop.call_soon(self._loop.call_soon, self._on_end)  # after what was said
 
     def _beat(self) -> None:
-        self._outbox.put(self._heart.beat())
+        self._outbox.put(self._heartbeatsbeats.heartbeat())
         self._beating = self._loop.call_later(_BEAT, self._beat)
 
     def _spawn(self, work: Any) -> None:

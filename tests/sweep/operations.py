@@ -197,7 +197,9 @@ def requests(stage: Stage, *names: str) -> dict[str, Scene]:
 def check_rest(engine: BaseEngine) -> None:
     """I6: no request is in flight, waits or has memory."""
     assert isinstance(engine, LocalEngine | LinkedEngine)
-    lifecycle, stats = engine._lifecycle, engine.stats()
+    elsewhere = isinstance(engine, LinkedEngine)
+    lifecycle = engine._client.lifecycle if elsewhere else engine._lifecycle
+    stats = engine.stats()
     # Here and below, no text is made of what is in order: that costs more than to look at it.
     if lifecycle.in_flight:
         raise Broken(f"I6: in flight: {list(lifecycle.in_flight)}")
@@ -206,14 +208,14 @@ def check_rest(engine: BaseEngine) -> None:
         if stats.running or stats.waiting or stats.kv_bytes or stats.batch_size:
             raise Broken(f"I6: {stats}")
         return
-    connection = engine._connection
+    connection = engine._client.connection
     if connection is None:
         return
     require(not connection.calls._calls, "I6: calls are left")
-    link = connection._link
+    link = connection.link
     if connection.exit is None and isinstance(link, HereLink) and link._other is not None:
-        session, there = link._other._session, link._other._engine
-        require(session is None or not session.pending, "I6: requests are left there")
+        requests, there = link._other._requests, link._other._engine
+        require(requests is None or not requests.pending, "I6: requests are left there")
         if there is not None:
             check_rest(there)
 
@@ -221,8 +223,8 @@ def check_rest(engine: BaseEngine) -> None:
 def engine_here(engine: BaseEngine) -> LocalEngine:
     """The engine that does the work: itself, or the one behind a link that is in this process."""
     if isinstance(engine, LinkedEngine):
-        assert engine._connection is not None
-        link = engine._connection._link
+        assert engine._client.connection is not None
+        link = engine._client.connection.link
         assert isinstance(link, HereLink)
         assert link._other is not None
         assert link._other._engine is not None

@@ -23,8 +23,10 @@ from mlx_engine import (
 )
 from mlx_engine.core.stop import Interrupted, checkpoint
 from mlx_engine.engine import mlx_work
-from mlx_engine.generation import equipment
-from mlx_engine.models import mtp_check
+from mlx_engine.generation.cache import cached_model
+from mlx_engine.generation.sparse import setup as sparse_setup
+from mlx_engine.generation.speculative import setup as speculative_setup
+from mlx_engine.generation.trials import mtp_head
 from mlx_engine.testing.safety.endings import ALL_WAYS
 from tests.conftest import make_tiny
 from tests.generation.rigged import made
@@ -294,14 +296,14 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
     has been checked of them counts.
     """
     load, models = mlx_work.load_model, {}
-    load_head, heads = equipment.load_head, {}
-    ask, answers = mtp_check._greedy, {}
+    load_head, heads = speculative_setup.load_head, {}
+    ask, answers = mtp_head._greedy, {}
     warm_up = mlx_work.warm_up
     checks = [
-        (equipment, "check_rollback"),
-        (equipment, "check_head"),
-        (equipment, "check_sparse"),
-        (equipment, "measure_kv"),
+        (speculative_setup, "check_rollback"),
+        (speculative_setup, "check_head"),
+        (sparse_setup, "check_sparse"),
+        (cached_model, "measure_kv"),
         (mlx_work, "check_batchable"),
     ]
     originals = [getattr(module, name) for module, name in checks]
@@ -326,9 +328,9 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
             answers[id(parts.model)] = ask(parts, prompt, eos)
         return answers[id(parts.model)]
 
-    def warm_up_in_plays(space: Any, *, batched: bool) -> None:
+    def warm_up_in_plays(runner: Any, *, batched: bool) -> None:
         if not simulation.driver.quick:
-            warm_up(space, batched=batched)
+            warm_up(runner, batched=batched)
 
     def once_but_in_plays(check: Callable[..., Any]) -> Callable[..., Any]:
         known: dict[int, Any] = {}
@@ -340,15 +342,15 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
 
         return checked
 
-    mlx_work.load_model, equipment.load_head = load_once, load_head_once
-    mtp_check._greedy, mlx_work.warm_up = ask_once, warm_up_in_plays
+    mlx_work.load_model, speculative_setup.load_head = load_once, load_head_once
+    mtp_head._greedy, mlx_work.warm_up = ask_once, warm_up_in_plays
     for (module, name), check in zip(checks, originals, strict=True):
         setattr(module, name, once_but_in_plays(check))
     try:
         yield
     finally:
-        mlx_work.load_model, equipment.load_head = load, load_head
-        mtp_check._greedy, mlx_work.warm_up = ask, warm_up
+        mlx_work.load_model, speculative_setup.load_head = load, load_head
+        mtp_head._greedy, mlx_work.warm_up = ask, warm_up
         for (module, name), check in zip(checks, originals, strict=True):
             setattr(module, name, check)
         for loaded in (heads, models):

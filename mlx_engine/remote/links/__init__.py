@@ -1,4 +1,4 @@
-"""Ways to what serves an engine: a child process, a socket, an actor on another machine.
+"""Links to what serves an engine: a child process, a socket, an actor on another machine.
 
 Its files:
 

@@ -62,7 +62,7 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        """Its id, once it is there."""
+        """The process's id, once it is there."""
         return None if self._process is None else self._process.pid
 
     def begin(self) -> None:
@@ -132,7 +132,7 @@ class Child:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with a way to this package, wherever it was imported from."""
+    """Our environment, with a way to this package, wherever it was imported from."""
     root = str(Path(mlx_engine.__file__).parents[1])
     environment = dict(os.environ)
     if root not in [*site.getsitepackages(), site.getusersitepackages()]:
@@ -142,7 +142,7 @@ def _environment() -> dict[str, str]:
 
 
 def _kill_the_living() -> None:
-    """At exit: children of engines that nobody stopped."""
+    """Kill, at exit, the children of engines that nobody stopped."""
     for process in list(_living):
         if process.poll() is None:
             process.kill()

@@ -8,12 +8,14 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mlx_engine.remote.wire.frames import FrameSplitter, WireError
+from mlx_engine.errors import EngineDead
+from mlx_engine.remote.exits import Exit
+from mlx_engine.remote.wire.frames import FrameSplitter, WireError, framed
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How what was at the other end of a link ended, as far as the link knows.
+    """The end of what was at the other end of a link, as far as the link knows.
 
     Attributes:
         detail: in words, e.g. "its process was ended by SIGKILL".
@@ -35,6 +37,11 @@ class Ending:
             return signal.Signals(-self.exit_code).name
         except ValueError:
             return f"signal {-self.exit_code}"
+
+    def error(self, reason: str) -> EngineDead:
+        """The error of a start that this has met."""
+        code, signal_name = self.exit_code, self.signal_name
+        return Exit("crash", self.detail, code, signal_name, "start", self.stderr).error(reason)
 
 
 class Link(abc.ABC):
@@ -84,19 +91,30 @@ class Link(abc.ABC):
 
 
 class SocketEnd(Link):
-    """A link over a socket of this machine; ``FrameProtocol`` tells it what happens there."""
+    """A link over a socket of this machine; ``FrameProtocol`` tells it what happens there.
 
-    @abc.abstractmethod
+    Attributes:
+        transport: of the socket, once that can be written to.
+    """
+
+    transport: asyncio.Transport | None = None
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame, soon, in order."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(framed(frame))
+
     def connected(self, transport: asyncio.Transport) -> None:
-        """The socket can be written to."""
+        """Take the socket's transport: it can be written to."""
+        self.transport = transport
 
     @abc.abstractmethod
     def flawed(self, flaw: str) -> None:
-        """What came over the socket makes no sense."""
+        """Be told that what came over the socket makes no sense."""
 
     @abc.abstractmethod
     def disconnected(self, error: Exception | None) -> None:
-        """The socket has ended."""
+        """Be told that the socket has ended."""
 
 
 class FrameProtocol(asyncio.Protocol):
@@ -124,4 +142,4 @@ class FrameProtocol(asyncio.Protocol):
 
 
 def _ignore(frame: bytes) -> None:
-    """Nobody listens yet."""
+    """Drop a frame: nobody listens yet."""

@@ -20,7 +20,6 @@ from mlx_engine.core.threads import dead
 from mlx_engine.errors import EngineDead
 from mlx_engine.remote.links.child import Child
 from mlx_engine.remote.links.link import Ending, FrameProtocol, SocketEnd
-from mlx_engine.remote.wire.frames import framed
 
 _LINES = 60  # of standard error that are kept
 _WIDTH = 500  # characters of each
@@ -55,7 +54,6 @@ class ProcessLink(SocketEnd):
         self._born: asyncio.Future[None] = self._loop.create_future()
         self._failure: EngineDead | None = None
         self._unwanted = False
-        self._transport: asyncio.Transport | None = None
         self._errors: int | None = None  # file descriptors
         self._lifeline: int | None = None
         self._lines: deque[str] = deque(maxlen=_LINES)
@@ -67,7 +65,7 @@ class ProcessLink(SocketEnd):
 
     @property
     def pid(self) -> int | None:
-        """Of the child, once it has been started."""
+        """The id of the child's process, once it has been started."""
         return None if self._child is None else self._child.pid
 
     async def open(self) -> None:
@@ -94,7 +92,7 @@ class ProcessLink(SocketEnd):
             raise
 
     def _fail(self, reason: str) -> None:
-        """It could not be opened; a child that is there all the same is ended."""
+        """Be gone, as it could not be opened; a child that is there all the same is ended."""
         if self._child is None or self._failure is not None:
             self._end(reason)
         else:
@@ -111,19 +109,7 @@ class ProcessLink(SocketEnd):
         if self._failure is not None:
             raise self._failure
         if self.gone.done():
-            ending = self.gone.result()
-            raise EngineDead(
-                ending.detail,
-                exit_code=ending.exit_code,
-                signal=ending.signal_name,
-                phase="start",
-                stderr=ending.stderr,
-            )
-
-    def send(self, frame: bytes) -> None:
-        """Send a frame, soon, in order."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(framed(frame))
+            raise self.gone.result().error(self.gone.result().detail)
 
     async def dump_stacks(self) -> None:
         """Have the child write the stacks of all its threads to its standard error."""
@@ -198,7 +184,7 @@ class ProcessLink(SocketEnd):
         return call
 
     def forget_lifeline(self) -> None:
-        """In a fork of this process: it must not keep the child alive when this one ends."""
+        """Close the lifeline in a fork of this process, which must not keep the child alive."""
         if self._lifeline is not None:
             os.close(self._lifeline)
             self._lifeline = None
@@ -224,23 +210,19 @@ class ProcessLink(SocketEnd):
 
     def _exited(self, code: int) -> None:
         self._code = code
-        if self._transport is None or self._closed:
+        if self.transport is None or self._closed:
             self._finish()
         else:  # what it has said at last may still be on its way
             self._set_timer(_REST_WAIT, self._finish)
 
-    def connected(self, transport: asyncio.Transport) -> None:
-        """The socket can be written to."""
-        self._transport = transport
-
     def flawed(self, flaw: str) -> None:
-        """What came over the socket makes no sense."""
+        """End the other end: what came over the socket makes no sense."""
         _log.error("%s: %s; its process is ended", self._name, flaw)
         self._flaw = flaw
         self.kill()
 
     def disconnected(self, error: Exception | None) -> None:
-        """The socket has ended."""
+        """Wait for the exit code: the socket has ended."""
         self._closed = True
         if self._code is not None:
             self._finish()
@@ -266,8 +248,8 @@ class ProcessLink(SocketEnd):
     def _end(self, detail: str) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        if self._transport is not None:
-            self._transport.abort()
+        if self.transport is not None:
+            self.transport.abort()
         if self._errors is not None:
             self._read_errors()
             self._loop.remove_reader(self._errors)
@@ -303,7 +285,7 @@ class ProcessLink(SocketEnd):
 
 
 def _terminal() -> tuple[int | None, int | None]:
-    """Our side and the child's side of a pseudo-terminal, if there are any to be had."""
+    """A pseudo-terminal, if there is one to be had: our side and the child's."""
     try:
         return pty.openpty()
     except OSError:
@@ -320,7 +302,7 @@ def _above_two(descriptor: int, stack: contextlib.ExitStack) -> int:
 
 
 def _forked() -> None:
-    """In a fork of this process: what keeps its children alive must end with this process."""
+    """Close all lifelines in a fork of this process: they must end with this process."""
     for link in list(_links):
         link.forget_lifeline()
 

@@ -1,12 +1,12 @@
-"""A link to a core on another machine: Ray places an actor there, which relays its frames.
+"""A link to a child on another machine: Ray places an actor there, which relays its frames.
 
 Ray is only a transport. The actor hosts the link to a child process and passes frames on without
-a look inside, so a client speaks with a core over there as with one here::
+a look inside, so a client speaks with a child over there as with one here::
 
-    client -- RayLink -- (Ray) -- Relay -- ProcessLink -- core
+    client -- RayLink -- (Ray) -- Relay -- ProcessLink -- child
 
-Towards the core, batches of frames are calls of the actor's ``forward``, numbered, since Ray may
-start them in any order. From the core they are answers: a call of ``receive`` is always waiting
+Towards the child, batches of frames are calls of the actor's ``forward``, numbered, since Ray may
+start them in any order. From the child they are answers: a call of ``receive`` is always waiting
 there. An ``Ending`` is its last answer; an error of Ray instead of that is a crash.
 
 Ray has streams of answers too, but whoever waits for one when ``ray.shutdown()`` is called is
@@ -26,24 +26,24 @@ from importlib import import_module
 from typing import Any, ClassVar, Final
 
 from mlx_engine.core.threads import in_thread
-from mlx_engine.errors import EngineDead, MLXEngineError
+from mlx_engine.errors import MLXEngineError
 from mlx_engine.remote.links.link import Ending, Link
 from mlx_engine.remote.links.process_link import ProcessLink
 from mlx_engine.remote.links.relay import Place, Relay, batches
 from mlx_engine.remote.wire.frames import FrameSplitter, framed
 
-STACKS_TIME: Final = 0.5  # seconds: 0.2 for the core to write them, 0.3 for the way
-KILL_TIME: Final = 0.5  # seconds for the actor to end the core and to tell how that went
+STACKS_TIME: Final = 0.5  # seconds: 0.2 for the child to write them, 0.3 for the way
+KILL_TIME: Final = 0.5  # seconds for the actor to end the child and to tell how that went
 
 
 class RayLink(Link):
-    """A link to a core that an actor of a Ray cluster hosts.
+    """A link to a child that an actor of a Ray cluster hosts.
 
     The actor is this link's alone. It is never restarted, and nothing is ever asked of it twice:
-    the second half of a stream must not come from another core than the first.
+    the second half of a stream must not come from another child than the first.
 
     Ray does not notice an actor that is stopped (SIGSTOP) or a machine that is cut off; whoever
-    uses the link has to, by the core's heartbeats. ``kill()`` works then as well.
+    uses the link has to, by the child's heartbeats. ``kill()`` works then as well.
 
     Args:
         name: of the engine, for messages.
@@ -95,7 +95,7 @@ class RayLink(Link):
 
         Raises:
             MLXEngineError: Ray is missing, there is no cluster, or Ray refuses the options.
-            EngineDead: the actor or its core has ended before the core was there.
+            EngineDead: the actor or its child has ended before the child was there.
         """
         # It may join a cluster, for seconds, and a thread cannot be cancelled. Whatever actor it
         # makes then ends at once, as nobody has a handle of it.
@@ -114,9 +114,7 @@ class RayLink(Link):
         if self.gone.done():
             self._release()  # it may have been killed before there was an actor
             ending = self.gone.result()
-            raise EngineDead(
-                f"{self._name} cannot be started: {ending.detail}", stderr=ending.stderr
-            )
+            raise ending.error(f"{self._name} cannot be started: {ending.detail}")
 
     def _create(self) -> Any:
         """Join the cluster and ask for an actor; any thread."""
@@ -130,14 +128,14 @@ class RayLink(Link):
             raise MLXEngineError(f"Ray refuses to make an actor: {error}") from error
 
     def _unfinished(self) -> str:
-        """Why ``open()`` had not returned yet."""
+        """The reason why ``open()`` had not returned yet."""
         if self.place is not None:
-            return f"its core had not started in the actor on {self.place.host}"
+            return f"its process had not started in the actor on {self.place.host}"
         asked = {"CPU": self._options["num_cpus"], **self._options["resources"]}
         return f"Ray had not placed its actor, which asks for {asked}"
 
     async def _follow(self) -> None:
-        """Wait for the actor, then for its core, and then for all that comes from there."""
+        """Wait for the actor, then for its child, and then for all that comes from there."""
         ending = Ending("the link to its actor was dropped")
         try:
             self.place = await self._ask("place")
@@ -185,7 +183,7 @@ class RayLink(Link):
             self._number += 1
 
     async def dump_stacks(self) -> None:
-        """Have the core write its stacks; they come with the ``Ending``.
+        """Have the child write its stacks; they come with the ``Ending``.
 
         Returns when they are written, or after 0.5 s: a stopped actor never answers.
         """
@@ -198,18 +196,18 @@ class RayLink(Link):
             pass
 
     def terminate(self) -> None:
-        """Ask the core to end (SIGTERM)."""
+        """Ask the child to end (SIGTERM)."""
         self._call("terminate")
 
     def kill(self) -> None:
-        """End the core (SIGKILL), and its actor.
+        """End the child (SIGKILL), and its actor.
 
         ``gone`` is done in 0.5 s at most, whether or not the actor answers. Ray ends one that
-        is stopped about 5 s later, and the core ends with it.
+        is stopped about 5 s later, and the child ends with it.
         """
         if self.gone.done():
             return
-        # An actor that is well tells the core's last words.
+        # An actor that is well tells the child's last words.
         self._call("kill")
         where = self._whereabouts
         ending = Ending(f"it was killed; its Ray actor{where} did not answer")
@@ -233,7 +231,7 @@ class RayLink(Link):
             return None
 
     def _end(self, ending: Ending) -> None:
-        """It is over, for this reason unless it was before."""
+        """Be over, for this reason unless it was before."""
         if self.gone.done():
             return
         self.gone.set_result(ending)
@@ -277,7 +275,7 @@ def _join(ray: Any) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    """What Ray says, without the particulars and the advice that it adds."""
+    """The words of Ray, without the particulars and the advice that it adds."""
     lines = [line for line in str(error).splitlines() if not line.startswith("\t")]
     if getattr(error, "actor_init_failed", False):
         lines = lines[-1:]  # the last line of a traceback

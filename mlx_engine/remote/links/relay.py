@@ -1,4 +1,4 @@
-"""The actor that hosts a link to a core, for ``RayLink``. Ray imports it on the node.
+"""The actor that hosts a link to a child, for ``RayLink``. Ray imports it on the node.
 
 An actor method cannot push: the other side always has one call of ``receive`` waiting, which is
 answered when there is something to tell.
@@ -29,7 +29,7 @@ BATCH_BYTES: Final = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the actor of a link runs.
+    """The place where the actor of a link runs.
 
     Attributes:
         host: the name of the machine.
@@ -41,7 +41,7 @@ class Place:
 
 
 def batches(frames: Sequence[bytes]) -> Iterator[bytes]:
-    """As few batches as there can be of at most ``BATCH_BYTES``, or of one frame."""
+    """Batches of at most ``BATCH_BYTES``, or of one frame, as few as there can be."""
     batch: list[bytes] = []
     size = 0
     for frame in frames:
@@ -97,7 +97,7 @@ class Gatherer:
 
 
 class Relay:
-    """The actor: hosts the link to the core, in the event loop of its own that Ray gives it.
+    """The actor: hosts the link to the child, in the event loop of its own that Ray gives it.
 
     Nothing here needs the main thread of the actor's process, which Ray keeps for itself.
     """
@@ -111,15 +111,15 @@ class Relay:
         self._waiting: dict[int, bytes] = {}
         self._next = 0
         self._splitter = FrameSplitter()
-        # The core inherits them. Ray's own env_vars would need an agent to make an environment.
+        # The child inherits them. Ray's own env_vars would need an agent to make an environment.
         os.environ.update(env_vars)
 
     async def place(self) -> Place:
-        """Where this is."""
+        """The place where this is."""
         return Place(platform.node(), os.getpid())
 
     async def open(self) -> Ending | None:
-        """Start the core; an ``Ending`` if that cannot be done."""
+        """Start the child; an ``Ending`` if that cannot be done."""
         link = self._link = self._hosted(self._name)  # type: ignore[call-arg]
         link.on_frame = self._gatherer.put
         link.gone.add_done_callback(lambda _: self._gatherer.close())
@@ -130,14 +130,14 @@ class Relay:
         return None
 
     async def receive(self) -> bytes | Ending:
-        """A batch of frames from the core, or how it ended. One call at a time."""
+        """A batch of frames from the child, or its ``Ending``. One call at a time."""
         assert self._link is not None
         if not self._batches:
             self._batches.extend(batches(await self._gatherer.take()))
         return self._batches.popleft() if self._batches else await self._link.gone
 
     async def forward(self, number: int, batch: bytes) -> None:
-        """Send the frames of a batch to the core, once those of all batches before are sent."""
+        """Send the frames of a batch to the child, once those of all batches before are sent."""
         self._waiting[number] = batch
         while (due := self._waiting.pop(self._next, None)) is not None:
             self._next += 1
@@ -146,16 +146,16 @@ class Relay:
                     self._link.send(frame)
 
     async def dump_stacks(self) -> None:
-        """Have the core write its stacks."""
+        """Have the child write its stacks."""
         if self._link is not None:
             await self._link.dump_stacks()
 
     async def terminate(self) -> None:
-        """Ask the core to end."""
+        """Ask the child to end."""
         if self._link is not None:
             self._link.terminate()
 
     async def kill(self) -> None:
-        """End the core; ``receive`` tells how that went."""
+        """End the child; ``receive`` tells how that went."""
         if self._link is not None:
             self._link.kill()

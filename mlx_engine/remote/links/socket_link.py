@@ -11,7 +11,6 @@ import sys
 
 from mlx_engine.errors import EngineDead
 from mlx_engine.remote.links.link import Ending, FrameProtocol, SocketEnd
-from mlx_engine.remote.wire.frames import framed
 
 _PATIENCE = 10.0  # seconds that the host may take to let us in
 _AGAIN = 0.05
@@ -28,7 +27,6 @@ class SocketLink(SocketEnd):
         super().__init__()
         self._path = path
         self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport | None = None
         self._flaw: str | None = None
         self._closed = False  # by us
 
@@ -43,36 +41,31 @@ class SocketLink(SocketEnd):
             sock = await self._connected()
             await self._loop.create_unix_connection(lambda: FrameProtocol(self), sock=sock)
         except BaseException as error:
-            if sock is not None and self._transport is None:
+            if sock is not None and self.transport is None:
                 sock.close()
             self.kill()
             if isinstance(error, OSError):
                 raise EngineDead(_why_not(self._path, error)) from error
             raise
 
-    def send(self, frame: bytes) -> None:
-        """Send a frame, soon, in order."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(framed(frame))
-
     async def dump_stacks(self) -> None:
-        """Nothing: the host is another program, and serves others."""
+        """Do nothing: the host is another program, and serves others."""
 
     def terminate(self) -> None:
         """Close the connection, once what is to be sent has been; the host cancels our requests."""
         self._closed = True
-        if self._transport is None:
+        if self.transport is None:
             self._end()
         else:
-            self._transport.close()
+            self.transport.close()
 
     def kill(self) -> None:
         """Close the connection at once; the host cancels our requests."""
         self._closed = True
-        if self._transport is None:
+        if self.transport is None:
             self._end()
         else:
-            self._transport.abort()
+            self.transport.abort()
 
     def _check_owner(self, sock: socket.socket) -> None:
         """Prompts go to a host of the same user, or of root, and to nobody else."""
@@ -84,7 +77,7 @@ class SocketLink(SocketEnd):
             )
 
     async def _connected(self) -> socket.socket:
-        """By hand: asyncio takes the "try again" of a host with a full backlog for success."""
+        """Connect by hand: asyncio takes a host's "try again", of a full backlog, for success."""
         deadline = self._loop.time() + _PATIENCE
         while True:
             sock = socket.socket(socket.AF_UNIX)
@@ -105,18 +98,18 @@ class SocketLink(SocketEnd):
     # What happens to the connection
 
     def connected(self, transport: asyncio.Transport) -> None:
-        """The socket can be written to."""
-        self._transport = transport
+        """Take the socket's transport."""
+        super().connected(transport)
         if self._closed:  # while it was being opened
             transport.abort()
 
     def flawed(self, flaw: str) -> None:
-        """What came over the socket makes no sense."""
+        """Close the connection: what came over the socket makes no sense."""
         self._flaw = flaw
         self.kill()
 
     def disconnected(self, error: Exception | None) -> None:
-        """The connection is closed."""
+        """Be gone: the connection is closed."""
         self._end(error)
 
     def _end(self, error: Exception | None = None) -> None:
@@ -134,7 +127,7 @@ class SocketLink(SocketEnd):
 
 
 def _why_not(path: str, error: OSError) -> str:
-    """What is wrong, and what to do about it."""
+    """The reason why nobody is reached, and what to do about it."""
     start = f"start one with: mlx-engine host MODEL --socket {path}"
     match error:
         case FileNotFoundError() | NotADirectoryError():
@@ -157,7 +150,7 @@ def _why_not(path: str, error: OSError) -> str:
 
 
 def _peer_uid(sock: socket.socket) -> int | None:
-    """Whose process listens at the other side; ``None`` where the system does not tell."""
+    """The user whose process is at the other end; ``None`` where the system does not tell."""
     if sys.platform == "darwin":  # LOCAL_PEERCRED gives a struct xucred: version, uid, groups
         _, uid = struct.unpack_from("II", sock.getsockopt(0, 1, 76))
         return int(uid)

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 
-from mlx_engine.checks import shown
+from mlx_engine.checks import integer, shown
 from mlx_engine.config import BatchedOptions, EngineKind, QueueConfig, spelled_out
 from mlx_engine.core.drain import clean_up
 from mlx_engine.core.event_loop import running_loop
-from mlx_engine.core.in_flight import InFlight as Entry
+from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.lifecycle import Lifecycle, checked_timeout
 from mlx_engine.core.stream import Producer
 from mlx_engine.engine.base import BaseEngine
@@ -25,8 +25,8 @@ from mlx_engine.outputs import EngineState, EngineStats, ProgressCallback, Shutd
 from mlx_engine.remote.health import Health
 from mlx_engine.remote.process_engine import ProcessEngine
 from mlx_engine.remote.ray_engine import RayEngine
-from mlx_engine.remote.replicas.in_flight import InFlight
-from mlx_engine.remote.replicas.replica import Factory, Replica, ReplicaInfo, checked_count, maker
+from mlx_engine.remote.replicas.abortable_work import AbortableWork
+from mlx_engine.remote.replicas.replica import Factory, Replica, ReplicaInfo, maker
 from mlx_engine.remote.replicas.replica_set import ReplicaSet
 from mlx_engine.remote.replicas.restarts import RestartPolicy
 from mlx_engine.remote.replicas.routed import RoutedRequest
@@ -55,6 +55,11 @@ class EngineManager(BaseEngine):
     others get ``EngineBusy``. If its replica ends before anything of the answer has been given
     to the caller, it is done again on another one, from the beginning; after two such ends it
     gets ``EngineDead``, since it may be what kills them. If one is busy the others are asked.
+
+    Each replica has a prompt cache of its own. ``save_prompt_cache`` writes the fullest one, in
+    bytes; ``load_prompt_cache`` adds to those of all that are up, gives the number of prompts
+    that the one added that took most, and raises the first error of a replica, while others may
+    have added them. Those that are started later, or again, begin with an empty one.
 
     Requests may come from several event loops. ``start``, ``scale`` and ``shutdown`` belong to
     one: the one in which it was started, and in which the replicas are watched.
@@ -147,15 +152,15 @@ class EngineManager(BaseEngine):
     ) -> None:
         if not isinstance(restart, RestartPolicy):
             raise InvalidRequest("restart", f"must be RestartPolicy(...), not {shown(restart)}")
-        self._wanted = checked_count(replicas)
+        self._wanted = integer("replicas", replicas, low=1)
         # Never started: it checks the options now, and the arguments of requests later.
         self._prototype = factory("prototype")
         self._limits, self._queue = self._prototype._limits, self._prototype._queue
         self._takes_priority = self._prototype._takes_priority
         self._lifecycle = Lifecycle()
-        self._fleet = ReplicaSet(WaitingRoom(limits))
-        self._supervisor = Supervisor(self._fleet, factory, restart, self._lifecycle.fail)
-        self._home: asyncio.AbstractEventLoop | None = None
+        self._replicas = ReplicaSet(WaitingRoom(limits))
+        self._supervisor = Supervisor(self._replicas, factory, restart, self._lifecycle.fail)
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._finalizer: weakref.finalize[[Supervisor], EngineManager] | None = None
         self._scaling = asyncio.Lock()
         self._deadline: float | None = None  # of the shutdown, by time.monotonic
@@ -164,22 +169,19 @@ class EngineManager(BaseEngine):
 
     @property
     def state(self) -> EngineState:
-        """Where the manager is in its life. From any thread."""
         return self._lifecycle.state
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether ``chat`` can be used; known while the manager runs, from any thread."""
         return self._has_chat_template
 
     @property
     def context_length(self) -> int | None:
-        """As for every engine; known while the manager runs, from any thread."""
         return self._context_length
 
     @property
     def replicas(self) -> tuple[ReplicaInfo, ...]:
-        """What is known of each replica, oldest first. From any thread."""
+        """The replicas, oldest first. From any thread."""
         return tuple(replica.info for replica in self._supervisor.everyone)
 
     def stats(self) -> EngineStats:
@@ -189,7 +191,7 @@ class EngineManager(BaseEngine):
         replica is up, and those that may not. A request that was done again counts in both
         replicas.
         """
-        stats, room = self._supervisor.stats(self.state), self._fleet.room
+        stats, room = self._supervisor.stats(self.state), self._replicas.room
         waiting, rejected = stats.waiting + room.waiting, stats.rejected + room.rejected
         return replace(stats, waiting=waiting, rejected=rejected)
 
@@ -220,28 +222,28 @@ class EngineManager(BaseEngine):
             supervisor.cancel_jobs()
             return True
 
-        ticket = Entry(self._lifecycle.new_id("start"), loop=loop)
-        ticket.abort = abort
-        if not await self._lifecycle.begin_start(ticket):
+        entry = InFlight(self._lifecycle.new_id("start"), loop=loop)
+        entry.abort = abort
+        if not await self._lifecycle.begin_start(entry):
             return
         try:
-            self._home, self._scaling, self._deadline = loop, asyncio.Lock(), None
+            self._loop, self._scaling, self._deadline = loop, asyncio.Lock(), None
             await self._supervisor.grow(self._wanted)
-            for one in self._fleet:
+            for one in self._replicas:
                 self._has_chat_template = one.engine.has_chat_template
                 self._context_length = one.engine.context_length
             self._supervisor.watch()
             self._finalizer = weakref.finalize(self, _abandoned, self._supervisor)
             self._finalizer.atexit = False
-            if not self._lifecycle.start_succeeded(ticket):
+            if not self._lifecycle.start_succeeded(entry):
                 raise EngineStopped("the manager was stopped while its replicas were starting")
         except BaseException as error:
-            if self._lifecycle.is_starter(ticket):
+            if self._lifecycle.is_starter(entry):
                 await clean_up(error, self._release)
             raise
         finally:
-            self._lifecycle.start_failed(ticket)
-            self._lifecycle.in_flight.remove(ticket)
+            self._lifecycle.start_failed(entry)
+            self._lifecycle.in_flight.remove(entry)
 
     async def shutdown(self, timeout: float | None = None) -> ShutdownReport:
         """Refuse new requests from now on, let those in flight finish, stop all replicas.
@@ -265,7 +267,7 @@ class EngineManager(BaseEngine):
             RuntimeError: called in another event loop than ``start``, while that one lives.
         """
         checked_timeout(timeout)
-        self._check_home()
+        self._check_loop()
         if timeout is not None:
             deadline = time.monotonic() + timeout
             self._deadline = min(self._deadline or deadline, deadline)
@@ -286,12 +288,12 @@ class EngineManager(BaseEngine):
                 stays, and those that run are untouched.
             EngineNotStarted, EngineStopped, EngineDead: by the manager's state.
         """
-        wanted = checked_count(replicas)
-        self._check_home()
+        wanted = integer("replicas", replicas, low=1)
+        self._check_loop()
         self.check_running()
         async with self._scaling:
             self.check_running()
-            more = wanted - len(self._fleet)
+            more = wanted - len(self._replicas)
             if more > 0:
                 await self._supervisor.grow(more)
             elif more < 0:
@@ -304,21 +306,21 @@ class EngineManager(BaseEngine):
         await self._supervisor.release(self._deadline)
         self._has_chat_template, self._context_length = False, None
 
-    def _check_home(self) -> None:
-        home = None if self._lifecycle.inherited else self._home
+    def _check_loop(self) -> None:
+        loop = None if self._lifecycle.inherited else self._loop
         here = running_loop()
-        if home is None or home.is_closed() or home is here:
+        if loop is None or loop.is_closed() or loop is here:
             return
         raise RuntimeError("a manager is scaled and shut down in the event loop that started it")
 
     def check_running(self) -> None:
         if self.state is EngineState.FAILED and not self._lifecycle.inherited:
-            self._fleet.check()  # which knows more of the reason
+            self._replicas.check()  # which knows more of the reason
         self._lifecycle.check_running()
 
     @property
     def width(self) -> int:
-        return max(1, sum(replica.engine.width for replica in self._fleet.up()))
+        return max(1, sum(replica.engine.width for replica in self._replicas.up()))
 
     def submit(
         self,
@@ -332,7 +334,7 @@ class EngineManager(BaseEngine):
             request,
             on_progress,
             self._lifecycle,
-            self._fleet,
+            self._replicas,
             self.check_running,
         )
 
@@ -341,45 +343,24 @@ class EngineManager(BaseEngine):
     ) -> None:
         self._prototype._check_strategies(prefill, decode)
 
-    async def save_prompt_cache(self, path: str | os.PathLike[str]) -> int:
-        """Write the prompt cache of the replica whose own is fullest, in bytes.
-
-        Each replica has a prompt cache of its own. Otherwise as for every engine.
-        """
-        return await super().save_prompt_cache(path)
-
-    async def load_prompt_cache(self, path: str | os.PathLike[str]) -> int:
-        """Add the prompts of a file to the prompt cache of each replica that is up.
-
-        Those that are started later, or again, begin with an empty one.
-
-        Returns:
-            The number of prompts added to the one that took most.
-
-        Raises:
-            MLXEngineError: the first error of a replica; others may have added them. Otherwise
-                as for every engine.
-        """
-        return await super().load_prompt_cache(path)
-
     async def _save_prompt_cache(self, path: Path) -> int:
         def fullness(one: Replica) -> int:
             return one.engine.stats().prompt_cache.nbytes
 
-        with self._flight("save") as flight:
-            up = await flight.do(self._fleet.until_up())
-            return await flight.do(max(up, key=fullness).engine.save_prompt_cache(path))
+        with self._work("save") as work:
+            up = await work.do(self._replicas.until_up())
+            return await work.do(max(up, key=fullness).engine.save_prompt_cache(path))
 
     async def _load_prompt_cache(self, path: Path) -> int:
-        with self._flight("load") as flight:
-            up = await flight.do(self._fleet.until_up())
+        with self._work("load") as work:
+            up = await work.do(self._replicas.until_up())
             loads = all_results([one.engine.load_prompt_cache(path) for one in up])
-            return max(await flight.do(loads))
+            return max(await work.do(loads))
 
-    def _flight(self, prefix: str) -> InFlight:
+    def _work(self, prefix: str) -> AbortableWork:
         self.check_running()
         name = self._lifecycle.new_id(prefix)
-        return InFlight(name, self._lifecycle, self._fleet.leftovers, reported=False)
+        return AbortableWork(name, self._lifecycle, self._replicas.leftovers, reported=False)
 
     async def run_blocking(
         self,
@@ -389,11 +370,6 @@ class EngineManager(BaseEngine):
         on_cancel: Callable[[], None] | None = None,
         **kwargs: Any,
     ) -> T:
-        """Not possible: a function cannot go to another process.
-
-        Raises:
-            InvalidRequest: always.
-        """
         return await self._prototype.run_blocking(func, *args, on_cancel=on_cancel, **kwargs)
 
 

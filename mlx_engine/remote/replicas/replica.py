@@ -1,4 +1,4 @@
-"""One replica: the engine that it has now, those that it had, and how it gets the next."""
+"""A replica: the engine that it has now, those that it had, and how it gets the next."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mlx_engine.checks import integer
 from mlx_engine.core.drain import finish
 from mlx_engine.errors import EngineDead, describe
 from mlx_engine.outputs import EngineState, EngineStats
@@ -30,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ReplicaInfo:
-    """What a manager tells of a replica.
+    """A snapshot of a replica, as a manager tells of it.
 
     Attributes:
         name: it keeps its name when it is restarted.
@@ -73,7 +72,7 @@ class Replica:
 
     @property
     def up(self) -> bool:
-        """Whether requests can be given to it. From any thread."""
+        """True if requests can be given to it. From any thread."""
         return self._state == "running" and self.engine.state is EngineState.RUNNING
 
     def stats(self) -> EngineStats:
@@ -92,13 +91,13 @@ class Replica:
         self._took = time.monotonic() - began
 
     def runs(self) -> None:
-        """The engine has been started: wait for its exit from now on, in ``task``."""
+        """Wait for the exit of the engine, which has been started, in ``task``."""
         self._history.started(time.monotonic())
         self._state = "running"
         self.task = asyncio.create_task(self.engine.wait_exit(), name=f"{self.name} exit")
 
     def ended(self, exit: Exit) -> Restart | GiveUp:
-        """The engine has ended by itself, or could not be started again."""
+        """Decide what follows: the engine has ended by itself, or could not be started again."""
         self._state = "restarting"
         self._last_exit = exit
         return self._history.ended(time.monotonic(), counts=exit.kind != "graceful")
@@ -109,7 +108,7 @@ class Replica:
         self.task = asyncio.create_task(self._restart(after), name=f"{self.name} restart")
 
     def failed_restart(self, error: BaseException) -> Exit:
-        """How the engine ended that ``restart`` could not start; never ``graceful``."""
+        """The end of the engine that ``restart`` could not start; never ``graceful``."""
         last = self.engine.last_exit
         if last is not None and last.kind != "graceful" and isinstance(error, EngineDead):
             return last
@@ -117,7 +116,7 @@ class Replica:
         return Exit("crash", f"it did not start: {describe(error)}", phase="load")
 
     def leave(self) -> asyncio.Task[Any] | None:
-        """Be watched no more, and not be restarted; gives the task that this may have ended."""
+        """Stop watching and restarting it; gives the task that this may have ended."""
         self._state = "leaving"
         task, self.task = self.task, None
         if task is not None:
@@ -134,18 +133,13 @@ class Replica:
 
 
 def maker(kind: Any, model: Any, options: dict[str, Any]) -> Factory:
-    """What makes engines of a kind, by their names, with these options."""
+    """A factory of engines of a kind, with these options."""
 
     def make(name: str) -> LinkedEngine:
         engine: LinkedEngine = kind(model, name=name, **options)
         return engine
 
     return make
-
-
-def checked_count(replicas: int) -> int:
-    """``replicas``, if there can be so many; raises ``InvalidRequest`` if not."""
-    return integer("replicas", replicas, low=1)
 
 
 async def start_together(replicas: Sequence[Replica]) -> None:

@@ -1,4 +1,4 @@
-"""The replicas of a manager: which of them there are, which can be asked, and who waits for one."""
+"""The replicas of a manager: which there are, which can be asked, and who waits for one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlx_engine.errors import EngineDead
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.replicas.replica import Replica
-from mlx_engine.remote.replicas.routing import Router, Work
+from mlx_engine.remote.replicas.routing import RequestCost, Router
 from mlx_engine.remote.replicas.waiting_room import WaitingRoom
 
 _SOONEST = 1.0  # seconds after which to try again, at least
@@ -23,7 +23,7 @@ _RECHECK = 1.0  # seconds after which to look whether an event loop was closed m
 
 
 class NoneUp(Exception):
-    """No replica can be asked now; never leaves this package."""
+    """Raised if no replica can be asked now; never leaves this package."""
 
 
 class ReplicaSet:
@@ -34,8 +34,8 @@ class ReplicaSet:
 
     Attributes:
         room: the same.
-        leftovers: tasks of requests that were aborted; see ``Flight``.
-        home: the event loop in which replicas are watched and restarted, once it is known.
+        leftovers: tasks of requests that were aborted; see ``AbortableWork``.
+        loop: the event loop in which replicas are watched and restarted, once it is known.
     """
 
     def __init__(self, room: WaitingRoom) -> None:
@@ -46,17 +46,17 @@ class ReplicaSet:
         self._replicas: dict[str, Replica] = {}
         self._watchers: dict[asyncio.Future[None], None] = {}
         self._end: tuple[str, Exit | None] | None = None
-        self.home: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
         tell_after_fork(self)
 
     def after_fork(self) -> None:
-        """In a fork of this process: nobody waits, and the lock may be held."""
+        """Forget who waits in a fork of this process, where the lock may be held."""
         self._lock = threading.RLock()
-        self._watchers, self.home = {}, None
+        self._watchers, self.loop = {}, None
         self.room.after_fork()
 
     def __iter__(self) -> Iterator[Replica]:
-        """Those that are there now, oldest first; one that leaves is not."""
+        """The replicas that are there now, oldest first; one that leaves is not."""
         with self._lock:
             return iter(list(self._replicas.values()))
 
@@ -64,20 +64,20 @@ class ReplicaSet:
         return len(self._replicas)
 
     def add(self, replica: Replica) -> None:
-        """A replica is there from now on, and up if it runs."""
+        """Have a replica from now on, which is up if it runs."""
         with self._lock:
             self._replicas[replica.name] = replica
             self._router.join(replica.name)
             self._notify()
 
     def down(self, replica: Replica) -> None:
-        """It cannot be asked; what it knew is gone."""
+        """Ask a replica no more for now; what it knew is gone."""
         with self._lock:
             self._router.leave(replica.name)
             self._notify()
 
     def ended(self, name: str, engine: LinkedEngine) -> None:
-        """A request was told that ``engine`` is gone, or ends: nobody else needs to try.
+        """Ask ``engine`` no more, since it told a request that it is gone, or ends.
 
         Its exit follows, if it is not known already; then the replica is restarted.
         """
@@ -87,14 +87,14 @@ class ReplicaSet:
                 self._router.leave(name)
 
     def remove(self, replica: Replica) -> None:
-        """It is not there any more."""
+        """Have a replica no more."""
         with self._lock:
             self._router.leave(replica.name)
             self._replicas.pop(replica.name, None)
             self._notify()
 
     def clear(self) -> list[Replica]:
-        """Nothing is there any more; gives what was. The fleet may be used again."""
+        """Have no replicas any more; gives those that were there. The set may be used again."""
         with self._lock:
             replicas = list(self._replicas.values())
             for replica in replicas:
@@ -103,32 +103,24 @@ class ReplicaSet:
             return replicas
 
     def close(self, reason: str, last_exit: Exit | None) -> None:
-        """No replica will come up any more: whoever waits for one is told why."""
+        """Tell whoever waits for a replica why none will come up any more."""
         with self._lock:
             self._end = reason, last_exit
             self._notify()
 
     def check(self) -> None:
-        """Raise ``EngineDead``, with what is known of the last end, if the fleet is closed, or
+        """Raise ``EngineDead``, with what is known of the last end, if the set is closed, or
         if nobody is left to bring replicas back.
         """
-        if self.home is not None and self.home.is_closed() and not self.up():
+        if self.loop is not None and self.loop.is_closed() and not self.up():
             raise EngineDead("no replica is up, and the manager's event loop is closed")
         if (end := self._end) is None:
             return
-        reason, last = end
-        if last is None:
-            raise EngineDead(reason)
-        raise EngineDead(
-            reason,
-            exit_code=last.exit_code,
-            signal=last.signal,
-            phase=last.phase,
-            stderr=last.stderr,
-        )
+        reason, last_exit = end
+        raise EngineDead(reason) if last_exit is None else last_exit.error(reason)
 
     def up(self, excluded: Collection[str] = ()) -> list[Replica]:
-        """Those that can be asked now."""
+        """The replicas that can be asked now."""
         with self._lock:
             return [
                 replica
@@ -137,14 +129,16 @@ class ReplicaSet:
             ]
 
     @contextmanager
-    def assigned(self, work: Work, excluded: Collection[str]) -> Iterator[tuple[str, LinkedEngine]]:
-        """Within, ``work`` is outstanding at the replica given, whose engine comes with it.
+    def assigned(
+        self, cost: RequestCost, excluded: Collection[str]
+    ) -> Iterator[tuple[str, LinkedEngine]]:
+        """A replica, by its name and engine, at which a request is outstanding within.
 
         Raises:
             NoneUp: none can be asked.
         """
         with self._lock:
-            name = self._router.choose(work, [one.name for one in self.up(excluded)])
+            name = self._router.choose(cost, [one.name for one in self.up(excluded)])
             if name is None:
                 raise NoneUp
             engine = self._replicas[name].engine
@@ -154,7 +148,7 @@ class ReplicaSet:
             with self._lock:
                 replica = self._replicas.get(name)
                 if replica is not None and replica.engine is engine:  # not of its next life
-                    self._router.done(name, work)
+                    self._router.done(name, cost)
 
     def idlest(self, count: int) -> list[Replica]:
         """The ``count`` replicas that are missed least: not up, or with least outstanding."""
@@ -172,7 +166,7 @@ class ReplicaSet:
             waited: seconds that the request has waited before.
 
         Raises:
-            EngineDead: the fleet is closed.
+            EngineDead: the set is closed.
             EngineBusy: too many wait, or this one has for too long.
         """
         self.check()

@@ -1,11 +1,12 @@
-"""When a replica that has ended is started again, and when that is given up."""
+"""Restarts of replicas that have ended, and when that is given up."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from mlx_engine.checks import integer, number
+from mlx_engine.checks import check_options, integer, number, option
 from mlx_engine.errors import InvalidRequest
 
 _MOST_DOUBLINGS = 64  # more than that overflows, and no wait is that long
@@ -13,7 +14,7 @@ _MOST_DOUBLINGS = 64  # more than that overflows, and no wait is that long
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestartPolicy:
-    """How often a replica is started again after crashes, stalls and failed restarts.
+    """The limits on restarts of a replica after crashes, stalls and failed restarts.
 
     Attributes:
         max_restarts: restarts within ``window``; the next end is the last one. 0 is none.
@@ -27,22 +28,17 @@ class RestartPolicy:
         InvalidRequest: a value is out of its range.
     """
 
-    max_restarts: int = 5
-    window: float = 600.0
-    backoff: float = 0.5
-    max_backoff: float = 30.0
+    max_restarts: Annotated[int, option(integer, low=0)] = 5
+    window: Annotated[float, option(number, low=0, above=True, endless=True, what="seconds")] = (
+        600.0
+    )
+    backoff: Annotated[float, option(number, low=0, what="seconds")] = 0.5
+    max_backoff: Annotated[float, option(number, low=0, what="seconds")] = 30.0
 
     def __post_init__(self) -> None:
-        window = number("window", self.window, low=0, above=True, endless=True, what="seconds")
-        self._set("max_restarts", integer("max_restarts", self.max_restarts, low=0))
-        self._set("window", window)
-        for name in ("backoff", "max_backoff"):
-            self._set(name, number(name, getattr(self, name), low=0, what="seconds"))
+        check_options(self)
         if self.max_backoff < self.backoff:
             raise InvalidRequest("max_backoff", f"must not be below backoff={self.backoff:g}")
-
-    def _set(self, name: str, value: float) -> None:
-        object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +56,7 @@ class GiveUp:
 
 
 def decide(policy: RestartPolicy, ends: Sequence[float], now: float) -> Restart | GiveUp:
-    """What follows from an end. A pure function.
+    """The verdict on an end: what follows from it. A pure function.
 
     Args:
         ends: the earlier ends, in seconds on the clock of ``now``.
@@ -88,11 +84,11 @@ class RestartHistory:
         self._since: float | None = None
 
     def started(self, now: float) -> None:
-        """It runs from now on."""
+        """Count its time of running from now on."""
         self._since = now
 
     def ended(self, now: float, *, counts: bool = True) -> Restart | GiveUp:
-        """It has ended, or its start has failed.
+        """Decide what follows: it has ended, or its start has failed.
 
         Args:
             counts: whether that was a failure. One that was not is followed by a restart

@@ -16,9 +16,9 @@ from mlx_engine.outputs import (
 )
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.remote_request import NOTHING
-from mlx_engine.remote.replicas.in_flight import InFlight
+from mlx_engine.remote.replicas.abortable_work import AbortableWork
 from mlx_engine.remote.replicas.replica_set import NoneUp, ReplicaSet
-from mlx_engine.remote.replicas.routing import Work
+from mlx_engine.remote.replicas.routing import RequestCost
 from mlx_engine.requests import GenerationRequest
 
 MAX_DEATHS = 2  # replicas that end under a request before it counts as the cause of that
@@ -26,9 +26,9 @@ MAX_ATTEMPTS = 3  # with those that were stopped by somebody else
 
 
 class RoutedRequest:
-    """What makes the answer to one request, on whatever replica; a ``Producer``.
+    """A request at work on whatever replica; a ``Producer``.
 
-    While no replica is up it waits for one, as far as the fleet's waiting room allows. If its
+    While no replica is up it waits for one, as far as the manager's waiting room allows. If its
     replica ends before anything of the answer has been given to the caller, it is done again on
     another one, from the beginning: ``on_progress`` is then told of a second prefill. After
     ``MAX_DEATHS`` it gets its ``EngineDead``, since it may be what kills them. A replica that is
@@ -38,17 +38,17 @@ class RoutedRequest:
     def __init__(
         self,
         request_id: str,
-        ask: GenerationRequest,
+        request: GenerationRequest,
         on_progress: ProgressCallback | None,
         lifecycle: Lifecycle,
-        fleet: ReplicaSet,
+        replicas: ReplicaSet,
         check_running: Callable[[], None],
     ) -> None:
         self.request_id = request_id
-        self._ask = ask
+        self._request = request
         self._on_progress = on_progress
         self._lifecycle = lifecycle
-        self._fleet = fleet
+        self._replicas = replicas
         self._check_running = check_running
         self._producer: Producer | None = None  # of the latest attempt
         self._emitted = False
@@ -57,8 +57,8 @@ class RoutedRequest:
     async def run(self, emit: Emit | None) -> GenerationResult:
         """See ``Producer``."""
         self._check_running()
-        with InFlight(self.request_id, self._lifecycle, self._fleet.leftovers) as flight:
-            return await self._attempts(flight, emit)
+        with AbortableWork(self.request_id, self._lifecycle, self._replicas.leftovers) as work:
+            return await self._attempts(work, emit)
 
     def cancel(self) -> None:
         """See ``Producer``."""
@@ -73,31 +73,31 @@ class RoutedRequest:
             return replace(NOTHING, request_id=self.request_id)
         return producer.partial_result()
 
-    async def _attempts(self, flight: InFlight, emit: Emit | None) -> GenerationResult:
-        work = Work.of(self._ask)
+    async def _attempts(self, work: AbortableWork, emit: Emit | None) -> GenerationResult:
+        cost = RequestCost.of(self._request)
         busy: dict[str, EngineBusy] = {}
         attempts = deaths = 0
         waited, none_up = 0.0, False
         while True:
             if none_up:
                 began = time.monotonic()
-                await flight.do(self._fleet.until_up(waited))
+                await work.do(self._replicas.until_up(waited))
                 waited += time.monotonic() - began
                 none_up = False
             try:
-                with self._fleet.assigned(work, busy) as (name, engine):
-                    return await self._attempt(flight, engine, emit)
+                with self._replicas.assigned(cost, busy) as (name, engine):
+                    return await self._attempt(work, engine, emit)
             except NoneUp:
-                if busy and self._fleet.up():
+                if busy and self._replicas.up():
                     raise min(busy.values(), key=lambda error: error.retry_after) from None
                 busy.clear()
                 none_up = True
             except EngineBusy as error:
                 busy[name] = error
             except EngineNotRunning as error:
-                if flight.aborted:
+                if work.aborted:
                     raise
-                self._fleet.ended(name, engine)
+                self._replicas.ended(name, engine)
                 attempts += 1
                 if isinstance(error, EngineDead):
                     deaths += 1
@@ -107,21 +107,21 @@ class RoutedRequest:
                     raise _as_dead(error, name) from error.__cause__
 
     async def _attempt(
-        self, flight: InFlight, engine: LinkedEngine, emit: Emit | None
+        self, work: AbortableWork, engine: LinkedEngine, emit: Emit | None
     ) -> GenerationResult:
         def tell(chunk: GenerationChunk) -> None:
-            if emit is not None and not flight.over:
+            if emit is not None and not work.over:
                 self._emitted = True
                 emit(chunk)
 
-        producer = self._producer = engine.submit(self._ask, self._on_progress, self.request_id)
+        producer = self._producer = engine.submit(self._request, self._on_progress, self.request_id)
         if self._cancelled:
             producer.cancel()
 
         async def run() -> GenerationResult:
             return await producer.run(None if emit is None else tell)
 
-        return await flight.do(run())
+        return await work.do(run())
 
 
 def _as_dead(error: EngineNotRunning, name: str) -> EngineDead:

@@ -1,4 +1,4 @@
-"""Whoever keeps the replicas of a manager alive: starts, watches, restarts and stops them."""
+"""The supervisor of a manager's replicas: starts, watches, restarts and stops them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """The life of the replicas in a fleet. For one event loop.
+    """The life of the replicas of a manager. For one event loop.
 
     Args:
-        fleet: has the replicas that are there.
+        replicas: has the replicas that are there.
         factory: makes the engine of the replica that has the name given.
         policy: when replicas are started again.
         on_failed: told why there is nothing left to keep alive, or nobody to do so.
@@ -38,12 +38,12 @@ class Supervisor:
 
     def __init__(
         self,
-        fleet: ReplicaSet,
+        replicas: ReplicaSet,
         factory: Factory,
         policy: RestartPolicy,
         on_failed: Callable[[str], None],
     ) -> None:
-        self._fleet = fleet
+        self._replicas = replicas
         self._factory = factory
         self._policy = policy
         self._on_failed = on_failed
@@ -56,7 +56,7 @@ class Supervisor:
     @property
     def everyone(self) -> list[Replica]:
         """The replicas that are there, oldest first, and then those that leave."""
-        return [*self._fleet, *self._leaving]
+        return [*self._replicas, *self._leaving]
 
     def stats(self, state: EngineState) -> EngineStats:
         """The counters of all replicas, those that are gone included. From any thread."""
@@ -64,7 +64,7 @@ class Supervisor:
 
     def watch(self) -> None:
         """Run ``monitor_engine_liveness`` from now on."""
-        self._fleet.home = asyncio.get_running_loop()
+        self._replicas.loop = asyncio.get_running_loop()
         self._monitor = asyncio.create_task(self.monitor_engine_liveness(), name="monitor")
         self._monitor.add_done_callback(self._monitor_ended)
 
@@ -76,8 +76,8 @@ class Supervisor:
         Cancellation: those that run go on, and nobody watches them.
         """
         while True:
-            with self._fleet.change() as changed:
-                tasks = {replica.task: replica for replica in self._fleet if replica.task}
+            with self._replicas.change() as changed:
+                tasks = {replica.task: replica for replica in self._replicas if replica.task}
                 await asyncio.wait({changed, *tasks}, return_when=asyncio.FIRST_COMPLETED)
             for task, replica in tasks.items():
                 if task.done() and replica.task is task:
@@ -102,7 +102,7 @@ class Supervisor:
 
         Cancellation: they go on leaving.
         """
-        await asyncio.wait([self._dismiss(replica) for replica in self._fleet.idlest(count)])
+        await asyncio.wait([self._dismiss(replica) for replica in self._replicas.idlest(count)])
 
     def cancel_jobs(self) -> None:
         """Stop replicas that start, or leave. From any thread."""
@@ -110,7 +110,7 @@ class Supervisor:
             cancel_from_anywhere(job)
 
     def abandon(self) -> None:
-        """Its manager became garbage: kill everything. From any thread."""
+        """Kill everything: its manager became garbage. From any thread."""
         monitor, self._monitor = self._monitor, None
         if monitor is not None:
             cancel_from_anywhere(monitor)
@@ -137,7 +137,7 @@ class Supervisor:
     async def _let_go(self, deadline: float | None) -> None:
         monitor, self._monitor = self._monitor, None
         replicas = self.everyone
-        tasks = {monitor, *self._jobs, *self._fleet.leftovers, *(one.task for one in replicas)}
+        tasks = {monitor, *self._jobs, *self._replicas.leftovers, *(one.task for one in replicas)}
         loop = asyncio.get_running_loop()
         mine = [task for task in tasks if task and task.get_loop() is loop and not task.done()]
         for task in mine:
@@ -146,7 +146,7 @@ class Supervisor:
         if mine:
             left = None if deadline is None else deadline + _TASKS - time.monotonic()
             await asyncio.wait(mine, timeout=left if left is None else max(0.0, left))
-        for replica in [*self._fleet.clear(), *self._leaving]:
+        for replica in [*self._replicas.clear(), *self._leaving]:
             self._bury(replica)
 
     # Replicas that come, end and go ---------------------------------------------------------
@@ -161,12 +161,12 @@ class Supervisor:
             self._join(replica)
 
     def _join(self, replica: Replica) -> None:
-        """It runs: watch it, and give it requests."""
+        """Watch a replica that runs, and give it requests."""
         replica.runs()
-        self._fleet.add(replica)
+        self._replicas.add(replica)
 
     def _follow_up(self, replica: Replica, task: asyncio.Task[Any]) -> None:
-        """What a replica's task waited for has come: its exit, or the end of a restart."""
+        """Go on after what a replica's task waited for: its exit, or the end of a restart."""
         if replica.info.state == "restarting":
             error = task.exception()
             if error is None:
@@ -178,7 +178,7 @@ class Supervisor:
             ended = replica.failed_restart(error)
         else:
             ended = task.result()
-        self._fleet.down(replica)
+        self._replicas.down(replica)
         verdict = replica.ended(ended)
         if isinstance(verdict, GiveUp):
             self._give_up(replica, ended, verdict.reason)
@@ -192,9 +192,9 @@ class Supervisor:
     def _give_up(self, replica: Replica, ended: Exit, reason: str) -> None:
         log.error("%s is given up: %s; the last end: %s", replica.name, reason, ended.detail)
         self._dismiss(replica)
-        if not len(self._fleet):
+        if not len(self._replicas):
             why = f"{replica.name} is given up, since {reason}; the last end: {ended.detail}"
-            self._fleet.close(f"no replica is left: {why}", ended)
+            self._replicas.close(f"no replica is left: {why}", ended)
             self._on_failed(f"no replica is left: {why}")
 
     def _monitor_ended(self, monitor: asyncio.Task[None]) -> None:
@@ -203,12 +203,12 @@ class Supervisor:
         error = None if monitor.cancelled() else monitor.exception()
         log.error("the monitor of the replicas has ended", exc_info=error)
         why = "its task was cancelled" if error is None else describe(error)
-        self._fleet.close(f"the replicas are watched no more: {why}", None)
+        self._replicas.close(f"the replicas are watched no more: {why}", None)
         self._on_failed(f"the replicas are watched no more: {why}")
 
     def _dismiss(self, replica: Replica) -> asyncio.Task[None]:
         """Give a replica no more requests, let it finish what it has, and be rid of it."""
-        self._fleet.remove(replica)
+        self._replicas.remove(replica)
         self._leaving.append(replica)
         return self._beside(self._part(replica, replica.leave()))
 
@@ -231,6 +231,6 @@ class Supervisor:
         return task
 
     def _bury(self, replica: Replica) -> None:
-        """It is gone; what it has done still counts."""
+        """Forget a replica that is gone; what it has done still counts."""
         self._leaving = [one for one in self._leaving if one is not replica]
         self._past = (bygone(total(EngineState.STOPPED, (*self._past, replica.stats()))),)

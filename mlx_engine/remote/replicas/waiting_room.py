@@ -14,7 +14,7 @@ BOUNDED = QueueConfig(queue_limit=1024, max_wait=600.0)
 
 
 def waiting_limits(options: BatchedOptions) -> QueueConfig:
-    """Those of a manager: what its replicas are given, if they are, or else what is bounded."""
+    """The limits of a manager: those that its replicas are given, or else bounded ones."""
     return QueueConfig(
         queue_limit=options.get("queue_limit", BOUNDED.queue_limit),
         max_wait=options.get("max_wait", BOUNDED.max_wait),
@@ -38,12 +38,12 @@ class WaitingRoom:
         self._lock = threading.RLock()  # a coroutine that waits may be destroyed anywhere
 
     def after_fork(self) -> None:
-        """In a fork of this process: nobody waits, and the lock may be held."""
+        """Forget who waits in a fork of this process, where the lock may be held."""
         self._lock, self.waiting = threading.RLock(), 0
 
     @contextmanager
     def entered(self, retry_after: float) -> Iterator[None]:
-        """Within, one more waits.
+        """Count one more that waits, within.
 
         Args:
             retry_after: seconds until a replica is likely to be up.

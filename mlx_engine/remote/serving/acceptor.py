@@ -1,4 +1,4 @@
-"""Where the clients of a host come in."""
+"""The acceptor: lets the clients of a host in."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Acceptor:
 
     Args:
         file: where they come in.
-        welcome: makes the protocol of a connection.
+        make_protocol: makes that of a connection.
     """
 
-    def __init__(self, file: SocketFile, welcome: Callable[[], asyncio.Protocol]) -> None:
+    def __init__(self, file: SocketFile, make_protocol: Callable[[], asyncio.Protocol]) -> None:
         self._file = file
-        self._welcome = welcome
+        self._make_protocol = make_protocol
         self._loop = asyncio.get_running_loop()
         self._entering: set[asyncio.Task[None]] = set()
         self._pause: asyncio.TimerHandle | None = None
@@ -45,7 +45,7 @@ class Acceptor:
             self._file.socket.close()
 
     async def closed(self) -> None:
-        """After ``close``: wait until those who were coming in are there."""
+        """Wait, after ``close``, until those who were coming in are there."""
         if self._entering:
             await asyncio.wait(set(self._entering))
 
@@ -71,7 +71,7 @@ class Acceptor:
         entered = False
         try:
             with contextlib.suppress(OSError):  # gone already
-                await self._loop.connect_accepted_socket(self._welcome, connection)
+                await self._loop.connect_accepted_socket(self._make_protocol, connection)
                 entered = True
         finally:
             if not entered:

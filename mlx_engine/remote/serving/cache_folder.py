@@ -33,7 +33,7 @@ class CacheFolder:
         self._folder = path
 
     def path(self, name: str, *, to_be_written: bool) -> Path:
-        """Where the file of that name is.
+        """The path of the file of that name.
 
         Raises:
             InvalidRequest: it is no plain name; something that is no regular file has it; or

@@ -51,7 +51,7 @@ EXIT_FAILED = 1
 
 
 def main() -> NoReturn:
-    """Be the process of an engine."""
+    """Serve the parent as the process of an engine; does not return."""
     # An application may have blocked or ignored signals, which is inherited.
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
@@ -64,12 +64,12 @@ def main() -> NoReturn:
         os.set_inheritable(descriptor, False)
     if len(descriptors) > 1:
         _hang_on(descriptors[1])
-    asyncio.run(_Core().run(socket.socket(fileno=descriptors[0])))
+    asyncio.run(_Server().run(socket.socket(fileno=descriptors[0])))
     raise AssertionError("the process ends in leave()")
 
 
 def leave(code: int) -> NoReturn:
-    """End at once: an interpreter's exit would wait for threads, which may be stuck."""
+    """End the process at once: an interpreter's exit would wait for threads that may be stuck."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -86,17 +86,17 @@ def _hang_on(terminal: int) -> None:
         fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
 
-class _Core(asyncio.Protocol):
-    """The engine, its session with the parent, and the heart."""
+class _Server(asyncio.Protocol):
+    """The engine, the parent's requests, and the heartbeats."""
 
     def __init__(self) -> None:
         self._frames = FrameSplitter()
         self._parent = os.getppid()
-        self._heart = Heartbeats()
+        self._heartbeats = Heartbeats()
         self._code = 0
         self._draining: list[asyncio.Task[None]] = []
         self._engine: LocalEngine | None = None
-        self._session: ClientRequests | None = None
+        self._requests: ClientRequests | None = None
 
     async def run(self, sock: socket.socket) -> NoReturn:
         """Serve the parent at the other end of ``sock``; it does not return."""
@@ -107,25 +107,25 @@ class _Core(asyncio.Protocol):
         sock.setblocking(False)
         await loop.create_unix_connection(lambda: self, sock=sock)
         configure = await self._configured
-        self._beating = asyncio.create_task(self._beat_for_ever(configure.beat))
+        self._beating = asyncio.create_task(self._beat_for_ever(configure.heartbeat_interval))
         try:
             self._engine = await self._started(configure)
         except Exception as error:  # noqa: BLE001 - the border: the parent raises it
             if not isinstance(error, MLXEngineError):
                 error = ModelLoadError(f"the engine cannot be started: {describe(error)}")
             self._outbox.put(error_to_wire(0, error))
-            await self._leave(EXIT_FAILED)
-        loop.add_signal_handler(signal.SIGTERM, self._asked_to_leave)
-        self._session = ClientRequests(
+            await self._end_with(EXIT_FAILED)
+        loop.add_signal_handler(signal.SIGTERM, self._sigterm)
+        self._requests = ClientRequests(
             self._engine, self._outbox, trusted=True, on_over=self._request_over
         )
-        self._heart.sessions.add(self._session)
-        self._heart.engine = self._engine
-        self._outbox.put(self._session.welcome())
+        self._heartbeats.clients.add(self._requests)
+        self._heartbeats.engine = self._engine
+        self._outbox.put(self._requests.welcome())
         await self._end
-        await self._leave(0)
+        await self._end_with(0)
 
-    async def _leave(self, code: int) -> NoReturn:
+    async def _end_with(self, code: int) -> NoReturn:
         """Say what is left to be said, and end when it is on its way."""
         self._code = code
         self._outbox.flush()
@@ -135,7 +135,7 @@ class _Core(asyncio.Protocol):
 
     async def _started(self, configure: Configure) -> LocalEngine:
         sys.path += [path for path in configure.sys_path if path not in sys.path]
-        self._heart.phase = "load"
+        self._heartbeats.phase = "load"
         kind = {"simple": "SimpleEngine", "batched": "BatchedEngine"}[configure.kind]
         name = f"mlx_engine.engine.{configure.kind}"
         module = await in_thread(functools.partial(import_module, name), "import")
@@ -148,7 +148,7 @@ class _Core(asyncio.Protocol):
         return engine
 
     def _load_progress(self, progress: Progress) -> None:
-        self._heart.load_progress(progress)
+        self._heartbeats.step()
         self._outbox.put(ProgressUpdate(0, progress.phase, progress.done, progress.total))
 
     # The wire
@@ -158,7 +158,7 @@ class _Core(asyncio.Protocol):
         self._transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
-        leave(self._code)  # or the parent is gone, or does not want this any more
+        leave(self._code)  # all is said; or the parent is gone, or does not want this any more
 
     def data_received(self, data: bytes) -> None:
         for frame in self._frames.feed(data):
@@ -177,13 +177,13 @@ class _Core(asyncio.Protocol):
             case Shutdown():  # not while it loads: then the parent kills it
                 self._drain(message.remaining)
             case _:
-                if self._session is not None:
-                    self._session.take(message)
+                if self._requests is not None:
+                    self._requests.take(message)
 
     # The end
 
-    def _asked_to_leave(self) -> None:
-        """SIGTERM: the first one drains, the second one aborts."""
+    def _sigterm(self) -> None:
+        """Drain at the first SIGTERM, abort at the second one."""
         if not self._draining:
             self._outbox.put(Draining("its process was asked to end (SIGTERM)"))
             self._drain(None)
@@ -195,29 +195,29 @@ class _Core(asyncio.Protocol):
 
     async def _shut_down(self, remaining: float | None) -> None:
         assert self._engine is not None
-        assert self._session is not None
+        assert self._requests is not None
         report = await self._engine.shutdown(remaining)
-        await self._session.over()
+        await self._requests.over()
         if not self._end.done():
             self._outbox.put(Stopped(report))
             self._end.set_result(None)
 
-    # The heart
+    # Heartbeats
 
     async def _beat_for_ever(self, interval: float) -> None:
         while True:
             if os.getppid() != self._parent:
                 leave(0)  # somebody else holds our socket open: a fork of the parent's
-            self._outbox.put(self._heart.beat())
+            self._outbox.put(self._heartbeats.heartbeat())
             began = time.monotonic()
             await asyncio.sleep(interval)
             late = time.monotonic() - began - interval
             if late > interval:
-                self._heart.stood_still(late)
+                self._heartbeats.stood_still(late)
 
     def _request_over(self) -> None:
-        self._heart.request_over()
-        self._outbox.put_last(self._heart.beat)  # so that whoever asks for statistics has them
+        self._heartbeats.step()
+        self._outbox.put_last(self._heartbeats.heartbeat)  # whoever asks for statistics has them
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The serving side: the requests of one client, on an engine in this process."""
+"""The requests of one client, at work on an engine in this process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mlx_engine.remote.wire.messages import (
     Welcome,
 )
 from mlx_engine.remote.wire.outbox import Outbox
-from mlx_engine.remote.wire.values import ask_from_wire, error_to_wire, result_to_wire
+from mlx_engine.remote.wire.values import error_to_wire, request_from_wire, result_to_wire
 
 _NAME = re.compile(r"[\w.@-]{1,64}")  # of a request; it shows in texts
 _OPTIONS = frozenset(field.name for field in fields(SamplingParams))
@@ -38,7 +38,7 @@ _AT_ONCE = 16  # requests that are cancelled without looking after anything else
 
 
 class ClientRequests:
-    """Does what a client asks. In the event loop.
+    """The requests of a client; does what it asks. In the event loop.
 
     Attributes:
         held: bytes of its requests that are not over, as far as they count.
@@ -80,7 +80,7 @@ class ClientRequests:
         return len(self._tasks)
 
     def welcome(self) -> Welcome:
-        """What the client should know of the engine."""
+        """The first answer: what the client should know of the engine."""
         engine = self._engine
         return Welcome(
             engine.has_chat_template, engine.context_length, engine.width, engine.stats()
@@ -119,19 +119,19 @@ class ClientRequests:
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()))
 
-    def _new(self, number: int) -> None:
+    def _check_new(self, number: int) -> None:
         if number in self._tasks:
             raise WireError(f"request {number} is under way already")
 
     def _generate(self, message: Generate, size: int) -> None:
         number = message.number
-        self._new(number)
+        self._check_new(number)
         progress = functools.partial(self._tell, number) if message.progress else None
         emit = functools.partial(self._emit, number) if message.stream else None
         try:
             _check_options(message)
-            ask = ask_from_wire(message, trusted=self._trusted, limits=self._engine._limits)
-            producer = self._engine.submit(ask, progress, self._name(message))
+            request = request_from_wire(message, trusted=self._trusted, limits=self._engine._limits)
+            producer = self._engine.submit(request, progress, self._name(message))
         except Exception as error:  # noqa: BLE001 - the border: the client is told
             self._outbox.put(self._failed(number, error))
             return
@@ -141,7 +141,7 @@ class ClientRequests:
             self.held += size
 
     def _cache_file(self, message: CacheFile) -> None:
-        self._new(message.number)
+        self._check_new(message.number)
         save = message.action == "save"
         try:
             path = self._path(message.path, to_be_written=save)
@@ -153,7 +153,7 @@ class ClientRequests:
         self._start(message.number, asyncio.ensure_future(work), None)
 
     def _path(self, path: str, *, to_be_written: bool) -> Path:
-        """Where a file of a client's is.
+        """The path of a client's file.
 
         Raises:
             InvalidRequest: it may not have one there.
@@ -169,7 +169,7 @@ class ClientRequests:
         return self._cache_folder.path(path, to_be_written=to_be_written)
 
     def _failed(self, number: int, error: BaseException) -> ErrorReply:
-        """How a request failed; a stranger gets no megabytes of its own words back."""
+        """The error of a request; a stranger gets no megabytes of its own words back."""
         failed = error_to_wire(number, error)
         if not self._trusted:
             failed.message = failed.message[:_LONGEST_TEXT]
@@ -181,7 +181,7 @@ class ClientRequests:
         return failed
 
     def _name(self, message: Generate) -> str | None:
-        """What the engine is to call a request; ``None`` leaves that to the engine."""
+        """The name of a request in the engine; ``None`` leaves that to the engine."""
         name = f"{message.name}{self._client}"
         valid = _NAME.fullmatch(message.name) and name not in self._names
         return name if valid else None
@@ -217,7 +217,7 @@ class ClientRequests:
         producer: Producer | None,
         task: asyncio.Task[GenerationResult | int],
     ) -> Done | CacheFileDone | ErrorReply:
-        """What is said of a request that is over."""
+        """The message about a request that is over."""
         if task.cancelled():
             # Nobody waits for the number of prompts of a cancelled save or load.
             partial = None if producer is None else producer.partial_result()
@@ -229,15 +229,10 @@ class ClientRequests:
         return result_to_wire(number, outcome)
 
     def _emit(self, number: int, chunk: GenerationChunk) -> None:
-        """On the MLX thread."""
+        """Send a chunk. On the MLX thread."""
         self._outbox.put(
             Chunk(
-                number,
-                chunk.text,
-                chunk.tokens,
-                chunk.segment,
-                chunk.logprobs,
-                chunk.finish_reason,
+                number, chunk.text, chunk.tokens, chunk.segment, chunk.logprobs, chunk.finish_reason
             )
         )
 
@@ -253,7 +248,7 @@ async def _run(producer: Producer, emit: Emit | None) -> GenerationResult:
 
 
 def _check_options(message: Generate) -> None:
-    """See that there are such options; the nearest name is found for who types one, not here.
+    """Check that there are such options; the nearest name is found for who types one, not here.
 
     Raises:
         InvalidRequest: there are not.

@@ -1,4 +1,4 @@
-"""What a host logs of clients that do not behave, who may be many and do so again and again."""
+"""Complaints in a host's log, of clients that do not behave: of many, again and again."""
 
 from __future__ import annotations
 

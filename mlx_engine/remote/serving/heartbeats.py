@@ -1,14 +1,12 @@
-"""What an engine tells of itself, again and again, to those who use it from elsewhere."""
+"""Heartbeats: what an engine tells of itself, again and again, to those who use it elsewhere."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING
 
-from mlx_engine.outputs import Progress
 from mlx_engine.remote.serving.client_requests import ClientRequests
-from mlx_engine.remote.wire.heartbeat import Phase
-from mlx_engine.remote.wire.messages import Heartbeat
+from mlx_engine.remote.wire.messages import Heartbeat, Phase
 
 if TYPE_CHECKING:
     from mlx_engine.engine.local import LocalEngine
@@ -20,42 +18,37 @@ class Heartbeats:
     Attributes:
         phase: ``start`` or ``load``, until there is an engine.
         engine: once it runs.
-        sessions: those who use it.
+        clients: the requests of each of those who use it.
     """
 
     def __init__(self) -> None:
         self.phase: Phase = "start"
         self.engine: LocalEngine | None = None
-        self.sessions: set[ClientRequests] = set()
-        self._loaded = 0
-        self._answered = 0
+        self.clients: set[ClientRequests] = set()
+        self._steps = 0  # of the load, and requests that are over
         self._seen = -1
         self._since = time.monotonic()
 
     @property
     def pending(self) -> int:
-        """Requests of all sessions that are not over."""
-        return sum(session.pending for session in self.sessions)
+        """Requests of all clients that are not over."""
+        return sum(client.pending for client in self.clients)
 
-    def load_progress(self, progress: Progress) -> None:
-        """A step of the load."""
-        self._loaded += 1
-
-    def request_over(self) -> None:
-        """A request is over, which is a step too."""
-        self._answered += 1
+    def step(self) -> None:
+        """Count a step of the load, or a request that is over."""
+        self._steps += 1
 
     def stood_still(self, seconds: float) -> None:
-        """This process was stopped, or had no processor: that counts for nothing."""
+        """Leave out a time in which this process was stopped, or had no processor."""
         self._since = min(time.monotonic(), self._since + seconds)
 
-    def beat(self) -> Heartbeat:
-        """What there is to tell now."""
-        pending, steps, stats = 0, self._loaded, None
+    def heartbeat(self) -> Heartbeat:
+        """The heartbeat of now."""
+        pending, steps, stats = 0, self._steps, None
         if self.engine is not None:
-            meter, pending = self.engine.counters, self.pending
-            steps += meter.steps + self._answered
-            self.phase = meter.phase if pending else "idle"
+            counters, pending = self.engine.counters, self.pending
+            steps += counters.steps
+            self.phase = counters.phase if pending else "idle"
             stats = self.engine.stats()
         now = time.monotonic()
         if steps != self._seen or self.phase == "idle":

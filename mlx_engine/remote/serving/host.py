@@ -1,4 +1,4 @@
-"""An engine of this process for several programs: ``RemoteEngine`` is their side of it."""
+"""The host of an engine for several programs: ``RemoteEngine`` is their side of it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,19 @@ from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
 from mlx_engine.core.lifecycle import checked_timeout
 from mlx_engine.errors import EngineStopped, InvalidRequest
 from mlx_engine.outputs import ShutdownReport
-from mlx_engine.remote.connection import BEAT
 from mlx_engine.remote.links.socket_file import SocketFile, check_free, checked_socket_path
 from mlx_engine.remote.serving.acceptor import Acceptor
 from mlx_engine.remote.serving.cache_folder import CacheFolder
 from mlx_engine.remote.serving.client_connection import ClientConnection
 from mlx_engine.remote.serving.client_requests import ClientRequests
-from mlx_engine.remote.serving.complaints import Complaints
-from mlx_engine.remote.serving.heartbeats import Heartbeats
-from mlx_engine.remote.serving.round_robin import RoundRobin
-from mlx_engine.remote.wire.messages import Draining, Heartbeat, Refused, Stopped
+from mlx_engine.remote.serving.service import Service
+from mlx_engine.remote.wire.heartbeat import HEARTBEAT_INTERVAL
+from mlx_engine.remote.wire.messages import Draining, Refused, Stopped
 
 if TYPE_CHECKING:
     from mlx_engine.engine.local import LocalEngine
 
-_MAX_STRANGERS = 64  # who have not said who they are
+_MAX_STRANGERS = 64  # clients that have not said who they are
 _ASKED_TO_END = "the host was asked to end"
 
 
@@ -57,10 +55,6 @@ class EngineHost:
         engine: what is served; the application may use it too, as long as the host serves it:
             the end of ``async with host``, and ``shutdown()``, end the engine as well.
         path: of the socket.
-        hello_timeout: seconds for a client to say who it is.
-        cache_folder: where clients may keep prompt caches; ``None`` is nowhere.
-        turns: gives clients slices of the event loop.
-        complaints: the lines in the log.
     """
 
     def __init__(
@@ -93,33 +87,30 @@ class EngineHost:
         self.engine = engine
         self.path = checked_socket_path(path)
         self._max_clients = integer("max_clients", max_clients, low=1)
-        self.hello_timeout = number(
+        hello_timeout = number(
             "hello_timeout", hello_timeout, low=0, above=True, endless=True, what="seconds"
         )
-        self.cache_folder = None if cache_folder is None else CacheFolder(cache_folder)
+        folder = None if cache_folder is None else CacheFolder(cache_folder)
         check_free(self.path)  # so that it is known before a model is loaded
-        self._heart = Heartbeats()
-        self.turns = RoundRobin()
-        self.complaints = Complaints()
-        self._guests: set[ClientConnection] = (
-            set()
-        )  # strangers, who have not said who they are, included
+        self._service = Service(engine, hello_timeout, folder)
+        self._heartbeats = self._service.heartbeats
+        self._connections: set[ClientConnection] = set()  # strangers included
         self._strangers: dict[ClientConnection, None] = {}  # the oldest first
-        self._door: Acceptor | None = None
+        self._acceptor: Acceptor | None = None
         self._beating: asyncio.Task[None] | None = None
-        self._leaving = False
+        self._draining = False
         self._closing: asyncio.Task[None] | None = None
         self._entered_in: asyncio.AbstractEventLoop | None = None
 
     @property
     def clients(self) -> int:
-        """How many are connected."""
-        return sum(guest.served for guest in self._guests)
+        """The number of clients that are connected."""
+        return sum(connection.served for connection in self._connections)
 
     @property
     def pending(self) -> int:
         """Requests of clients that are not over."""
-        return self._heart.pending
+        return self._heartbeats.pending
 
     async def start(self) -> None:
         """Listen. A host is started once.
@@ -132,12 +123,12 @@ class EngineHost:
             RuntimeError: it has been started before.
         """
         self.engine.check_running()
-        if self._door is not None:
+        if self._acceptor is not None:
             raise RuntimeError("a host is started once: make a new one")
-        self._heart.engine = self.engine
-        self._door = Acceptor(await SocketFile.open(self.path), lambda: ClientConnection(self))
-        if self._leaving:  # meanwhile
-            self._door.close()
+        self._heartbeats.engine = self.engine
+        self._acceptor = Acceptor(await SocketFile.open(self.path), self._new_connection)
+        if self._draining:  # meanwhile
+            self._acceptor.close()
             raise EngineStopped(_ASKED_TO_END)
         self._beating = asyncio.create_task(self._beat_for_ever())
 
@@ -168,12 +159,12 @@ class EngineHost:
             InvalidRequest: ``timeout`` is not such a number.
         """
         checked_timeout(timeout)
-        if not self._leaving:
-            self._leaving = True
-            if self._door is not None:
-                self._door.close()
-            for guest in self._guests:
-                guest.put(Draining(_ASKED_TO_END))
+        if not self._draining:
+            self._draining = True
+            if self._acceptor is not None:
+                self._acceptor.close()
+            for connection in self._connections:
+                connection.put(Draining(_ASKED_TO_END))
         report = ShutdownReport()
         error: BaseException | None = None
         try:
@@ -203,36 +194,40 @@ class EngineHost:
         await clean_up(exc, self.stop, home)
 
     async def _close(self, report: ShutdownReport) -> None:
-        """The engine is stopped: say so to everybody."""
-        if self._door is not None:
-            await self._door.closed()
-        guests = list(self._guests)
-        for guest in guests:
-            if guest.session is None:
-                guest.say_last(Refused(_ASKED_TO_END))
+        """Tell everybody that the engine is stopped."""
+        if self._acceptor is not None:
+            await self._acceptor.closed()
+        connections = list(self._connections)
+        for connection in connections:
+            if connection.requests is None:
+                connection.say_last(Refused(_ASKED_TO_END))
             else:
-                await guest.session.over()
-                guest.say_last(Stopped(report))
-        if guests:  # those who do not listen are cut off within a second
-            await asyncio.wait({guest.gone for guest in guests})
+                await connection.requests.over()
+                connection.say_last(Stopped(report))
+        if connections:  # those who do not listen are cut off within a second
+            await asyncio.wait({connection.gone for connection in connections})
         if self._beating is not None:
             self._beating.cancel()
 
     async def _beat_for_ever(self) -> None:
         while True:
-            heartbeat = self.heartbeat()
-            for guest in self._guests:
-                guest.beat(heartbeat)
-            await asyncio.sleep(BEAT)
+            heartbeat = self._heartbeats.heartbeat()
+            for connection in self._connections:
+                connection.beat(heartbeat)
+            await asyncio.sleep(HEARTBEAT_INTERVAL)
 
-    # What guests tell
+    # What clients do
 
-    def arrived(self, guest: ClientConnection) -> str | None:
-        """Somebody has connected; a reason to refuse it."""
-        self._guests.add(guest)
-        if self._leaving:
+    def _new_connection(self) -> ClientConnection:
+        return ClientConnection(self._service, self._arrived, self._greeted)
+
+    def _arrived(self, connection: ClientConnection) -> str | None:
+        """Let somebody in who has connected; a reason to refuse it."""
+        self._connections.add(connection)
+        connection.gone.add_done_callback(lambda _: self._left(connection))
+        if self._draining:
             return _ASKED_TO_END
-        self._strangers[guest] = None
+        self._strangers[connection] = None
         waiting = [one for one in self._strangers if not one.over]
         if len(waiting) > _MAX_STRANGERS:
             waiting[0].evict(
@@ -245,28 +240,19 @@ class EngineHost:
             oldest.abort()
         return None
 
-    def greeted(self, guest: ClientConnection, session: ClientRequests) -> str | None:
-        """It has said who it is; a reason to refuse it."""
-        if self._leaving:
+    def _greeted(self, connection: ClientConnection, requests: ClientRequests) -> str | None:
+        """Take a client that has said who it is; a reason to refuse it."""
+        if self._draining:
             return _ASKED_TO_END
         if self.clients >= self._max_clients:
             return f"this host serves {self._max_clients} clients already, which is its limit"
-        self._strangers.pop(guest, None)
-        self._heart.sessions.add(session)
+        self._strangers.pop(connection, None)
+        self._heartbeats.clients.add(requests)
         return None
 
-    def heartbeat(self) -> Heartbeat:
-        """A sign of life."""
-        return self._heart.beat()
-
-    def request_over(self, guest: ClientConnection) -> None:
-        """A request of its is over: whoever asks for statistics should have them."""
-        self._heart.request_over()
-        guest.put_last(self.heartbeat)
-
-    def left(self, guest: ClientConnection) -> None:
-        """Its connection is closed, and its requests are over."""
-        self._guests.discard(guest)
-        self._strangers.pop(guest, None)
-        if guest.session is not None:
-            self._heart.sessions.discard(guest.session)
+    def _left(self, connection: ClientConnection) -> None:
+        """Forget a client whose connection is closed, and whose requests are over."""
+        self._connections.discard(connection)
+        self._strangers.pop(connection, None)
+        if connection.requests is not None:
+            self._heartbeats.clients.discard(connection.requests)

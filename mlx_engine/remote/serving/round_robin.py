@@ -1,20 +1,17 @@
-"""What the clients of a host have sent is worked off in slices, one client after another."""
+"""Round robin: what the clients of a host have sent is worked off in slices, one after another."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import Protocol
+from collections.abc import Callable
 
 _SLICE = 0.002  # seconds
 _REST = 0.001  # seconds between two slices at least
 
-
-class Worker(Protocol):
-    """Who has something to be worked off."""
-
-    def work(self, deadline: float) -> bool:
-        """Do some of it, until then by the loop's clock; whether there is more. Never raises."""
+# Does some of what there is to do, until a deadline by the loop's clock; whether there is more.
+# Never raises.
+Work = Callable[[float], bool]
 
 
 class RoundRobin:
@@ -26,13 +23,13 @@ class RoundRobin:
     """
 
     def __init__(self) -> None:
-        self._queue: dict[Worker, None] = {}
+        self._queue: dict[Work, None] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._free_at = 0.0  # by the loop's clock
 
-    def add(self, worker: Worker) -> None:
-        """It has something to be worked off: now, if nobody else has and the loop is rested."""
-        self._queue[worker] = None
+    def add(self, work: Work) -> None:
+        """Have a client's work done: now, if nobody else has any and the loop is rested."""
+        self._queue[work] = None
         if self._timer is None:
             loop = asyncio.get_running_loop()
             if self._free_at <= loop.time():
@@ -40,21 +37,21 @@ class RoundRobin:
             else:
                 self._timer = loop.call_at(self._free_at, self._slice)
 
-    def discard(self, worker: Worker) -> None:
-        """It has nothing any more."""
-        self._queue.pop(worker, None)
+    def discard(self, work: Work) -> None:
+        """Forget a client's work."""
+        self._queue.pop(work, None)
 
     def _slice(self) -> None:
         self._timer = None
         if not self._queue:
             return
         loop = asyncio.get_running_loop()
-        worker = next(iter(self._queue))
-        del self._queue[worker]
+        work = next(iter(self._queue))
+        del self._queue[work]
         began = time.thread_time()  # a processor that others have meanwhile is not used by it
         try:
-            if worker.work(loop.time() + _SLICE):
-                self._queue[worker] = None
+            if work(loop.time() + _SLICE):
+                self._queue[work] = None
         finally:  # whatever happens to one, the others go on
             used = time.thread_time() - began
             self._free_at = loop.time() + used

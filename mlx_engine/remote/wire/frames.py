@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 MAX_FRAME = 128 * 2**20  # bytes
-MAX_GUEST_FRAME = 8 * 2**20  # of a host's clients; a prompt of a million token ids takes 5 MB
+MAX_CLIENT_FRAME = 8 * 2**20  # of a host's clients; a prompt of a million token ids takes 5 MB
 
 _HEADER = 4
 
 
 class WireError(Exception):
-    """What came over the wire is not what this library says."""
+    """Bytes that are not what this library says came over the wire."""
 
 
 def framed(payload: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""The watchdog's rules: what an engine elsewhere tells of itself, and when it counts as stuck."""
+"""The watchdog's rules: when an engine elsewhere counts as stuck, by its heartbeats."""
 
 from __future__ import annotations
 
@@ -6,30 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlx_engine.checks import choice, number_or_none
+from mlx_engine.remote.wire.messages import Heartbeat, Phase
 
-Phase = Literal["start", "load", "idle", "prefill", "decode"]
-
-
-@dataclass(frozen=True, slots=True)
-class Beat:
-    """A heartbeat.
-
-    Attributes:
-        progress: counts steps: pieces of a load, prefill chunks, decode steps.
-        phase: what the engine is doing.
-        age: seconds since ``progress`` last grew, or since there was nothing to do.
-        pending: requests that it has.
-    """
-
-    progress: int = 0
-    phase: Phase = "start"
-    age: float = 0.0
-    pending: int = 0
+HEARTBEAT_INTERVAL = 0.25  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watchdog:
-    """When an engine in another process counts as stuck, and what happens then.
+    """The limits above which an engine in another process counts as stuck, and what happens then.
 
     Attributes:
         start: seconds without progress while the process starts and the model is loaded.
@@ -68,11 +52,11 @@ class Watchdog:
         return min(1.0, *(limit / 4 for limit in limits if limit is not None), 1.0)
 
 
-def judge(now: float, last_beat: float, beat: Beat, limits: Watchdog) -> str | None:
-    """Why the engine counts as stuck, in words; ``None`` if it does not. A pure function.
+def judge(now: float, last_beat: float, beat: Heartbeat, limits: Watchdog) -> str | None:
+    """The verdict on an engine that is stuck, in words; ``None`` if it is not. A pure function.
 
     Args:
-        now, last_beat: seconds on one clock; when the latest beat came, or the link was made.
+        now, last_beat: seconds on one clock; when the latest heartbeat came, or the link was made.
         beat: the latest one.
     """
     quiet = now - last_beat
@@ -91,8 +75,8 @@ def judge(now: float, last_beat: float, beat: Beat, limits: Watchdog) -> str | N
     return f"{what} for {_rounded(age)} s{_while_pending(beat.pending)} (Watchdog.{name}={limit:g})"
 
 
-def seconds_since_step(now: float, last_beat: float, beat: Beat) -> float:
-    """The age of the latest step at ``now``, when no newer beat has come."""
+def seconds_since_step(now: float, last_beat: float, beat: Heartbeat) -> float:
+    """The age of the latest step at ``now``, when no newer heartbeat has come."""
     return beat.age + (now - last_beat)
 
 

@@ -16,15 +16,17 @@ from dataclasses import dataclass
 
 import msgspec
 
-from mlx_engine.errors import ContextLengthExceeded, InvalidRequest, MLXEngineError, drop_frames
+from mlx_engine.errors import ContextLengthExceeded, InvalidRequest, MLXEngineError
 from mlx_engine.remote.wire.frames import WireError
 from mlx_engine.remote.wire.messages import (
+    ErrorReply,
     Generate,
     ToServer,
     decode_from_client,
     message_from_client,
     parts_of,
 )
+from mlx_engine.remote.wire.values import error_to_wire
 from mlx_engine.requests import TokenIds
 
 MAX_VALUES = 131_072  # in a request beside token ids; a list or a map counts as four
@@ -41,28 +43,21 @@ _GENERATE = b"\xa8generate"
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """A request that was not decoded, and what its client is told."""
-
-    number: int
-    error: MLXEngineError
-
-
-@dataclass(frozen=True, slots=True)
 class Step:
-    """What came of a step.
+    """The outcome of a step.
 
     Attributes:
-        message: what the client says, if that is known by now.
+        message: what the client says, if that is known by now, or the answer to a request that
+            is refused without being decoded.
         size: its bytes, if they are worth being counted.
     """
 
-    message: ToServer | Refusal | None = None
+    message: ToServer | ErrorReply | None = None
     size: int = 0
 
 
 def messages_in(frame: bytes, context_length: int | None) -> Iterator[Step]:
-    """What a client says in a frame, in steps of which each takes some milliseconds at most.
+    """The messages in a frame of a client's, in steps of some milliseconds at most.
 
     Args:
         context_length: tokens that a prompt can have at most, if there is a limit.
@@ -97,6 +92,7 @@ def _large(raw: memoryview, context_length: int | None) -> Iterator[Step]:
     yield Step()
     number = _number(parts[1])
     tokens: TokenIds | None = None
+    refusal: ErrorReply | None = None
     try:
         if len(parts[_PROMPT]) > _SMALL and (head := _list_head(parts[_PROMPT])) is not None:
             _check_fits(head[0], context_length)
@@ -108,8 +104,9 @@ def _large(raw: memoryview, context_length: int | None) -> Iterator[Step]:
         for _ in _counted(parts):
             yield Step()
     except MLXEngineError as error:
-        drop_frames(error)  # they hold the message
-        yield Step(Refusal(number, error))
+        refusal = error_to_wire(number, error)  # and not the error, whose frames hold the message
+    if refusal is not None:
+        yield Step(refusal)
         return
     message = message_from_client(memoryview(b"".join([raw[:1], *parts])))
     yield Step()
@@ -205,7 +202,7 @@ def _length(part: memoryview, place: int) -> int:
 
 
 def _list_head(part: memoryview) -> tuple[int, int] | None:
-    """How many entries a list has that is not short, and where they begin."""
+    """The number of entries of a list that is not short, and where they begin."""
     match part[0]:
         case 0xDC:
             return int.from_bytes(part[1:3], "big"), 3

@@ -1,4 +1,4 @@
-"""What is said between an engine and those who use it from elsewhere.
+"""Messages between an engine and those who use it from elsewhere.
 
 A frame is a list of messages in msgpack, each with its kind in front; nothing in one is ever
 unpickled. The first message of a client is ``Hello``, in every version.
@@ -19,7 +19,6 @@ from mlx_engine.outputs import (
     TokenLogprob,
 )
 from mlx_engine.remote.wire.frames import WireError
-from mlx_engine.remote.wire.heartbeat import Phase
 from mlx_engine.remote.wire.json_values import extension_from_wire
 
 T = TypeVar("T")
@@ -27,9 +26,11 @@ T = TypeVar("T")
 VERSION = 3
 MAGIC = "mlx_engine"
 
+Phase = Literal["start", "load", "idle", "prefill", "decode"]
+
 
 class _Message(msgspec.Struct, array_like=True, tag=str.lower):
-    """A message is an array: its kind, and then its fields."""
+    """A message, as an array: its kind, and then its fields."""
 
 
 class Hello(_Message):
@@ -40,20 +41,20 @@ class Hello(_Message):
 
 
 class Configure(_Message):
-    """Which engine to make; only the parent of an engine's process says that.
+    """The engine to make; only the parent of an engine's process says that.
 
     Attributes:
         kind: ``simple`` or ``batched``.
         options: keyword arguments of the engine, as ``options.to_wire`` makes them.
         sys_path: where functions that are given by name may be found.
-        beat: seconds between two heartbeats.
+        heartbeat_interval: seconds.
     """
 
     kind: str
     model: str
     options: dict[str, Any]
     sys_path: list[str]
-    beat: float
+    heartbeat_interval: float
 
 
 class Generate(_Message):
@@ -82,13 +83,13 @@ class Generate(_Message):
 
 
 class Cancel(_Message):
-    """Stop a request; it is answered by ``Done`` or ``ErrorReply`` once it is out of MLX."""
+    """An order to stop a request; ``Done`` or ``ErrorReply`` follows once it is out of MLX."""
 
     number: int
 
 
 class CacheFile(_Message):
-    """Save or load the prompt cache."""
+    """An order to save or load the prompt cache."""
 
     number: int
     action: Literal["save", "load"]
@@ -96,7 +97,7 @@ class CacheFile(_Message):
 
 
 class Shutdown(_Message):
-    """Drain for so many seconds, abort the rest, and end."""
+    """An order to drain for so many seconds, abort the rest, and end."""
 
     remaining: float | None
 
@@ -111,7 +112,7 @@ class Welcome(_Message):
 
 
 class Refused(_Message):
-    """The connection will be closed, and why."""
+    """The reason for which the connection will be closed."""
 
     reason: str
 
@@ -172,23 +173,31 @@ class ErrorReply(_Message):
 
 
 class Heartbeat(_Message):
-    """A sign of life; see ``Beat``."""
+    """A sign of life.
 
-    progress: int
-    phase: Phase
-    age: float
-    pending: int
-    stats: EngineStats | None
+    Attributes:
+        progress: counts steps: pieces of a load, prefill chunks, decode steps.
+        phase: what the engine is doing.
+        age: seconds since ``progress`` last grew, or since there was nothing to do.
+        pending: requests that it has.
+        stats: its counters, once it runs.
+    """
+
+    progress: int = 0
+    phase: Phase = "start"
+    age: float = 0.0
+    pending: int = 0
+    stats: EngineStats | None = None
 
 
 class Draining(_Message):
-    """It was asked by somebody else to end, and drains."""
+    """The engine was asked by somebody else to end, and drains."""
 
     reason: str
 
 
 class Stopped(_Message):
-    """It has drained, and ends."""
+    """The engine has drained, and ends."""
 
     report: ShutdownReport
 
@@ -218,7 +227,7 @@ def encode(messages: list[Any]) -> bytes:
 
 
 def encode_strictly(messages: list[Any]) -> bytes:
-    """Like ``encode``, but values that msgpack has no form for are refused.
+    """The payload of a frame; values that msgpack has no form for are refused.
 
     Raises:
         TypeError, ValueError, OverflowError: there is one.
@@ -236,7 +245,7 @@ def decode_from_client(payload: bytes) -> list[ToServer]:
 
 
 def message_from_client(payload: bytes | memoryview) -> ToServer:
-    """One message of a client's, without a list around it.
+    """The message of a client's that has no list around it.
 
     Raises:
         WireError: it is not what a client says.

@@ -24,9 +24,9 @@ _CONFIGS = {kind.__name__: kind for kind in (DraftModel, MTP, SpecPrefill, Reque
 _UNWRITABLE = (TypeError, ValueError, OverflowError, RecursionError)
 
 
-def ask_to_wire(
+def request_to_wire(
     number: int,
-    ask: GenerationRequest,
+    request: GenerationRequest,
     *,
     name: str,
     stream: bool,
@@ -41,20 +41,20 @@ def ask_to_wire(
     Raises:
         InvalidRequest: it has something in it that cannot go to another process.
     """
-    source = ask.source
+    source = request.source
     if isinstance(source, ChatPrompt):
         prompt, chat = None, tuple(map(_part, _PARTS, _parts(source)))
     else:
         prompt, chat = source.prompt, None
-    prefill = ask.prefill
+    prefill = request.prefill
     message = Generate(
         number=number,
         prompt=prompt,
         chat=chat,
-        params=_changed(ask.params),
-        priority=ask.priority,
+        params=_changed(request.params),
+        priority=request.priority,
         prefill=_fields(prefill) if isinstance(prefill, SpecPrefill) else prefill,
-        decode=ask.decode,
+        decode=request.decode,
         stream=stream,
         progress=progress,
         name=name,
@@ -62,7 +62,7 @@ def ask_to_wire(
     try:
         payload = encode_strictly([message])
     except _UNWRITABLE:
-        for part, value in (*message.params.items(), ("priority", ask.priority)):
+        for part, value in (*message.params.items(), ("priority", request.priority)):
             _encoded(part, value)  # it may be this that cannot be written
         for part, value in zip(_PARTS, chat or (), strict=False):
             _encoded(part, value)
@@ -121,7 +121,9 @@ def check_processors(params: SamplingParams) -> None:
             )
 
 
-def ask_from_wire(message: Generate, *, trusted: bool, limits: RequestLimits) -> GenerationRequest:
+def request_from_wire(
+    message: Generate, *, trusted: bool, limits: RequestLimits
+) -> GenerationRequest:
     """The request that a client has sent.
 
     Args:
@@ -172,7 +174,7 @@ def result_to_wire(number: int, result: GenerationResult) -> Done:
 
 
 def result_from_wire(done: Done) -> GenerationResult:
-    """The other way round."""
+    """A result, as it was before ``result_to_wire``."""
     if not done.arguments:
         return done.result
     calls = tuple(
@@ -183,14 +185,14 @@ def result_from_wire(done: Done) -> GenerationResult:
 
 
 def option_from_wire(name: str, value: Any) -> Any:
-    """The other way round."""
+    """An option of an engine, as it was before ``option_to_wire``."""
     if isinstance(value, list) and len(value) == 2 and value[0] in _CONFIGS:
         return _made(_CONFIGS[value[0]], name, value[1])
     return value
 
 
 def error_to_wire(number: int, error: BaseException) -> ErrorReply:
-    """How a request failed; what is not one of our errors becomes a ``GenerationError``."""
+    """The error of a request; what is not one of ours becomes a ``GenerationError``."""
     cause = error.__cause__
     if not isinstance(error, MLXEngineError):
         cause, error = error, GenerationError(f"the request failed: {describe(error)}")

@@ -9,15 +9,16 @@ import pytest
 from mlx_engine import EngineState, InvalidRequest
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.health import health_of
-from mlx_engine.remote.wire.heartbeat import Beat, Phase, Watchdog, judge
+from mlx_engine.remote.wire.heartbeat import Watchdog, judge
+from mlx_engine.remote.wire.messages import Heartbeat, Phase
 
 LIMITS = Watchdog(start=600.0, prefill=500.0, decode=300.0, silence=60.0)
 NO_SILENCE = Watchdog(start=600.0, prefill=500.0, decode=300.0, silence=None)
 NONE = Watchdog(start=None, prefill=None, decode=None, silence=None)
 
 
-def beat(phase: Phase, age: float, pending: int = 0) -> Beat:
-    return Beat(progress=7, phase=phase, age=age, pending=pending)
+def beat(phase: Phase, age: float, pending: int = 0) -> Heartbeat:
+    return Heartbeat(progress=7, phase=phase, age=age, pending=pending)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,9 @@ def beat(phase: Phase, age: float, pending: int = 0) -> Beat:
         *((9e9, beat(phase, 9e9, 5), NONE, None) for phase in ("prefill", "decode")),
     ],
 )
-def test_the_verdict(quiet: float, latest: Beat, limits: Watchdog, verdict: str | None) -> None:
+def test_the_verdict(
+    quiet: float, latest: Heartbeat, limits: Watchdog, verdict: str | None
+) -> None:
     said = judge(1000.0 + quiet, 1000.0, latest, limits)
     if verdict is None:
         assert said is None
@@ -100,12 +103,12 @@ def test_limits_that_cannot_be(option: str, value: Any) -> None:
         (EngineState.RUNNING, beat("decode", 301.0, 1), "no decode step"),
         (EngineState.STARTING, beat("load", 1.0), "still starting"),
         (EngineState.STARTING, beat("load", 601.0), "loading the model for 602 s"),
-        (EngineState.CREATED, Beat(), "not been started"),
-        (EngineState.STOPPED, Beat(), "been stopped"),
-        (EngineState.FAILED, Beat(), "failed"),
+        (EngineState.CREATED, Heartbeat(), "not been started"),
+        (EngineState.STOPPED, Heartbeat(), "been stopped"),
+        (EngineState.FAILED, Heartbeat(), "failed"),
     ],
 )
-def test_health_is_that_work_goes_on(state: EngineState, latest: Beat, reason: str) -> None:
+def test_health_is_that_work_goes_on(state: EngineState, latest: Heartbeat, reason: str) -> None:
     health = health_of(state, 5.0, 4.0, latest, Watchdog(silence=None))
     assert health.healthy is not bool(reason)
     assert reason in health.reason

@@ -1,4 +1,4 @@
-"""A guest of a host names no files of the host's user."""
+"""A client of a host names no files of the host's user."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def engine_type() -> type[BatchedEngine]:
     return BatchedEngine
 
 
-async def test_a_guest_replaces_and_reads_no_file_of_the_hosts_user(
+async def test_a_client_replaces_and_reads_no_file_of_the_hosts_user(
     host: EngineHost, remote: RemoteEngine, tmp_path: Path
 ) -> None:
     victim = tmp_path / ".zshrc"
@@ -59,7 +59,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("action", ["save", "load"])
-async def test_with_a_folder_a_guest_gives_plain_names_of_files_in_it(
+async def test_with_a_folder_a_client_gives_plain_names_of_files_in_it(
     engine: BaseEngine, tmp_path: Path, action: str
 ) -> None:
     folder = tmp_path / "folder"

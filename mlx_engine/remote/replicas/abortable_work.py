@@ -1,4 +1,4 @@
-"""Something in flight in a manager: its caller may cancel it, and a shutdown may abort it."""
+"""Work in flight in a manager: its caller may cancel it, and a shutdown may abort it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, TypeVar
 
-from mlx_engine.core import in_flight
 from mlx_engine.core.drain import wait_shielded
 from mlx_engine.core.event_loop import running_loop
+from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.lifecycle import Lifecycle
 from mlx_engine.core.wakeup import wake
 from mlx_engine.errors import MLXEngineError
@@ -19,18 +19,18 @@ from mlx_engine.remote.replicas.tasks import cancel, look_at
 T = TypeVar("T")
 
 
-class InFlight:
-    """A ticket, as a context manager, and the work that its holder waits for.
+class AbortableWork:
+    """An entry in flight, as a context manager, and the work that its holder waits for.
 
     Cancelled, the holder waits until its work is over, as everywhere. An abort does not wait:
     the work is cancelled, and is left to whoever stops what it runs on. So a replica that is
     stuck holds up no shutdown.
 
     Args:
-        request_id: the name of the ticket.
+        request_id: its name.
         lifecycle: what it is in flight in.
         leftovers: gets the tasks that an abort has left; they leave it when they are over.
-        reported: whether a shutdown reports on it; see ``core.in_flight``.
+        reported: whether a shutdown reports on it; see ``InFlight``.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class InFlight:
         *,
         reported: bool = True,
     ) -> None:
-        self._ticket = in_flight.InFlight(request_id, loop=running_loop(), reported=reported)
+        self._entry = InFlight(request_id, loop=running_loop(), reported=reported)
         self._lifecycle = lifecycle
         self._leftovers = leftovers
         self._lock = threading.Lock()
@@ -49,9 +49,9 @@ class InFlight:
         self._work_over: asyncio.Future[None] | None = None
         self._ended = False
 
-    def __enter__(self) -> InFlight:
-        self._ticket.abort = self._abort
-        self._lifecycle.admit(self._ticket)
+    def __enter__(self) -> AbortableWork:
+        self._entry.abort = self._abort
+        self._lifecycle.admit(self._entry)
         return self
 
     def __exit__(
@@ -62,18 +62,18 @@ class InFlight:
     ) -> None:
         with self._lock:
             self._ended = True
-        self._lifecycle.in_flight.remove(self._ticket)
+        self._lifecycle.in_flight.remove(self._entry)
         if exc_type is None and self._error is not None:  # it is reported as aborted, so it is
             raise self._error
 
     @property
     def aborted(self) -> bool:
-        """Whether a shutdown has ended it. From any thread."""
+        """True if a shutdown has ended it. From any thread."""
         return self._error is not None
 
     @property
     def over(self) -> bool:
-        """Whether nobody waits for it any more. From any thread."""
+        """True if nobody waits for it any more. From any thread."""
         return self._ended or self.aborted
 
     async def do(self, work: Coroutine[Any, Any, T]) -> T:
@@ -86,7 +86,7 @@ class InFlight:
             BaseException: whatever the work raises.
         """
         loop = running_loop()
-        task = loop.create_task(work, name=f"{self._ticket.request_id} work")
+        task = loop.create_task(work, name=f"{self._entry.request_id} work")
         over: asyncio.Future[None] = loop.create_future()
         task.add_done_callback(lambda _: wake(over))
         with self._lock:
@@ -109,7 +109,7 @@ class InFlight:
         return task.result()
 
     def _abort(self, error: MLXEngineError) -> bool:
-        """From any thread; never waits."""
+        """End it with ``error``, unless it has. From any thread; never waits."""
         with self._lock:
             if self._ended:
                 return False
