@@ -188,7 +188,7 @@ async def prefill_pieces(length: int, engine: BaseEngine) -> tuple[Work, list[fl
         times.append(time.perf_counter())
 
     await engine.generate(tokens, max_tokens=1, on_progress=on_progress)
-    pieces = gaps(times)[: (length - 1) // engine.config.prefill_step_size]
+    pieces = gaps(times)[: (length - 1) // engine._config.model.prefill_step_size]
     return Work(tokens, False, sum(pieces)), pieces
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -13,6 +14,7 @@ from mlx_engine.core.drain import clean_up, finish
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.forks import NO_FORK, tell_after_fork
 from mlx_engine.core.in_flight import InFlight, InFlightRegistry
+from mlx_engine.core.log import LOG
 from mlx_engine.errors import EngineDead, EngineNotStarted, EngineStopped
 from mlx_engine.outputs import EngineState, ShutdownReport
 
@@ -33,11 +35,14 @@ class Lifecycle:
     """The state of one engine. Every method may be called from any thread.
 
     Attributes:
+        name: of the engine, for the log.
         in_flight: what is in flight in it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "engine") -> None:
+        self.name = name
         self.in_flight = InFlightRegistry()
+        self._began = 0.0  # to start, by time.monotonic
         self._state = EngineState.CREATED
         self._draining: list[InFlight] = []
         self._starter: InFlight | None = None
@@ -94,8 +99,11 @@ class Lifecycle:
         """
         with self._lock:
             self._failure = partial(EngineDead, failure) if isinstance(failure, str) else failure
-            if self._state is EngineState.RUNNING:
+            failed = self._state is EngineState.RUNNING
+            if failed:
                 self.move(EngineState.FAILED)
+        if failed and LOG.isEnabledFor(logging.INFO):
+            LOG.info("%s has failed: %s", self.name, self._failure())
 
     async def failed(self) -> Exception:
         """Wait until it is FAILED; gives the error that tells why."""
@@ -155,7 +163,7 @@ class Lifecycle:
                     raise EngineNotStarted("the start that another task had begun did not succeed")
                 elif self._state in (EngineState.CREATED, EngineState.STOPPED):
                     self.move(EngineState.STARTING)
-                    self._starter = entry
+                    self._starter, self._began = entry, time.monotonic()
                     self.in_flight.add(entry)
                     return True
                 else:
@@ -170,10 +178,11 @@ class Lifecycle:
     def start_succeeded(self, entry: InFlight) -> bool:
         """Be RUNNING; ``False`` if a shutdown, or another start, has begun meanwhile."""
         with self._lock:
-            if self._state is EngineState.STARTING and self.is_starter(entry):
-                self.move(EngineState.RUNNING)
-                return True
-            return False
+            if self._state is not EngineState.STARTING or not self.is_starter(entry):
+                return False
+            self.move(EngineState.RUNNING)
+        LOG.info("%s has started, in %.1f s", self.name, time.monotonic() - self._began)
+        return True
 
     def start_failed(self, entry: InFlight) -> None:
         """Leave STARTING without success; what has begun meanwhile goes on."""
@@ -248,6 +257,8 @@ class Lifecycle:
             )
             self._draining = []
             self.move(EngineState.STOPPED)
+            ended = len(self._report.finished), len(self._report.aborted)
+        LOG.info("%s has stopped; of its requests %d finished, %d aborted", self.name, *ended)
 
     def _abort_all(self) -> None:
         """Abort what was in flight when the draining began; the release is not."""

@@ -18,6 +18,7 @@ from mlx_engine.checks import checked_path, shown
 from mlx_engine.config import QueueConfig
 from mlx_engine.core.drain import clean_up
 from mlx_engine.core.event_loop import running_loop
+from mlx_engine.core.log import logged
 from mlx_engine.core.stream import GenerationStream, Producer
 from mlx_engine.engine.interface import Engine
 from mlx_engine.engine.many import at_once, in_order, made_once, params_for_each
@@ -113,7 +114,8 @@ class BaseEngine(Engine, abc.ABC):
         ask = GenerationRequest(
             source, self._limits.params(params, options), priority, prefill, decode
         )
-        return await self.submit(ask, checked_callback(on_progress)).run(None)
+        producer = self.submit(ask, checked_callback(on_progress))
+        return await logged(producer.request_id, producer.run(None))
 
     def stream_generate(
         self,
@@ -150,7 +152,8 @@ class BaseEngine(Engine, abc.ABC):
         ask = GenerationRequest(
             source, self._limits.params(params, options), priority, prefill, decode
         )
-        return await self.submit(ask, checked_callback(on_progress)).run(None)
+        producer = self.submit(ask, checked_callback(on_progress))
+        return await logged(producer.request_id, producer.run(None))
 
     def stream_chat(
         self,

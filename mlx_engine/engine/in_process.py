@@ -61,9 +61,13 @@ class InProcessEngine(BaseEngine):
     No MLX here: what kind of model it is, and how it is loaded, is its heirs' affair.
     """
 
-    def __init__(self, holder: Holder, limits: QueueConfig) -> None:
-        """Make an engine that is to load a model into ``holder`` when it starts."""
-        self._lifecycle = Lifecycle()
+    def __init__(self, holder: Holder, limits: QueueConfig, model: str) -> None:
+        """Make an engine that is to load a model into ``holder`` when it starts.
+
+        Args:
+            model: its name, for the log.
+        """
+        self._lifecycle = Lifecycle(f"{type(self).__name__} of {model!r}")
         self._holder = holder
         self._queue = limits
         self._scheduler: Scheduler[Any] = self._new_scheduler()

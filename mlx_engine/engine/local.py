@@ -29,11 +29,10 @@ class LocalEngine(InProcessEngine):
     _takes_priority = False
 
     def __init__(self, config: EngineConfig, on_progress: ProgressCallback | None) -> None:
-        self.config = config.model
-        self.strategies = config.strategies
+        self._config = config
         self._limits = config.limits
         self._on_progress = checked_callback(on_progress)
-        super().__init__(self._new_holder(), config.queue)
+        super().__init__(self._new_holder(), config.queue, config.model.model)
 
     @abc.abstractmethod
     def _new_holder(self) -> ModelHolder:
@@ -42,17 +41,16 @@ class LocalEngine(InProcessEngine):
     async def _load_model(self, stop: threading.Event, should_stop: Callable[[], bool]) -> None:
         if not mlx_is_imported():  # that takes seconds, in which this event loop goes on
             await self._run_blocking_serialized(import_mlx, on_cancel=stop.set)
+        model, strategies = self._config.model, self._config.strategies
         progress = in_this_loop(self._on_progress)
-        find = functools.partial(
-            self._holder.find, self.config, self.strategies, progress, should_stop
-        )
+        find = functools.partial(self._holder.find, model, strategies, progress, should_stop)
         sources = await off_loop(find, stop)
         if stop.is_set():
             raise Interrupted
         await self._run_blocking_serialized(
             self._holder.load,
-            self.config,
-            self.strategies,
+            model,
+            strategies,
             sources,
             progress,
             should_stop,
@@ -72,7 +70,7 @@ class LocalEngine(InProcessEngine):
     def _check_strategies(
         self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
-        self.strategies.of_request(prefill, decode)
+        self._config.strategies.of_request(prefill, decode)
 
     def submit(
         self,
@@ -86,5 +84,5 @@ class LocalEngine(InProcessEngine):
             request_id or self._lifecycle.new_id(),
             on_progress,
             self._scheduler.serve,
-            self.strategies.of_request(request.prefill, request.decode),
+            self._config.strategies.of_request(request.prefill, request.decode),
         )

@@ -50,7 +50,7 @@ class Client:
 
     def __init__(self, name: str, watchdog: Watchdog | None, frame_limit: int) -> None:
         self.frame_limit = frame_limit
-        self.lifecycle = Lifecycle()
+        self.lifecycle = Lifecycle(name)
         self.connection: Connection | None = None
         self._name = name
         self._watchdog = watchdog

@@ -157,7 +157,7 @@ class EngineManager(BaseEngine):
         self._prototype = factory("prototype")
         self._limits, self._queue = self._prototype._limits, self._prototype._queue
         self._takes_priority = self._prototype._takes_priority
-        self._lifecycle = Lifecycle()
+        self._lifecycle = Lifecycle(f"{type(self).__name__} of {replicas} replicas")
         self._replicas = ReplicaSet(WaitingRoom(limits))
         self._supervisor = Supervisor(self._replicas, factory, restart, self._lifecycle.fail)
         self._loop: asyncio.AbstractEventLoop | None = None
