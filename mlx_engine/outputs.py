@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -252,12 +253,23 @@ class PromptCacheStats:
     last_lookup: PromptCacheLookup | None = None
 
 
+class EngineState(enum.StrEnum):
+    """Where an engine is in its life; each is equal to its string."""
+
+    CREATED = "created"  # made, or its start failed: nothing is loaded
+    STARTING = "starting"  # the model is being loaded
+    RUNNING = "running"  # requests are taken
+    DRAINING = "draining"  # what is in flight may finish, new requests are refused
+    STOPPED = "stopped"  # nothing is in flight and the model is gone; may be started again
+    FAILED = "failed"  # it cannot serve any more; shut it down
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot of an engine; cheap, and from any thread.
 
     Attributes:
-        state: the engine's state, by its value.
+        state: where the engine is in its life.
         running: requests in work now (0 or 1 in ``SimpleEngine``).
         waiting: requests in the queue.
         finished: requests that came to their own end.
@@ -276,7 +288,7 @@ class EngineStats:
         prompt_cache: of the prompt cache.
     """
 
-    state: str
+    state: EngineState
     running: int
     waiting: int
     finished: int

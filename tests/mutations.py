@@ -69,7 +69,7 @@ MUTATIONS = (
     ),
     Mutation(
         "streams are not cleared when the MLX thread ends",
-        "engine/model_holder.py",
+        "engine/mlx_work.py",
         "    mx.clear_streams()\n",
         "",
         ("tests/engine/test_exit.py",),

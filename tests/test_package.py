@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import pickle
 
 import pytest
 
 import mlx_engine
-from mlx_engine import errors
+from mlx_engine import EngineState, errors
 from tests.conftest import ROOT
 from tests.mutations import MUTATIONS, Mutation
 
@@ -69,3 +70,10 @@ def test_errors_travel_between_processes(error: errors.MLXEngineError) -> None:
 def test_what_is_broken_to_try_the_tests_is_still_there(mutation: Mutation) -> None:
     source = (ROOT / "mlx_engine" / mutation.file).read_text("utf-8")
     assert source.count(mutation.old) == 1
+
+
+def test_a_state_is_its_string_and_statistics_have_the_state() -> None:
+    assert [state == state.value == str(state) for state in EngineState] == [True] * 6
+    engine = mlx_engine.SimpleEngine("demo")
+    assert engine.stats().state is engine.state is EngineState.CREATED
+    assert json.dumps({"state": engine.state}) == '{"state": "created"}'

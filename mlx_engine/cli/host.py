@@ -16,12 +16,11 @@ from typing import Any
 from mlx_engine.cli.leaving import EXIT_INTERRUPTED
 from mlx_engine.cli.options import engine_options
 from mlx_engine.cli.output import ProgressBar, say
-from mlx_engine.core.lifecycle import EngineState
 from mlx_engine.engine.batched import BatchedEngine
 from mlx_engine.engine.local import LocalEngine
 from mlx_engine.engine.simple import SimpleEngine
 from mlx_engine.errors import MLXEngineError
-from mlx_engine.outputs import ShutdownReport
+from mlx_engine.outputs import EngineState, ShutdownReport
 from mlx_engine.remote.serving.host import EngineHost
 from mlx_engine.remote.signals import SignalHandlers, install_signal_handlers
 

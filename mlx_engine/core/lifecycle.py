@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -15,19 +14,7 @@ from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.forks import NO_FORK, tell_after_fork
 from mlx_engine.core.in_flight import InFlight, InFlightRegistry
 from mlx_engine.errors import EngineDead, EngineNotStarted, EngineStopped
-from mlx_engine.outputs import ShutdownReport
-
-
-class EngineState(enum.Enum):
-    """Where an engine is in its life."""
-
-    CREATED = "created"  # made, or its start failed: nothing is loaded
-    STARTING = "starting"  # the model is being loaded
-    RUNNING = "running"  # requests are taken
-    DRAINING = "draining"  # what is in flight may finish, new requests are refused
-    STOPPED = "stopped"  # nothing is in flight and the model is gone; may be started again
-    FAILED = "failed"  # it cannot serve any more; shut it down
-
+from mlx_engine.outputs import EngineState, ShutdownReport
 
 _S = EngineState
 _TRANSITIONS: dict[EngineState, frozenset[EngineState]] = {
@@ -95,7 +82,7 @@ class Lifecycle:
         """
         with self._lock:
             if to not in _TRANSITIONS[self._state]:
-                raise RuntimeError(f"an engine cannot go from {self._state.value} to {to.value}")
+                raise RuntimeError(f"an engine cannot go from {self._state} to {to}")
             self._state = to
             self.in_flight.changed.notify()
 
@@ -132,7 +119,7 @@ class Lifecycle:
             case EngineState.STARTING:
                 raise EngineNotStarted("the engine is still loading its model: await start()")
             case EngineState.DRAINING | EngineState.STOPPED:
-                raise EngineStopped(f"the engine is {self._state.value}: no new requests")
+                raise EngineStopped(f"the engine is {self._state}: no new requests")
             case EngineState.FAILED:
                 raise self._failure()
             case EngineState.RUNNING:

@@ -16,13 +16,13 @@ from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.drain import clean_up, finish, is_destroyed
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.in_flight import InFlight
-from mlx_engine.core.lifecycle import EngineState, Lifecycle
+from mlx_engine.core.lifecycle import Lifecycle
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.scheduler import Scheduler
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
-from mlx_engine.outputs import EngineStats, PromptCacheStats, ShutdownReport
+from mlx_engine.outputs import EngineState, EngineStats, PromptCacheStats, ShutdownReport
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ class InProcessEngine(BaseEngine):
     def stats(self) -> EngineStats:
         counters = self._holder.counters
         return EngineStats(
-            state=self.state.value,
+            state=self.state,
             **self._scheduler.admission.counts(),
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,

@@ -2,7 +2,8 @@
 
 Its files:
 
-    request.py           one request at work: its prompt, its tokens so far, how it ends
+    request.py           one request at work: its prompt, its tokens, how it ends; no MLX
+    prepare.py           a request made ready: its prompt in tokens, its options looked at
     sequence.py          a request in its KV cache
     runner.py            the model, and what its sequences share: start, prefill_step, store
     single.py            one request by itself: prompt cache -> prefill -> decode
@@ -27,5 +28,3 @@ Its files:
     text.py              tokens -> text: characters, stop strings, segments, tool calls
     string_search.py     the first of several strings in a text that comes in parts
 """
-
-import mlx_engine.models  # noqa: F401 - imports mlx_lm in the one way that does no harm

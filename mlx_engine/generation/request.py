@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-
-import mlx.core as mx
+from typing import TYPE_CHECKING
 
 from mlx_engine.core.request import ActiveRequest, Serve
-from mlx_engine.core.stop import checkpoint, stoppable
 from mlx_engine.core.stream import emit_pieces
-from mlx_engine.core.work import call_in
-from mlx_engine.errors import (
-    GenerationError,
-    MLXEngineError,
-)
-from mlx_engine.generation.prompt import encode
-from mlx_engine.generation.sampling import (
-    Sampling,
-    check_sampling,
-    make_sampling,
-    token_logprob,
-)
-from mlx_engine.generation.text import Piece, TextAssembler
-from mlx_engine.models.vocabulary import Vocabulary
+from mlx_engine.errors import GenerationError, MLXEngineError
 from mlx_engine.outputs import (
     FinishReason,
     GenerationResult,
@@ -33,8 +17,14 @@ from mlx_engine.outputs import (
     TokenLogprob,
     Usage,
 )
-from mlx_engine.requests import ChatPrompt, GenerationRequest
+from mlx_engine.requests import GenerationRequest
 from mlx_engine.strategies import Strategies
+
+if TYPE_CHECKING:  # a request may be made before MLX is there: when its engine has not started
+    import mlx.core as mx
+
+    from mlx_engine.generation.sampling import Sampling
+    from mlx_engine.generation.text import Piece, TextAssembler
 
 
 class Request(ActiveRequest):
@@ -74,35 +64,17 @@ class Request(ActiveRequest):
         """Whether it asks for as many tokens as fit."""
         return self._params.max_tokens is None
 
-    def prepare(self, vocabulary: Vocabulary) -> None:
-        """Make the prompt into tokens, and check the options. On any thread, without MLX.
+    def prepared(
+        self, text: TextAssembler, make_sampling: Callable[[], Sampling], ends: frozenset[int]
+    ) -> None:
+        """Note what its work needs.
 
-        Raises:
-            InvalidRequest: the prompt or an option does not suit this model.
-            Interrupted: it was cancelled.
-            Exception: whatever a tokenizer or chat template raises.
+        Args:
+            text: takes its tokens.
+            make_sampling: gives what chooses them; called on the MLX thread.
+            ends: token ids that end the answer.
         """
-        with stoppable(lambda: self.should_stop):
-            checkpoint()
-            encoded = encode(self._source, vocabulary)
-        self.prompt, self.places = encoded.tokens, encoded.places
-        self._notes += encoded.notes
-        self._fit(vocabulary.context_length)
-        check_sampling(self._params, vocabulary.vocab_size)
-        self._make_sampling = functools.partial(
-            make_sampling,
-            self._params,
-            vocab_size=vocabulary.vocab_size,
-            xtc_special_tokens=(*vocabulary.newline_tokens, *sorted(vocabulary.eos)),
-        )
-        self._text = TextAssembler(
-            vocabulary.tokenizer,
-            stop=tuple(self._params.stop),
-            initial_state=encoded.initial_state,
-            tools=self._source.tools if isinstance(self._source, ChatPrompt) else None,
-        )
-        stops = frozenset(self._params.stop_token_ids)
-        self._ends = stops if self._params.ignore_eos else vocabulary.eos | stops
+        self._text, self._make_sampling, self._ends = text, make_sampling, ends
 
     def begin(self) -> bool:
         """Begin on the MLX thread, with a sampler; ``False`` if it was cancelled.
@@ -145,7 +117,8 @@ class Request(ActiveRequest):
         self._timer.last_token = now
         self._tokens.append(token)
         if self._params.logprobs is not None and logprobs is not None:
-            self._logprobs.append(token_logprob(token, logprobs, self._params.logprobs))
+            assert self.sampling is not None
+            self._logprobs.append(self.sampling.logprob(token, logprobs, self._params.logprobs))
         pieces = [] if token in self._ends else text.add(token)
         reason: FinishReason | None = None
         if token in self._ends or text.stopped:
@@ -171,18 +144,7 @@ class Request(ActiveRequest):
             Exception: whatever a processor raises.
         """
         assert self.sampling is not None
-        processed = logits
-        for processor in self.sampling.processors:
-            if self.context is None:
-                processed = processor(tokens, processed)
-            else:
-                processed = call_in(self.context, processor, tokens, processed)
-        if not isinstance(processed, mx.array) or processed.shape != logits.shape:
-            got = getattr(processed, "shape", type(processed).__name__)
-            raise ValueError(
-                f"a logits processor must return an mx.array of shape {logits.shape}, not {got}"
-            )
-        return processed.astype(logits.dtype)
+        return self.sampling.process(tokens, logits, self.context)
 
     def process_now(self, tokens: mx.array, logits: mx.array) -> mx.array:
         """Processed logits, evaluated if the caller has processors: what fails then is theirs.
@@ -190,12 +152,12 @@ class Request(ActiveRequest):
         Raises:
             GenerationError: the processors leave nothing to sample.
         """
-        processed = self.process(tokens, logits)
-        if self.context is not None:
-            before, after = (mx.isfinite(mx.logsumexp(each)) for each in (logits, processed))
-            mx.eval(processed, before, after)
-            if before.item() and not after.item():
-                raise self.nothing_to_sample(by_model=False)
+        if self.context is None:
+            return self.process(tokens, logits)
+        assert self.sampling is not None
+        processed, left = self.sampling.process_now(tokens, logits, self.context)
+        if not left:
+            raise self.nothing_to_sample(by_model=False)
         return processed
 
     def nothing_to_sample(self, *, by_model: bool) -> GenerationError:

@@ -17,9 +17,10 @@ Its files:
 """
 
 from mlx_engine.testing.fake import FakeEngine
-from mlx_engine.testing.fake_answer import FakeAnswer
+from mlx_engine.testing.fake_answer import AnswerLike, Answers, FakeAnswer, Piece
 from mlx_engine.testing.fake_gate import Gate
-from mlx_engine.testing.fake_request import FakeRequest
+from mlx_engine.testing.fake_model import Load
+from mlx_engine.testing.fake_request import FakeRequest, Outcome
 from mlx_engine.testing.safety.check import assert_cancellation_safe
 from mlx_engine.testing.safety.report import (
     NotCancellationSafe,
@@ -29,11 +30,16 @@ from mlx_engine.testing.safety.report import (
 )
 
 __all__ = [
+    "AnswerLike",
+    "Answers",
     "FakeAnswer",
     "FakeEngine",
     "FakeRequest",
     "Gate",
+    "Load",
     "NotCancellationSafe",
+    "Outcome",
+    "Piece",
     "SafetyFailure",
     "SafetyReport",
     "SafetyRow",

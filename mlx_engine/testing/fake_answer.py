@@ -47,8 +47,8 @@ class FakeAnswer:
         InvalidRequest: a value is of the wrong type.
     """
 
-    text: str | Sequence[Piece] = ""
-    reasoning: str | Sequence[Piece] = ""
+    text: str | Sequence[object] = ""
+    reasoning: str | Sequence[object] = ""
     tool_calls: Sequence[ToolCall | tuple[str, Mapping[str, Any]]] = ()
     finish_reason: Literal["stop", "length"] = "stop"
 
@@ -59,9 +59,9 @@ class FakeAnswer:
         choice("finish_reason", self.finish_reason, ("stop", "length"))
 
     @classmethod
-    def of(cls, answer: AnswerLike) -> FakeAnswer:
+    def of(cls, answer: object) -> FakeAnswer:
         """An answer from its text or pieces."""
-        return answer if isinstance(answer, FakeAnswer) else cls(answer)
+        return answer if isinstance(answer, FakeAnswer) else cls(answer)  # type: ignore[arg-type]
 
     @property
     def for_chats(self) -> bool:
@@ -70,17 +70,16 @@ class FakeAnswer:
 
     def __iter__(self) -> Iterator[tuple[Segment, Piece | ToolCall]]:
         """All of it in order, each with the segment that it belongs to."""
-        yield from (("reasoning", piece) for piece in self.reasoning)
-        yield from (("content", piece) for piece in self.text)
+        yield from (("reasoning", piece) for piece in self.reasoning)  # type: ignore[misc]
+        yield from (("content", piece) for piece in self.text)  # type: ignore[misc]
         yield from (("tool_call", call) for call in self.tool_calls)  # type: ignore[misc]
 
 
-AnswerLike = str | Sequence[Piece] | FakeAnswer
+# Pieces and answers are objects where they are in something: a variable that holds two kinds of
+# them is, to mypy, a list or a mapping of objects. What they are is checked when they are given.
+AnswerLike = str | Sequence[object] | FakeAnswer
 Answers = (
-    AnswerLike
-    | Mapping[Any, AnswerLike]
-    | Iterator[AnswerLike]
-    | Callable[["FakeRequest"], AnswerLike]
+    AnswerLike | Mapping[Any, object] | Iterator[object] | Callable[["FakeRequest"], AnswerLike]
 )
 
 

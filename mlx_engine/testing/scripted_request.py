@@ -76,7 +76,7 @@ class ScriptedRequest(ActiveRequest):
             ContextLengthExceeded: there is no room for the answer.
         """
         self.prompt = self.shown.prompt_tokens = encode(self.shown)
-        self._fit(context_length)
+        self.fit(context_length)
 
     def begin(self, cached_tokens: int) -> None:
         """Its work begins, behind so many tokens that need no prefill."""

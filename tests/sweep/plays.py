@@ -22,7 +22,7 @@ from mlx_engine import (
     SpecPrefill,
 )
 from mlx_engine.core.stop import Interrupted, checkpoint
-from mlx_engine.engine import batched, model_holder
+from mlx_engine.engine import mlx_work
 from mlx_engine.generation.cache import cached_model
 from mlx_engine.generation.sparse import setup as sparse_setup
 from mlx_engine.generation.speculative import setup as speculative_setup
@@ -295,16 +295,16 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
     And where nothing is chosen, as before a play and after it, they are not warmed up, and what
     has been checked of them counts.
     """
-    load, models = model_holder.load_model, {}
+    load, models = mlx_work.load_model, {}
     load_head, heads = speculative_setup.load_head, {}
     ask, answers = mtp_head._greedy, {}
-    warm_up = model_holder.warm_up
+    warm_up = mlx_work.warm_up
     checks = [
         (speculative_setup, "check_rollback"),
         (speculative_setup, "check_head"),
         (sparse_setup, "check_sparse"),
         (cached_model, "measure_kv"),
-        (batched, "check_batchable"),
+        (mlx_work, "check_batchable"),
     ]
     originals = [getattr(module, name) for module, name in checks]
 
@@ -342,15 +342,15 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
 
         return checked
 
-    model_holder.load_model, speculative_setup.load_head = load_once, load_head_once
-    mtp_head._greedy, model_holder.warm_up = ask_once, warm_up_in_plays
+    mlx_work.load_model, speculative_setup.load_head = load_once, load_head_once
+    mtp_head._greedy, mlx_work.warm_up = ask_once, warm_up_in_plays
     for (module, name), check in zip(checks, originals, strict=True):
         setattr(module, name, once_but_in_plays(check))
     try:
         yield
     finally:
-        model_holder.load_model, speculative_setup.load_head = load, load_head
-        mtp_head._greedy, model_holder.warm_up = ask, warm_up
+        mlx_work.load_model, speculative_setup.load_head = load, load_head
+        mtp_head._greedy, mlx_work.warm_up = ask, warm_up
         for (module, name), check in zip(checks, originals, strict=True):
             setattr(module, name, check)
         for loaded in (heads, models):

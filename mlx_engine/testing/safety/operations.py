@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from mlx_engine.core.lifecycle import EngineState
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped
-from mlx_engine.outputs import GenerationResult
+from mlx_engine.outputs import EngineState, GenerationResult
 from mlx_engine.testing.safety.trial import Company, Fault, Work
 from mlx_engine.testing.safety.visits import Visits
 
@@ -263,7 +262,7 @@ class Stage:
 
     def _is(self, *states: EngineState) -> bool:
         if self.engine.state not in states:
-            raise Fault(f"afterwards the engine is {self.engine.state.value}")
+            raise Fault(f"afterwards the engine is {self.engine.state}")
         return True
 
     async def live_on(self) -> None:
