@@ -345,7 +345,7 @@ async def test_a_manager_that_is_dropped_ends_its_replicas(tiny_path: Path) -> N
     manager = EngineManager(tiny_path)
     await manager.start()
     (pid,) = [int(line.split()[0]) for line in children()]
-    (replica,) = manager._fleet.up()
+    (replica,) = manager._replicas.up()
     gone, engine = weakref.ref(manager), weakref.ref(replica.engine)
     with pytest.warns(ResourceWarning, match="dropped without being stopped"):
         del manager, replica
