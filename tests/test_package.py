@@ -19,9 +19,17 @@ def test_all_is_sorted_and_every_name_is_there() -> None:
     assert mlx_engine.__all__ == sorted(mlx_engine.__all__, key=lambda n: (not n.isupper(), n))
     for name in mlx_engine.__all__:
         assert getattr(mlx_engine, name) is not None
-        assert name in dir(mlx_engine)
+    assert dir(mlx_engine) == sorted(mlx_engine.__all__), "that is what completion shows"
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
-        _ = mlx_engine.Nonsense
+        _ = mlx_engine.Nonsense  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "name", ["SimpleEngine", "BatchedEngine", "ProcessEngine", "EngineManager"]
+)
+def test_a_call_without_a_model_names_what_was_called(name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name}.__init__"):
+        getattr(mlx_engine, name)()
 
 
 def test_every_public_thing_has_a_docstring() -> None:
