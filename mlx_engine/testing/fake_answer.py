@@ -5,23 +5,18 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from mlx_engine.checks import shown
 from mlx_engine.errors import InvalidRequest, MLXEngineError
 from mlx_engine.outputs import Segment, ToolCall
 from mlx_engine.testing.fake_gate import Gate
-
-if TYPE_CHECKING:
-    from mlx_engine.testing.fake_request import FakeRequest
+from mlx_engine.testing.fake_request import FakeRequest
+from mlx_engine.testing.fake_tokens import words
 
 E = TypeVar("E", bound=Exception)
-
-END = 0  # the end-of-sequence token
 
 Piece = str | Gate | Exception
 
@@ -85,7 +80,7 @@ Answers = (
     AnswerLike
     | Mapping[Any, AnswerLike]
     | Iterator[AnswerLike]
-    | Callable[["FakeRequest"], AnswerLike]
+    | Callable[[FakeRequest], AnswerLike]
 )
 
 
@@ -125,16 +120,6 @@ def choose(answers: Answers, request: FakeRequest) -> FakeAnswer:
             return FakeAnswer.of(answer)
         raise LookupError("there are more requests than scripted answers")
     return FakeAnswer.of(answers(request) if callable(answers) else answers)
-
-
-def words(text: str) -> list[str]:
-    """The text in pieces: words with the spaces before them."""
-    return re.findall(r"\s*\S+|\s+", text)
-
-
-def token_id(text: str) -> int:
-    """The token id of a piece: always the same one, and not that of the end."""
-    return zlib.crc32(text.encode("utf-8", "surrogatepass")) or 1
 
 
 def another(error: E) -> E:

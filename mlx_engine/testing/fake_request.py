@@ -30,8 +30,8 @@ from mlx_engine.outputs import (
     Usage,
 )
 from mlx_engine.requests import ChatPrompt, GenerationRequest
-from mlx_engine.testing.fake_answer import END, token_id, words
 from mlx_engine.testing.fake_text import FakeText
+from mlx_engine.testing.fake_tokens import END, token_id, words
 
 Outcome = Literal["waiting", "running", "finished", "cancelled", "failed"]
 

@@ -29,15 +29,14 @@ class _Remembering(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             return None
         sys.meta_path.remove(self)
         found = importlib.machinery.PathFinder.find_spec(name, path)
-        if found is not None:
+        if found is not None and found.loader is not None:
             self._loader, found.loader = found.loader, self
         return found
 
     def create_module(self, spec: Any) -> ModuleType | None:
-        return None if self._loader is None else self._loader.create_module(spec)
+        return self._loader.create_module(spec)
 
     def exec_module(self, module: Any) -> None:
-        assert self._loader is not None
         self._loader.exec_module(module)
         look = module.define_import_structure
         module.define_import_structure = lambda *args, **named: _remembered(look, args, named)
