@@ -11,8 +11,6 @@ Its files:
     fake_text.py     pieces of an answer -> text
     fake_cache.py    its prompt cache
     fake_tokens.py   text -> tokens
-    stepped_loop.py  an event loop of single steps
-    ways.py          in which code is cancelled
 """
 
 from mlx_engine.testing.fake import FakeEngine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, ClassVar
 
-from mlx_engine.testing.ways import WAYS, Operation, Way
+from mlx_engine.testing.safety.ways import WAYS, Way, Work
 
 
 class LoopShutdown(Way[Any]):
@@ -14,7 +14,7 @@ class LoopShutdown(Way[Any]):
     name = "loop shutdown"
     closes: ClassVar[bool] = False
 
-    async def run(self, operation: Operation[Any]) -> Any:
+    async def run(self, operation: Work[Any]) -> Any:
         """See ``Way``."""
         self._inner = asyncio.current_task()
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,8 +12,8 @@ from mlx_engine.checks import shown
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.testing.safety.endings import ALL_WAYS
 from mlx_engine.testing.safety.operations import Operation
-from mlx_engine.testing.safety.trial import Moment, Outcome
-from mlx_engine.testing.ways import Way
+from mlx_engine.testing.safety.trial import Moment, TrialResult
+from mlx_engine.testing.safety.ways import Way
 
 _SHARES: Final = 8  # moments in between, over the duration of an operation
 _SEPARATOR: Final = " / "
@@ -30,7 +30,7 @@ class Strike:
     operation: Operation
     way: type[Way[Any]]
     moment: Moment
-    usual: Outcome
+    usual: TrialResult
 
     def __str__(self) -> str:
         return _SEPARATOR.join((self.operation.name, self.way.name, str(self.moment)))
@@ -64,7 +64,7 @@ class Choice:
             raise InvalidRequest("only", f"a moment is 'step 3' or '40%', not {moment!r}")
         return cls(operation, way, when)
 
-    def of(self, operations: list[Operation]) -> list[Operation]:
+    def of(self, operations: Sequence[Operation]) -> Sequence[Operation]:
         """Those that are to be tried.
 
         Raises:
@@ -96,10 +96,10 @@ class Plan:
     def __init__(self, choice: Choice, draw: random.Random) -> None:
         self._choice = choice
         self._draw = draw
-        self._usual: dict[str, Outcome] = {}
+        self._usual: dict[str, TrialResult] = {}
         self._moments: dict[tuple[str, str], Iterator[Moment]] = {}
 
-    def add(self, operation: Operation, usual: Outcome) -> dict[str, int]:
+    def add(self, operation: Operation, usual: TrialResult) -> dict[str, int]:
         """Strike this operation, too; how many moments there are for each way."""
         self._usual[operation.name] = usual
         planned = {}

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from mlx_engine.errors import describe
-from mlx_engine.testing.safety.overseer import Hang
-from mlx_engine.testing.safety.trial import Fault
+from mlx_engine.testing.safety.fault import Fault
+from mlx_engine.testing.safety.timeouts import Hang
 
 
 @dataclass(frozen=True, slots=True)

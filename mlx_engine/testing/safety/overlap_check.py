@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from mlx_engine.testing.safety.trial import Fault
+from mlx_engine.testing.safety.fault import Fault
 
 
-class Visits:
+class OverlapCheck:
     """Who is inside MLX, as far as functions can tell that the engine calls there."""
 
     def __init__(self) -> None:
