@@ -1,4 +1,4 @@
-"""What a ``FakeEngine`` is to say: pieces, gates and errors, in order."""
+"""Answers of a ``FakeEngine``: pieces, gates and errors, in order."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def checked_answers(answers: Answers) -> Answers:
 
 
 def choose(answers: Answers, request: FakeRequest) -> FakeAnswer:
-    """What to answer.
+    """The answer to a request.
 
     Raises:
         LookupError: nothing is scripted for this request.

@@ -6,7 +6,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mlx_engine.testing.safety.endings import ALL_WAYS
+from mlx_engine.testing.safety.ways import ALL_WAYS
 from tests.guard import GUARD
 from tests.sweep.plays import PLAYS, make_models, scene_of
 from tests.sweep.scene import SCHEDULES, Unharmed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +11,7 @@ from mlx_engine import BaseEngine, EngineNotStarted, EngineState, GenerationResu
 from mlx_engine.engine.local import LocalEngine
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.testing.safety.fault import Fault
-from mlx_engine.testing.safety.fixture import Fixture
-from mlx_engine.testing.safety.operations import (
-    OPERATIONS,
-    Operation,
-    another,
-    another_or_stopped,
-    generate,
-    start,
-)
+from mlx_engine.testing.safety.operations import OPERATIONS, Fixture, Operation
 from mlx_engine.testing.safety.ways import Work
 from tests.sweep.elsewhere import HereLink
 from tests.sweep.scene import Scene
@@ -33,33 +24,11 @@ PROBE = [50, 51]
 Make = Callable[[], BaseEngine]
 
 
-async def left_chat(at: Fixture) -> Any:
-    """Leave the stream of a chat after its first chunk."""
-    async with at.engine.stream_chat(at.messages(), **at.options) as stream:
-        async for chunk in stream:
-            return chunk.tokens
-    raise Fault("there was no chunk")
-
-
-async def start_too(at: Fixture) -> None:
-    """Start an engine that somebody else starts."""
-    try:
-        await at.engine.start()
-    except EngineNotStarted:
-        pass  # the other one did not succeed
-
-
-async def drain_a_while(at: Fixture) -> Any:
-    """Shut down, and abort what is not done soon."""
-    await at.engine.shutdown(0.001)
-    return at.must_be(EngineState.STOPPED)
-
-
 EXTRA = (
-    Operation("stream_chat, left early", "requests", left_chat, beside=another),
-    Operation("start, twice", "life", start, beside=start_too, starts=True),
+    Operation("stream_chat, left early", "requests", "leave_chat", beside="another"),
+    Operation("start, twice", "life", "start", beside="start_too", starts=True),
     Operation(
-        "shutdown, a while", "life", drain_a_while, beside=another_or_stopped, order="before it"
+        "shutdown, a while", "life", "drain_a_while", beside="another_or_stopped", order="before it"
     ),
 )
 # What these do, others do as well that are in the sweep.
@@ -128,11 +97,29 @@ class SweptEngine(Fixture):
         require(told == known, f"{who} was given {told}, not {known}")
         return told
 
+    # Operations of the sweep
+
+    async def leave_chat(self) -> Any:
+        async with self.engine.stream_chat(self.messages(), **self.options) as stream:
+            async for chunk in stream:
+                return chunk.tokens
+        raise Fault("there was no chunk")
+
+    async def start_too(self) -> None:
+        try:
+            await self.engine.start()
+        except EngineNotStarted:
+            pass  # the other one did not succeed
+
+    async def drain_a_while(self) -> Any:
+        await self.engine.shutdown(0.001)
+        return self.must_be(EngineState.STOPPED)
+
     # Scenes
 
     def scene(self, operation: Operation) -> Scene:
         """An operation as it is played: requests and functions always beside a request."""
-        run = functools.partial(operation.run, self)
+        run, beside = self.works(operation)
         behind = operation.order == "before it"
         if operation.group == "files":
             return self._scene_of_files(run)
@@ -147,7 +134,7 @@ class SweptEngine(Fixture):
             states.add(EngineState.RUNNING)
         return Scene(
             run,
-            None if operation.beside is None else functools.partial(operation.beside, self),
+            beside,
             behind,
             reset=self._new_engine if operation.starts else self._new_running_engine,
             rested=lambda: self._rested_in(states),
@@ -160,7 +147,7 @@ class SweptEngine(Fixture):
         simulation = self.simulation
 
         async def fill() -> None:
-            await generate(self)
+            await self.generate()
             await self.another()
 
         simulation.in_a_loop(fill)
@@ -169,7 +156,7 @@ class SweptEngine(Fixture):
 
         def reset() -> None:
             simulation.on_mlx_thread(engine._slot.space().prompt_cache.clear)
-            simulation.in_a_loop(lambda: generate(self))
+            simulation.in_a_loop(self.generate)
             self.to_save.unlink(missing_ok=True)
 
         def rested() -> None:

@@ -20,8 +20,8 @@ from mlx_engine.core.stop import Interrupted, checkpoint
 from mlx_engine.engine import batched, model_holder
 from mlx_engine.generation import equipment
 from mlx_engine.models import mtp_check
-from mlx_engine.testing.safety.endings import ALL_WAYS
 from mlx_engine.testing.safety.operations import Operation
+from mlx_engine.testing.safety.ways import ALL_WAYS
 from tests.conftest import make_tiny
 from tests.generation.rigged import made
 from tests.models.mtp_checkpoints import MIMO

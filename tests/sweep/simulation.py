@@ -29,9 +29,8 @@ from mlx_engine.generation.chat_places import EncodedText
 from mlx_engine.generation.request import Request
 from mlx_engine.remote.calls import Call
 from mlx_engine.remote.io_thread import io_thread
-from mlx_engine.testing.safety.endings import LoopShutdown
 from mlx_engine.testing.safety.stepped_loop import SteppedLoop
-from mlx_engine.testing.safety.ways import Way
+from mlx_engine.testing.safety.ways import LoopShutdown, Way
 from tests.guard import GUARD
 from tests.sweep.driver import DrivenCondition, Driver
 from tests.sweep.scene import Scene, Schedule

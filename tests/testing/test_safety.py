@@ -30,7 +30,7 @@ from mlx_engine.testing import (
     assert_cancellation_safe,
 )
 from mlx_engine.testing.safety import stats_check, sweep, timeouts, trial
-from mlx_engine.testing.safety.endings import ALL_WAYS
+from mlx_engine.testing.safety.ways import ALL_WAYS
 from tests.conftest import make_tiny
 from tests.waiting import PATIENCE
 

@@ -9,9 +9,7 @@ Its files:
     trial.py           one of these
     checked_engine.py  the engine, and what must be true of its answers
     operations.py      the table of what an engine does
-    fixture.py         what the table needs to know of an engine
     ways.py            in which code is cancelled
-    endings.py         of an event loop, which are ways, too
     stepped_loop.py    an event loop of single steps
     loop_thread.py     an event loop that stays
     overlap_check.py   no two are inside MLX at once

@@ -13,8 +13,7 @@ from mlx_engine.core.lifecycle import EngineState
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.outputs import GenerationResult
 from mlx_engine.testing.safety.fault import Fault
-from mlx_engine.testing.safety.fixture import Fixture
-from mlx_engine.testing.safety.operations import Need, Operation, generate, stop
+from mlx_engine.testing.safety.operations import Fixture, Need, Operation
 from mlx_engine.testing.safety.overlap_check import OverlapCheck
 
 TOKENS: Final = 4  # of each answer
@@ -62,7 +61,7 @@ class CheckedEngine(Fixture):
         self._calls = itertools.count(1)
 
     def impossible(self, operation: Operation) -> str | None:
-        """Why it cannot be done; ``None`` if it can, as far as is known."""
+        """Reason why it cannot be done; ``None`` if it can, as far as is known."""
         has = self.has | ({"chat template"} if self.engine.has_chat_template else set())
         need = operation.need
         return None if need is None or need in has else _LACKING[need]
@@ -89,7 +88,7 @@ class CheckedEngine(Fixture):
 
     async def watched(self) -> Any:
         """See ``Fixture``."""
-        return await (self.processed() if "logits processors" in self.has else generate(self))
+        return await (self.processed() if "logits processors" in self.has else self.generate())
 
     async def processed(self) -> Tokens:
         """Do a request with a logits processor."""
@@ -109,7 +108,7 @@ class CheckedEngine(Fixture):
 
     async def visit(self) -> Any:
         """See ``Fixture``."""
-        return await (self.visited() if "functions" in self.has else generate(self))
+        return await (self.visited() if "functions" in self.has else self.generate())
 
     async def visited(self) -> Any:
         """Run a function inside MLX that stays as long as it likes."""
@@ -165,7 +164,9 @@ class CheckedEngine(Fixture):
     async def live_on(self) -> None:
         """See that a start that was cancelled has happened or has not, and can be done again."""
         self.must_be(EngineState.CREATED, EngineState.RUNNING, EngineState.STOPPED)
-        await self._live()
+        await self.engine.start()
+        await self.probe()
+        await self.stop()
 
     async def stop_and_live_on(self) -> None:
         """See the same of a stop, and that it can be done again."""
@@ -174,10 +175,5 @@ class CheckedEngine(Fixture):
 
     async def stop_and_live(self) -> None:
         """See that it can be stopped and started again, whatever has become of it."""
-        await stop(self)
-        await self._live()
-
-    async def _live(self) -> None:
-        await self.engine.start()
-        await self.probe()
-        await stop(self)
+        await self.stop()
+        await self.live_on()

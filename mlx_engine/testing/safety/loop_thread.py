@@ -53,7 +53,7 @@ class LoopThread:
             thread.join(_GRACE)
 
     def run(self, work: Work[T], limit: float, what: str) -> T:
-        """What it gives.
+        """Do it there, and return or raise its outcome.
 
         Args:
             limit: seconds that it may take.

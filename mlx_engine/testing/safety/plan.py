@@ -1,4 +1,4 @@
-"""What is cancelled, in which way, at which moment, and in which order."""
+"""A plan of what is cancelled, in which way, at which moment, and in which order."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any, Final
 
 from mlx_engine.checks import shown
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.testing.safety.endings import ALL_WAYS
 from mlx_engine.testing.safety.operations import Operation
 from mlx_engine.testing.safety.trial import Moment, TrialResult
-from mlx_engine.testing.safety.ways import Way
+from mlx_engine.testing.safety.ways import ALL_WAYS, Way
 
 _SHARES: Final = 8  # moments in between, over the duration of an operation
 _SEPARATOR: Final = " / "
@@ -38,7 +37,7 @@ class Strike:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is to be tried, by its names; ``None`` is all."""
+    """A choice of what to try, by its names; ``None`` is all."""
 
     operation: str | None = None
     way: str | None = None
@@ -65,7 +64,7 @@ class Choice:
         return cls(operation, way, when)
 
     def of(self, operations: Sequence[Operation]) -> Sequence[Operation]:
-        """Those that are to be tried.
+        """The operations that are to be tried.
 
         Raises:
             InvalidRequest: there is no such operation.
@@ -82,7 +81,7 @@ class Choice:
 
     @property
     def ways(self) -> list[type[Way[Any]]]:
-        """Those in which to cancel."""
+        """Ways in which to cancel."""
         return [way for way in ALL_WAYS if self.way in (None, way.name)]
 
 

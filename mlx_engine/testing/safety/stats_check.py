@@ -13,7 +13,7 @@ _LOOK: Final = 0.002  # seconds
 
 
 class StatsCheck:
-    """What the engine has counted until now, to be compared with what it counts later."""
+    """A check of ``stats()``: what it says now is compared with what it says later."""
 
     def __init__(self, engine: BaseEngine) -> None:
         self._engine = engine

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +17,7 @@ from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.testing.safety.checked_engine import CheckedEngine
 from mlx_engine.testing.safety.loop_thread import LoopThread
-from mlx_engine.testing.safety.operations import OPERATIONS, Group, Operation, start
+from mlx_engine.testing.safety.operations import OPERATIONS, Group, Operation
 from mlx_engine.testing.safety.plan import Choice, Plan, Strike
 from mlx_engine.testing.safety.report import SafetyFailure, SafetyRow
 from mlx_engine.testing.safety.stats_check import StatsCheck
@@ -35,7 +34,7 @@ _UNTIL: Final[dict[Group, float]] = {"files": 0.1, "requests": 0.75, "life": 1.0
 
 @dataclass
 class Tally:
-    """What came of an operation in a way."""
+    """Counts of an operation in a way."""
 
     planned: int
     struck: int = 0
@@ -82,7 +81,7 @@ class Sweep:
     _useless: bool = False
 
     def run(self) -> None:
-        """All of it.
+        """Try everything that is chosen.
 
         Raises:
             Hang: something does not come to its end; then nothing more can be tried.
@@ -104,7 +103,7 @@ class Sweep:
                 raise
 
     def rows(self) -> tuple[SafetyRow, ...]:
-        """What there is to report so far."""
+        """Rows of the report so far."""
         return tuple(
             SafetyRow(*names, t.struck, t.tried, t.planned, t.longest, t.failures)
             for names, t in self.tallies.items()
@@ -116,7 +115,7 @@ class Sweep:
         """Start the engine, and see what it does unharmed."""
         checked = self._checked
         began = time.perf_counter()
-        self._thread.run(partial(start, checked), float("inf"), "start()")
+        self._thread.run(checked.start, float("inf"), "start()")
         self._load_seconds = time.perf_counter() - began
         checked.exact = checked.engine._width == 1 if self.exact is None else self.exact
         if self._is_done(checked.processed):
@@ -191,7 +190,7 @@ class Sweep:
         return problem is None
 
     def _measure(self, operation: Operation) -> TrialResult | None:
-        """How it goes unharmed; ``None`` if it cannot be done."""
+        """Play it unharmed; ``None`` if it cannot be done."""
         self.where = f"{operation.name}, not cancelled"
         try:
             outcome = self._play(operation, Trial(), _FIRST)
@@ -249,7 +248,7 @@ class Sweep:
             checked.engine = self.make()
             around: tuple[Work[Any] | None, Work[Any]] = None, checked.live_on
         else:
-            around = partial(start, checked), checked.stop_and_live_on
+            around = checked.start, checked.stop_and_live_on
         checked.reference = self._cold
         try:
             with trial.quietly():
@@ -269,9 +268,8 @@ class Sweep:
         before: Work[Any] | None = None,
         after: Work[Any] | None = None,
     ) -> TrialResult:
-        run = partial(operation.run, self._checked)
-        beside = None if operation.beside is None else partial(operation.beside, self._checked)
-        return trial.run(self.timeouts, limit, run, beside, operation.order, before, after)
+        works = self._checked.works(operation)
+        return trial.run(self.timeouts, limit, *works, operation.order, before, after)
 
     def _check_stats(self, operation: Operation, stats: StatsCheck, outcome: TrialResult) -> None:
         beside = operation.beside is not None

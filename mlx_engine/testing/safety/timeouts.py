@@ -1,4 +1,4 @@
-"""Work in a thread of its own, and somebody who sees that it comes to an end."""
+"""Time limits for work in a thread of its own, and for each part of it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Timeouts:
         self._hang: Hang | None = None
 
     def run(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives or raises, in a thread; to be called once.
+        """Do ``work`` in a thread, and return or raise its outcome; to be called once.
 
         Raises:
             Hang: the thread itself is stuck, and has been left behind.
@@ -144,7 +144,7 @@ def _stacks(watch: _Watch) -> str:
 
 
 def _frames(coroutine: Any) -> Iterator[FrameType]:
-    """Of a coroutine, of the one that it awaits, and so on."""
+    """Frames of a coroutine, of the one that it awaits, and so on."""
     while (frame := getattr(coroutine, "cr_frame", None)) is not None:
         yield frame
         coroutine = coroutine.cr_await

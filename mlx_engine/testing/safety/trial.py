@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mlx_engine.errors import describe
-from mlx_engine.testing.safety.endings import LoopShutdown
 from mlx_engine.testing.safety.fault import Fault
 from mlx_engine.testing.safety.operations import Order
 from mlx_engine.testing.safety.stepped_loop import SteppedLoop
 from mlx_engine.testing.safety.timeouts import Timeouts
-from mlx_engine.testing.safety.ways import CancelOnce, Dishonest, Way, Work
+from mlx_engine.testing.safety.ways import CancelOnce, Dishonest, LoopShutdown, Way, Work
 
 _AHEAD: Final = 2  # steps that whoever comes first has
 _REST: Final = 10.0  # seconds in which what is left in an event loop may end by itself
@@ -27,7 +26,7 @@ _LOOK: Final = 0.002  # seconds
 
 @dataclass(frozen=True)
 class Moment:
-    """When to strike.
+    """The moment at which to strike.
 
     Attributes:
         step: before this step of the event loop, counted from 1; 0 is at ``share``.
@@ -53,7 +52,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What came of a trial.
+    """The outcome of a trial.
 
     Attributes:
         steps: of the event loop, while the operation was under way.
@@ -317,7 +316,7 @@ def _told(context: dict[str, Any]) -> str:
 
 @contextmanager
 def _in_silence() -> Iterator[None]:
-    """What coroutines say that are destroyed under way is of no interest."""
+    """Drop what coroutines say that are destroyed under way."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     try:

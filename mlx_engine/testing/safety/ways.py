@@ -133,7 +133,7 @@ class Timeout(Way[T]):
 
 
 class _Sibling(Exception):
-    """What the failing member of a task group raises."""
+    """The error of a task group's failing member."""
 
 
 class TaskGroup(Way[T]):
@@ -208,7 +208,32 @@ class AnyioGroup(Way[T]):
         self._group.cancel_scope.cancel()
 
 
-WAYS: tuple[type[Way[Any]], ...] = (
+class LoopShutdown(Way[T]):
+    """The event loop ends as ``asyncio.run`` ends it: whoever runs it then cancels all tasks."""
+
+    name = "loop shutdown"
+    closes: ClassVar[bool] = False
+
+    async def run(self, operation: Work[T]) -> T | None:
+        """See ``Way``."""
+        self._inner = asyncio.current_task()
+        try:
+            return await operation()
+        finally:
+            self._inner = None
+
+    def _strike(self) -> None:
+        asyncio.get_running_loop().stop()
+
+
+class LoopClosed(LoopShutdown[T]):
+    """The event loop is stopped and closed: nobody in it is ever told anything."""
+
+    name = "loop closed"
+    closes = True
+
+
+ALL_WAYS: tuple[type[Way[Any]], ...] = (
     CancelOnce,
     CancelTwice,
     CancelAgainAndAgain,
@@ -216,6 +241,8 @@ WAYS: tuple[type[Way[Any]], ...] = (
     TaskGroup,
     MoveOnAfter,
     AnyioGroup,
+    LoopShutdown,
+    LoopClosed,
 )
 
 
