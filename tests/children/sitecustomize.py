@@ -3,6 +3,8 @@
 Each time it reads its 1,700 files of models, to see what is where, and finds the same. Python
 imports this module as it starts, since the tests have its folder in ``PYTHONPATH``; what the
 first process finds is kept in a folder that the environment names.
+
+And if ``tests.way`` has started it, it can be told to record where a request goes.
 """
 
 from __future__ import annotations
@@ -61,3 +63,7 @@ def _remembered(look: Any, args: Any, named: Any) -> Any:
 
 if _FOLDER:
     sys.meta_path.insert(0, _Remembering())
+if "MLX_ENGINE_TEST_WAY" in os.environ:
+    from tests.recorder import follow
+
+    follow()

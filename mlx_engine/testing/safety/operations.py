@@ -167,7 +167,7 @@ class Fixture(abc.ABC):
         except EngineStopped:
             pass
 
-    # Functions, and files
+    # Inside MLX, and files
 
     async def run_blocking(self) -> Any:
         """Run a function that is told of its cancellation."""
@@ -181,6 +181,14 @@ class Fixture(abc.ABC):
     @abc.abstractmethod
     async def blocking(self, stop: threading.Event, on_cancel: Callable[[], None] | None) -> Any:
         """Run a function inside MLX that takes a while, less if it is told to stop."""
+
+    async def watched(self) -> Any:
+        """Do a request that can be seen inside MLX, where that is possible."""
+        return await self.another()
+
+    async def visit(self) -> Any:
+        """Run a function inside MLX that stays as long as it likes, where that is possible."""
+        return await self.another()
 
     async def save(self) -> Any:
         """Save the prompt cache."""
