@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from mlx_engine.outputs import GenerationResult
 from mlx_engine.requests import ChatPrompt, GenerationRequest
-from mlx_engine.testing.fake_answer import token_id, words
+from mlx_engine.testing.fake_tokens import token_id, words
 
 Outcome = Literal["waiting", "running", "finished", "cancelled", "failed"]
 

@@ -18,9 +18,9 @@ from mlx_engine.outputs import (
     Usage,
 )
 from mlx_engine.requests import GenerationRequest
-from mlx_engine.testing.fake_answer import END, token_id
 from mlx_engine.testing.fake_request import FakeRequest, encode
 from mlx_engine.testing.fake_text import FakeText
+from mlx_engine.testing.fake_tokens import END, token_id
 
 
 class ScriptedRequest(ActiveRequest):
