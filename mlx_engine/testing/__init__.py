@@ -12,7 +12,7 @@ Its files:
     fake_cache.py        its prompt cache
     player.py            what it does on the MLX thread
     scripted_request.py  a request at work in it
-    fake_tokens.py       ?
+    fake_tokens.py       text -> tokens
 """
 
 from mlx_engine.testing.fake import FakeEngine
