@@ -107,11 +107,11 @@ class ScriptedRequest(ActiveRequest):
         return self._took(END, [], "stop" if stops else None)
 
     def end(self, reason: FinishReason) -> None:
-        """It ends here, without another token."""
+        """End it here, without another token."""
         self._finish(reason, None, [])
 
     def result(self) -> GenerationResult:
-        """What has been answered so far; final once it is over."""
+        """Result so far; final once it is over."""
         tokens = tuple(self._tokens)
         return GenerationResult(
             text=self._text.so_far("content"),
@@ -166,5 +166,5 @@ class ScriptedRequest(ActiveRequest):
         emit_pieces(self._emit, pieces, tokens, logprobs, reason)
 
     def _logprob(self, token: int) -> TokenLogprob:
-        """What is scripted is certain."""
+        """Log-probability of a token: what is scripted is certain."""
         return TokenLogprob(token, 0.0, ((token, 0.0),) if self._params.logprobs else ())
