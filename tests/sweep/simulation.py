@@ -54,7 +54,7 @@ _JOINTS = (
     (WorkQueue, "take_to_prepare"),
     (prompt._Chat, "_render"),
     (EncodedText, "__init__"),
-    (ActiveRequest, "_fit"),
+    (ActiveRequest, "fit"),
     (WorkQueue, "left"),
 )
 
