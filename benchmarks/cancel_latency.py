@@ -28,8 +28,9 @@ from typing import Any, Protocol
 
 from benchmarks.drawing import GREY, draw_dots, log_scale, new_figure
 from benchmarks.holding import measure_holding
-from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
+from benchmarks.report import INTERVAL, Report, markdown_table
 from benchmarks.setting import Setting, model_folder, parse_setting
+from benchmarks.spread import Record, Spread
 from mlx_engine import BaseEngine, Progress, SimpleEngine
 from mlx_engine.core.mlx_thread import mlx_thread
 

@@ -1,4 +1,4 @@
-"""What the engines give back: chunks, results and what was measured on the way."""
+"""Values that engines give back: chunks, results and what was measured on the way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Segment = Literal["content", "reasoning", "tool_call"]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a long piece of work has come.
+    """Progress of a long piece of work.
 
     Attributes:
         phase: ``download``, ``convert`` and ``load`` happen while an engine starts,
@@ -121,7 +121,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the time of a request went, in seconds.
+    """Times of a request, in seconds.
 
     Attributes:
         queued: from the call to the moment its work began on the MLX thread.
@@ -185,7 +185,7 @@ class GenerationResult:
 
 @dataclass(frozen=True, slots=True)
 class ShutdownReport:
-    """What became of the requests that were in flight when an engine was shut down.
+    """Fate of the requests that were in flight when an engine was shut down.
 
     Requests are what has an id that its caller knows: answers, whole or as streams. Of a start, a
     function of ``run_blocking`` or a prompt cache on its way to a file nothing is told here,
@@ -202,7 +202,7 @@ class ShutdownReport:
 
 @dataclass(frozen=True, slots=True)
 class PromptCacheLookup:
-    """What the prompt cache had for one request, and why it had no more.
+    """The prompt cache's part in one request: what it had, and why it had no more.
 
     Attributes:
         request_id: the engine's name for the request.

@@ -114,7 +114,7 @@ def _logits_processors(name: str, value: object) -> tuple[object, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to choose the next token, and when to stop. Defaults are those of mlx-lm.
+    """Sampling of the next token, and when to stop. Defaults are those of mlx-lm.
 
     Values are checked when the object is made; sequences are copied into tuples. ``None`` for
     any field is its default, as clients of OpenAI's API send it, but for ``max_tokens``.

@@ -1,4 +1,4 @@
-"""What a caller asks of an engine: a prompt or a chat, and how to answer it. Only values."""
+"""Requests as a caller makes them: a prompt or a chat, and how to answer it. Only values."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ async def _end(engine: LocalEngine, handlers: SignalHandlers[ShutdownReport]) ->
 
 
 class _Program:
-    """What signals shut down."""
+    """The program that signals shut down."""
 
     def __init__(self, engine: LocalEngine, host: EngineHost, drain: float | None) -> None:
         self.handlers: SignalHandlers[ShutdownReport] | None = None

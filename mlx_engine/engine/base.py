@@ -1,4 +1,4 @@
-"""What all engines have in common: answers, whole, as streams, and many at once.
+"""The common half of all engines: answers, whole, as streams, and many at once.
 
 No MLX here: an engine may be in this process or elsewhere.
 """

@@ -1,4 +1,4 @@
-"""What an engine is to its callers: a protocol."""
+"""The protocol of an engine: what its callers see."""
 
 from __future__ import annotations
 

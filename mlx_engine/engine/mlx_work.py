@@ -1,4 +1,4 @@
-"""What engines in this process do with MLX. Imported by ``late.py`` alone."""
+"""MLX's side of engines in this process. Imported by ``late.py`` alone."""
 
 import contextlib
 

@@ -14,8 +14,7 @@ from mlx_engine.requests import ChatPrompt
 
 
 def prepare(request: Request, vocabulary: Vocabulary) -> None:
-    """Turn the prompt of a request into tokens, and look at its options. On any thread, without
-    MLX work.
+    """Make the prompt of a request into tokens, and check its options; no MLX, on any thread.
 
     Raises:
         InvalidRequest: the prompt or an option does not suit this model.

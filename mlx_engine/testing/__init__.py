@@ -10,10 +10,9 @@ Its files:
     fake_request.py      what it was asked
     fake_text.py         pieces of an answer -> text
     fake_cache.py        its prompt cache
-    stepped_loop.py      an event loop of single steps
-    ways.py              in which code is cancelled
     player.py            what it does on the MLX thread
     scripted_request.py  a request at work in it
+    fake_tokens.py       text -> tokens
 """
 
 from mlx_engine.testing.fake import FakeEngine

@@ -26,7 +26,7 @@ _SLICE = 0.01  # seconds of prefill, or of a load, after which to look whether t
 
 
 class FakeModel:
-    """Where a ``FakeEngine`` has its script, in the place of a model. On the engine's thread.
+    """The script of a ``FakeEngine``, in the place of a model. On the engine's thread.
 
     Attributes:
         counters: counters of the work done with it. From any thread.
@@ -70,7 +70,7 @@ class FakeModel:
 
     @property
     def cache(self) -> FakePromptCache:
-        """Its prompt cache."""
+        """The prompt cache."""
         if self._cache is None:
             raise EngineDead("the engine has no model any more")
         return self._cache

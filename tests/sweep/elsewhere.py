@@ -26,7 +26,7 @@ from mlx_engine.remote.wire.messages import (
 from mlx_engine.remote.wire.options import options_from_wire
 from mlx_engine.remote.wire.outbox import Outbox
 from mlx_engine.remote.wire.values import error_to_wire
-from mlx_engine.testing.stepped_loop import SteppedLoop
+from mlx_engine.testing.safety.stepped_loop import SteppedLoop
 
 _BEAT = 0.25  # seconds
 
@@ -147,9 +147,9 @@ class OtherSide:
             self._outbox.flush()
             return
         self._requests = ClientRequests(
-            self._engine, self._outbox, trusted=True, on_over=self._heartbeatsbeats.step
+            self._engine, self._outbox, trusted=True, on_over=self._heartbeats.step
         )
-        self._heartbeatsbeats.clients.add(self._requests)
+        self._heartbeats.clients.add(self._requests)
         self._heartbeats.engine = self._engine
         self._outbox.put(self._requests.welcome())
 
@@ -164,7 +164,7 @@ class OtherSide:
         self._loop.call_soon(self._loop.call_soon, self._on_end)  # after what was said
 
     def _beat(self) -> None:
-        self._outbox.put(self._heartbeatsbeats.heartbeat())
+        self._outbox.put(self._heartbeats.heartbeat())
         self._beating = self._loop.call_later(_BEAT, self._beat)
 
     def _spawn(self, work: Any) -> None:

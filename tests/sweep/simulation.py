@@ -29,9 +29,8 @@ from mlx_engine.generation import prompt
 from mlx_engine.generation.chat_places import EncodedText
 from mlx_engine.remote.calls import Call
 from mlx_engine.remote.io_thread import io_thread
-from mlx_engine.testing.safety.endings import LoopShutdown
-from mlx_engine.testing.stepped_loop import SteppedLoop
-from mlx_engine.testing.ways import Way
+from mlx_engine.testing.safety.stepped_loop import SteppedLoop
+from mlx_engine.testing.safety.ways import LoopShutdown, Way
 from tests.guard import GUARD
 from tests.sweep.driver import DrivenCondition, Driver
 from tests.sweep.scene import Scene, Schedule
@@ -377,10 +376,7 @@ class Simulation:
                 scene.expected = result
             require(result == scene.expected, f"it gave {result!r}, not {scene.expected!r}")
         if beside is not None:
-            other = await beside
-            if scene.beside_expected is None:
-                scene.beside_expected = other
-            require(other == scene.beside_expected, f"I8: beside it, {other!r} was given")
+            await beside
 
     def _operation_over(self, run: _Run) -> None:
         """I2: whoever has asked for something is told when it is out of MLX, and not before."""

@@ -34,7 +34,7 @@ from mlx_engine import (
 )
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.testing import FakeAnswer, FakeEngine, FakeRequest, Gate
-from mlx_engine.testing.fake_answer import END, token_id
+from mlx_engine.testing.fake_tokens import END, token_id
 from tests.conftest import ROOT, settled
 from tests.remote.hosting import client, hosted
 from tests.waiting import turns
