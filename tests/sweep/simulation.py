@@ -123,6 +123,7 @@ class Simulation:
         undo_joints, undo_watch = self.driver.joints(*_JOINTS), self._watch()
         bridge.Start = preparer.Start = self._start  # type: ignore[assignment,misc]
         gather, batch_holder._GATHER = batch_holder._GATHER, 0.0  # nobody else goes on meanwhile
+        linger, preparer._LINGER = preparer._LINGER, 0.0
         io_thread._loop, io_thread._pid = self._io_loop, os.getpid()
         self.driver.start(self._io_loop.run_forever, "I/O")
 
@@ -151,6 +152,7 @@ class Simulation:
             io_thread._loop, io_thread._pid = io_loop, io_pid
             bridge.Start = preparer.Start = start  # type: ignore[misc]
             batch_holder._GATHER = gather
+            preparer._LINGER = linger
             undo_watch()
             undo_joints()
 
