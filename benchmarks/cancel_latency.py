@@ -28,8 +28,9 @@ from typing import Any, Protocol
 
 from benchmarks.drawing import GREY, draw_dots, log_scale, new_figure
 from benchmarks.holding import measure_holding
-from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
+from benchmarks.report import INTERVAL, Report, markdown_table
 from benchmarks.setting import Setting, model_folder, parse_setting
+from benchmarks.spread import Record, Spread
 from mlx_engine import BaseEngine, Progress, SimpleEngine
 from mlx_engine.core.mlx_thread import mlx_thread
 
@@ -188,7 +189,7 @@ async def prefill_pieces(length: int, engine: BaseEngine) -> tuple[Work, list[fl
         times.append(time.perf_counter())
 
     await engine.generate(tokens, max_tokens=1, on_progress=on_progress)
-    pieces = gaps(times)[: (length - 1) // engine.config.prefill_step_size]
+    pieces = gaps(times)[: (length - 1) // engine._config.model.prefill_step_size]
     return Work(tokens, False, sum(pieces)), pieces
 
 

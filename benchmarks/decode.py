@@ -48,8 +48,9 @@ from typing import Any
 from benchmarks.decode_runs import Measured, Run, cpu_seconds, decode_seconds, total_seconds
 from benchmarks.decode_ways import TEXTS, WRONG, Raw, Text, Way, decodes
 from benchmarks.drawing import BLACK, BLUE, GREY, new_figure
-from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
+from benchmarks.report import INTERVAL, Report, markdown_table
 from benchmarks.setting import Setting, parse_setting
+from benchmarks.spread import Record, Spread
 from benchmarks.trained import KINDS, code_prompts, random_prompts, trained_folder
 from mlx_engine import MTP
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from benchmarks.report import Spread
+from benchmarks.spread import Spread
 
 
 @dataclass(frozen=True, slots=True)

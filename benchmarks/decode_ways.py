@@ -67,7 +67,7 @@ class Way:
 
     def _watch(self) -> None:
         """Note what the engine's chooser of depths is told."""
-        speculation = self._engine._holder.runner().equipment.speculation
+        speculation = self._engine._holder.runner().strategies.speculation
         if speculation is None:
             return
         tell = speculation.chooser.record

@@ -25,8 +25,9 @@ from typing import Any
 
 from benchmarks.draft_pair import DRAFT_LAYERS, LAYERS, draft_pair, widths
 from benchmarks.drawing import draw_line, legend_below, log_scale, new_figure, ticks_at
-from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
+from benchmarks.report import INTERVAL, Report, markdown_table
 from benchmarks.setting import parse_setting
+from benchmarks.spread import Record, Spread
 from mlx_engine import SimpleEngine, SpecPrefill
 
 KEEP = 0.2

@@ -25,8 +25,9 @@ from typing import Any, Protocol
 
 import anyio
 
-from benchmarks.report import Record, Spread, markdown_table
+from benchmarks.report import markdown_table
 from benchmarks.setting import Setting
+from benchmarks.spread import Record, Spread
 from mlx_engine import SimpleEngine
 
 HOLD = 0.1  # seconds that a function of the overlap measurement takes

@@ -50,8 +50,9 @@ from benchmarks.joining import (
     measure_chunks,
     raw_join,
 )
-from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
+from benchmarks.report import INTERVAL, Report, markdown_table
 from benchmarks.setting import Setting, model_folder, parse_setting, rotated
+from benchmarks.spread import Record, Spread
 from mlx_engine import BatchedEngine
 
 LIMITS = {"engine, limit off": None, "engine, limit 200": 200.0, "engine, limit 50": 50.0}

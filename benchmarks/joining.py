@@ -8,14 +8,18 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_engine import BatchedEngine
+
+T = TypeVar("T")
 
 SLICE = 512
 BEFORE = 60  # steps before the join, of which the plain step is taken
@@ -108,6 +112,16 @@ class Running:
                 if task.done():
                     task.result()
 
+    async def beside(self, work: Awaitable[T]) -> tuple[float, list[float], T]:
+        """The longest gap while the work is done, all gaps of a while before, and what it gives."""
+        begin = time.perf_counter()
+        await self.steps(BEFORE)
+        start = time.perf_counter()
+        gave = await work
+        end = time.perf_counter()
+        await self.steps(5)
+        return longest(self.times, start, end)[0], gaps(self.times, begin, start), gave
+
     async def __aenter__(self) -> Running:
         self._tasks = [asyncio.create_task(self._read(i)) for i in range(self._plan.streams)]
         await self.steps(5)
@@ -140,19 +154,23 @@ def judge(
     first: float,
 ) -> Join:
     """What the times at which tokens came tell of a join that lasted from start to first."""
-    before = [[t for t in stream if begin <= t <= start] for stream in times]
-    steps = [later - earlier for stream in before for earlier, later in pairwise(stream)]
-    rate = sum(len(stream) for stream in before) / (start - begin)
+    rate = sum(begin <= t <= start for stream in times for t in stream) / (start - begin)
     joining = sum(start < t <= first for stream in times for t in stream) / (first - start)
     gap, over = longest(times, start, first)
     return Join(
-        step=statistics.median(steps),
+        step=statistics.median(gaps(times, begin, start)),
         gap=gap,
         where=(over - start) / (first - start),
         thread_gap=longest(thread_times, start, first)[0],
         first_token=first - start,
         share=joining / rate,
     )
+
+
+def gaps(times: list[list[float]], begin: float, end: float) -> list[float]:
+    """Those between the tokens of each stream that came in [begin, end]."""
+    within = ([t for t in stream if begin <= t <= end] for stream in times)
+    return [later - earlier for stream in within for earlier, later in pairwise(stream)]
 
 
 def longest(times: list[list[float]], start: float, first: float) -> tuple[float, float]:

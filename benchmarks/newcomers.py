@@ -26,16 +26,16 @@ import statistics
 import time
 from argparse import ArgumentParser
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 
 from benchmarks.drawing import draw_dots, log_scale, new_figure
-from benchmarks.joining import BEFORE, Plan, Running, longest
-from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
+from benchmarks.joining import Plan, Running
+from benchmarks.report import INTERVAL, Report, markdown_table
 from benchmarks.setting import Setting, model_folder, parse_setting, rotated
+from benchmarks.spread import Record, Spread
 from mlx_engine import BatchedEngine
 
 NEWCOMERS = ("a long chat", "options seen", "options unseen")
@@ -100,18 +100,12 @@ async def join_options(engine: BatchedEngine, count: int, *, unseen: bool) -> No
 async def beside(engine: BatchedEngine, plan: Plan, name: str, count: int) -> tuple[float, float]:
     """The longest gap while newcomers join, and the step before."""
     async with Running(engine, plan) as running:
-        begin = time.perf_counter()
-        await running.steps(BEFORE)
-        start = time.perf_counter()
         if name == "a long chat":
-            await join_chat(engine)
+            join = join_chat(engine)
         else:
-            await join_options(engine, count, unseen=name == "options unseen")
-        end = time.perf_counter()
-        await running.steps(5)
-    before = [[t for t in stream if begin <= t <= start] for stream in running.times]
-    steps = [later - earlier for stream in before for earlier, later in pairwise(stream)]
-    return longest(running.times, start, end)[0], statistics.median(steps)
+            join = join_options(engine, count, unseen=name == "options unseen")
+        gap, before, _ = await running.beside(join)
+    return gap, statistics.median(before)
 
 
 def control(engine: BatchedEngine, name: str) -> float:

@@ -23,16 +23,15 @@ import asyncio
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from benchmarks.drawing import draw_dots, log_scale, new_figure
-from benchmarks.joining import BEFORE, Plan, Running, longest
-from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
+from benchmarks.joining import Plan, Running
+from benchmarks.report import INTERVAL, Report, markdown_table
 from benchmarks.setting import ROOT, Setting, parse_setting, random_model, rotated
+from benchmarks.spread import Record, Spread
 from mlx_engine import BatchedEngine, MLXEngineError, RemoteEngine
 from mlx_engine.remote.serving.host import EngineHost
 
@@ -94,31 +93,23 @@ async def beside(
 ) -> tuple[float, list[float], str]:
     """The longest gap, the gaps before, and what the client was told."""
     async with Running(engine, Plan(_STREAMS, 0, 0)) as running:
-        begin = time.perf_counter()
-        await running.steps(BEFORE)
         if what == NOBODY:
-            start, answer = time.perf_counter(), ""
-            await asyncio.sleep(_GIVES_UP)
-        else:
-            client = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "benchmarks.outsiders", "--ask", str(host.path), what),
-                cwd=ROOT,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-            )
-            assert client.stdin is not None
-            assert client.stdout is not None
-            await client.stdout.readline()
-            await running.steps(5)
-            start = time.perf_counter()
-            client.stdin.write(b"\n")
-            answer = (await client.stdout.read()).decode().strip()
-            await client.wait()
-        end = time.perf_counter()
-        await running.steps(5)
-    before = [[t for t in stream if begin <= t <= start] for stream in running.times]
-    gaps = [later - earlier for stream in before for earlier, later in pairwise(stream)]
-    return longest(running.times, start, end)[0], gaps, answer
+            return await running.beside(asyncio.sleep(_GIVES_UP, ""))
+        client = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "benchmarks.outsiders", "--ask", str(host.path), what),
+            cwd=ROOT,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert client.stdout is not None
+        await client.stdout.readline()  # it is ready
+        return await running.beside(_let_ask(client))
+
+
+async def _let_ask(client: asyncio.subprocess.Process) -> str:
+    """Let a client send what it has to send; what it was told."""
+    said, _ = await client.communicate(b"\n")
+    return said.decode().strip()
 
 
 async def measure_all(model: str, setting: Setting) -> Measured:

@@ -46,8 +46,9 @@ from benchmarks.drawing import (
     log_scale,
     new_figure,
 )
-from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
+from benchmarks.report import INTERVAL, Report, markdown_table
 from benchmarks.setting import Setting, model_folder, parse_setting, rotated
+from benchmarks.spread import Record, Spread
 from mlx_engine import BaseEngine, SimpleEngine
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from benchmarks import NAMES
 from benchmarks.drawing import save_picture
-from benchmarks.report import Record, describe, markdown_table, read_json
+from benchmarks.report import describe, markdown_table, read_json
+from benchmarks.spread import Record
 
 _HERE = Path(__file__).parent
 _HEAD = """# Results

@@ -29,8 +29,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.drawing import BLACK, draw_dots, draw_line, log_scale, new_figure
-from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
+from benchmarks.report import INTERVAL, Report, markdown_table
 from benchmarks.setting import Setting, model_folder, parse_setting
+from benchmarks.spread import Record, Spread
 from mlx_engine import BaseEngine, BatchedEngine, GenerationResult, SimpleEngine
 
 USER_TURN = 436

@@ -47,8 +47,9 @@ from benchmarks.remote_life import (
     measure_lateness,
 )
 from benchmarks.remote_places import HERE, SHAPES, Run, started_everywhere, timed
-from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
+from benchmarks.report import INTERVAL, Report, markdown_table
 from benchmarks.setting import Setting, parse_setting, rotated
+from benchmarks.spread import Record, Spread
 from benchmarks.throughput import add_options, make_prompts, models
 
 AT_ONCE = (1, 8, 32)

@@ -37,8 +37,9 @@ from typing import Any
 from benchmarks.batch_ways import WAYS, Load
 from benchmarks.overhead import TICK, Probe
 from benchmarks.remote_places import pid_of, process_engine, seconds_of
-from benchmarks.report import Spread, markdown_table
+from benchmarks.report import markdown_table
 from benchmarks.setting import Setting, rotated
+from benchmarks.spread import Spread
 from benchmarks.throughput import make_prompts
 from mlx_engine import BatchedEngine, EngineDead, ProcessEngine
 from mlx_engine.remote.replicas.manager import EngineManager

@@ -3,84 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.drawing import save_picture
+from benchmarks.setting import Setting
+from benchmarks.spread import Record
 
-if TYPE_CHECKING:
-    from benchmarks.setting import Setting
-
-Record = dict[str, Any]  # what is in a JSON file
 Draw = Callable[[Record], Any]  # a record -> a matplotlib figure, ``None`` without matplotlib
 
 INTERVAL = "Numbers are median [min, max]."
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Repeated measurements of one thing."""
-
-    values: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        """Of at least one value."""
-        return cls(tuple(values))
-
-    @classmethod
-    def read(cls, record: Record) -> Spread:
-        """What ``record()`` gave."""
-        return cls(tuple(record["values"]))
-
-    @property
-    def median(self) -> float:
-        """The middle one."""
-        return statistics.median(self.values)
-
-    def percentile(self, percent: float) -> float:
-        """The smallest value that ``percent`` of all values do not exceed."""
-        ordered = sorted(self.values)
-        return ordered[max(0, -int(-len(ordered) * percent // 100) - 1)]
-
-    def text(self, digits: int, scale: float = 1.0) -> str:
-        """``median [min, max]``, each times ``scale``."""
-        low, middle, high = (
-            f"{value * scale:.{digits}f}"
-            for value in (min(self.values), self.median, max(self.values))
-        )
-        return f"{middle} [{low}, {high}]"
-
-    def record(self) -> Record:
-        """For JSON: the summary and every value."""
-        return {
-            "median": self.median,
-            "min": min(self.values),
-            "max": max(self.values),
-            "values": list(self.values),
-        }
-
-
-def machine() -> Record:
-    """What the numbers depend on; nothing that tells one machine from another of its kind."""
-    mac = platform.mac_ver()[0]
-    return {
-        "platform": f"macOS {mac}" if mac else platform.system(),
-        "architecture": platform.machine(),
-        "processors": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "mlx": version("mlx"),
-        "mlx_lm": version("mlx-lm"),
-        "mlx_engine": version("mlx-engine"),
-    }
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

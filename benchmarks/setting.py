@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -12,10 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import machine
+from benchmarks.spread import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,7 +48,7 @@ class Setting:
     model: str | None
     layers: int
     own: argparse.Namespace
-    machine: dict[str, Any]
+    machine: Record
     started: float
 
     @property
@@ -120,6 +123,21 @@ def parse_setting(
         machine(),
         time.perf_counter(),
     )
+
+
+def machine() -> Record:
+    """What the numbers depend on; nothing that tells one machine from another of its kind."""
+    mac = platform.mac_ver()[0]
+    return {
+        "platform": f"macOS {mac}" if mac else platform.system(),
+        "architecture": platform.machine(),
+        "processors": os.cpu_count(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "mlx": version("mlx"),
+        "mlx_lm": version("mlx-lm"),
+        "mlx_engine": version("mlx-engine"),
+    }
 
 
 def rotated(names: list[str], turn: int) -> list[str]:

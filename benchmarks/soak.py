@@ -35,10 +35,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from benchmarks.drawing import MARKERS, SERIES, new_figure
-from benchmarks.report import Record, Report, Spread, markdown_table
+from benchmarks.report import Report, markdown_table
 from benchmarks.setting import Setting, model_folder, parse_setting
 from benchmarks.soak_load import Load, Tally, make_known
 from benchmarks.soak_samples import MEASURES, Sampler, Samples
+from benchmarks.spread import Record, Spread
 from mlx_engine import BatchedEngine
 
 USERS = 48

@@ -25,8 +25,9 @@ from typing import Any
 
 from benchmarks.draft_pair import DRAFT_LAYERS, LAYERS, draft_pair, widths
 from benchmarks.drawing import BLACK, draw_dots, new_figure
-from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
+from benchmarks.report import INTERVAL, Report, markdown_table
 from benchmarks.setting import Setting, parse_setting
+from benchmarks.spread import Record, Spread
 from mlx_engine import Progress, SimpleEngine, SpecPrefill
 
 KEEPS = (0.1, 0.2, 0.3, 0.5)

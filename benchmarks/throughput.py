@@ -43,8 +43,9 @@ import mlx.core as mx
 
 from benchmarks.batch_ways import ROWS, WAYS, Load, raw
 from benchmarks.drawing import draw_line, legend_below, new_figure, ticks_at
-from benchmarks.report import INTERVAL, Record, Report, Spread, markdown_table
+from benchmarks.report import INTERVAL, Report, markdown_table
 from benchmarks.setting import Setting, model_folder, parse_setting, rotated
+from benchmarks.spread import Record, Spread
 from benchmarks.wide import wide_folder
 from mlx_engine import BatchedEngine
 

@@ -36,8 +36,9 @@ import anyio
 import mlx.core as mx
 
 from benchmarks.holding import PublishedFix
-from benchmarks.report import INTERVAL, Report, Spread, markdown_table
+from benchmarks.report import INTERVAL, Report, markdown_table
 from benchmarks.setting import Setting, model_folder, parse_setting
+from benchmarks.spread import Spread
 from benchmarks.timeline_picture import WAYS, draw
 from mlx_engine import SimpleEngine
 from mlx_engine.core.mlx_thread import mlx_thread

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.drawing import BLACK, BLUE, ORANGE, RED, new_figure
-from benchmarks.report import Record
+from benchmarks.spread import Record
 
 WAYS = {  # and what they are called in the picture
     "published fix": "asyncio.Lock, shield, then await in except CancelledError",

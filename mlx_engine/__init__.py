@@ -3,7 +3,8 @@
     async with SimpleEngine("demo") as engine:
         result = await engine.generate("The capital of France is")
 
-Importing this package starts nothing and does not load MLX; the first use of an engine does.
+Importing this package, and any name of it, starts nothing and does not load MLX: the start of an
+engine in this process does.
 
 Its files:
 
@@ -28,14 +29,14 @@ Its files:
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlx_engine.core.lifecycle import EngineState
+    from mlx_engine.config import BatchedOptions, EngineKind, EngineOptions
     from mlx_engine.core.stream import GenerationStream
     from mlx_engine.engine.base import BaseEngine
     from mlx_engine.engine.batched import BatchedEngine
+    from mlx_engine.engine.interface import Engine
     from mlx_engine.engine.simple import SimpleEngine
     from mlx_engine.errors import (
         ContextLengthExceeded,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     )
     from mlx_engine.limits import RequestLimits
     from mlx_engine.outputs import (
+        EngineState,
         EngineStats,
         FinishReason,
         GenerationChunk,
@@ -68,19 +70,20 @@ if TYPE_CHECKING:
         ToolCall,
         Usage,
     )
-    from mlx_engine.params import SamplingOptions, SamplingParams
-    from mlx_engine.remote.exits import Exit
+    from mlx_engine.params import LogitsProcessor, SamplingOptions, SamplingParams
+    from mlx_engine.remote.exits import Exit, ExitKind
     from mlx_engine.remote.health import Health
     from mlx_engine.remote.process_engine import ProcessEngine
     from mlx_engine.remote.ray_engine import RayEngine
     from mlx_engine.remote.remote_engine import RemoteEngine
     from mlx_engine.remote.replicas.manager import EngineManager
-    from mlx_engine.remote.replicas.replica import ReplicaInfo
+    from mlx_engine.remote.replicas.replica import ReplicaInfo, ReplicaState
     from mlx_engine.remote.replicas.restarts import RestartPolicy
     from mlx_engine.remote.serving.host import EngineHost
-    from mlx_engine.remote.signals import install_signal_handlers
+    from mlx_engine.remote.signals import SignalHandlers, install_signal_handlers
     from mlx_engine.remote.wire.heartbeat import Watchdog
-    from mlx_engine.strategies import MTP, DraftModel, SpecPrefill
+    from mlx_engine.requests import Message
+    from mlx_engine.strategies import MTP, Decode, DraftModel, EngineDefault, SpecPrefill
 
 __version__ = "0.1.0"
 
@@ -88,18 +91,25 @@ __all__ = [
     "MTP",
     "BaseEngine",
     "BatchedEngine",
+    "BatchedOptions",
     "ContextLengthExceeded",
+    "Decode",
     "DraftModel",
+    "Engine",
     "EngineBusy",
     "EngineDead",
+    "EngineDefault",
     "EngineHost",
+    "EngineKind",
     "EngineManager",
     "EngineNotRunning",
     "EngineNotStarted",
+    "EngineOptions",
     "EngineState",
     "EngineStats",
     "EngineStopped",
     "Exit",
+    "ExitKind",
     "FinishReason",
     "GenerationChunk",
     "GenerationError",
@@ -107,7 +117,9 @@ __all__ = [
     "GenerationStream",
     "Health",
     "InvalidRequest",
+    "LogitsProcessor",
     "MLXEngineError",
+    "Message",
     "ModelLoadError",
     "ProcessEngine",
     "Progress",
@@ -117,12 +129,14 @@ __all__ = [
     "RayEngine",
     "RemoteEngine",
     "ReplicaInfo",
+    "ReplicaState",
     "RequestLimits",
     "RestartPolicy",
     "SamplingOptions",
     "SamplingParams",
     "Segment",
     "ShutdownReport",
+    "SignalHandlers",
     "SimpleEngine",
     "SpecPrefill",
     "StreamClosed",
@@ -135,66 +149,95 @@ __all__ = [
     "install_signal_handlers",
 ]
 
-# Imported when it is first asked for: some of it needs MLX, or msgspec, and all of it takes time.
-_LATER = {
-    "MTP": "mlx_engine.strategies",
-    "BaseEngine": "mlx_engine.engine.base",
-    "BatchedEngine": "mlx_engine.engine.batched",
-    "ContextLengthExceeded": "mlx_engine.errors",
-    "DraftModel": "mlx_engine.strategies",
-    "EngineBusy": "mlx_engine.errors",
-    "EngineDead": "mlx_engine.errors",
-    "EngineHost": "mlx_engine.remote.serving.host",
-    "EngineManager": "mlx_engine.remote.replicas.manager",
-    "EngineNotRunning": "mlx_engine.errors",
-    "EngineNotStarted": "mlx_engine.errors",
-    "EngineState": "mlx_engine.core.lifecycle",
-    "EngineStats": "mlx_engine.outputs",
-    "EngineStopped": "mlx_engine.errors",
-    "Exit": "mlx_engine.remote.exits",
-    "FinishReason": "mlx_engine.outputs",
-    "GenerationChunk": "mlx_engine.outputs",
-    "GenerationError": "mlx_engine.errors",
-    "GenerationResult": "mlx_engine.outputs",
-    "GenerationStream": "mlx_engine.core.stream",
-    "Health": "mlx_engine.remote.health",
-    "InvalidRequest": "mlx_engine.errors",
-    "MLXEngineError": "mlx_engine.errors",
-    "ModelLoadError": "mlx_engine.errors",
-    "ProcessEngine": "mlx_engine.remote.process_engine",
-    "Progress": "mlx_engine.outputs",
-    "ProgressCallback": "mlx_engine.outputs",
-    "PromptCacheLookup": "mlx_engine.outputs",
-    "PromptCacheStats": "mlx_engine.outputs",
-    "RayEngine": "mlx_engine.remote.ray_engine",
-    "RemoteEngine": "mlx_engine.remote.remote_engine",
-    "ReplicaInfo": "mlx_engine.remote.replicas.replica",
-    "RequestLimits": "mlx_engine.limits",
-    "RestartPolicy": "mlx_engine.remote.replicas.restarts",
-    "SamplingOptions": "mlx_engine.params",
-    "SamplingParams": "mlx_engine.params",
-    "Segment": "mlx_engine.outputs",
-    "ShutdownReport": "mlx_engine.outputs",
-    "SimpleEngine": "mlx_engine.engine.simple",
-    "SpecPrefill": "mlx_engine.strategies",
-    "StreamClosed": "mlx_engine.errors",
-    "StreamConsumed": "mlx_engine.errors",
-    "Timings": "mlx_engine.outputs",
-    "TokenLogprob": "mlx_engine.outputs",
-    "ToolCall": "mlx_engine.outputs",
-    "Usage": "mlx_engine.outputs",
-    "Watchdog": "mlx_engine.remote.wire.heartbeat",
-    "install_signal_handlers": "mlx_engine.remote.signals",
+# Imported when it is first asked for, since all of it takes time.
+_HOMES = {
+    "mlx_engine.config": (
+        "BatchedOptions",
+        "EngineKind",
+        "EngineOptions",
+    ),
+    "mlx_engine.core.stream": ("GenerationStream",),
+    "mlx_engine.engine.base": ("BaseEngine",),
+    "mlx_engine.engine.batched": ("BatchedEngine",),
+    "mlx_engine.engine.interface": ("Engine",),
+    "mlx_engine.engine.simple": ("SimpleEngine",),
+    "mlx_engine.errors": (
+        "ContextLengthExceeded",
+        "EngineBusy",
+        "EngineDead",
+        "EngineNotRunning",
+        "EngineNotStarted",
+        "EngineStopped",
+        "GenerationError",
+        "InvalidRequest",
+        "MLXEngineError",
+        "ModelLoadError",
+        "StreamClosed",
+        "StreamConsumed",
+    ),
+    "mlx_engine.limits": ("RequestLimits",),
+    "mlx_engine.outputs": (
+        "EngineState",
+        "EngineStats",
+        "FinishReason",
+        "GenerationChunk",
+        "GenerationResult",
+        "Progress",
+        "ProgressCallback",
+        "PromptCacheLookup",
+        "PromptCacheStats",
+        "Segment",
+        "ShutdownReport",
+        "Timings",
+        "TokenLogprob",
+        "ToolCall",
+        "Usage",
+    ),
+    "mlx_engine.params": (
+        "LogitsProcessor",
+        "SamplingOptions",
+        "SamplingParams",
+    ),
+    "mlx_engine.remote.exits": (
+        "Exit",
+        "ExitKind",
+    ),
+    "mlx_engine.remote.health": ("Health",),
+    "mlx_engine.remote.process_engine": ("ProcessEngine",),
+    "mlx_engine.remote.ray_engine": ("RayEngine",),
+    "mlx_engine.remote.remote_engine": ("RemoteEngine",),
+    "mlx_engine.remote.replicas.manager": ("EngineManager",),
+    "mlx_engine.remote.replicas.replica": (
+        "ReplicaInfo",
+        "ReplicaState",
+    ),
+    "mlx_engine.remote.replicas.restarts": ("RestartPolicy",),
+    "mlx_engine.remote.serving.host": ("EngineHost",),
+    "mlx_engine.remote.signals": (
+        "SignalHandlers",
+        "install_signal_handlers",
+    ),
+    "mlx_engine.remote.wire.heartbeat": ("Watchdog",),
+    "mlx_engine.requests": ("Message",),
+    "mlx_engine.strategies": (
+        "MTP",
+        "Decode",
+        "DraftModel",
+        "EngineDefault",
+        "SpecPrefill",
+    ),
 }
 
+if not TYPE_CHECKING:  # or a name with a mistake in it would be one of any type
+    from importlib import import_module
 
-def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        value = getattr(import_module(_LATER[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
+    def __getattr__(name):
+        if name in _HOME_OF:
+            value = globals()[name] = getattr(import_module(_HOME_OF[name]), name)
+            return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__():
+        return __all__

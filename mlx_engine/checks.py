@@ -158,6 +158,7 @@ def number_or_none(
     value: object,
     *,
     low: float = -math.inf,
+    high: float = math.inf,
     above: bool = False,
     endless: bool = False,
     what: str = "a number",
@@ -165,7 +166,9 @@ def number_or_none(
     """``value`` as ``number`` has it, or ``None``."""
     if value is None:
         return None
-    return number(option, value, low=low, above=above, endless=endless, what=what, also="None")
+    return number(
+        option, value, low=low, high=high, above=above, endless=endless, what=what, also="None"
+    )
 
 
 def choice(option: str, value: object, choices: tuple[T, ...]) -> T:

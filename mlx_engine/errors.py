@@ -101,7 +101,7 @@ class EngineStopped(EngineNotRunning):
 
 
 class EngineDead(EngineNotRunning):
-    """What the engine runs on is gone.
+    """The process, actor or thread that the engine runs on is gone.
 
     Attributes:
         reason: what is known of the end, in words.

@@ -1,4 +1,4 @@
-"""How large a request may be, looked at before anything is built from it."""
+"""Limits of a request's size, looked at before anything is built from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NUMBERS = (int, float, type(None))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestLimits:
-    """How large one request may be; what is larger is refused with ``InvalidRequest``.
+    """Limits of one request's size; what is larger is refused with ``InvalidRequest``.
 
     An engine looks at a request when it is made, by counting: nothing is built, copied or
     rendered from one that is too large, and counting ends where a limit is passed. ``None``
@@ -207,7 +207,7 @@ def _or_endless(limit: int | None) -> float:
 
 
 def _items_of(value: object) -> Iterator[Any] | None:
-    """What is in a list or mapping; ``None`` if it is neither."""
+    """Items of a list or mapping; ``None`` if it is neither."""
     if isinstance(value, list | tuple):
         return iter(value)
     return chain.from_iterable(value.items()) if isinstance(value, Mapping) else None

@@ -1,7 +1,8 @@
-"""What the engines give back: chunks, results and what was measured on the way."""
+"""Values that engines give back: chunks, results and what was measured on the way."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +13,7 @@ Segment = Literal["content", "reasoning", "tool_call"]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a long piece of work has come.
+    """Progress of a long piece of work.
 
     Attributes:
         phase: ``download``, ``convert`` and ``load`` happen while an engine starts,
@@ -120,7 +121,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the time of a request went, in seconds.
+    """Times of a request, in seconds.
 
     Attributes:
         queued: from the call to the moment its work began on the MLX thread.
@@ -184,7 +185,7 @@ class GenerationResult:
 
 @dataclass(frozen=True, slots=True)
 class ShutdownReport:
-    """What became of the requests that were in flight when an engine was shut down.
+    """Fate of the requests that were in flight when an engine was shut down.
 
     Requests are what has an id that its caller knows: answers, whole or as streams. Of a start, a
     function of ``run_blocking`` or a prompt cache on its way to a file nothing is told here,
@@ -201,7 +202,7 @@ class ShutdownReport:
 
 @dataclass(frozen=True, slots=True)
 class PromptCacheLookup:
-    """What the prompt cache had for one request, and why it had no more.
+    """The prompt cache's part in one request: what it had, and why it had no more.
 
     Attributes:
         request_id: the engine's name for the request.
@@ -252,12 +253,23 @@ class PromptCacheStats:
     last_lookup: PromptCacheLookup | None = None
 
 
+class EngineState(enum.StrEnum):
+    """Where an engine is in its life; each is equal to its string."""
+
+    CREATED = "created"  # made, or its start failed: nothing is loaded
+    STARTING = "starting"  # the model is being loaded
+    RUNNING = "running"  # requests are taken
+    DRAINING = "draining"  # what is in flight may finish, new requests are refused
+    STOPPED = "stopped"  # nothing is in flight and the model is gone; may be started again
+    FAILED = "failed"  # it cannot serve any more; shut it down
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot of an engine; cheap, and from any thread.
 
     Attributes:
-        state: the engine's state, by its value.
+        state: where the engine is in its life.
         running: requests in work now (0 or 1 in ``SimpleEngine``).
         waiting: requests in the queue.
         finished: requests that came to their own end.
@@ -276,7 +288,7 @@ class EngineStats:
         prompt_cache: of the prompt cache.
     """
 
-    state: str
+    state: EngineState
     running: int
     waiting: int
     finished: int

@@ -5,9 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Unpack
 
-from mlx_engine.checks import flag, integer, number, shown, unknown_option
+from mlx_engine.checks import (
+    check_options,
+    flag,
+    integer,
+    integer_or_none,
+    number,
+    number_or_none,
+    option,
+    shown,
+    unknown_option,
+)
 from mlx_engine.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -20,9 +30,7 @@ else:
 MAX_TOP_LOGPROBS = 100
 _DIGITS = re.compile(r"[0-9]{1,20}")  # of a token id
 _NAME = re.compile(r"[\w.]+:[\w.]+")  # of a function, with its module
-_SEED_LIMIT = 2**64
 _COLDEST = 1e-6  # below it logits overflow when they are divided by the temperature
-_LEAST_PENALTY, _PENALTY_LIMIT = 1e-3, 1e3  # beyond, logits in half precision overflow
 _BIAS_LIMIT = 1e30  # logits are float32, or less
 
 
@@ -48,9 +56,65 @@ class SamplingOptions(TypedDict, total=False):
     logits_processors: Sequence[LogitsProcessor | str] | None
 
 
+def _temperature(name: str, value: object) -> float:
+    given = number(name, value, low=0)
+    if 0 < given < _COLDEST:
+        raise InvalidRequest(name, f"must be 0 (greedy), or {_COLDEST:g} or more: not {given}")
+    return given
+
+
+def _items(name: str, value: object, what: str) -> tuple[object, ...]:
+    """``value`` as a tuple; strings and single values are refused."""
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
+        raise InvalidRequest(name, f"must be a list of {what}, not {shown(value)}")
+    return tuple(value)
+
+
+def _stop_strings(name: str, stop: object) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else _items(name, stop, "strings")
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise InvalidRequest(
+                name,
+                f"must be a non-empty string or a list of them, not {shown(string)}; "
+                "leave it out to stop at the end of the answer only",
+            )
+    return tuple(str(string) for string in strings)  # NumPy's strings have a type of their own
+
+
+def _token_ids(name: str, tokens: object) -> tuple[int, ...]:
+    return tuple(integer(name, token, low=0) for token in _items(name, tokens, "token ids"))
+
+
+def _logit_bias(name: str, bias: object) -> dict[int, float]:
+    if not isinstance(bias, Mapping):
+        raise InvalidRequest(name, f"must map token ids to numbers, not be {shown(bias)}")
+    found: dict[int, float] = {}
+    for key, value in bias.items():
+        digits = isinstance(key, str) and _DIGITS.fullmatch(key)
+        token = integer(name, int(key) if digits else key, low=0)
+        if token in found:
+            raise InvalidRequest(name, f"has token id {token} twice")
+        found[token] = number(name, value, low=-_BIAS_LIMIT, high=_BIAS_LIMIT)
+    return found
+
+
+def _logits_processors(name: str, value: object) -> tuple[object, ...]:
+    processors = _items(name, value, "functions")
+    for processor in processors:
+        named = isinstance(processor, str) and _NAME.fullmatch(processor)
+        if not (callable(processor) or named):
+            raise InvalidRequest(
+                name,
+                "each must be callable as processor(tokens, logits), or be named "
+                f"'package.module:function', not {shown(processor)}",
+            )
+    return processors
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to choose the next token, and when to stop. Defaults are those of mlx-lm.
+    """Sampling of the next token, and when to stop. Defaults are those of mlx-lm.
 
     Values are checked when the object is made; sequences are copied into tuples. ``None`` for
     any field is its default, as clients of OpenAI's API send it, but for ``max_tokens``.
@@ -88,84 +152,53 @@ class SamplingParams:
         InvalidRequest: a value is of the wrong type or out of range.
     """
 
-    max_tokens: int | None = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.1
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
-    seed: int | None = None
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    logits_processors: Sequence[LogitsProcessor | str] = ()
+    max_tokens: Annotated[int | None, option(integer_or_none, "tokens to generate", low=0)] = 256
+    temperature: Annotated[float, option(_temperature)] = 0.0
+    top_p: Annotated[float, option(number, "nucleus sampling, 1 is off", low=0, high=1)] = 1.0
+    top_k: Annotated[
+        int, option(integer, "choose from the N most probable tokens, 0 is off", low=0)
+    ] = 0
+    min_p: Annotated[
+        float, option(number, "drop tokens below N times the best one", low=0, high=1)
+    ] = 0.0
+    xtc_probability: Annotated[
+        float, option(number, "chance to exclude top choices", low=0, high=1)
+    ] = 0.0
+    xtc_threshold: Annotated[
+        float, option(number, "probability that makes a top choice", low=0, high=0.5)
+    ] = 0.1
+    repetition_penalty: Annotated[
+        float | None,
+        option(number_or_none, "factor on recent tokens, 1 is off", low=1e-3, high=1e3),
+    ] = None  # beyond these, logits in half precision overflow
+    presence_penalty: Annotated[
+        float | None, option(number_or_none, "subtracted once from recent tokens")
+    ] = None
+    frequency_penalty: Annotated[
+        float | None, option(number_or_none, "subtracted per recent occurrence")
+    ] = None
+    logit_bias: Annotated[Mapping[int, float], option(_logit_bias)] = field(
+        default_factory=dict[int, float]
+    )
+    seed: Annotated[
+        int | None, option(integer_or_none, "makes sampling repeat", low=0, high=2**64 - 1)
+    ] = None
+    stop: Annotated[str | Sequence[str], option(_stop_strings)] = ()
+    stop_token_ids: Annotated[Sequence[int], option(_token_ids)] = ()
+    ignore_eos: Annotated[bool, option(flag, "go on after the end of the answer")] = False
+    logprobs: Annotated[int | None, option(integer_or_none, low=0, high=MAX_TOP_LOGPROBS)] = None
+    logits_processors: Annotated[Sequence[LogitsProcessor | str], option(_logits_processors)] = ()
 
     def __post_init__(self) -> None:
         for name, default in _DEFAULTS.items():
             if getattr(self, name) is None:
-                self._set(name, default)
-        if self.max_tokens is not None:
-            self._set("max_tokens", integer("max_tokens", self.max_tokens, low=0))
-        self._set("temperature", number("temperature", self.temperature, low=0.0))
-        if 0 < self.temperature < _COLDEST:
-            raise InvalidRequest(
-                "temperature",
-                f"must be 0 (greedy), or {_COLDEST:g} or more: not {self.temperature}",
-            )
-        self._set("top_p", number("top_p", self.top_p, low=0.0, high=1.0))
-        self._set("top_k", integer("top_k", self.top_k, low=0))
-        self._set("min_p", number("min_p", self.min_p, low=0.0, high=1.0))
-        for name, high in (("xtc_probability", 1.0), ("xtc_threshold", 0.5)):
-            self._set(name, number(name, getattr(self, name), low=0.0, high=high))
-        if self.repetition_penalty is not None:
-            penalty = number(
-                "repetition_penalty",
-                self.repetition_penalty,
-                low=_LEAST_PENALTY,
-                high=_PENALTY_LIMIT,
-            )
-            self._set("repetition_penalty", penalty)
-        for name in ("presence_penalty", "frequency_penalty"):
-            if (value := getattr(self, name)) is not None:
-                self._set(name, number(name, value))
-        self._set("logit_bias", _logit_bias(self.logit_bias))
-        if self.seed is not None:
-            self._set("seed", integer("seed", self.seed, low=0, high=_SEED_LIMIT - 1))
-        self._set("stop", _stop_strings(self.stop))
-        self._set(
-            "stop_token_ids",
-            tuple(
-                integer("stop_token_ids", token, low=0)
-                for token in _items("stop_token_ids", self.stop_token_ids, "token ids")
-            ),
-        )
-        flag("ignore_eos", self.ignore_eos)
-        if self.logprobs is not None:
-            self._set("logprobs", integer("logprobs", self.logprobs, low=0, high=MAX_TOP_LOGPROBS))
-        processors = _items("logits_processors", self.logits_processors, "functions")
-        for processor in processors:
-            named = isinstance(processor, str) and _NAME.fullmatch(processor)
-            if not (callable(processor) or named):
-                raise InvalidRequest(
-                    "logits_processors",
-                    "each must be callable as processor(tokens, logits), or be named "
-                    f"'package.module:function', not {shown(processor)}",
-                )
-        self._set("logits_processors", processors)
+                object.__setattr__(self, name, default)
+        check_options(self)
 
     @property
     def greedy(self) -> bool:
         """Whether each token is the most probable one."""
         return self.temperature == 0 or self.top_p == 0
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
 
     @classmethod
     def of(
@@ -187,38 +220,6 @@ class SamplingParams:
                 raise unknown_option(name, known)
         changes: dict[str, Any] = dict(options)
         return replace(params, **changes) if changes else params
-
-
-def _items(name: str, value: object, what: str) -> tuple[object, ...]:
-    """``value`` as a tuple; strings and single values are refused."""
-    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
-        raise InvalidRequest(name, f"must be a list of {what}, not {shown(value)}")
-    return tuple(value)
-
-
-def _stop_strings(stop: object) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else _items("stop", stop, "strings")
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise InvalidRequest(
-                "stop",
-                f"must be a non-empty string or a list of them, not {shown(string)}; "
-                "leave it out to stop at the end of the answer only",
-            )
-    return tuple(str(string) for string in strings)  # NumPy's strings have a type of their own
-
-
-def _logit_bias(bias: object) -> dict[int, float]:
-    if not isinstance(bias, Mapping):
-        raise InvalidRequest("logit_bias", f"must map token ids to numbers, not be {shown(bias)}")
-    found: dict[int, float] = {}
-    for key, value in bias.items():
-        digits = isinstance(key, str) and _DIGITS.fullmatch(key)
-        token = integer("logit_bias", int(key) if digits else key, low=0)
-        if token in found:
-            raise InvalidRequest("logit_bias", f"has token id {token} twice")
-        found[token] = number("logit_bias", value, low=-_BIAS_LIMIT, high=_BIAS_LIMIT)
-    return found
 
 
 # What None stands for, where it is not a value of its own.

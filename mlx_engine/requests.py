@@ -1,4 +1,4 @@
-"""What a caller asks of an engine: a prompt or a chat, and how to answer it. Only values."""
+"""Requests as a caller makes them: a prompt or a chat, and how to answer it. Only values."""
 
 from __future__ import annotations
 
@@ -6,13 +6,35 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Required, TypedDict
 
 from mlx_engine.checks import LARGEST, integer, shown
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.params import SamplingParams
 from mlx_engine.strategies import EngineDefault, SpecPrefill
+
+
+class Message(TypedDict, total=False):
+    """A message of a chat, as in OpenAI's API: what ``list[Message]`` holds for type checkers.
+
+    Attributes:
+        role: of the speaker; chat templates know ``system``, ``user``, ``assistant`` and ``tool``.
+        content: text, or a list of parts of it, ``{"type": "text", "text": ...}``; ``None`` in a
+            message that has only calls.
+        name: of the speaker, or of the tool.
+        tool_calls: of an assistant: ``{"function": {"name": ..., "arguments": ...}}``, and an
+            ``id``.
+        tool_call_id: of a tool: which call it answers.
+        reasoning_content: of an assistant: what it thought aloud.
+    """
+
+    role: Required[str]
+    content: str | Sequence[Mapping[str, Any]] | None
+    name: str
+    tool_calls: Sequence[Mapping[str, Any]]
+    tool_call_id: str
+    reasoning_content: str
 
 
 class TokenIds(list[int]):
@@ -70,7 +92,7 @@ class ChatPrompt:
     @classmethod
     def of(
         cls,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message | Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         limits: RequestLimits = DEFAULT_LIMITS,

@@ -17,17 +17,20 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+import mlx_engine.models  # noqa: F401 - imports mlx_lm in the one way that does no harm
 from mlx_engine import BaseEngine, BatchedEngine, SimpleEngine
 from mlx_engine.core import preparer
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.work import PendingWork, ThreadJob
 from mlx_engine.core.work_queue import WorkQueue
+from mlx_engine.engine.late import import_mlx
 from tests.guard import GUARD, Gate
 from tests.tiny import main
 from tests.waiting import PATIENCE, turns, until, until_now
 
 ROOT = Path(__file__).parent.parent
 
+import_mlx()  # not by the first engine that a test starts
 GUARD.install()
 
 

@@ -25,7 +25,10 @@ TESTS = (
     "tests/engine/test_preparation.py",
     "tests/engine/test_cancellation.py",
 )
-SWEEP = "simple and not draft and not mtp and not specprefill and (generate or stream or run)"
+SWEEP = (
+    "simple and not draft and not mtp and not specprefill and not batch"
+    " and (generate or stream or run)"
+)
 LIMIT = 300  # seconds for the tests of one mutation
 
 
@@ -69,7 +72,7 @@ MUTATIONS = (
     ),
     Mutation(
         "streams are not cleared when the MLX thread ends",
-        "engine/model_holder.py",
+        "engine/mlx_work.py",
         "    mx.clear_streams()\n",
         "",
         ("tests/engine/test_exit.py",),

@@ -146,7 +146,8 @@ def test_numbers_of_other_kinds_become_plain_ones() -> None:
     policy = RestartPolicy(backoff=np.int64(1), max_restarts=np.int64(2))  # type: ignore[arg-type]
     assert (type(policy.backoff), type(policy.max_restarts)) == (float, int)
     engine = SimpleEngine("demo", kv_bits=np.int64(4), prefill_step_size=np.int32(8))  # type: ignore[arg-type]
-    assert (type(engine.config.kv_bits), type(engine.config.prefill_step_size)) == (int, int)
+    model = engine._config.model
+    assert (type(model.kv_bits), type(model.prefill_step_size)) == (int, int)
 
 
 def test_an_array_in_the_place_of_a_number_is_refused() -> None:

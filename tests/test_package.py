@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import pickle
 
 import pytest
 
 import mlx_engine
-from mlx_engine import errors
+from mlx_engine import EngineState, errors
 from tests.conftest import ROOT
 from tests.mutations import MUTATIONS, Mutation
 
@@ -18,9 +19,17 @@ def test_all_is_sorted_and_every_name_is_there() -> None:
     assert mlx_engine.__all__ == sorted(mlx_engine.__all__, key=lambda n: (not n.isupper(), n))
     for name in mlx_engine.__all__:
         assert getattr(mlx_engine, name) is not None
-        assert name in dir(mlx_engine)
+    assert dir(mlx_engine) == sorted(mlx_engine.__all__), "that is what completion shows"
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
-        _ = mlx_engine.Nonsense
+        _ = mlx_engine.Nonsense  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "name", ["SimpleEngine", "BatchedEngine", "ProcessEngine", "EngineManager"]
+)
+def test_a_call_without_a_model_names_what_was_called(name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name}.__init__"):
+        getattr(mlx_engine, name)()
 
 
 def test_every_public_thing_has_a_docstring() -> None:
@@ -69,3 +78,10 @@ def test_errors_travel_between_processes(error: errors.MLXEngineError) -> None:
 def test_what_is_broken_to_try_the_tests_is_still_there(mutation: Mutation) -> None:
     source = (ROOT / "mlx_engine" / mutation.file).read_text("utf-8")
     assert source.count(mutation.old) == 1
+
+
+def test_a_state_is_its_string_and_statistics_have_the_state() -> None:
+    assert [state == state.value == str(state) for state in EngineState] == [True] * 6
+    engine = mlx_engine.SimpleEngine("demo")
+    assert engine.stats().state is engine.state is EngineState.CREATED
+    assert json.dumps({"state": engine.state}) == '{"state": "created"}'

@@ -11,6 +11,7 @@ from importlib import import_module
 from mlx_engine.cli.leaving import EXIT_INTERRUPTED
 from mlx_engine.cli.options import parse, spelled
 from mlx_engine.cli.output import say
+from mlx_engine.engine.late import import_mlx
 from mlx_engine.errors import InvalidRequest, MLXEngineError
 
 EXIT_FAILED = 1
@@ -24,7 +25,9 @@ def run(argv: Sequence[str] | None) -> int:
     _quiet_libraries()
     _prepare_streams()
     try:
-        # Only now, since it imports MLX; --help and --version come without.
+        # Only now, and here, where Ctrl-C ends the process at once; --help comes without.
+        if args.command != "help":
+            import_mlx()
         code: int = import_module(f"mlx_engine.cli.{args.command.replace('-', '_')}").run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:

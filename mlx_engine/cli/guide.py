@@ -18,7 +18,7 @@ def topics() -> list[str]:
 
 
 def text(topic: str) -> str:
-    """What the guide says of one of the topics, in Markdown."""
+    """One of the guide's topics, in Markdown."""
     return _folder().joinpath(topic + _SUFFIX).read_text("utf-8")
 
 

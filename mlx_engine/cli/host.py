@@ -16,12 +16,11 @@ from typing import Any
 from mlx_engine.cli.leaving import EXIT_INTERRUPTED
 from mlx_engine.cli.options import engine_options
 from mlx_engine.cli.output import ProgressBar, say
-from mlx_engine.core.lifecycle import EngineState
 from mlx_engine.engine.batched import BatchedEngine
 from mlx_engine.engine.local import LocalEngine
 from mlx_engine.engine.simple import SimpleEngine
 from mlx_engine.errors import MLXEngineError
-from mlx_engine.outputs import ShutdownReport
+from mlx_engine.outputs import EngineState, ShutdownReport
 from mlx_engine.remote.serving.host import EngineHost
 from mlx_engine.remote.signals import SignalHandlers, install_signal_handlers
 
@@ -80,7 +79,7 @@ async def _end(engine: LocalEngine, handlers: SignalHandlers[ShutdownReport]) ->
 
 
 class _Program:
-    """What signals shut down."""
+    """The program that signals shut down."""
 
     def __init__(self, engine: LocalEngine, host: EngineHost, drain: float | None) -> None:
         self.handlers: SignalHandlers[ShutdownReport] | None = None

@@ -1,4 +1,4 @@
-"""What a signal does as long as there is nothing to stop: it ends the process, with its code."""
+"""A signal while there is nothing to stop yet: it ends the process, with its code."""
 
 from __future__ import annotations
 

@@ -103,83 +103,112 @@ def _given(args: argparse.Namespace, kind: type[Any]) -> dict[str, Any]:
     return {field.name: given[field.name] for field in fields(kind) if field.name in given}
 
 
+Commands = Any  # what argparse's ``add_subparsers`` gives, which has no public type
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description="MLX language models in the terminal.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    source, cache, sampling = _source_options(), _cache_options(), sampling_options()
-    paths = _path_options()
+    source, model = _source_options(), [_cache_options(), _path_options()]
+    _add_generate(commands, [source, *model, sampling_options()])
+    _add_chat(commands, [source, *model, sampling_options()])
+    _add_host(commands, [source, *model, _host_options()])
+    _add_info(commands, [source])
+    _add_selftest(commands, [source, *model])
+    _add_extract_mtp(commands)
+    _add_help(commands)
+    return parser
 
-    generate = commands.add_parser(
+
+def _add_generate(commands: Commands, options: list[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
         "generate",
         help="answer one prompt",
         description="Answer PROMPT and stream the answer to standard output.",
-        parents=[source, cache, paths, sampling],
+        parents=options,
         allow_abbrev=False,
     )
-    generate.add_argument("prompt", metavar="PROMPT", help="text, or - to read standard input")
-    generate.add_argument(
+    command.add_argument("prompt", metavar="PROMPT", help="text, or - to read standard input")
+    command.add_argument(
         "--raw", action="store_true", help="continue PROMPT as it is, without chat template"
     )
-    generate.add_argument(
+    command.add_argument(
         "--json", action="store_true", help="print the whole result as one JSON object"
     )
-    generate.add_argument(
+    command.add_argument(
         "--logprobs",
         type=int,
         metavar="N",
         default=argparse.SUPPRESS,
         help="report log-probabilities of each token and of the N best ones; needs --json",
     )
+    _add_talk(command)
 
-    chat = commands.add_parser(
+
+def _add_chat(commands: Commands, options: list[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
         "chat",
         help="talk with a model",
         description="A conversation. Ctrl-C stops an answer, Ctrl-D ends.",
-        parents=[source, cache, paths, sampling],
+        parents=options,
         allow_abbrev=False,
     )
-    for command in (generate, chat):
-        command.add_argument("--model", metavar="MODEL", default=DEMO_MODEL, help=_MODEL_HELP)
-        command.add_argument("--system", metavar="TEXT", help="system message")
-        command.add_argument(
-            "--verbose", action="store_true", help="print statistics to standard error"
-        )
+    _add_talk(command)
 
-    host = commands.add_parser(
+
+def _add_talk(command: argparse.ArgumentParser) -> None:
+    """Add the options that ``generate`` and ``chat`` have in common."""
+    command.add_argument("--model", metavar="MODEL", default=DEMO_MODEL, help=_MODEL_HELP)
+    command.add_argument("--system", metavar="TEXT", help="system message")
+    command.add_argument(
+        "--verbose", action="store_true", help="print statistics to standard error"
+    )
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", nargs="?", default=DEMO_MODEL, help=_MODEL_HELP)
+
+
+def _add_host(commands: Commands, options: list[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
         "host",
         help="serve a model to several programs on a Unix socket",
         description="Load MODEL once and serve it on a Unix socket, to RemoteEngine(PATH) in the "
         "programs of the same user. SIGTERM or Ctrl-C lets requests in flight finish; a second "
         "one aborts them.",
-        parents=[source, cache, paths, _host_options()],
+        parents=options,
         allow_abbrev=False,
     )
-    host.add_argument("model", metavar="MODEL", nargs="?", default=DEMO_MODEL, help=_MODEL_HELP)
-    host.add_argument("--socket", metavar="PATH", required=True, help="where to listen")
+    _add_model(command)
+    command.add_argument("--socket", metavar="PATH", required=True, help="where to listen")
 
-    info = commands.add_parser(
+
+def _add_info(commands: Commands, options: list[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
         "info",
         help="describe a model",
         description="Describe a model without loading its weights.",
-        parents=[source],
+        parents=options,
         allow_abbrev=False,
     )
-    info.add_argument("model", metavar="MODEL", nargs="?", default=DEMO_MODEL, help=_MODEL_HELP)
-    info.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_model(command)
+    command.add_argument("--json", action="store_true", help="print one JSON object")
 
-    selftest = commands.add_parser(
+
+def _add_selftest(commands: Commands, options: list[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
         "selftest",
         help="cancel everything, at every moment, and see what becomes of it",
         description="Cancel requests to MODEL, and its start and stop, in all ways and at as many "
         "moments as there is time for; print a report in Markdown.",
-        parents=[source, cache, paths],
+        parents=options,
         allow_abbrev=False,
     )
-    add = selftest.add_argument
-    add("model", metavar="MODEL", nargs="?", default=DEMO_MODEL, help=_MODEL_HELP)
+    _add_model(command)
+    add = command.add_argument
     add(
         "--engine",
         choices=("simple", "batched", "process"),
@@ -196,26 +225,27 @@ def _parser() -> argparse.ArgumentParser:
         help="requests have the same tokens in every batch, as in float32",
     )
 
-    extract = commands.add_parser(
+
+def _add_extract_mtp(commands: Commands) -> None:
+    add = commands.add_parser(
         "extract-mtp",
         help="take a model's MTP head out of its original checkpoint",
         description="Write the MTP head of CHECKPOINT, which a conversion drops, to OUT.",
         allow_abbrev=False,
-    )
-    add = extract.add_argument
+    ).add_argument
     add("checkpoint", metavar="CHECKPOINT", help="folder with config.json and model*.safetensors")
     add("out", metavar="OUT", help="file, or folder of the converted model: mtp.safetensors there")
     add("--q-bits", type=int, metavar="N", help="quantise linear layers: 2, 3, 4, 5, 6 or 8")
     add("--q-group-size", type=int, metavar="N", default=64, help="values that share a scale")
 
-    guide = commands.add_parser(
+
+def _add_help(commands: Commands) -> None:
+    commands.add_parser(
         "help",
         help="show the guide: its topics, or one of them",
         description="Show what the guide says of TOPIC, in Markdown; without one, list the topics.",
         allow_abbrev=False,
-    )
-    guide.add_argument("topic", metavar="TOPIC", nargs="?", type=topic, help="one of the guide's")
-    return parser
+    ).add_argument("topic", metavar="TOPIC", nargs="?", type=topic, help="one of the guide's")
 
 
 def _source_options() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""What the command writes: answers to standard output, all the rest to standard error."""
+"""Output of the command: answers to standard output, all the rest to standard error."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ async def print_answer(stream: GenerationStream, printer: AnswerPrinter) -> Gene
 
 
 def remark(result: GenerationResult, *, verbose: bool, whole: bool = False) -> None:
-    """What there is to say of an answer; ``whole``: all of the result has been printed."""
+    """Remark on an answer; ``whole``: all of the result has been printed."""
     for note in result.notes:
         say(f"note: {note}")
     if result.finish_reason == "length" and not whole:

@@ -9,6 +9,7 @@ Its files:
     forks.py        what a fork has not got
     in_flight.py    the registry of what is in flight
     lifecycle.py    states and shutdown
+    log.py          what engines do, for whoever listens
     mlx_thread.py   the MLX thread and the generation lock
     preparer.py     threads that make prompts into tokens before their turn
     ranked.py       a heap to be left anywhere

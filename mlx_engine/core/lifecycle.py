@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import enum
+import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -14,20 +14,9 @@ from mlx_engine.core.drain import clean_up, finish
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.forks import NO_FORK, tell_after_fork
 from mlx_engine.core.in_flight import InFlight, InFlightRegistry
+from mlx_engine.core.log import LOG
 from mlx_engine.errors import EngineDead, EngineNotStarted, EngineStopped
-from mlx_engine.outputs import ShutdownReport
-
-
-class EngineState(enum.Enum):
-    """Where an engine is in its life."""
-
-    CREATED = "created"  # made, or its start failed: nothing is loaded
-    STARTING = "starting"  # the model is being loaded
-    RUNNING = "running"  # requests are taken
-    DRAINING = "draining"  # what is in flight may finish, new requests are refused
-    STOPPED = "stopped"  # nothing is in flight and the model is gone; may be started again
-    FAILED = "failed"  # it cannot serve any more; shut it down
-
+from mlx_engine.outputs import EngineState, ShutdownReport
 
 _S = EngineState
 _TRANSITIONS: dict[EngineState, frozenset[EngineState]] = {
@@ -46,11 +35,14 @@ class Lifecycle:
     """The state of one engine. Every method may be called from any thread.
 
     Attributes:
+        name: of the engine, for the log.
         in_flight: what is in flight in it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "engine") -> None:
+        self.name = name
         self.in_flight = InFlightRegistry()
+        self._began = 0.0  # to start, by time.monotonic
         self._state = EngineState.CREATED
         self._draining: list[InFlight] = []
         self._starter: InFlight | None = None
@@ -95,7 +87,7 @@ class Lifecycle:
         """
         with self._lock:
             if to not in _TRANSITIONS[self._state]:
-                raise RuntimeError(f"an engine cannot go from {self._state.value} to {to.value}")
+                raise RuntimeError(f"an engine cannot go from {self._state} to {to}")
             self._state = to
             self.in_flight.changed.notify()
 
@@ -107,8 +99,11 @@ class Lifecycle:
         """
         with self._lock:
             self._failure = partial(EngineDead, failure) if isinstance(failure, str) else failure
-            if self._state is EngineState.RUNNING:
+            failed = self._state is EngineState.RUNNING
+            if failed:
                 self.move(EngineState.FAILED)
+        if failed and LOG.isEnabledFor(logging.INFO):
+            LOG.info("%s has failed: %s", self.name, self._failure())
 
     async def failed(self) -> Exception:
         """Wait until it is FAILED; gives the error that tells why."""
@@ -132,7 +127,7 @@ class Lifecycle:
             case EngineState.STARTING:
                 raise EngineNotStarted("the engine is still loading its model: await start()")
             case EngineState.DRAINING | EngineState.STOPPED:
-                raise EngineStopped(f"the engine is {self._state.value}: no new requests")
+                raise EngineStopped(f"the engine is {self._state}: no new requests")
             case EngineState.FAILED:
                 raise self._failure()
             case EngineState.RUNNING:
@@ -168,7 +163,7 @@ class Lifecycle:
                     raise EngineNotStarted("the start that another task had begun did not succeed")
                 elif self._state in (EngineState.CREATED, EngineState.STOPPED):
                     self.move(EngineState.STARTING)
-                    self._starter = entry
+                    self._starter, self._began = entry, time.monotonic()
                     self.in_flight.add(entry)
                     return True
                 else:
@@ -183,10 +178,11 @@ class Lifecycle:
     def start_succeeded(self, entry: InFlight) -> bool:
         """Be RUNNING; ``False`` if a shutdown, or another start, has begun meanwhile."""
         with self._lock:
-            if self._state is EngineState.STARTING and self.is_starter(entry):
-                self.move(EngineState.RUNNING)
-                return True
-            return False
+            if self._state is not EngineState.STARTING or not self.is_starter(entry):
+                return False
+            self.move(EngineState.RUNNING)
+        LOG.info("%s has started, in %.1f s", self.name, time.monotonic() - self._began)
+        return True
 
     def start_failed(self, entry: InFlight) -> None:
         """Leave STARTING without success; what has begun meanwhile goes on."""
@@ -261,6 +257,8 @@ class Lifecycle:
             )
             self._draining = []
             self.move(EngineState.STOPPED)
+            ended = len(self._report.finished), len(self._report.aborted)
+        LOG.info("%s has stopped; of its requests %d finished, %d aborted", self.name, *ended)
 
     def _abort_all(self) -> None:
         """Abort what was in flight when the draining began; the release is not."""

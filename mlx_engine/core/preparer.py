@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from mlx_engine.core.ranked import FAIR, Ranked
-from mlx_engine.core.threads import Start
+from mlx_engine.core.threads import Start, StartLimit
 from mlx_engine.core.work import PendingWork
 from mlx_engine.core.work_queue import WorkQueue
 from mlx_engine.errors import EngineDead, GenerationError, MLXEngineError
 
 P = TypeVar("P", bound=PendingWork[Any])
 
-Limit = tuple[Start, asyncio.TimerHandle]
+Limit = tuple[Start, StartLimit]
 
 _THREADS = 2  # so that one long prompt does not keep all others waiting
 _LINGER = 1.0  # seconds that a thread waits for more to do: to start one takes longer than a prompt

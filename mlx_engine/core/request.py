@@ -38,6 +38,7 @@ class ActiveRequest(abc.ABC):
         serve: has it done, and gives its result; ``None`` if it is never run.
 
     Attributes:
+        asked: as it was given.
         prompt: token ids, once prepared.
         limit: tokens that may be generated, once prepared; ``None`` is without limit.
         context: the context variables of the caller, for code of the caller's.
@@ -50,6 +51,7 @@ class ActiveRequest(abc.ABC):
         on_progress: ProgressCallback | None = None,
         serve: Serve | None = None,
     ) -> None:
+        self.asked = asked
         self.request_id = request_id
         self.priority = asked.priority
         self.prompt: list[int] = []
@@ -138,7 +140,7 @@ class ActiveRequest(abc.ABC):
         failed.__cause__ = error
         return failed
 
-    def _fit(self, context: int | None) -> None:
+    def fit(self, context: int | None) -> None:
         """Set the limit by the room that the prompt leaves in a context of so many tokens.
 
         Raises:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
 from mlx_engine.core.event_loop import running_loop
+from mlx_engine.core.log import logged
 from mlx_engine.core.wakeup import wake
 from mlx_engine.errors import StreamClosed, StreamConsumed
 from mlx_engine.outputs import (
@@ -296,7 +297,7 @@ class GenerationStream:
 async def _produce(producer: Producer, channel: _Channel, outcome: _Outcome) -> None:
     """The task behind a stream. It keeps errors for the reader and never raises."""
     try:
-        outcome.result = await producer.run(channel.push)
+        outcome.result = await logged(producer.request_id, producer.run(channel.push))
         cancelled = outcome.result.finish_reason == "cancelled"
     except asyncio.CancelledError:
         outcome.result = producer.partial_result()

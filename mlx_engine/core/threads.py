@@ -19,6 +19,7 @@ from mlx_engine.errors import EngineDead
 T = TypeVar("T")
 
 START_LIMIT = 10.0  # seconds until a thread that says nothing is given up
+_TICKS = 10  # in which they are counted: a machine that slept was not waiting
 
 _WANTS = (RuntimeError, MemoryError, TimeoutError)  # what a thread that cannot be had raises
 _WHAT = "a thread cannot be started"
@@ -64,9 +65,9 @@ class Start:
             self._settle()
             raise dead(_WHAT, error) from error
 
-    def limit(self) -> asyncio.TimerHandle:
-        """Have it given up after 10 s, by a timer of the running event loop: to be cancelled."""
-        return asyncio.get_running_loop().call_later(START_LIMIT, self.give_up)
+    def limit(self) -> StartLimit:
+        """Have it given up after 10 s, by timers of the running event loop: to be cancelled."""
+        return StartLimit(self.give_up)
 
     def give_up(self) -> None:
         """Do without the thread, unless it runs by now. From any thread."""
@@ -93,6 +94,31 @@ class Start:
             return pending
 
 
+class StartLimit:
+    """Seconds until a thread is given up, counted in the running event loop.
+
+    One timer of 10 s would be over at once after a pause of the whole process, of a laptop's lid
+    or a virtual machine, and the thread, which had no time either, be given up for nothing.
+    """
+
+    def __init__(self, give_up: Callable[[], None]) -> None:
+        self._give_up = give_up
+        self._left = _TICKS
+        self._tick()
+
+    def cancel(self) -> None:
+        """Count no further."""
+        self._timer.cancel()
+
+    def _tick(self) -> None:
+        if self._left:
+            self._left -= 1
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(START_LIMIT / _TICKS, self._tick)
+        else:
+            self._give_up()
+
+
 def start_now(target: Callable[[], object], name: str) -> threading.Thread:
     """Start a daemon thread, and wait until it runs, for 10 s at most.
 
@@ -112,7 +138,7 @@ def start_now(target: Callable[[], object], name: str) -> threading.Thread:
 
     start = Start(run, name, failed)
     start.begin()
-    if not settled.wait(START_LIMIT):
+    if not any(settled.wait(START_LIMIT / _TICKS) for _ in range(_TICKS)):
         start.give_up()
     if errors:
         raise errors[0]

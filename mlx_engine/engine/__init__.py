@@ -1,12 +1,15 @@
-"""Where the event loop and the MLX thread meet.
+"""Where the event loop and the MLX thread meet. MLX is imported when an engine starts.
 
 Its files:
 
+    interface.py     what engines are to their callers
     base.py          generate, stream_generate, chat, stream_chat, generate_batch
     local.py         those, for models in this process
     simple.py        one request at a time
     batched.py       many at once
     many.py          many requests by one call
+    late.py          what engines do with MLX, imported when it is first needed
+    mlx_work.py      that, in one place
     model_holder.py  where the model is
     batch_holder.py  a model and the batch of its requests
     in_process.py    start, run_blocking, shutdown; the one way into MLX

@@ -6,18 +6,20 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_engine.config import BatchConfig
 from mlx_engine.core.batch_queue import BatchQueue
 from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.engine.late import mlx_work
 from mlx_engine.engine.model_holder import ModelHolder
 from mlx_engine.errors import EngineDead, MLXEngineError, describe, drop_frames
-from mlx_engine.generation.batch import Batch
-from mlx_engine.generation.budget import MemoryBudget
-from mlx_engine.generation.cache.kv_cache import measure_kv
 from mlx_engine.generation.request import Request
-from mlx_engine.generation.runner import ModelRunner, memory_for_caches
-from mlx_engine.generation.trials.batch import check_batchable
+
+if TYPE_CHECKING:
+    from mlx_engine.generation.batch import Batch
+    from mlx_engine.generation.memory import MemoryBudget
+    from mlx_engine.generation.runner import ModelRunner
 
 _GATHER = 0.002  # seconds in which those that came together may join the first of them
 _QUANTUM = 0.02  # seconds that a batch run has at least while others wait for the MLX thread
@@ -57,13 +59,11 @@ class BatchHolder(ModelHolder):
 
     def _equip(self, runner: ModelRunner) -> None:
         model, pause = runner.loaded.model, self._config.max_decode_pause_ms
-        check_batchable(model, runner.config)
+        mlx_work.check_batchable(model, runner.config)
         memory = self._config.kv_cache_memory_bytes
-        limit = memory_for_caches() if memory is None else memory
-        self._budget = MemoryBudget(
-            measure_kv(model, runner.config), limit, runner.equipment.footprints
-        )
-        self._batch = Batch(runner, self._budget, None if pause is None else pause / 1000)
+        limit = mlx_work.memory_for_caches() if memory is None else memory
+        self._budget = mlx_work.MemoryBudget(runner.footprint, limit, runner.strategies.footprints)
+        self._batch = mlx_work.Batch(runner, self._budget, None if pause is None else pause / 1000)
 
     def prepare(self, request: Request) -> MLXEngineError | None:
         """Make its prompt into tokens, and see whether it fits; the error if either fails.

@@ -55,12 +55,10 @@ class BatchedEngine(LocalEngine):
             InvalidRequest: an argument is of the wrong type, out of its range, or cannot be
                 honoured in a batch.
         """
-        config = EngineConfig.of("batched", model, options)
-        self.batch_config = config.batch
-        super().__init__(config, on_progress)
+        super().__init__(EngineConfig.of("batched", model, options), on_progress)
 
     def _new_holder(self) -> BatchHolder:
-        return BatchHolder(self.batch_config)
+        return BatchHolder(self._config.batch)
 
     def _new_scheduler(self) -> BatchScheduler[Request]:
         run = functools.partial(self._holder.run_batch, self._lifecycle.fail)
@@ -68,6 +66,6 @@ class BatchedEngine(LocalEngine):
             self._lifecycle,
             self._queue,
             self._holder.prepare,
-            self.batch_config.max_batch_size,
+            self._config.batch.max_batch_size,
             run,
         )

@@ -16,13 +16,13 @@ from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.drain import clean_up, finish, is_destroyed
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.in_flight import InFlight
-from mlx_engine.core.lifecycle import EngineState, Lifecycle
+from mlx_engine.core.lifecycle import Lifecycle
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.scheduler import Scheduler
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
-from mlx_engine.outputs import EngineStats, PromptCacheStats, ShutdownReport
+from mlx_engine.outputs import EngineState, EngineStats, PromptCacheStats, ShutdownReport
 
 T = TypeVar("T")
 
@@ -61,9 +61,13 @@ class InProcessEngine(BaseEngine):
     No MLX here: what kind of model it is, and how it is loaded, is its heirs' affair.
     """
 
-    def __init__(self, holder: Holder, limits: QueueConfig) -> None:
-        """Make an engine that is to load a model into ``holder`` when it starts."""
-        self._lifecycle = Lifecycle()
+    def __init__(self, holder: Holder, limits: QueueConfig, model: str) -> None:
+        """Make an engine that is to load a model into ``holder`` when it starts.
+
+        Args:
+            model: its name, for the log.
+        """
+        self._lifecycle = Lifecycle(f"{type(self).__name__} of {model!r}")
         self._holder = holder
         self._queue = limits
         self._scheduler: Scheduler[Any] = self._new_scheduler()
@@ -99,7 +103,7 @@ class InProcessEngine(BaseEngine):
     def stats(self) -> EngineStats:
         counters = self._holder.counters
         return EngineStats(
-            state=self.state.value,
+            state=self.state,
             **self._scheduler.admission.counts(),
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,

@@ -14,9 +14,9 @@ from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.engine.base import checked_callback
 from mlx_engine.engine.in_process import InProcessEngine
+from mlx_engine.engine.late import import_mlx, mlx_is_imported
 from mlx_engine.engine.model_holder import ModelHolder
 from mlx_engine.generation.request import Request
-from mlx_engine.models.loading import find_model
 from mlx_engine.outputs import ProgressCallback
 from mlx_engine.requests import GenerationRequest, checked_priority
 from mlx_engine.strategies import EngineDefault, SpecPrefill
@@ -29,30 +29,28 @@ class LocalEngine(InProcessEngine):
     _takes_priority = False
 
     def __init__(self, config: EngineConfig, on_progress: ProgressCallback | None) -> None:
-        self.config = config.model
-        self.strategies = config.strategies
+        self._config = config
         self._limits = config.limits
         self._on_progress = checked_callback(on_progress)
-        super().__init__(self._new_holder(), config.queue)
+        super().__init__(self._new_holder(), config.queue, config.model.model)
 
     @abc.abstractmethod
     def _new_holder(self) -> ModelHolder:
         """Make what is to hold the model."""
 
     async def _load_model(self, stop: threading.Event, should_stop: Callable[[], bool]) -> None:
+        if not mlx_is_imported():  # that takes seconds, in which this event loop goes on
+            await self._run_blocking_serialized(import_mlx, on_cancel=stop.set)
+        model, strategies = self._config.model, self._config.strategies
         progress = in_this_loop(self._on_progress)
-        sources = {}
-        for model in (self.config, *map(self.config.for_draft, self.strategies.drafts)):
-            if model.model in sources:  # its own draft, of the same revision
-                continue
-            find = functools.partial(find_model, model, progress, should_stop)
-            sources[model.model] = await off_loop(find, stop)
+        find = functools.partial(self._holder.find, model, strategies, progress, should_stop)
+        sources = await off_loop(find, stop)
         if stop.is_set():
             raise Interrupted
         await self._run_blocking_serialized(
             self._holder.load,
-            self.config,
-            self.strategies,
+            model,
+            strategies,
             sources,
             progress,
             should_stop,
@@ -72,7 +70,7 @@ class LocalEngine(InProcessEngine):
     def _check_strategies(
         self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
-        self.strategies.of_request(prefill, decode)
+        self._config.strategies.of_request(prefill, decode)
 
     def submit(
         self,
@@ -86,5 +84,5 @@ class LocalEngine(InProcessEngine):
             request_id or self._lifecycle.new_id(),
             on_progress,
             self._scheduler.serve,
-            self.strategies.of_request(request.prefill, request.decode),
+            self._config.strategies.of_request(request.prefill, request.decode),
         )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
-
-import mlx.core as mx
+from typing import TYPE_CHECKING, TypeVar
 
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.stop import Interrupted, checkpoint, stoppable
+from mlx_engine.engine.late import mlx_work
 from mlx_engine.errors import (
     EngineDead,
     GenerationError,
@@ -22,25 +20,14 @@ from mlx_engine.errors import (
     describe,
     drop_frames,
 )
-from mlx_engine.generation.cache import prompt_cache_file
-from mlx_engine.generation.cache.kv_cache import sample_kv_cache
 from mlx_engine.generation.request import Request
-from mlx_engine.generation.runner import ModelRunner, make_runner
-from mlx_engine.generation.single import generate_single
-from mlx_engine.generation.trials.warm_up import warm_up
-from mlx_engine.models.loading import LoadedModel, load_model
-from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.outputs import GenerationResult, ProgressCallback, PromptCacheStats
 from mlx_engine.strategies import Strategies
 
-
-def _leave_mlx() -> None:
-    """The MLX thread's last job. Without it mlx 0.32.4 aborts the process at its exit."""
-    mx.synchronize()
-    mx.clear_streams()
-
-
-mlx_thread.at_exit(_leave_mlx)
+if TYPE_CHECKING:
+    from mlx_engine.generation.runner import ModelRunner
+    from mlx_engine.models.loading import LoadedModel
+    from mlx_engine.models.vocabulary import Vocabulary
 
 
 H = TypeVar("H")
@@ -104,6 +91,24 @@ class ModelHolder:
         runner = self._runner
         return PromptCacheStats() if runner is None else runner.prompt_cache.stats()
 
+    def find(
+        self,
+        config: ModelConfig,
+        strategies: Strategies,
+        on_progress: ProgressCallback | None,
+        should_stop: Callable[[], bool],
+    ) -> dict[str, Path]:
+        """Where the model and those that help it are, by name. On any thread but the MLX thread.
+
+        Raises:
+            ModelLoadError, InvalidRequest, Interrupted: as ``find_model`` does.
+        """
+        sources: dict[str, Path] = {}
+        for model in (config, *map(config.for_draft, strategies.drafts)):
+            if model.model not in sources:  # else it is its own draft, of the same revision
+                sources[model.model] = mlx_work.find_model(model, on_progress, should_stop)
+        return sources
+
     def load(
         self,
         config: ModelConfig,
@@ -120,14 +125,16 @@ class ModelHolder:
         Raises:
             ModelLoadError, InvalidRequest, Interrupted: as ``load_model`` does.
         """
-        load = functools.partial(load_model, on_progress=on_progress, should_stop=should_stop)
+        load = functools.partial(
+            mlx_work.load_model, on_progress=on_progress, should_stop=should_stop
+        )
         try:
             with stoppable(should_stop):
                 self._load_models(config, strategies, sources, load)
                 mlx_thread.at_exit(self.unload)
                 checkpoint()
                 self._equip(self.runner())
-                warm_up(self.runner(), batched=self.batched)
+                mlx_work.warm_up(self.runner(), batched=self.batched)
         except Exception as error:
             drop_frames(error)  # this frame stays: nothing here may hold a model
             if isinstance(error, MLXEngineError | Interrupted):
@@ -145,7 +152,7 @@ class ModelHolder:
     ) -> None:
         loaded = load(config, sources[config.model])
         drafts = {name: load(config.for_draft(name), sources[name]) for name in strategies.drafts}
-        self._runner = make_runner(loaded, config, self.counters, drafts, strategies)
+        self._runner = mlx_work.ModelRunner(loaded, config, self.counters, drafts, strategies)
 
     def _equip(self, runner: ModelRunner) -> None:
         """Make what else the engine needs; raises what the start then raises."""
@@ -176,7 +183,7 @@ class ModelHolder:
     def prepare(self, request: Request) -> MLXEngineError | None:
         """Make its prompt into tokens; the error if that fails. On any thread, without MLX."""
         try:
-            request.prepare(self.vocabulary)
+            mlx_work.prepare(request, self.vocabulary)
         except Interrupted:
             pass  # its turn, if it still gets one, ends it
         except BaseException as error:  # noqa: BLE001 - the border: templates raise anything
@@ -185,30 +192,21 @@ class ModelHolder:
 
     def generate(self, request: Request) -> GenerationResult:
         """Do a prepared request by itself. On the MLX thread."""
-        return generate_single(request, self.runner())
+        return mlx_work.generate_single(request, self.runner())
 
     @_telling("saving the prompt cache")
     def save_prompt_cache(self, path: Path) -> int:
         """Write the prompt cache into a file; the number of prompts. On the MLX thread."""
-        runner = self.runner()
-        model = prompt_cache_file.fingerprint(runner.loaded)
-        return prompt_cache_file.save(path, runner.prompt_cache, model)
+        return self.runner().save_prompt_cache(path)
 
     @_telling("loading the prompt cache")
     def load_prompt_cache(self, path: Path) -> int:
         """Add the prompts of a file to the prompt cache; their number. On the MLX thread."""
-        runner = self.runner()
-        return prompt_cache_file.load(
-            path,
-            runner.prompt_cache,
-            prompt_cache_file.fingerprint(runner.loaded),
-            sample_kv_cache(runner.loaded.model, runner.config),
-        )
+        return self.runner().load_prompt_cache(path)
 
     def unload(self) -> None:
         """Drop the model. On the MLX thread."""
         self._runner = None
         self.counters.kv_bytes = self.counters.batch_size = 0
         mlx_thread.remove_exit_job(self.unload)
-        with contextlib.suppress(Exception):  # the model is gone, and that is what counts
-            mx.clear_cache()
+        mlx_work.clear_cache()

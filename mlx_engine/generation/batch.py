@@ -1,10 +1,10 @@
 """Continuous batching: requests join and leave at any step, and long prompts join in slices.
 
-    add ─► prefill, slice by slice ─► decode, all rows together ─► over
+    add ─► prefill, slice by slice ─► decode, all sequences together ─► over
              │                          │
              └── from the prompt cache  └── into the prompt cache
 
-A step decodes one token for every row, then prefills one slice, so that neither holds the
+A step decodes one token for every sequence, then prefills one slice, so that neither holds the
 other up for longer than that.
 """
 
@@ -19,11 +19,10 @@ from mlx_lm.generate import generation_stream
 
 from mlx_engine.core.wakeup import waking_together
 from mlx_engine.errors import MLXEngineError
-from mlx_engine.generation.budget import MemoryBudget
 from mlx_engine.generation.cache.kv_cache import Cache, sample_kv_cache
 from mlx_engine.generation.cache.snapshot import trimmable
-from mlx_engine.generation.course import finish_drafting, keep_scored
 from mlx_engine.generation.decode_batch import DecodeBatch
+from mlx_engine.generation.memory import MemoryBudget
 from mlx_engine.generation.prefill_queue import PrefillQueue
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.runner import ModelRunner
@@ -32,7 +31,7 @@ from mlx_engine.generation.sequence import Sequence
 _WORTH_KEEPING = 64  # tokens newly prefilled that are stored while their request goes on
 _CLEAR = 512  # decode steps after which MLX's free buffers are given back, as in mlx_lm
 _MEASURE = 64  # decode steps after which the size of the KV cache is looked at again
-_GIVE_UP = 3  # decode steps in a row that MLX may fail
+_GIVE_UP = 3  # decode steps, one after another, that MLX may fail
 
 Over = tuple[Request, MLXEngineError | None]  # a request, and the error if it failed
 
@@ -41,7 +40,7 @@ class Batch:
     """The requests that are in work. On the MLX thread.
 
     Args:
-        space: the model, and what belongs to it.
+        runner: the model, and what belongs to it.
         budget: memory for the KV caches of the requests and the prompt cache.
         max_pause: seconds of prefill between two decode steps, roughly; ``None`` is no bound.
 
@@ -49,33 +48,33 @@ class Batch:
         broken: why MLX cannot be used any more; ``None`` if it can.
     """
 
-    def __init__(self, space: ModelRunner, budget: MemoryBudget, max_pause: float | None) -> None:
-        self._space = space
+    def __init__(self, runner: ModelRunner, budget: MemoryBudget, max_pause: float | None) -> None:
+        self._runner = runner
         self._budget = budget
-        self._decoding = DecodeBatch(space)
-        self._prefilling = PrefillQueue(space, max_pause)
+        self._decoding = DecodeBatch(runner)
+        self._prefilling = PrefillQueue(runner, max_pause)
         self._steps = self._failures = 0
         self.broken: BaseException | None = None
 
     def __len__(self) -> int:
-        return len(self._decoding) + len(self._prefilling.rows)
+        return len(self._decoding) + len(self._prefilling.sequences)
 
     @property
     def _requests(self) -> list[Request]:
-        return [row.request for row in (*self._decoding.rows, *self._prefilling.rows)]
+        return [one.request for one in (*self._decoding.sequences, *self._prefilling.sequences)]
 
     def fits(self, request: Request) -> bool:
         """Whether there is memory for it now; stored prompts give way to it."""
         left = self._budget.left([*self._requests, request])
         if left is not None and left >= 0:
-            self._space.shrink_stored(left)
+            self._runner.shrink_stored(left)
         return left is None or left >= 0
 
     def make_room(self) -> None:
         """Drop stored prompts that have no place beside the requests."""
         left = self._budget.left(self._requests)
         if left is not None:
-            self._space.shrink_stored(max(0, left))
+            self._runner.shrink_stored(max(0, left))
 
     def add(self, request: Request) -> Over | None:
         """Take up a prepared request; it may be over at once."""
@@ -88,14 +87,14 @@ class Batch:
         return None
 
     def step(self) -> Iterator[Over]:
-        """Drop what was cancelled, decode a token for every row, and prefill a slice.
+        """Drop what was cancelled, decode a token for every sequence, and prefill a slice.
 
         Yields each request as soon as it is over and its place is free.
         """
         yield from self.drop_cancelled()
-        if self._decoding.rows:
+        if self._decoding.sequences:
             yield from self._decode()
-        if self._prefilling.rows:
+        if self._prefilling.sequences:
             yield from self._prefill()
 
     def rest(self) -> None:
@@ -105,23 +104,23 @@ class Batch:
 
     def clear(self) -> None:
         """Drop all requests, without a word to anybody."""
-        self._decoding = DecodeBatch(self._space)
-        self._prefilling.rows.clear()
+        self._decoding = DecodeBatch(self._runner)
+        self._prefilling.sequences.clear()
         self._measure()
 
     def drop_cancelled(self) -> Iterator[Over]:
         """Let go of those that were cancelled, or whose event loop is closed."""
-        yield from self._leave([row for row in self._decoding.rows if row.request.should_stop])
-        for row in [row for row in self._prefilling.rows if row.request.should_stop]:
-            self._prefilling.rows.remove(row)
+        yield from self._leave([s for s in self._decoding.sequences if s.request.should_stop])
+        for sequence in [s for s in self._prefilling.sequences if s.request.should_stop]:
+            self._prefilling.sequences.remove(sequence)
             self._measure()
-            yield _cancelled(row.request)
-            if row.cache is not None:
-                keep_scored(row)
-                self._store(row, row.cache)
+            yield _cancelled(sequence.request)
+            if sequence.cache is not None:
+                sequence.keep_scored()
+                self._store(sequence, sequence.cache)
 
     def _decode(self) -> Iterator[Over]:
-        self._space.meter.step("decode")
+        self._runner.counters.step("decode")
         began = time.perf_counter()
         try:
             steps = self._decoding.step()
@@ -133,85 +132,83 @@ class Batch:
             yield from self._lose_all(error)
             return
         self._failures = 0
-        meter = self._space.meter
+        counters = self._runner.counters
         gone: list[Sequence] = []
         with waking_together():
-            for row, token, logprobs in steps:
-                if row in gone or row.fault is not None:
-                    continue  # it came to its end within a burst
+            for sequence, token, logprobs in steps:
+                if sequence in gone or sequence.fault is not None:
+                    continue  # it came to its end within this step
                 try:
-                    meter.completion_tokens += 1
-                    if row.request.take(token, logprobs):
-                        gone.append(row)
+                    counters.completion_tokens += 1
+                    if sequence.request.take(token, logprobs):
+                        gone.append(sequence)
                 except BaseException as error:  # noqa: BLE001 - the border: a tokenizer's fault
-                    row.fault = error
-        gone += [row for row in self._decoding.rows if row.fault is not None]
-        meter.decode_seconds += time.perf_counter() - began
+                    sequence.fault = error
+        gone += [each for each in self._decoding.sequences if each.fault is not None]
+        counters.decode_seconds += time.perf_counter() - began
         if self._steps % _MEASURE == 0:
             self._measure()
         yield from self._leave(gone)
 
-    def _leave(self, rows: list[Sequence]) -> Iterator[Over]:
-        """Let rows of the decode batch go, and keep what they computed."""
-        if not rows:
+    def _leave(self, sequences: list[Sequence]) -> Iterator[Over]:
+        """Let sequences of the decode batch go, and keep what they computed."""
+        if not sequences:
             return
-        caches = [self._extract(row) for row in rows]
-        for row in rows:
-            finish_drafting(row)
-            if row.drafter is not None and row.batched:
-                row.request.note(
-                    f"{row.batched} of its tokens were decoded together with other requests, "
+        caches = [self._extract(sequence) for sequence in sequences]
+        for sequence in sequences:
+            sequence.finish_drafting()
+            if sequence.drafter is not None and sequence.batched:
+                sequence.request.note(
+                    f"{sequence.batched} of its tokens were decoded together with other requests, "
                     "where nothing is proposed"
                 )
         lost: Exception | None = None
         try:
-            self._decoding.leave(rows)
+            self._decoding.leave(sequences)
         except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
             lost = error
         self._measure()
         if not self:
             self.rest()  # the last one is told when nothing of it is in MLX
-        for row in rows:
-            if row.fault is not None:
-                yield row.request, row.request.failed(row.fault)
-            elif row.request.over:
-                yield row.request, None
+        for sequence in sequences:
+            if sequence.fault is not None:
+                yield sequence.request, sequence.request.failed(sequence.fault)
+            elif sequence.request.over:
+                yield sequence.request, None
             else:
-                yield _cancelled(row.request)
+                yield _cancelled(sequence.request)
         if lost is not None:
             yield from self._lose_all(lost)
-        for row, cache in zip(rows, caches, strict=True):
+        for sequence, cache in zip(sequences, caches, strict=True):
             if cache is not None:
-                self._store(row, cache)
+                self._store(sequence, cache)
 
-    def _extract(self, row: Sequence) -> Cache | None:
-        """What it computed, to be stored."""
-        if row.fault is not None or not self._space.prompt_cache.limit:
+    def _extract(self, sequence: Sequence) -> Cache | None:
+        """The KV cache of a sequence that leaves, to be stored."""
+        if sequence.fault is not None or not self._runner.prompt_cache.limit:
             return None
         try:
-            cache = self._decoding.extract(row)
-            # A burst whose last tokens were not used cannot be taken out of every cache.
-            return cache if row.held <= len(row.in_cache) or trimmable(cache) else None
+            return self._decoding.extract(sequence)
         except Exception:  # noqa: BLE001 - nobody's answer depends on it
             self._recover()
             return None
 
     def _prefill(self) -> Iterator[Over]:
-        row = self._prefilling.choose()
+        sequence = self._prefilling.choose()
         try:
-            done, merged = self._prefilling.slice(row, beside_others=bool(self._decoding.rows))
+            done, merged = self._prefilling.slice(sequence, beside_others=bool(self._decoding))
         except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
-            self._prefilling.rows.remove(row)
+            self._prefilling.sequences.remove(sequence)
             self._recover()
-            yield row.request, row.request.failed(error)
+            yield sequence.request, sequence.request.failed(error)
             return
-        if row.cache is not None and merged is None:
-            self._store_prompt(row, row.cache)
+        if sequence.cache is not None and merged is None:
+            self._store_prompt(sequence, sequence.cache)
         for each in done:
             each.request.prefilled()
-            self._prefilling.rows.remove(each)
-        if done and row.request.limit == 0:
-            yield from self._end_prefilled(row)
+            self._prefilling.sequences.remove(each)
+        if done and sequence.request.limit == 0:
+            yield from self._end_prefilled(sequence)
         elif done:
             try:
                 self._decoding.end_alone()
@@ -225,31 +222,31 @@ class Batch:
                 yield from self._lose_all(error)
         self._measure()
 
-    def _end_prefilled(self, row: Sequence) -> Iterator[Over]:
-        """Let a row go that wants no tokens, and keep its prompt."""
-        assert row.cache is not None
-        finish_drafting(row)
+    def _end_prefilled(self, sequence: Sequence) -> Iterator[Over]:
+        """Let a sequence go that wants no tokens, and keep its prompt."""
+        assert sequence.cache is not None
+        sequence.finish_drafting()
         if not self:
             self.rest()  # as in _leave
-        yield _over(row.request, row.request.ended_without_tokens)
-        self._store(row, row.cache)
+        yield _over(sequence.request, sequence.request.ended_without_tokens)
+        self._store(sequence, sequence.cache)
 
     def _lose_all(self, error: Exception) -> Iterator[Over]:
-        """MLX failed, and nobody knows what the joint cache holds."""
-        rows = self._decoding.rows
-        self._decoding = DecodeBatch(self._space)
+        """Fail all that decode: after a fault of MLX, nobody knows what the joint cache holds."""
+        sequences = self._decoding.sequences
+        self._decoding = DecodeBatch(self._runner)
         self._measure()
         self._recover()
         if self._failures >= _GIVE_UP:
             self.broken = self.broken or error
-        for row in rows:
-            yield row.request, row.request.failed(error)
+        for sequence in sequences:
+            yield sequence.request, sequence.request.failed(error)
 
     def _recover(self) -> None:
-        """After an error of MLX: see whether it still works."""
+        """See whether MLX still works, after an error of it."""
         try:
             mx.clear_cache()
-            sample_kv_cache(self._space.loaded.model, self._space.config)
+            sample_kv_cache(self._runner.loaded.model, self._runner.config)
         except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
             self.broken = error
             return
@@ -258,24 +255,25 @@ class Batch:
         except Exception:  # noqa: BLE001 - it hung on what has failed
             mx.random.seed(time.time_ns())
 
-    def _store_prompt(self, row: Sequence, cache: Cache) -> None:
+    def _store_prompt(self, sequence: Sequence, cache: Cache) -> None:
         """Keep what is prefilled by now, where others are likely to begin with the same."""
-        new = row.held - row.cached
-        if row.held in row.places or (
-            not row.left and row.keeps_end and (new >= _WORTH_KEEPING or not trimmable(cache))
+        new = sequence.held - sequence.cached
+        at_end = not sequence.left and sequence.keeps_end
+        if sequence.held in sequence.places or (
+            at_end and (new >= _WORTH_KEEPING or not trimmable(cache))
         ):
-            self._store(row, cache)
+            self._store(sequence, cache)
 
-    def _store(self, row: Sequence, cache: Cache) -> None:
-        request = row.request
-        if not self._space.store(row.in_cache, cache, len(request.prompt) - 1, request.places):
+    def _store(self, sequence: Sequence, cache: Cache) -> None:
+        if not self._runner.store(sequence, cache):
             self._recover()
         self.make_room()
 
     def _measure(self) -> None:
-        meter = self._space.meter
-        meter.batch_size = len(self._decoding)
-        meter.kv_bytes = self._decoding.nbytes + sum(row.nbytes for row in self._prefilling.rows)
+        counters = self._runner.counters
+        counters.batch_size = len(self._decoding)
+        prefilling = sum(each.nbytes for each in self._prefilling.sequences)
+        counters.kv_bytes = self._decoding.nbytes + prefilling
 
 
 def _cancelled(request: Request) -> Over:

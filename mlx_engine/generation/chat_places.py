@@ -1,4 +1,4 @@
-"""Where the turns of a chat begin and end in its prompt: worth keeping for the next one.
+"""Places in a chat's prompt where its turns begin and end: worth keeping for the next one.
 
 A KV cache that cannot be cut back (recurrent state, sliding windows) is reused only where it was
 stored. The next turn of a conversation differs from this one's prompt from the generation prompt
@@ -51,7 +51,7 @@ class EncodedText:
             self.tokens = encode(text, add_special_tokens=False)
 
     def before(self, index: int) -> int:
-        """How many tokens end before the character at ``index``, or with the one before it."""
+        """Tokens that end before the character at ``index``, or with the one before it."""
         if index <= 0:
             return 0
         if index >= len(self._text):
@@ -80,7 +80,7 @@ class EncodedText:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a template makes of the leading system messages and the tools.
+    """The text that a template makes of the leading system messages and the tools.
 
     Attributes:
         text: up to where the first user's text begins; empty if that cannot be known.
@@ -93,7 +93,7 @@ class Head:
 
 @dataclass(slots=True)
 class _Memory:
-    """What is known of one tokenizer's chats."""
+    """Heads and turns of one tokenizer's chats."""
 
     heads: OrderedDict[bytes, Head] = field(default_factory=OrderedDict)
     turns: OrderedDict[bytes, tuple[int, ...]] = field(default_factory=OrderedDict)
@@ -117,7 +117,7 @@ _lock = threading.Lock()  # around all use of them; never while a template is at
 
 
 class ChatPlaces:
-    """Finds the places of one chat. Any thread; costs nothing but the place if it cannot.
+    """The places of one chat. Any thread; costs nothing but the place if it cannot.
 
     Args:
         messages: as templates expect them.
@@ -140,7 +140,7 @@ class ChatPlaces:
         self._render = render
 
     def head(self) -> Head:
-        """What all chats with the same system messages and tools begin with.
+        """The beginning of all chats with the same system messages and tools.
 
         It is rendered when they come for the first time.
         """
@@ -211,7 +211,7 @@ class ChatPlaces:
         return encoded.before(end), last
 
     def _last_turn(self, text: str, ends: tuple[int, ...], encoded: EncodedText) -> tuple[int, ...]:
-        """Where the last user's message ended, before calls of tools and their results.
+        """The place where the last user's message ended, before calls of tools and their results.
 
         Templates drop the reasoning after it when the next one comes. A conversation has been
         here when that message was its last one; if not, that prompt is rendered, once.
@@ -244,7 +244,7 @@ class ChatPlaces:
 
 
 def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many items two sequences have in common at their beginning."""
+    """Items that two sequences have in common at their beginning."""
     low, high = 0, min(len(one), len(other))
     if one[:high] == other[:high]:
         return high

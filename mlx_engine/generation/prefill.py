@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlx_engine.config import ModelConfig
-from mlx_engine.generation.cache.kv_cache import Cache, quantize
+from mlx_engine.core.stop import checkpoint
+from mlx_engine.generation.cache.kv_cache import Cache, make_kv_cache, quantize
 
 
 def prefill_chunk(
@@ -32,6 +34,28 @@ def prefill_chunk(
         # Without it the work would pile up unevaluated, and a cancel check mean nothing.
         mx.eval([entry.state for entry in cache])
         mx.clear_cache()
+
+
+def prefilled(model: nn.Module, config: ModelConfig, prompt: Sequence[int]) -> Cache:
+    """A new KV cache with all of a short prompt but the last token, for trials of a model.
+
+    Raises:
+        Interrupted: it should stop; asked before.
+    """
+    cache = make_kv_cache(model, config)
+    checkpoint()
+    if len(prompt) > 1:
+        prefill_chunk(model, cache, prompt, 0, len(prompt) - 1, config)
+    return cache
+
+
+def may_pad(model: nn.Module, config: ModelConfig) -> bool:
+    """Whether prompts of different lengths may be prefilled together.
+
+    Recurrent models would have to mask the padding, and not all of them do.
+    """
+    cache = make_kv_cache(model, config)
+    return all(isinstance(entry, KVCache | RotatingKVCache) for entry in cache)
 
 
 def padded_prefill(model: nn.Module, cache: Cache, prompts: Sequence[Sequence[int]]) -> None:

@@ -1,31 +1,15 @@
-"""One request: its prompt, what it has generated so far, and how it ends. It runs nothing."""
+"""Requests at work: prompt, tokens so far, text, and how they end. Nothing is run here."""
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-
-import mlx.core as mx
+from typing import TYPE_CHECKING
 
 from mlx_engine.core.request import ActiveRequest, Serve
-from mlx_engine.core.stop import checkpoint, stoppable
 from mlx_engine.core.stream import emit_pieces
-from mlx_engine.core.work import call_in
-from mlx_engine.errors import (
-    GenerationError,
-    MLXEngineError,
-)
-from mlx_engine.generation.prompt import encode
-from mlx_engine.generation.sampling import (
-    Sampling,
-    check_sampling,
-    make_sampling,
-    token_logprob,
-)
-from mlx_engine.generation.text import Piece, TextAssembler
-from mlx_engine.models.vocabulary import Vocabulary
+from mlx_engine.errors import GenerationError, MLXEngineError
 from mlx_engine.outputs import (
     FinishReason,
     GenerationResult,
@@ -33,12 +17,18 @@ from mlx_engine.outputs import (
     TokenLogprob,
     Usage,
 )
-from mlx_engine.requests import ChatPrompt, GenerationRequest
+from mlx_engine.requests import GenerationRequest
 from mlx_engine.strategies import Strategies
+
+if TYPE_CHECKING:  # a request may be made before MLX is there: when its engine has not started
+    import mlx.core as mx
+
+    from mlx_engine.generation.sampling import Sampling
+    from mlx_engine.generation.text import Piece, TextAssembler
 
 
 class Request(ActiveRequest):
-    """A generation that is prepared once, given token after token, and asked for its result.
+    """A request at work: prepared once, given token after token, and asked for its result.
 
     Args:
         asked, request_id, on_progress, serve: those of every ``ActiveRequest``.
@@ -74,38 +64,20 @@ class Request(ActiveRequest):
         """Whether it asks for as many tokens as fit."""
         return self._params.max_tokens is None
 
-    def prepare(self, vocabulary: Vocabulary) -> None:
-        """Turn the prompt into tokens, and look at the options. On any thread, without MLX.
+    def prepared(
+        self, text: TextAssembler, make_sampling: Callable[[], Sampling], ends: frozenset[int]
+    ) -> None:
+        """Note what its work needs.
 
-        Raises:
-            InvalidRequest: the prompt or an option does not suit this model.
-            Interrupted: it was cancelled.
-            Exception: whatever a tokenizer or chat template raises.
+        Args:
+            text: takes its tokens.
+            make_sampling: gives what chooses them; called on the MLX thread.
+            ends: token ids that end the answer.
         """
-        with stoppable(lambda: self.should_stop):
-            checkpoint()
-            encoded = encode(self._source, vocabulary)
-        self.prompt, self.places = encoded.tokens, encoded.places
-        self._notes += encoded.notes
-        self._fit(vocabulary.context_length)
-        check_sampling(self._params, vocabulary.vocab_size)
-        self._make_sampling = functools.partial(
-            make_sampling,
-            self._params,
-            vocab_size=vocabulary.vocab_size,
-            xtc_special_tokens=(*vocabulary.newline_tokens, *sorted(vocabulary.eos)),
-        )
-        self._text = TextAssembler(
-            vocabulary.tokenizer,
-            stop=tuple(self._params.stop),
-            initial_state=encoded.initial_state,
-            tools=self._source.tools if isinstance(self._source, ChatPrompt) else None,
-        )
-        stops = frozenset(self._params.stop_token_ids)
-        self._ends = stops if self._params.ignore_eos else vocabulary.eos | stops
+        self._text, self._make_sampling, self._ends = text, make_sampling, ends
 
     def begin(self) -> bool:
-        """Its work on the MLX thread begins, with its sampler; ``False`` if it was cancelled.
+        """Begin on the MLX thread, with a sampler; ``False`` if it was cancelled.
 
         Raises:
             InvalidRequest: a logits processor cannot be imported.
@@ -119,12 +91,12 @@ class Request(ActiveRequest):
         return True
 
     def note(self, text: str) -> None:
-        """Something is done in another way than asked; told in the result, once."""
+        """Tell in the result, once, that something is done in another way than asked."""
         if text not in self._notes:
             self._notes += (text,)
 
     def kept(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """The model sees these parts of the prompt only."""
+        """Note that the model sees these parts of the prompt only."""
         self._kept = tuple(ranges)
 
     def take(self, token: int, logprobs: mx.array | None) -> bool:
@@ -145,7 +117,8 @@ class Request(ActiveRequest):
         self._timer.last_token = now
         self._tokens.append(token)
         if self._params.logprobs is not None and logprobs is not None:
-            self._logprobs.append(token_logprob(token, logprobs, self._params.logprobs))
+            assert self.sampling is not None
+            self._logprobs.append(self.sampling.logprob(token, logprobs, self._params.logprobs))
         pieces = [] if token in self._ends else text.add(token)
         reason: FinishReason | None = None
         if token in self._ends or text.stopped:
@@ -171,35 +144,24 @@ class Request(ActiveRequest):
             Exception: whatever a processor raises.
         """
         assert self.sampling is not None
-        processed = logits
-        for processor in self.sampling.processors:
-            if self.context is None:
-                processed = processor(tokens, processed)
-            else:
-                processed = call_in(self.context, processor, tokens, processed)
-        if not isinstance(processed, mx.array) or processed.shape != logits.shape:
-            got = getattr(processed, "shape", type(processed).__name__)
-            raise ValueError(
-                f"a logits processor must return an mx.array of shape {logits.shape}, not {got}"
-            )
-        return processed.astype(logits.dtype)
+        return self.sampling.process(tokens, logits, self.context)
 
     def process_now(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        """The same, evaluated if the caller has processors: what fails then is their fault too.
+        """Processed logits, evaluated if the caller has processors: what fails then is theirs.
 
         Raises:
             GenerationError: the processors leave nothing to sample.
         """
-        processed = self.process(tokens, logits)
-        if self.context is not None:
-            before, after = (mx.isfinite(mx.logsumexp(each)) for each in (logits, processed))
-            mx.eval(processed, before, after)
-            if before.item() and not after.item():
-                raise self.nothing_to_sample(by_model=False)
+        if self.context is None:
+            return self.process(tokens, logits)
+        assert self.sampling is not None
+        processed, left = self.sampling.process_now(tokens, logits, self.context)
+        if not left:
+            raise self.nothing_to_sample(by_model=False)
         return processed
 
     def nothing_to_sample(self, *, by_model: bool) -> GenerationError:
-        """What its caller is told when no token can be chosen.
+        """The error that its caller is told when no token can be chosen.
 
         Args:
             by_model: whether the model's own logits were so.
@@ -220,26 +182,26 @@ class Request(ActiveRequest):
         )
 
     def drafted(self, proposed: int, accepted: int) -> None:
-        """So many tokens were proposed for it, and so many of them were right."""
+        """Count tokens that were proposed for it, and those of them that were right."""
         self._draft_tokens += proposed
         self._accepted_tokens += accepted
 
     def ended_without_tokens(self) -> None:
-        """It ends here: none were asked for."""
+        """End the request: no tokens were asked for."""
         self.progress(len(self.prompt))
         self._finish("length", (), [])
 
     def cancelled(self) -> None:
-        """It ends here, cancelled."""
+        """End the request, cancelled."""
         self._finish("cancelled", (), [])
 
     def failed(self, error: BaseException) -> MLXEngineError:
-        """It ends here; what its caller is told, without the frames that ``error`` holds."""
+        """End the request; the error for its caller, without the frames that ``error`` holds."""
         self.sampling = None
         return super().failed(error)
 
     def result(self) -> GenerationResult:
-        """What has been made so far; final once it is over."""
+        """The result as it is so far; final once the request is over."""
         text = self._text
         return GenerationResult(
             text=text.content if text else "",

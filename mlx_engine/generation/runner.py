@@ -1,76 +1,174 @@
-"""What the requests of one engine share on the MLX thread."""
+"""The model runner: an engine's model, with what its requests share on the MLX thread."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
+from mlx_engine.generation.cache import prompt_cache_file
+from mlx_engine.generation.cache.cached_model import CachedModel
 from mlx_engine.generation.cache.kv_cache import (
     Cache,
     check_kv_options,
-    is_bounded_or_quantized,
     make_kv_cache,
-    measure_kv,
+    sample_kv_cache,
 )
 from mlx_engine.generation.cache.prompt_cache import Hit, PromptCache
-from mlx_engine.generation.equipment import StrategyRuntime, make_runtime, share_out
+from mlx_engine.generation.cache.snapshot import trimmable
+from mlx_engine.generation.cache.sparse_cache import SparseKVCache
+from mlx_engine.generation.memory import prompt_cache_limit, share_out
+from mlx_engine.generation.prefill import prefill_chunk
 from mlx_engine.generation.request import Request
-from mlx_engine.generation.sparse.sparse_cache import SparseKVCache
+from mlx_engine.generation.sequence import Sequence
+from mlx_engine.generation.sparse.chunk_choice import join
+from mlx_engine.generation.sparse.specprefill import SparsePrefill
+from mlx_engine.generation.speculative.decoder import Pending, SpeculativeDecoder
+from mlx_engine.generation.speculative.drafter import Drafter
+from mlx_engine.generation.strategy_runtime import StrategyRuntime
 from mlx_engine.models.loading import LoadedModel
 from mlx_engine.strategies import Strategies
 
-_GUESS = 2**30  # bytes of prompt cache where nothing is known of the device's memory
 _NEAR = 64  # tokens; for fewer it is not worth while to store a cache again
-_SHARE = 0.9  # of what the model leaves; the rest is for activations and copies
 
 
-@dataclass(frozen=True, slots=True)
 class ModelRunner:
-    """A loaded model and what belongs to it. Made, used and dropped on the MLX thread."""
+    """A model that is run for one engine: takes sequences into their KV caches, and keeps these.
 
-    loaded: LoadedModel
-    config: ModelConfig
-    prompt_cache: PromptCache
-    equipment: StrategyRuntime = field(default_factory=StrategyRuntime)
-    meter: EngineCounters = field(default_factory=EngineCounters)
+    Made, used and dropped on the MLX thread.
 
-    def look_up(self, request: Request) -> tuple[Cache, Hit]:
-        """A KV cache for a prepared request, with what is stored of its prompt in it."""
-        hit = self.prompt_cache.fetch(request.prompt, request.request_id)
-        self.meter.prompt_tokens += len(request.prompt)
-        self.meter.cached_tokens += hit.cached
+    Args:
+        loaded: the model, which has just been loaded.
+        config: how it is to be run.
+        counters: of the work done with it.
+        drafts: other models that the strategies need, by name.
+        strategies: how prompts are prefilled, and how it decodes.
+
+    Raises:
+        InvalidRequest: a strategy, or an option of the KV cache, does not suit the model.
+        ModelLoadError: an MTP head cannot be loaded.
+        Interrupted: it should stop.
+
+    Attributes:
+        prompt_cache: KV caches of earlier prompts.
+        strategies: those at work.
+        footprint: bytes of the KV cache that a request has.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: ModelConfig,
+        counters: EngineCounters,
+        drafts: Mapping[str, LoadedModel],
+        strategies: Strategies,
+    ) -> None:
+        check_kv_options(loaded.model, config)
+        # With a cache that is bounded or quantised while a prompt goes in, what comes out depends
+        # on where the chunks begin, so that a prefix may be used up to such a place only.
+        exact = config.max_kv_size is None and config.kv_bits is None
+        grid = None if exact else config.prefill_step_size
+        cache = PromptCache(0, grid=grid, quantized_from=config.quantized_kv_start)
+        target = CachedModel.of(loaded, config, cache)
+        others = {
+            name: CachedModel.of(draft, config.for_draft(name), PromptCache(0))
+            for name, draft in drafts.items()
+        }
+        self.loaded = loaded
+        self.config = config
+        self.counters = counters
+        self.prompt_cache = cache
+        self.footprint = target.footprint
+        self.strategies = StrategyRuntime.of(strategies, target, others)
+        limit = prompt_cache_limit(config)
+        share_out(limit, [(cache, target.footprint), *self.strategies.side_caches])
+
+    def start(self, sequence: Sequence) -> None:
+        """Give a sequence its KV cache, what is stored of its prompt in it, and its strategies.
+
+        Raises:
+            Exception: MLX failed; the sequence may be started again.
+        """
+        request, prompt = sequence.request, sequence.request.prompt
+        asked, strategies = request.strategies, self.strategies
+        hit = self.prompt_cache.fetch(prompt, request.request_id)
+        self.counters.prompt_tokens += len(prompt)
+        self.counters.cached_tokens += hit.cached
         cache = hit.cache or make_kv_cache(self.loaded.model, self.config)
         request.prefill_begins(hit.cached)
-        return cache, hit
+        sequence.held = sequence.cached = hit.cached
+        sequence.places = self._places(request, hit)
+        for option, note in strategies.notes.items():
+            if getattr(asked, option) is not None:
+                request.note(note)
+        if asked.decode is not None and strategies.speculation is not None:
+            sequence.drafter = strategies.speculation.make_drafter()
+            sequence.drafter.begin(prompt, hit.cached)
+        sequence.cache = cache
+        if asked.prefill is None or strategies.sparse is None:
+            return
+        reason = strategies.sparse.why_in_full(asked.prefill, prompt, hit.cached)
+        if reason is not None:
+            request.note(reason)
+            return
+        run = partial(self._forward, prompt, sequence.drafter)
+        sequence.sparse = SparsePrefill(
+            run, strategies.sparse, asked.prefill, prompt, cache, hit.cached
+        )
+        sequence.cache, sequence.places, sequence.alone = sequence.sparse.cache, (), True
 
-    def places_of(self, request: Request, hit: Hit) -> tuple[int, ...]:
-        """Where the cache of a request that was looked up is to be stored, ascending."""
-        cache = self.prompt_cache
-        if not cache.limit:
-            return ()
-        step = cache.grid or 1
-        places = {place // step * step for place in request.places}
-        checkpoint = hit.checkpoint
-        if checkpoint is not None and not any(0 <= checkpoint - p < _NEAR for p in places):
-            places.add(checkpoint)
-        return tuple(sorted(place for place in places if place > hit.cached))
+    def prefill_step(self, sequence: Sequence, size: int) -> int:
+        """Prefill at most ``size`` tokens more; a step also ends at each of ``places``.
 
-    def store(
-        self, tokens: list[int], cache: Cache, prefilled: int, places: Collection[int] = ()
-    ) -> bool:
-        """Keep what a request has computed; whether MLX did not fail at that.
+        Returns:
+            Tokens that went through a model.
+
+        Raises:
+            Exception: MLX failed; what is in the sequence's cache is not known then.
+        """
+        request, prompt = sequence.request, sequence.request.prompt
+        self.counters.step("prefill")
+        if (sparse := sequence.sparse) is not None:
+            went = sparse.step(size)
+            request.progress(sparse.done, "score" if sparse.scoring else "prefill")
+            if not sparse.left:
+                request.kept(join([*sparse.ranges, (len(prompt) - 1, len(prompt))]))
+                sequence.held, sequence.sparse = len(prompt) - 1, None
+            return went
+        assert sequence.cache is not None
+        end = min(sequence.held + size, len(prompt) - 1)
+        if sequence.stop is not None:
+            end = min(end, sequence.stop)
+        went = end - sequence.held
+        if went:
+            run = partial(self._forward, prompt, sequence.drafter, starts=[sequence.held])
+            prefill_chunk(run, sequence.cache, prompt, sequence.held, end, self.config)
+            sequence.held = end
+            request.progress(end)
+        return went
+
+    def store(self, sequence: Sequence, cache: Cache) -> bool:
+        """Keep what a sequence has computed; whether MLX did not fail at that.
 
         Nobody's answer depends on it: if it fails, the prompt cache is emptied. A cache that
-        lacks tokens of its prompt is not kept.
+        lacks tokens of its prompt is not kept, nor one that has tokens which were not used and
+        cannot be taken back out.
+
+        Args:
+            cache: its own, or what was taken out of a batch.
         """
         if any(isinstance(entry, SparseKVCache) and entry.stored < entry.offset for entry in cache):
             return True
+        tokens, prefilled = sequence.in_cache, len(sequence.request.prompt) - 1
+        if len(tokens) < sequence.held and not trimmable(cache):
+            return True
         whole = [e.dense() if isinstance(e, SparseKVCache) else e for e in cache]
         try:
+            places = sequence.request.places
             self.prompt_cache.store(tokens, whole, prefilled=prefilled, places=places)
         except Exception:  # noqa: BLE001 - the border: MLX raises anything
             self.prompt_cache.clear()
@@ -79,46 +177,69 @@ class ModelRunner:
 
     def shrink_stored(self, limit: int) -> None:
         """Drop stored prompts, the drafts' too, until they take at most ``limit`` bytes."""
-        caches = [self.prompt_cache, *(cache for cache, _ in self.equipment.side_caches)]
+        caches = [self.prompt_cache, *(cache for cache, _ in self.strategies.side_caches)]
         total = sum(cache.nbytes for cache in caches)
         if total > limit:
             for cache in caches:
                 cache.shrink(limit * cache.nbytes // total)
 
+    def save_prompt_cache(self, path: Path) -> int:
+        """Write the prompt cache to a file, as ``prompt_cache_file.save`` does."""
+        model = prompt_cache_file.fingerprint(self.loaded)
+        return prompt_cache_file.save(path, self.prompt_cache, model)
 
-def make_runner(
-    loaded: LoadedModel,
-    config: ModelConfig,
-    meter: EngineCounters,
-    drafts: Mapping[str, LoadedModel] | None = None,
-    strategies: Strategies | None = None,
-) -> ModelRunner:
-    """Of models that have just been loaded.
+    def load_prompt_cache(self, path: Path) -> int:
+        """Add what a file has to the prompt cache, as ``prompt_cache_file.load`` does."""
+        model = prompt_cache_file.fingerprint(self.loaded)
+        template = sample_kv_cache(self.loaded.model, self.config)
+        return prompt_cache_file.load(path, self.prompt_cache, model, template)
 
-    Args:
-        drafts: other models that the strategies need, by name.
+    def speculative_decoder(
+        self, sequence: Sequence, cache: Cache, pending: Pending | None = None
+    ) -> SpeculativeDecoder:
+        """The decoder of a sequence that has a drafter.
 
-    Raises:
-        InvalidRequest: a strategy, or an option of the KV cache, does not suit the model.
-        ModelLoadError: an MTP head cannot be loaded.
-    """
-    check_kv_options(loaded.model, config)
-    # With a cache that is bounded or quantised while a prompt goes in, what comes out depends
-    # on where the chunks begin, so that a prefix may be used up to such a place only.
-    grid = config.prefill_step_size if is_bounded_or_quantized(config) else None
-    cache = PromptCache(0, grid=grid, quantized_from=config.quantized_kv_start)
-    equipment = make_runtime(loaded, drafts or {}, strategies or Strategies(), config, cache)
-    limit = config.prompt_cache_bytes
-    if limit is None:
-        free = memory_for_caches()
-        limit = _GUESS if free is None else free // 4
-    share_out(limit, [(cache, measure_kv(loaded.model, config)), *equipment.side_caches])
-    return ModelRunner(loaded, config, cache, equipment, meter)
+        Args:
+            pending: the sequence's next token, if it has been sampled already.
+        """
+        speculation = self.strategies.speculation
+        assert speculation is not None
+        assert sequence.drafter is not None
+        return SpeculativeDecoder(
+            sequence.request,
+            speculation.forward,
+            cache,
+            sequence.drafter,
+            speculation.chooser,
+            self.counters,
+            pending,
+        )
 
+    def _places(self, request: Request, hit: Hit) -> tuple[int, ...]:
+        """Places where the cache of a request is to be stored on its way, ascending."""
+        if not self.prompt_cache.limit:
+            return ()
+        step = self.prompt_cache.grid or 1
+        places = {place // step * step for place in request.places}
+        checkpoint = hit.checkpoint
+        if checkpoint is not None and not any(0 <= checkpoint - p < _NEAR for p in places):
+            places.add(checkpoint)
+        return tuple(sorted(place for place in places if place > hit.cached))
 
-def memory_for_caches() -> int | None:
-    """Bytes of the device's memory that caches may take besides the loaded model, if known."""
-    size = mx.device_info().get("max_recommended_working_set_size")
-    if not isinstance(size, int):
-        return None
-    return max(0, int((size - mx.get_active_memory()) * _SHARE))
+    def _forward(
+        self,
+        prompt: list[int],
+        drafter: Drafter | None,
+        tokens: mx.array,
+        cache: Cache,
+        starts: list[int],
+    ) -> None:
+        """Tokens of shape (rows, n), whose first ones are at ``starts``; a drafter may watch."""
+        speculation = self.strategies.speculation
+        if drafter is None or speculation is None:
+            self.loaded.model(tokens, cache=cache)
+            return
+        hidden = speculation.forward.prefill(tokens, cache)
+        if hidden is not None:
+            for start, states in zip(starts, hidden, strict=True):
+                drafter.observe(prompt, start, states)

@@ -46,7 +46,7 @@ class SamplerOptions:
 
     @property
     def filters(self) -> tuple[object, ...]:
-        """What rows have in common that go through the same computations; ``()`` is greedy."""
+        """The key of rows that go through the same computations; ``()`` is greedy."""
         if self.temperature == 0:
             return ()
         xtc = self.xtc_special_tokens if self.xtc_probability > 0 else None
@@ -54,7 +54,7 @@ class SamplerOptions:
 
 
 class Sampler:
-    """Samples the rows of a batch.
+    """A sampler of all rows of a batch at once.
 
     Rows that use the same filters are one group, so that no row pays for what only others use;
     there are few of them, whatever values the options have.
@@ -181,7 +181,7 @@ class _Group:
         return coin, self._own(_uniform(keys), seeds)
 
     def _own(self, drawn: mx.array, seeds: Sequence[int | None]) -> mx.array:
-        """Those of the seeded rows; the others' come from the global state."""
+        """Numbers of the seeded rows; the others' come from the global state."""
         if None not in seeds:
             return drawn
         return mx.where(self._seeded, drawn, mx.random.uniform(shape=drawn.shape))

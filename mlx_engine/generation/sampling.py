@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import importlib
 import operator
 import secrets
@@ -13,6 +14,7 @@ from typing import cast
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors
 
+from mlx_engine.core.work import call_in
 from mlx_engine.errors import InvalidRequest, describe
 from mlx_engine.generation.sampler import Sampler, SamplerOptions
 from mlx_engine.outputs import TokenLogprob
@@ -20,7 +22,7 @@ from mlx_engine.params import LogitsProcessor, SamplingParams
 
 
 class Sampling:
-    """What turns logits into the next token: processors first, then the sampler.
+    """Logits to the next token: processors first, then the sampler.
 
     Attributes:
         options: how it is sampled, alone or as a row among others.
@@ -38,10 +40,48 @@ class Sampling:
         return self._sampler(logprobs, range(position, position + logprobs.shape[0]))
 
     def sample_at(self, logprobs: mx.array, position: int) -> mx.array:
-        """The same, and the same choice whenever it is asked for the same position, so that what
-        a draft proposes can be what the model would choose.
+        """Token ids as of ``sample``, the same whenever it is asked for the same position, so that
+        what a draft proposes can be what the model would choose.
         """
         return self._repeatable(logprobs, range(position, position + logprobs.shape[0]))
+
+    def process(
+        self, tokens: mx.array, logits: mx.array, context: contextvars.Context | None
+    ) -> mx.array:
+        """Logits of shape (1, vocabulary) after the processors.
+
+        Args:
+            tokens: of shape (n,), uint32: all that the logits follow.
+            context: the context variables that processors of the caller's see.
+
+        Raises:
+            Exception: whatever a processor raises.
+        """
+        processed = logits
+        for processor in self.processors:
+            if context is None:
+                processed = processor(tokens, processed)
+            else:
+                processed = call_in(context, processor, tokens, processed)
+        if not isinstance(processed, mx.array) or processed.shape != logits.shape:
+            got = getattr(processed, "shape", type(processed).__name__)
+            raise ValueError(
+                f"a logits processor must return an mx.array of shape {logits.shape}, not {got}"
+            )
+        return processed.astype(logits.dtype)
+
+    def process_now(
+        self, tokens: mx.array, logits: mx.array, context: contextvars.Context
+    ) -> tuple[mx.array, bool]:
+        """The same, evaluated; and whether there is a token left to sample, if there was one."""
+        processed = self.process(tokens, logits, context)
+        before, after = (mx.isfinite(mx.logsumexp(each)) for each in (logits, processed))
+        mx.eval(processed, before, after)
+        return processed, not before.item() or bool(after.item())
+
+    def logprob(self, token: int, logprobs: mx.array, top: int) -> TokenLogprob:
+        """The log-probability of ``token``, and the ``top`` best, from a (vocabulary,) vector."""
+        return token_logprob(token, logprobs, top)
 
     @cached_property
     def _sampler(self) -> Sampler:
@@ -80,15 +120,14 @@ def make_sampling(
     """The sampler's options and the processors of one request. On the MLX thread.
 
     Args:
-        params: of the request.
+        params: of the request, for which ``check_sampling`` was asked.
         vocab_size: tokens that the model's logits cover.
         xtc_special_tokens: ids that XTC never excludes (newline and end of sequence, as in
             mlx-lm).
 
     Raises:
-        InvalidRequest: as ``check_sampling`` does, or a logits processor cannot be imported.
+        InvalidRequest: a logits processor cannot be imported.
     """
-    check_sampling(params, vocab_size)
     processors: list[LogitsProcessor] = make_logits_processors(
         logit_bias=dict(params.logit_bias),
         # A factor of 1 changes nothing; mlx_lm would still compute it.

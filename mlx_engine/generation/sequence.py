@@ -1,28 +1,30 @@
-"""One request in the batch."""
+"""A sequence: a request in its KV cache."""
 
 from __future__ import annotations
+
+import contextlib
 
 import mlx.core as mx
 from mlx_lm.models.cache import TokenBuffer
 
 from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes
 from mlx_engine.generation.request import Request
-from mlx_engine.generation.sparse.scored_prefill import ScoredPrefill
+from mlx_engine.generation.sparse.specprefill import SparsePrefill
 from mlx_engine.generation.speculative.drafter import Drafter
 
 _NEAR = 64  # tokens; prefilling fewer costs less than another copy
 
 
 class Sequence:
-    """A request in the batch.
+    """A request in its KV cache, alone or as a row of a batch.
 
     Attributes:
         request: prepared.
-        cache: its own KV cache; ``None`` when it is in one with those of other rows.
+        cache: its own KV cache; ``None`` when it is in one with those of others.
         held: tokens in its KV cache.
         cached: of which the prompt cache had these.
         places: numbers of tokens after which its cache is to be stored, on the way; ascending.
-        alone: whether its prefill must not be shared with other rows.
+        alone: whether its prefill must not be shared with others.
         fault: what its logits processor or sampler raised, or that there was nothing to sample.
         sparse: what leaves out parts of its prompt, if anything does.
         drafter: what proposes tokens for it, if anything does.
@@ -37,7 +39,7 @@ class Sequence:
         self.places: tuple[int, ...] = ()
         self.alone = request.limit == 0  # so that it keeps a cache of its own
         self.fault: BaseException | None = None
-        self.sparse: ScoredPrefill | None = None
+        self.sparse: SparsePrefill | None = None
         self.drafter: Drafter | None = None
         self.options = request.sampling.options
         self.processors = request.sampling.processors
@@ -84,8 +86,20 @@ class Sequence:
         return [*self.request.prompt, *self.request.tokens][: self.held]
 
     def moved(self) -> None:
-        """It has got tokens in another way than by the steps that ``process`` has seen."""
+        """Note that tokens came in another way than by the steps that ``process`` has seen."""
         self._seen = None
+
+    def finish_drafting(self) -> None:
+        """Keep what its drafter knows; nobody's answer depends on it."""
+        if self.drafter is not None:
+            with contextlib.suppress(Exception):
+                self.drafter.finish([*self.request.prompt, *self.request.tokens])
+
+    def keep_scored(self) -> None:
+        """Keep what the draft of its sparse prefill has read; nobody's answer depends on it."""
+        if self.sparse is not None:
+            with contextlib.suppress(Exception):
+                self.sparse.keep_scored()
 
     def process(self, token: mx.array, logits: mx.array) -> mx.array:
         """Logits of shape (1, vocabulary) after its processors; a fault leaves them as they are.

@@ -13,13 +13,6 @@ from mlx_lm.generate import generation_stream
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.generation.cache.snapshot import trimmable
-from mlx_engine.generation.course import (
-    advance,
-    finish_drafting,
-    keep_scored,
-    speculative_decoder,
-    take_up,
-)
 from mlx_engine.generation.decode import decode
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.runner import ModelRunner
@@ -31,25 +24,25 @@ _MEASURE = 256  # steps after which the size of the KV cache is looked at again
 _CLEAR = 256  # steps after which MLX's free buffers are given back, as in mlx_lm
 
 
-def generate_single(request: Request, space: ModelRunner) -> GenerationResult:
+def generate_single(request: Request, runner: ModelRunner) -> GenerationResult:
     """Do a prepared request. Cancelled, it returns what there is by then.
 
     Raises:
         InvalidRequest: a logits processor cannot be imported.
         GenerationError: MLX, the tokenizer or a logits processor raised.
     """
-    error = _attempt(request, space)
-    del space  # a raised error keeps this frame, and so would keep the model
+    error = _attempt(request, runner)
+    del runner  # a raised error keeps this frame, and so would keep the model
     if error is not None:
         raise error
     return request.result()
 
 
-def _attempt(request: Request, space: ModelRunner) -> MLXEngineError | None:
+def _attempt(request: Request, runner: ModelRunner) -> MLXEngineError | None:
     try:
         try:
             if request.begin():
-                _run(request, space)
+                _run(request, runner)
         finally:
             # A step may be under way that nobody waits for any more.
             mx.synchronize(generation_stream)
@@ -58,101 +51,99 @@ def _attempt(request: Request, space: ModelRunner) -> MLXEngineError | None:
         # exit, which would end the caller's event loop.
         return request.failed(error)
     finally:
-        space.meter.kv_bytes = space.meter.batch_size = 0
+        runner.counters.kv_bytes = runner.counters.batch_size = 0
     return None
 
 
-def _run(request: Request, space: ModelRunner) -> None:
-    row = Sequence(request)
-    take_up(space, row)
-    _prefill(space, row)
-    cache = row.cache
+def _run(request: Request, runner: ModelRunner) -> None:
+    sequence = Sequence(request)
+    runner.start(sequence)
+    _prefill(runner, sequence)
+    cache = sequence.cache
     assert cache is not None
     if request.should_stop:
         request.cancelled()
-        space.store(row.in_cache, cache, row.held, request.places)  # a retry goes on from there
+        runner.store(sequence, cache)  # a retry goes on from there
         return
     if request.limit == 0:
         request.ended_without_tokens()
-        finish_drafting(row)
-        space.store(row.in_cache, cache, row.held)
+        sequence.finish_drafting()
+        runner.store(sequence, cache)
         return
-    prefilled, can_trim = row.held, trimmable(cache)
-    if not can_trim and row.keeps_end:  # what is decoded cannot be taken out of such a cache
-        space.store(row.in_cache, cache, prefilled, request.places)
+    if sequence.keeps_end and not trimmable(cache):  # what is decoded cannot be taken out again
+        runner.store(sequence, cache)
     try:
-        _decode(space, row)
+        _decode(runner, sequence)
     except Interrupted:
         request.cancelled()
-    finish_drafting(row)
-    # What is decoded was not computed in prefill chunks; that matters to some caches.
-    if can_trim or row.held <= len(row.in_cache):
-        space.store(row.in_cache, cache, prefilled, request.places)
+    sequence.finish_drafting()
+    runner.store(sequence, cache)
 
 
-def _prefill(space: ModelRunner, row: Sequence) -> None:
-    request, meter, step = row.request, space.meter, space.config.prefill_step_size
-    assert row.cache is not None
-    while row.left:
+def _prefill(runner: ModelRunner, sequence: Sequence) -> None:
+    request, counters, step = sequence.request, runner.counters, runner.config.prefill_step_size
+    assert sequence.cache is not None
+    while sequence.left:
         if request.should_stop:
             break
         began = time.perf_counter()
         # Chunks end at multiples of the step, wherever the first one began.
-        advance(space, row, step if row.sparse is not None else step - row.held % step)
-        meter.prefill_seconds += time.perf_counter() - began
-        meter.kv_bytes = row.nbytes
-        if row.held in row.places:
-            space.store(row.in_cache, row.cache, row.held, request.places)
+        size = step if sequence.sparse is not None else step - sequence.held % step
+        runner.prefill_step(sequence, size)
+        counters.prefill_seconds += time.perf_counter() - began
+        counters.kv_bytes = sequence.nbytes
+        if sequence.held in sequence.places:
+            runner.store(sequence, sequence.cache)
     else:
         request.prefilled()
-    keep_scored(row)
+    sequence.keep_scored()
 
 
-def _decode(space: ModelRunner, row: Sequence) -> None:
+def _decode(runner: ModelRunner, sequence: Sequence) -> None:
     """Take tokens until one of them, or the text they make, is the last."""
-    request, meter = row.request, space.meter
-    assert row.cache is not None
-    meter.batch_size = 1
-    meter.step("decode")
+    request, counters = sequence.request, runner.counters
+    assert sequence.cache is not None
+    counters.batch_size = 1
+    counters.step("decode")
     before = time.perf_counter()
-    with closing(_steps(space, row)) as steps:
-        for count, burst in enumerate(steps):
+    with closing(_steps(runner, sequence)) as steps:
+        for count, emitted in enumerate(steps):
             now = time.perf_counter()
-            meter.decode_seconds += now - before
+            counters.decode_seconds += now - before
             before = now
-            meter.step("decode")
+            counters.step("decode")
             if count % _MEASURE == 0:
-                meter.kv_bytes = row.nbytes
-            for token, logprobs in burst:
-                meter.completion_tokens += 1
+                counters.kv_bytes = sequence.nbytes
+            for token, logprobs in emitted:
+                counters.completion_tokens += 1
                 if request.take(token, logprobs):
                     return
 
 
-def _steps(space: ModelRunner, row: Sequence) -> Generator[list[Emitted], None, None]:
-    """Yield the tokens of each step; ``row.held`` is kept right.
+def _steps(runner: ModelRunner, sequence: Sequence) -> Generator[list[Emitted], None, None]:
+    """Yield the tokens of each step; ``sequence.held`` is kept right.
 
     Raises:
         Interrupted: the request was cancelled.
     """
-    request = row.request
-    assert row.cache is not None
-    if row.drafter is None:
-        row.held = len(request.prompt)
+    request = sequence.request
+    assert sequence.cache is not None
+    if sequence.drafter is None:
+        sequence.held = len(request.prompt)
         try:
-            for step in decode(space.loaded.model, row.cache, request, space.config):
-                row.held += 1  # the forward for the next token is under way
+            for step in decode(runner.loaded.model, sequence.cache, request, runner.config):
+                sequence.held += 1  # the forward for the next token is under way
                 yield [step]
         except Interrupted:
-            row.held += 1  # and so is the one that was left undone
+            sequence.held += 1  # and so is the one that was left undone
             raise
         return
-    decoder = speculative_decoder(space, row, row.cache)
+    decoder = runner.speculative_decoder(sequence, sequence.cache)
     for count in itertools.count():
         if request.should_stop:
             raise Interrupted
         if count % _CLEAR == 0:
             mx.clear_cache()
-        burst = decoder.step()
-        row.held = decoder.held
-        yield burst
+        emitted = decoder.step()
+        sequence.held = decoder.held
+        yield emitted

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 
 class _Node:
-    """What all strings from ``low`` to ``high`` begin with: their first ``depth`` characters.
+    """A beginning: the first ``depth`` characters of all strings from ``low`` to ``high``.
 
     Attributes:
         match: the longest string that these characters end with, if there is one.
@@ -101,6 +101,6 @@ class StringSearch:
         return whole[:clear], None, ""
 
     def finish(self) -> str:
-        """What was held back, since no more text comes."""
+        """The text that was held back, since no more comes."""
         held, self._node, self._held = self._held, self._strings.root, ""
         return held

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 def split_kwargs(
     kwargs: Mapping[str, Any], tokenizer: TokenizerWrapper
 ) -> tuple[dict[str, Any], list[str]]:
-    """What the chat template gets of these, and the names of those that it does not look at.
+    """Variables that the chat template gets of these, and names that it does not look at.
 
     What is for ``apply_chat_template`` itself never passes: it would have another template
     used, or give something else than a text.
@@ -66,7 +66,7 @@ class _GenerationTag(jinja2.ext.Extension):
     tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """Its content."""
+        """The nodes of the block's content."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 

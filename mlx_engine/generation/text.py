@@ -31,7 +31,7 @@ _SEGMENTS: dict[str | None, Segment] = {
 
 
 class TextAssembler:
-    """Builds the text of one answer from its tokens.
+    """The text of one answer, built from its tokens.
 
     Without segments and stop strings the content is what the tokenizer's ``decode`` gives for
     the tokens, to the letter, special tokens included. A stop string ends the answer at the
@@ -71,12 +71,12 @@ class TextAssembler:
 
     @property
     def content(self) -> str:
-        """All content so far."""
+        """Content so far."""
         return "".join(self._parts["content"])
 
     @property
     def reasoning(self) -> str:
-        """All reasoning so far."""
+        """Reasoning so far."""
         return "".join(self._parts["reasoning"])
 
     @property
@@ -93,7 +93,7 @@ class TextAssembler:
         return pieces
 
     def finish(self) -> list[Piece]:
-        """Everything that is still held back, since no more tokens will come."""
+        """The pieces that are still held back, since no more tokens will come."""
         pieces: list[Piece] = []
         if not self.stopped:
             pieces += self._match(self._detokenizer.finish())
@@ -150,7 +150,7 @@ class TextAssembler:
 
 
 class _Ahead:
-    """Looks for stop strings in text that the detokenizer holds; each part once."""
+    """A search for stop strings in text that the detokenizer holds; each part once."""
 
     def __init__(self, held: list[str], search: StringSearch) -> None:
         self.held = held
@@ -195,7 +195,7 @@ class _Segments:
             self._enter(self._markers[self._state][marker])
 
     def finish(self) -> list[tuple[str | None, str]]:
-        """What was held back."""
+        """The text that was held back."""
         return [(self._state, self._search.finish())]
 
 

@@ -54,14 +54,14 @@ def check_text(text: str, vocabulary: Vocabulary, option: str) -> None:
 
 
 def _estimate(text: str, vocabulary: Vocabulary) -> float:
-    """About how many tokens it has, by its beginning, middle and end."""
+    """Tokens of a text, estimated by its beginning, middle and end."""
     places = (0, len(text) // 2, len(text) - _SAMPLE)
     found = sum(_count(text[place : place + _SAMPLE], vocabulary) for place in places)
     return found / (len(places) * _SAMPLE) * len(text)
 
 
 def _count(text: str, vocabulary: Vocabulary) -> int:
-    """Without the special tokens that are added at its ends."""
+    """Tokens of a text, without the special ones that are added at its ends."""
     return len(vocabulary.tokenizer.encode(text, add_special_tokens=False))
 
 

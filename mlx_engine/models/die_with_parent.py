@@ -1,4 +1,4 @@
-"""Runs a command that ends when the process that wanted it ends: ``leash.py COMMAND...``.
+"""A command that ends when the process that wanted it ends: ``die_with_parent.py COMMAND...``.
 
 Its standard input is a pipe that its parent holds and never writes to. The end of that pipe is
 the parent's end, however it came about; then this process and the command are killed. A

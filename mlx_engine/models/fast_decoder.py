@@ -29,7 +29,7 @@ class TokenStrings:
         self._string = backend.id_to_token
 
     def feed(self, token: int) -> list[str]:
-        """Its string; nothing for an id that the tokenizer does not have."""
+        """The string of a token; nothing for an id that the tokenizer does not have."""
         string = self._string(token)
         return [] if string is None else [string]
 
@@ -39,7 +39,7 @@ class TokenStrings:
 
 
 def stages_of(backend: Tokenizer) -> list[MakeStage] | None:
-    """What makes the steps of its decoder; ``None`` if one of them is not known to stream."""
+    """Makers of the steps of its decoder; ``None`` if one of them is not known to stream."""
     if backend.decoder is None:
         return [partial(EachItem, _joined_by_spaces)]
     try:
@@ -97,7 +97,7 @@ def _on_a_text(step: dict[str, Any]) -> MakeStage:
 
 
 def _by_itself(step: dict[str, Any], *, remember: bool) -> Callable[[str, bool], str]:
-    """What ``tokenizers`` itself makes of one string."""
+    """The text that ``tokenizers`` itself makes of one string."""
     if step["type"] == "Strip" and step["stop"]:
         raise _NotKnown  # tokenizers 0.23 panics at strings that are shorter
     decoder = decoders.Fuse()

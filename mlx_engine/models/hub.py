@@ -81,7 +81,7 @@ class GrowingLines:
         self._begun = b""  # of a line that was not complete
 
     def new(self) -> list[str]:
-        """Those that were completed since the last call."""
+        """Lines that were completed since the last call."""
         with self._path.open("rb") as file:
             file.seek(self._place)
             read = file.read()

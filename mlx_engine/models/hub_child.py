@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def explain(error: Exception, revision: str | None) -> str:
-    """What went wrong and what to do, in words."""
+    """Words for what went wrong, and what to do."""
     if isinstance(error, errors.GatedRepoError):
         return (
             "access is restricted; accept its terms on its Hugging Face page, then log in with "

@@ -1,4 +1,4 @@
-"""What a model is, from its files, without loading its weights."""
+"""Facts of a model from its files, without loading its weights."""
 
 from __future__ import annotations
 

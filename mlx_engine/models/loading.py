@@ -1,4 +1,4 @@
-"""From a name to a model in memory. The only place that calls ``mlx_lm.load``."""
+"""Loading: from a name to a model in memory. The only place that calls ``mlx_lm.load``."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def vocab_size(config: dict[str, Any], tokenizer: TokenizerWrapper) -> int:
 
 
 def other_tokenizer(one: LoadedModel, other: LoadedModel) -> str | None:
-    """In what two models' tokenizers differ; ``None`` if they make the same tokens."""
+    """The difference of two models' tokenizers; ``None`` if they make the same tokens."""
     if one is other:
         return None
     ours, theirs = one.tokenizer.get_vocab(), other.tokenizer.get_vocab()

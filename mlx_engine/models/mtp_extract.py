@@ -22,7 +22,7 @@ _NEVER_QUANTIZED = ("mlp.gate", "shared_expert_gate", "self_attn.kv_b_proj")
 
 @dataclass(frozen=True, slots=True)
 class ExtractedHead:
-    """What ``extract_mtp`` wrote.
+    """A head that ``extract_mtp`` wrote.
 
     Attributes:
         path: the file.

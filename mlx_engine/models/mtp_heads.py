@@ -172,7 +172,7 @@ def _quantize(parts: nn.Module, tensors: Tensors) -> None:
 
 
 def _check_tensors(parts: nn.Module, tensors: Tensors, family: Family, source: Path) -> None:
-    """There must be a tensor of the right shape for each weight, and no other."""
+    """Refuse tensors unless there is one of the right shape for each weight, and no other."""
     needed = dict(tree_flatten(parts.parameters()))
     for name in sorted(needed.keys() | tensors.keys()):
         stored = family.stored(name)

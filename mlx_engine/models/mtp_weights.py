@@ -28,7 +28,7 @@ Tensors = dict[str, mx.array]
 
 @dataclass(frozen=True, slots=True)
 class HeadTensors:
-    """What the files hold of a head.
+    """Tensors of a head as the files hold them.
 
     Attributes:
         tensors: by the checkpoint's names without their prefix, not yet read.

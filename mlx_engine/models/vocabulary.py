@@ -1,4 +1,4 @@
-"""What turns text into tokens: all of a loaded model that needs no MLX."""
+"""Vocabulary of a loaded model: all of it that needs no MLX."""
 
 from __future__ import annotations
 

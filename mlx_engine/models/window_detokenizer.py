@@ -13,7 +13,7 @@ _PARTIAL = 3  # a character of four bytes has at most so many that are not its l
 
 
 class Window:
-    """What decoding the last few tokens with a new one gives beyond decoding them without it.
+    """Text of a new token: what decoding the last few with it gives beyond decoding them without.
 
     The cost of a token is bounded, whatever the tokens are: the window moves on even where
     they never become a character.
@@ -72,7 +72,7 @@ class Window:
 
 
 class Whole:
-    """All text at the end: for a tokenizer whose text can change from its beginning.
+    """Text all at the end: for a tokenizer whose text can change from its beginning.
 
     Args:
         decode: gives the text of a list of token ids.

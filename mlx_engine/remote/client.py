@@ -16,11 +16,11 @@ from mlx_engine.core.drain import clean_up, finish, is_destroyed
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.forks import tell_after_fork
 from mlx_engine.core.in_flight import InFlight
-from mlx_engine.core.lifecycle import EngineState, Lifecycle, checked_timeout
+from mlx_engine.core.lifecycle import Lifecycle, checked_timeout
 from mlx_engine.core.stream import Emit
 from mlx_engine.core.work import PendingWork
 from mlx_engine.errors import EngineDead, EngineNotRunning, EngineStopped, MLXEngineError
-from mlx_engine.outputs import ProgressCallback, ShutdownReport
+from mlx_engine.outputs import EngineState, ProgressCallback, ShutdownReport
 from mlx_engine.remote.calls import Call
 from mlx_engine.remote.connection import Connection
 from mlx_engine.remote.exits import Exit
@@ -50,7 +50,7 @@ class Client:
 
     def __init__(self, name: str, watchdog: Watchdog | None, frame_limit: int) -> None:
         self.frame_limit = frame_limit
-        self.lifecycle = Lifecycle()
+        self.lifecycle = Lifecycle(name)
         self.connection: Connection | None = None
         self._name = name
         self._watchdog = watchdog

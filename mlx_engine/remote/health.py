@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_engine.core.lifecycle import EngineState
+from mlx_engine.outputs import EngineState
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.wire.heartbeat import Watchdog, judge, seconds_since_step
 from mlx_engine.remote.wire.messages import Heartbeat, Phase

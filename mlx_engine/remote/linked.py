@@ -12,10 +12,15 @@ from typing import Any, ClassVar, Literal, TypeVar
 from mlx_engine.checks import shown
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.in_flight import InFlight
-from mlx_engine.core.lifecycle import EngineState
 from mlx_engine.engine.base import BaseEngine, checked_callback
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.outputs import EngineStats, ProgressCallback, PromptCacheStats, ShutdownReport
+from mlx_engine.outputs import (
+    EngineState,
+    EngineStats,
+    ProgressCallback,
+    PromptCacheStats,
+    ShutdownReport,
+)
 from mlx_engine.remote.client import Client
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.health import Health, health_of
@@ -92,7 +97,7 @@ class LinkedEngine(BaseEngine):
         told = (connection.stats if connection else None) or _NOTHING_YET
         if connection is not None and connection.exit is not None:
             told = bygone(told)
-        return replace(told, state=self.state.value)
+        return replace(told, state=self.state)
 
     def check_health(self) -> Health:
         """Its health: whether a step is recent, if there is anything to do. From any thread."""
@@ -213,5 +218,5 @@ class LinkedEngine(BaseEngine):
 
 
 _NOTHING_YET = EngineStats(
-    "created", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0, 0, PromptCacheStats()
+    EngineState.CREATED, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0, 0, PromptCacheStats()
 )

@@ -66,6 +66,7 @@ class ProcessEngine(LinkedEngine):
         self._limits, self._queue = self._config.limits, self._config.queue
         self._takes_priority = self._config.kind == "batched"
         super().__init__(name or f"engine-{next(_numbers)}", watchdog, on_progress)
+        self._client.lifecycle.name = f"{type(self).__name__} {self.name} of {model!r}"
 
     def _make_link(self) -> Callable[[], Link]:
         return functools.partial(ProcessLink, self.name)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import fields, replace
 
-from mlx_engine.outputs import EngineStats, PromptCacheStats
+from mlx_engine.outputs import EngineState, EngineStats, PromptCacheStats
 
 
-def total(state: str, parts: Iterable[EngineStats]) -> EngineStats:
+def total(state: EngineState, parts: Iterable[EngineStats]) -> EngineStats:
     """All ``parts`` added up, as an engine in ``state``.
 
     Whose lookup in a prompt cache was the latest is not known: there is no ``last_lookup``.

@@ -10,16 +10,16 @@ Its files:
     fake_request.py      what it was asked
     fake_text.py         pieces of an answer -> text
     fake_cache.py        its prompt cache
-    stepped_loop.py      an event loop of single steps
-    ways.py              in which code is cancelled
     player.py            what it does on the MLX thread
     scripted_request.py  a request at work in it
+    fake_tokens.py       text -> tokens
 """
 
 from mlx_engine.testing.fake import FakeEngine
-from mlx_engine.testing.fake_answer import FakeAnswer
+from mlx_engine.testing.fake_answer import AnswerLike, Answers, FakeAnswer, Piece
 from mlx_engine.testing.fake_gate import Gate
-from mlx_engine.testing.fake_request import FakeRequest
+from mlx_engine.testing.fake_model import Load
+from mlx_engine.testing.fake_request import FakeRequest, Outcome
 from mlx_engine.testing.safety.check import assert_cancellation_safe
 from mlx_engine.testing.safety.report import (
     NotCancellationSafe,
@@ -29,11 +29,16 @@ from mlx_engine.testing.safety.report import (
 )
 
 __all__ = [
+    "AnswerLike",
+    "Answers",
     "FakeAnswer",
     "FakeEngine",
     "FakeRequest",
     "Gate",
+    "Load",
     "NotCancellationSafe",
+    "Outcome",
+    "Piece",
     "SafetyFailure",
     "SafetyReport",
     "SafetyRow",

@@ -109,7 +109,7 @@ class FakeEngine(InProcessEngine):
             prefill_seconds=prefill_seconds,
             load_seconds=load_seconds,
         )
-        super().__init__(model, config.queue)
+        super().__init__(model, config.queue, config.model.model)
 
     def _new_scheduler(self) -> Scheduler[ScriptedRequest]:
         lifecycle, queue, prepare = self._lifecycle, self._queue, self._holder.prepare

@@ -1,25 +1,19 @@
-"""What a ``FakeEngine`` is to say: pieces, gates and errors, in order."""
+"""Answers of a ``FakeEngine``: pieces, gates and errors, in order."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from mlx_engine.checks import choice, shown
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import Segment, ToolCall
 from mlx_engine.testing.fake_gate import Gate
-
-if TYPE_CHECKING:
-    from mlx_engine.testing.fake_request import FakeRequest
-
-
-END = 0  # the end-of-sequence token
+from mlx_engine.testing.fake_request import FakeRequest
+from mlx_engine.testing.fake_tokens import words
 
 Piece = str | Gate | Exception
 
@@ -47,8 +41,8 @@ class FakeAnswer:
         InvalidRequest: a value is of the wrong type.
     """
 
-    text: str | Sequence[Piece] = ""
-    reasoning: str | Sequence[Piece] = ""
+    text: str | Sequence[object] = ""
+    reasoning: str | Sequence[object] = ""
     tool_calls: Sequence[ToolCall | tuple[str, Mapping[str, Any]]] = ()
     finish_reason: Literal["stop", "length"] = "stop"
 
@@ -59,9 +53,9 @@ class FakeAnswer:
         choice("finish_reason", self.finish_reason, ("stop", "length"))
 
     @classmethod
-    def of(cls, answer: AnswerLike) -> FakeAnswer:
+    def of(cls, answer: object) -> FakeAnswer:
         """An answer from its text or pieces."""
-        return answer if isinstance(answer, FakeAnswer) else cls(answer)
+        return answer if isinstance(answer, FakeAnswer) else cls(answer)  # type: ignore[arg-type]
 
     @property
     def for_chats(self) -> bool:
@@ -70,18 +64,15 @@ class FakeAnswer:
 
     def __iter__(self) -> Iterator[tuple[Segment, Piece | ToolCall]]:
         """All of it in order, each with the segment that it belongs to."""
-        yield from (("reasoning", piece) for piece in self.reasoning)
-        yield from (("content", piece) for piece in self.text)
+        yield from (("reasoning", piece) for piece in self.reasoning)  # type: ignore[misc]
+        yield from (("content", piece) for piece in self.text)  # type: ignore[misc]
         yield from (("tool_call", call) for call in self.tool_calls)  # type: ignore[misc]
 
 
-AnswerLike = str | Sequence[Piece] | FakeAnswer
-Answers = (
-    AnswerLike
-    | Mapping[Any, AnswerLike]
-    | Iterator[AnswerLike]
-    | Callable[["FakeRequest"], AnswerLike]
-)
+# Pieces and answers are objects where they are in something: a variable that holds two kinds of
+# them is, to mypy, a list or a mapping of objects. What they are is checked when they are given.
+AnswerLike = str | Sequence[object] | FakeAnswer
+Answers = AnswerLike | Mapping[Any, object] | Iterator[object] | Callable[[FakeRequest], AnswerLike]
 
 
 def checked_answers(answers: Answers) -> Answers:
@@ -104,7 +95,7 @@ def checked_answers(answers: Answers) -> Answers:
 
 
 def choose(answers: Answers, request: FakeRequest) -> FakeAnswer:
-    """What to answer.
+    """The answer to a request.
 
     Raises:
         LookupError: nothing is scripted for this request.
@@ -120,16 +111,6 @@ def choose(answers: Answers, request: FakeRequest) -> FakeAnswer:
             return FakeAnswer.of(answer)
         raise LookupError("there are more requests than scripted answers")
     return FakeAnswer.of(answers(request) if callable(answers) else answers)
-
-
-def words(text: str) -> list[str]:
-    """The text in pieces: words with the spaces before them."""
-    return re.findall(r"\s*\S+|\s+", text)
-
-
-def token_id(text: str) -> int:
-    """The token id of a piece: always the same one, and not that of the end."""
-    return zlib.crc32(text.encode("utf-8", "surrogatepass")) or 1
 
 
 def _pieces(option: str, given: object) -> tuple[Piece, ...]:

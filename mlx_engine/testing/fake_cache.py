@@ -29,7 +29,7 @@ class FakePromptCache:
         self._stored = self._evicted = self._refused = 0
 
     def look_up(self, prompt: Sequence[int]) -> int:
-        """How many tokens at its beginning were seen before; all but its last one at most."""
+        """Number of tokens at its beginning that were seen before; all but its last one at most."""
         cached, best = 0, None
         for seen in self._prompts:
             if (shared := _shared(prompt, seen)) > cached:

@@ -18,8 +18,7 @@ from mlx_engine.testing.fake_gate import Gate
 from mlx_engine.testing.scripted_request import ScriptedRequest
 
 LoadPiece = Gate | Exception
-LoadLike = LoadPiece | Sequence[LoadPiece]
-Load = LoadLike | Iterator[LoadLike]
+Load = LoadPiece | Sequence[object] | Iterator[object]
 Fail = Callable[[Callable[[], EngineDead]], None]
 
 LOOK = 0.001  # seconds between two looks at a closed gate
@@ -27,7 +26,7 @@ _SLICE = 0.01  # seconds of prefill, or of a load, after which to look whether t
 
 
 class FakeModel:
-    """Where a ``FakeEngine`` has its script, in the place of a model. On the engine's thread.
+    """The script of a ``FakeEngine``, in the place of a model. On the engine's thread.
 
     Attributes:
         counters: counters of the work done with it. From any thread.
@@ -71,7 +70,7 @@ class FakeModel:
 
     @property
     def cache(self) -> FakePromptCache:
-        """Its prompt cache."""
+        """The prompt cache."""
         if self._cache is None:
             raise EngineDead("the engine has no model any more")
         return self._cache
@@ -213,7 +212,7 @@ def _slices(seconds: float) -> Iterator[tuple[int, int, float]]:
     return ((number, count, seconds / count) for number in range(count))
 
 
-def _load_pieces(load: LoadLike) -> tuple[LoadPiece, ...]:
+def _load_pieces(load: object) -> tuple[LoadPiece, ...]:
     pieces = (load,) if isinstance(load, Gate | Exception) else load
     if not isinstance(pieces, Sequence) or not all(isinstance(p, LoadPiece) for p in pieces):
         raise InvalidRequest("load", f"must be gates and exceptions, not {shown(load)}")

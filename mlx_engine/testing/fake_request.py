@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from mlx_engine.outputs import GenerationResult
 from mlx_engine.requests import ChatPrompt, GenerationRequest
-from mlx_engine.testing.fake_answer import token_id, words
+from mlx_engine.testing.fake_tokens import token_id, words
 
 Outcome = Literal["waiting", "running", "finished", "cancelled", "failed"]
 
@@ -55,14 +55,14 @@ class FakeRequest:
 
     @property
     def question(self) -> str | tuple[int, ...]:
-        """What answers are looked up by: the prompt, or the text of a chat's last message."""
+        """Key by which answers are looked up: the prompt, or the text of a chat's last message."""
         if self.messages is not None:
             return str(self.messages[-1].get("content") or "")
         assert self.prompt is not None
         return self.prompt if isinstance(self.prompt, str) else tuple(self.prompt)
 
     def result(self) -> GenerationResult:
-        """What has been answered so far; final once it is over."""
+        """Result so far; final once it is over."""
         return self._result()
 
 

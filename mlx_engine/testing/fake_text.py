@@ -26,7 +26,7 @@ class FakeText:
         return "".join(self._parts[segment])
 
     def add(self, segment: Segment, text: str) -> list[tuple[Segment, str]]:
-        """What may be let out with this. ``stopped`` tells if a stop string is complete."""
+        """Text that may be let out with this. ``stopped`` tells if a stop string is complete."""
         out = self.finish() if segment != self._segment else []
         self._segment = segment
         self._held += text
@@ -38,11 +38,11 @@ class FakeText:
         return out + self._let_out(len(self._held) - self._begun())
 
     def finish(self) -> list[tuple[Segment, str]]:
-        """What is held back."""
+        """The text that is held back."""
         return self._let_out(len(self._held))
 
     def _begun(self) -> int:
-        """How many characters at the end may be the beginning of a stop string."""
+        """Number of characters at the end that may be the beginning of a stop string."""
         lengths = (n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n]))
         return max(lengths, default=0)
 

@@ -18,9 +18,9 @@ from mlx_engine.outputs import (
     Usage,
 )
 from mlx_engine.requests import GenerationRequest
-from mlx_engine.testing.fake_answer import END, token_id
 from mlx_engine.testing.fake_request import FakeRequest, encode
 from mlx_engine.testing.fake_text import FakeText
+from mlx_engine.testing.fake_tokens import END, token_id
 
 
 class ScriptedRequest(ActiveRequest):
@@ -76,7 +76,7 @@ class ScriptedRequest(ActiveRequest):
             ContextLengthExceeded: there is no room for the answer.
         """
         self.prompt = self.shown.prompt_tokens = encode(self.shown)
-        self._fit(context_length)
+        self.fit(context_length)
 
     def begin(self, cached_tokens: int) -> None:
         """Its work begins, behind so many tokens that need no prefill."""
@@ -107,11 +107,11 @@ class ScriptedRequest(ActiveRequest):
         return self._took(END, [], "stop" if stops else None)
 
     def end(self, reason: FinishReason) -> None:
-        """It ends here, without another token."""
+        """End it here, without another token."""
         self._finish(reason, None, [])
 
     def result(self) -> GenerationResult:
-        """What has been answered so far; final once it is over."""
+        """Result so far; final once it is over."""
         tokens = tuple(self._tokens)
         return GenerationResult(
             text=self._text.so_far("content"),
@@ -166,5 +166,5 @@ class ScriptedRequest(ActiveRequest):
         emit_pieces(self._emit, pieces, tokens, logprobs, reason)
 
     def _logprob(self, token: int) -> TokenLogprob:
-        """What is scripted is certain."""
+        """Log-probability of a token: what is scripted is certain."""
         return TokenLogprob(token, 0.0, ((token, 0.0),) if self._params.logprobs else ())

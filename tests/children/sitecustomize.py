@@ -3,6 +3,8 @@
 Each time it reads its 1,700 files of models, to see what is where, and finds the same. Python
 imports this module as it starts, since the tests have its folder in ``PYTHONPATH``; what the
 first process finds is kept in a folder that the environment names.
+
+And if ``tests.way`` has started it, it can be told to record where a request goes.
 """
 
 from __future__ import annotations
@@ -29,15 +31,14 @@ class _Remembering(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             return None
         sys.meta_path.remove(self)
         found = importlib.machinery.PathFinder.find_spec(name, path)
-        if found is not None:
+        if found is not None and found.loader is not None:
             self._loader, found.loader = found.loader, self
         return found
 
     def create_module(self, spec: Any) -> ModuleType | None:
-        return None if self._loader is None else self._loader.create_module(spec)
+        return self._loader.create_module(spec)
 
     def exec_module(self, module: Any) -> None:
-        assert self._loader is not None
         self._loader.exec_module(module)
         look = module.define_import_structure
         module.define_import_structure = lambda *args, **named: _remembered(look, args, named)
@@ -62,3 +63,7 @@ def _remembered(look: Any, args: Any, named: Any) -> Any:
 
 if _FOLDER:
     sys.meta_path.insert(0, _Remembering())
+if "MLX_ENGINE_TEST_WAY" in os.environ:
+    from tests.recorder import follow
+
+    follow()

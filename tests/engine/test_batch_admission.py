@@ -87,7 +87,7 @@ async def test_queue_limit_zero_fills_the_batch(tiny_path: Path, batched_type: A
 async def test_max_wait_ends_waiting_not_running(
     tiny_path: Path, batched_type: Any, gate: MakeGate
 ) -> None:
-    async with batched_type(tiny_path, max_batch_size=1, max_wait=0.03) as engine:
+    async with batched_type(tiny_path, max_batch_size=1, max_wait=1.0) as engine:
         stop = gate("model", 3)
         running = request(engine)
         await stop.reached()
@@ -335,7 +335,7 @@ async def test_many_that_have_waited_too_long_leave_without_counting_each_other(
 
     monkeypatch.setattr(PendingWork, "waiting", property(waiting))
     held = testing.Gate()
-    async with FakeEngine([held, "x"], max_batch_size=width, max_wait=0.2) as engine:
+    async with FakeEngine([held, "x"], max_batch_size=width, max_wait=1.0) as engine:
         first = asyncio.create_task(engine.generate("first"))
         await held.reached()
         others = [asyncio.create_task(engine.generate("other")) for _ in range(200)]

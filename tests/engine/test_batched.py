@@ -169,11 +169,11 @@ async def test_rows_that_use_the_same_filters_are_sampled_in_one_call(
 async def test_a_long_prompt_joins_in_slices_between_the_steps_of_running_streams(
     tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_engine.generation import course
+    from mlx_engine.generation import runner
     from mlx_engine.generation.decode_batch import DecodeBatch
 
     events: list[str] = []
-    prefill, step = course.prefill_chunk, DecodeBatch.step
+    prefill, step = runner.prefill_chunk, DecodeBatch.step
 
     def noted_prefill(*args: Any) -> None:
         events.append("slice")
@@ -183,7 +183,7 @@ async def test_a_long_prompt_joins_in_slices_between_the_steps_of_running_stream
         events.append("step")
         return step(self)
 
-    monkeypatch.setattr(course, "prefill_chunk", noted_prefill)
+    monkeypatch.setattr(runner, "prefill_chunk", noted_prefill)
     monkeypatch.setattr(DecodeBatch, "step", noted_step)
     engine = BatchedEngine(tiny_path, prefill_step_size=128, max_decode_pause_ms=None)
     async with (
@@ -199,17 +199,17 @@ async def test_a_long_prompt_joins_in_slices_between_the_steps_of_running_stream
 
 
 async def test_the_pause_of_decode_bounds_the_slice(tiny_path: Path) -> None:
-    from mlx_engine.generation import course
+    from mlx_engine.generation import runner
 
     sizes: list[int] = []
-    original = course.prefill_chunk
+    original = runner.prefill_chunk
 
     def noted(model: Any, cache: Any, tokens: Any, start: int, end: int, config: Any) -> None:
         sizes.append(end - start)
         original(model, cache, tokens, start, end, config)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(course, "prefill_chunk", noted)
+        patch.setattr(runner, "prefill_chunk", noted)
         async with BatchedEngine(tiny_path, max_decode_pause_ms=0, prompt_cache_bytes=0) as engine:
             await engine.generate(prompt_of(600), max_tokens=1)
             assert sizes == [512, 87], "nobody waits: as much as prefill_step_size"

@@ -137,7 +137,7 @@ async def test_a_draft_without_numbers_changes_no_token(models: Path) -> None:
     async with ENGINES["draft"](models) as engine:
 
         def spoil_draft() -> None:
-            drafter: Any = engine._holder.runner().equipment.speculation.make_drafter()  # type: ignore[union-attr]
+            drafter: Any = engine._holder.runner().strategies.speculation.make_drafter()  # type: ignore[union-attr]
             embedding = drafter._draft.model.model.embed_tokens
             embedding.weight[:] = float("nan")
             mx.eval(embedding.weight)

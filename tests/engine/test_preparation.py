@@ -354,7 +354,7 @@ async def test_every_eighth_prompt_that_is_prepared_is_the_one_that_came_first(
         prepare = engine._scheduler._prepare
 
         def watched(request: Any) -> Any:
-            order.append(request._source.prompt)
+            order.append(request.asked.source.prompt)
             return prepare(request)
 
         engine._scheduler._prepare = watched  # type: ignore[attr-defined]

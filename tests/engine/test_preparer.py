@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,32 @@ async def test_who_leaves_before_its_thread_comes_does_not_keep_the_next_one_fro
                 await task
     await until(lambda: engine._scheduler._preparer._threads == 0)  # type: ignore[attr-defined]
     assert len((await engine.generate("next", max_tokens=3)).tokens) == 3
+
+
+async def test_a_pause_of_the_whole_process_is_not_the_threads_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has not run for longer than the limit, and nothing else has: a lid was closed."""
+    goes_on, ran, failures = threading.Event(), threading.Event(), []
+    begin = threading.Thread.start
+
+    def later(thread: threading.Thread) -> None:
+        goes_on.wait()
+        begin(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threads, "START_LIMIT", 5.0)
+        patch.setattr(threading.Thread, "start", later)
+        start = threads.Start(ran.set, "late", failures.append)
+        start.begin()
+        limit = start.limit()
+        patch.setattr(threads, "START_LIMIT", 60.0)
+        time.sleep(1.0)  # the first of ten times, and more  # noqa: ASYNC251
+        await asyncio.sleep(0)
+        goes_on.set()
+        await until(ran.is_set)
+    limit.cancel()
+    assert not failures
 
 
 async def test_a_thread_that_goes_on_holds_nothing_of_what_it_did_before(

@@ -27,6 +27,7 @@ from mlx_engine import (
     SimpleEngine,
 )
 from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.stop import Interrupted
 from tests.conftest import other_tasks
 from tests.guard import Gate
 from tests.waiting import PATIENCE, turns, until, until_now
@@ -392,8 +393,9 @@ async def test_a_forgotten_engine_warns_and_drops_its_model_on_the_mlx_thread(
     dropped_on: list[bool] = []
     engine = SimpleEngine(tiny_path)
     await engine.start()
-    model = engine._holder.model().model
-    weakref.finalize(model, lambda: dropped_on.append(mlx_thread.is_current()))
+    loaded = engine._holder.model()
+    weakref.finalize(loaded.model, lambda: dropped_on.append(mlx_thread.is_current()))
+    del loaded
     with pytest.warns(ResourceWarning, match="without being stopped"):
         del engine
         gc.collect()
@@ -428,26 +430,26 @@ def test_a_loop_that_ends_during_a_shutdown_leaves_no_model(
 def test_a_start_whose_loop_was_closed_does_not_block_the_next(
     tiny_path: Path, monkeypatch: pytest.MonkeyPatch, collected: str
 ) -> None:
-    from mlx_engine.engine import local
+    from mlx_engine.engine import mlx_work
 
     begun, stopped = threading.Event(), threading.Event()
-    original = local.find_model
+    original = mlx_work.find_model
 
     def slow(config: object, progress: object, should_stop: Callable[[], bool]) -> Path:
         begun.set()
         until_now(should_stop)
         stopped.set()
-        raise local.Interrupted
+        raise Interrupted
 
     engine = SimpleEngine(tiny_path)
-    monkeypatch.setattr(local, "find_model", slow)
+    monkeypatch.setattr(mlx_work, "find_model", slow)
     loop = asyncio.new_event_loop()
     task = loop.create_task(engine.start())
     loop.run_until_complete(until(begun.is_set))
     task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()
     assert engine.state is EngineState.STARTING
-    monkeypatch.setattr(local, "find_model", original)
+    monkeypatch.setattr(mlx_work, "find_model", original)
     assert stopped.wait(PATIENCE)
 
     coroutine = task.get_coro()

@@ -134,7 +134,7 @@ async def test_the_second_turn_is_scored_from_what_the_draft_has_read(
     async with SimpleEngine(tiny_path, prefill=strategy(draft_path)) as engine:
         await engine.generate(LONG, **OPTIONS)
         await engine.generate(LONG + OTHER, **OPTIONS)
-        ((side, _),) = engine._holder.runner().equipment.side_caches
+        ((side, _),) = engine._holder.runner().strategies.side_caches
         assert side.stats().hit_tokens >= len(LONG) - 16
 
 
@@ -205,7 +205,7 @@ async def test_a_cancel_is_seen_in_scoring_prefill_and_decode(
     ) as engine:
         expected = await engine.generate(LONG, **OPTIONS)
         await settled()
-        engine._holder.runner().equipment.side_caches[0][0].clear()
+        engine._holder.runner().strategies.side_caches[0][0].clear()
         stop = gate("model", at)
         await cancel_inside(stop, engine.generate(LONG, **OPTIONS))
         assert stop.calls - at <= 1

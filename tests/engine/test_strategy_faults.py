@@ -275,10 +275,10 @@ async def test_the_drafts_prompts_count_as_memory_too(tiny_path: Path) -> None:
         for n in range(20):
             await engine.generate(LONG[20 * n : 20 * n + 200], **OPTIONS)
         await settled()
-        space = engine._holder.runner()
+        runner = engine._holder.runner()
         stored: list[PromptCache] = [
-            space.prompt_cache,
-            *(cache for cache, _ in space.equipment.side_caches),
+            runner.prompt_cache,
+            *(cache for cache, _ in runner.strategies.side_caches),
         ]
         assert 0 < sum(cache.nbytes for cache in stored) <= limit
 
@@ -309,7 +309,7 @@ async def test_a_head_keeps_no_more_states_than_it_may_need(
     folder = await made(MIMO, tmp_path / "model")
     async with SimpleEngine(folder, decode=MTP(), prefill_step_size=20) as engine:
         expected = await engine.generate(LONG[:300], decode=None, **OPTIONS)
-        speculation = engine._holder.runner().equipment.speculation
+        speculation = engine._holder.runner().strategies.speculation
         assert speculation is not None
         kept: list[int] = []
         observe = mtp.MTPDrafter.observe
@@ -324,5 +324,5 @@ async def test_a_head_keeps_no_more_states_than_it_may_need(
             result = await engine.generate(LONG[:300], max_tokens=80, ignore_eos=True)
             assert result.tokens[:30] == expected.tokens
         assert max(kept) <= 32 + 16 + 20
-        ((side, _),) = engine._holder.runner().equipment.side_caches
+        ((side, _),) = engine._holder.runner().strategies.side_caches
         assert all(length(entry.cache) == len(entry.tokens) for entry in side.entries())

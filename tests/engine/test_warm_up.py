@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_engine import BaseEngine, BatchedEngine, DraftModel, EngineState, SimpleEngine
-from mlx_engine.generation.trials.warm_up import warm_up
+from mlx_engine.generation.warm_up import warm_up
 from tests.conftest import ROOT, cancel_inside
 from tests.engine.first_request import KINDS
 from tests.generation.rigged import made
@@ -58,16 +58,16 @@ async def test_nothing_of_a_warm_up_stays(tiny_path: Path, kind: str) -> None:
         fresh, prompts = engine.stats(), engine.stats().prompt_cache
 
         def again() -> tuple[bool, list[int]]:
-            space = engine._holder.runner()
+            runner = engine._holder.runner()
             mx.random.seed(7)
             before = [mx.array(part) for part in mx.random.state]
-            warm_up(space, batched=engine._holder.batched)
+            warm_up(runner, batched=engine._holder.batched)
             same = all(
                 mx.array_equal(a, b).item() for a, b in zip(before, mx.random.state, strict=True)
             )
-            stored = [len(cache.entries()) for cache, _ in space.equipment.side_caches]
+            stored = [len(cache.entries()) for cache, _ in runner.strategies.side_caches]
             free = mx.get_cache_memory() // 1024  # KiB; that of the comparison is less than one
-            return same, [len(space.prompt_cache.entries()), *stored, free]
+            return same, [len(runner.prompt_cache.entries()), *stored, free]
 
         same, left = await engine.run_blocking(again)
         assert same, "the random numbers of the next request are others"

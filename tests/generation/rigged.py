@@ -68,7 +68,7 @@ class Rigged(Drafter):
 
 def rig(engine: BaseEngine, sequence: Sequence[int], wrong: float, seed: int = 0) -> None:
     """Let a running engine with a drafter propose like that."""
-    speculation = engine._holder.runner().equipment.speculation
+    speculation = engine._holder.runner().strategies.speculation
     assert speculation is not None
     make, draw = speculation.make_drafter, random.Random(seed)
     while isinstance(make, functools.partial):  # rigged before

@@ -276,9 +276,8 @@ async def test_options_that_do_not_suit_a_model_are_refused_without_mlx(
     option: str, options: dict[str, Any]
 ) -> None:
     params = SamplingParams(**options)
-    for refuse in (check_sampling, lambda p, size: make_sampling(p, vocab_size=size)):
-        with pytest.raises(InvalidRequest, match=rf"^{option}"):
-            refuse(params, 100)
+    with pytest.raises(InvalidRequest, match=rf"^{option}"):
+        check_sampling(params, 100)
 
 
 @pytest.mark.parametrize("name", ["no_such_module:f", "math:no_such_name", "math:pi"])

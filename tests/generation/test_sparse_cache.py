@@ -10,7 +10,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prom
 
 from mlx_engine.generation.cache.kv_cache import merge
 from mlx_engine.generation.cache.snapshot import snapshot
-from mlx_engine.generation.sparse.sparse_cache import (
+from mlx_engine.generation.cache.sparse_cache import (
     BatchSparseKVCache,
     SparseKVCache,
     skip_to,

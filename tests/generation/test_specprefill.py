@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -12,8 +13,14 @@ import pytest
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from mlx_engine import SpecPrefill
+from mlx_engine.config import ModelConfig
+from mlx_engine.generation.cache.attention_tap import install, tapped
+from mlx_engine.generation.cache.cached_model import CachedModel
+from mlx_engine.generation.cache.kv_cache import KVFootprint
+from mlx_engine.generation.cache.prompt_cache import PromptCache
 from mlx_engine.generation.cache.snapshot import length
-from mlx_engine.generation.sparse.attention_tap import install, tapped
+from mlx_engine.generation.cache.sparse_cache import SparseKVCache, skip_to, sparse
 from mlx_engine.generation.sparse.chunk_choice import average_pool, choose_chunks, join, keeps_all
 from mlx_engine.generation.sparse.importance import (
     TAIL,
@@ -22,8 +29,9 @@ from mlx_engine.generation.sparse.importance import (
     attention_weights,
     cannot_score,
 )
-from mlx_engine.generation.sparse.sparse_cache import SparseKVCache, skip_to, sparse
+from mlx_engine.generation.sparse.setup import SparsePrefilling
 from mlx_engine.generation.sparse.specprefill import SparsePrefill
+from mlx_engine.generation.trials import sparse as sparse_trial
 from mlx_engine.generation.trials.sparse import check_sparse
 from tests.architectures import make, words
 from tests.conftest import on_mlx_thread
@@ -66,36 +74,55 @@ def off(a: mx.array, b: mx.array) -> float:
 
 
 class Prefill(SparsePrefill):
-    """Of a tiny model, with what it was asked to do."""
+    """Of a tiny model, with what it was asked to do.
 
-    def __init__(self, model: Any, prompt: list[int], **other: Any) -> None:
+    Args:
+        draft: scores the prompt.
+        draft_held: tokens of the prompt that its prompt cache has.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompt: list[int],
+        *,
+        draft: Any = None,
+        draft_held: int = 0,
+        rows: bool = True,
+        keep: float = 0.3,
+        cache: Any = None,
+        held: int = 0,
+    ) -> None:
         self.shapes: list[tuple[int, ...]] = []
         self.starts: list[list[int]] = []
 
-        def forward(tokens: mx.array, cache: Any, starts: list[int]) -> None:
+        def run(tokens: mx.array, cache: Any, starts: list[int]) -> None:
             model(tokens, cache=cache)
             self.shapes.append(tokens.shape)
             self.starts.append(starts)
 
         install(model)
-        if "draft" not in other:
-            other["draft"] = make("llama", 5)
-            other["draft_cache"] = make_prompt_cache(other["draft"])
-        options = {
-            "draft_held": 0,
-            "cache": make_prompt_cache(model),
-            "held": 0,
-            "keep": 0.3,
-            "chunk": CHUNK,
-            "lookahead": 2,
-            "rows": True,
-            **other,
-        }
-        super().__init__(forward=forward, prompt=prompt, **options)
+        draft = make("llama", 5) if draft is None else draft
+        self.stored = PromptCache(2**30)
+        if draft_held:
+            known = put(draft, make_prompt_cache(draft), prompt[:draft_held])
+            self.stored.store(prompt[:draft_held], known)
+        loaded: Any = SimpleNamespace(model=draft, vocab_size=10**6, context_length=None)
+        draft = CachedModel(loaded, ModelConfig(model="draft"), self.stored, KVFootprint(0, ()))
+        asked = SpecPrefill("draft", keep=keep, lookahead=2)
+        cache = make_prompt_cache(model) if cache is None else cache
+        super().__init__(
+            run, SparsePrefilling(draft, rows), asked, prompt, cache, held, chunk=CHUNK
+        )
+
+    @property
+    def put_in(self) -> int:
+        """Tokens that went into the target."""
+        return sum(rows * n for rows, n in self.shapes)
 
     def run(self, size: int = 16) -> Any:
         """All steps; the cache."""
-        while self.phase != "done":
+        while self.left:
             self.step(size)
         return self.cache
 
@@ -138,7 +165,7 @@ def test_the_rest_is_as_if_what_is_left_out_were_masked(architecture: str) -> No
         prefill = Prefill(model, prompt, rows=rows)
         caches.append(prefill.run())
         ranges = prefill.ranges
-        assert sum(b - a for a, b in ranges) == prefill.done <= 28
+        assert sum(b - a for a, b in ranges) == prefill.put_in <= 28
         assert len(ranges) > 2
         assert any(shape[0] > 1 for shape in prefill.shapes) is rows
         assert max(rows * n for rows, n in prefill.shapes) <= 16
@@ -178,10 +205,10 @@ def test_recurrent_state_takes_what_is_kept_in_order(architecture: str) -> None:
 def test_all_kept_is_a_plain_prefill_without_a_draft(rows: bool) -> None:
     model, prompt = make("llama"), words(3, 70)
     prefill = Prefill(model, prompt, keep=1.0, rows=rows)
-    assert prefill.phase == "prefill"
+    assert not prefill.scoring
     cache = prefill.run()
     assert prefill.ranges == [(0, 69)]
-    assert (prefill.draft_held, prefill.scored) == (0, 0)
+    assert (prefill.scored, prefill.stored.entries()) == (0, [])
     plain = put(model, make_prompt_cache(model), prompt[:-1])
     assert off(decoded(model, cache, prompt[-1:]), decoded(model, plain, prompt[-1:])) < 1e-5
 
@@ -189,22 +216,19 @@ def test_all_kept_is_a_plain_prefill_without_a_draft(rows: bool) -> None:
 @on_mlx_thread
 def test_a_prompt_goes_on_from_what_is_held_of_it() -> None:
     model, prompt, answer = make("qwen3"), words(4, 90), words(5, 5)
-    draft = make("llama", 5)
     prefill = Prefill(
         model,
         prompt,
-        draft=draft,
-        draft_cache=put(draft, make_prompt_cache(draft), prompt[:40]),
         draft_held=40,
         cache=put(model, make_prompt_cache(model), prompt[:21]),
         held=21,
     )
-    assert (prefill.draft_held, prefill.done) == (40, 21)
+    assert (prefill.scored, prefill.done) == (40, 40)
     cache = prefill.run()
     assert prefill.ranges[0][0] == 0
     assert prefill.ranges[0][1] >= 21
     assert prefill.ranges[-1][1] == 89
-    assert prefill.done == sum(b - a for a, b in prefill.ranges) < 60
+    assert 21 + prefill.put_in == sum(b - a for a, b in prefill.ranges) < 60
     got = decoded(model, cache, [prompt[-1], *answer])
     assert off(got, expected(model, prompt, prefill.ranges, answer)) < 1e-5
 
@@ -214,10 +238,10 @@ def test_nothing_is_left_to_do_when_all_is_held() -> None:
     model, prompt = make("llama"), words(4, 20)
     held = put(model, make_prompt_cache(model), prompt[:-1])
     prefill = Prefill(model, prompt, cache=held, held=19)
-    assert prefill.phase == "done"
+    assert (prefill.left, prefill.scoring) == (0, False)
     assert prefill.ranges == [(0, 19)]
     one = Prefill(model, prompt[:1])
-    assert one.phase == "done"
+    assert (one.left, one.scoring) == (0, False)
     assert one.ranges == []
     with pytest.raises(ValueError, match="a step of 0 tokens"):
         one.step(0)
@@ -232,21 +256,25 @@ def test_every_step_is_one_bounded_forward(size: int) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.inner = make("llama", 5)
+            self.layers = self.inner.layers
 
         def __call__(self, tokens: mx.array, cache: Any) -> mx.array:
             calls.append(tokens.size)
             return self.inner(tokens, cache=cache)
 
-    draft_cache = make_prompt_cache(make("llama", 5))
-    prefill = Prefill(model, prompt, draft=Draft(), draft_cache=draft_cache, keep=0.6)
+    prefill = Prefill(model, prompt, draft=Draft(), keep=0.6)
+    draft_cache: Any = prefill._draft_cache
     steps, before = 0, (0, 0)
-    while prefill.phase != "done":
-        prefill.step(size)
+    while prefill.left:
+        went = prefill.step(size)
         steps += 1
         assert len(calls) + len(prefill.shapes) == steps
-        assert length(draft_cache) == prefill.draft_held == prefill.scored
-        assert before < (prefill.scored, prefill.done) or prefill.scored == 80
-        before = (prefill.scored, prefill.done)
+        assert length(draft_cache) == prefill.scored
+        now = (prefill.scored, prefill.put_in)
+        assert before < now or prefill.scored == 80
+        assert went == sum(now) - sum(before)
+        before = now
+    assert [len(entry.tokens) for entry in prefill.stored.entries()] == [80]
     assert max(calls) <= max(size, TAIL)
     assert max(rows * n for rows, n in prefill.shapes) <= size
     got = decoded(model, prefill.cache, prompt[-1:])
@@ -259,7 +287,7 @@ def test_every_step_is_one_bounded_forward(size: int) -> None:
 @on_mlx_thread
 def test_a_model_may_be_its_own_draft() -> None:
     model, prompt, answer = make("mimo"), words(7, 61), words(8, 3)  # 15 whole chunks
-    prefill = Prefill(model, prompt, draft=model, draft_cache=make_prompt_cache(model))
+    prefill = Prefill(model, prompt, draft=model)
     got = decoded(model, prefill.run(), [prompt[-1], *answer])
     assert len(prefill.ranges) > 1
     assert off(got, expected(model, prompt, prefill.ranges, answer)) < 1e-5
@@ -385,7 +413,7 @@ def test_a_target_that_fails_or_cannot_take_rows_is_found_out(
         support = check_sparse(make(architecture))
         assert support.reason is None
         assert not support.rows
-    monkeypatch.setattr(sparse, "_KNOWN", {})
+    monkeypatch.setattr(sparse_trial, "_KNOWN", {})
     reason = check_sparse(make("afm7")).reason or ""
     assert reason.startswith("it goes wrong without some tokens")
     monkeypatch.setattr(SparseKVCache, "make_mask", lambda *_, **__: 1 / 0)

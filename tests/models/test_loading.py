@@ -16,7 +16,7 @@ from mlx_engine import DraftModel, EngineState, InvalidRequest, ModelLoadError, 
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.work import ThreadJob
-from mlx_engine.engine import local
+from mlx_engine.engine import mlx_work
 from tests.conftest import ROOT
 from tests.waiting import PATIENCE
 
@@ -194,8 +194,8 @@ async def test_what_is_known_of_a_model(tiny_path: Path) -> None:
 LIMITS = """
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, {before})
-import mlx_engine
-mlx_engine.SimpleEngine
+from mlx_engine.engine.late import import_mlx
+import_mlx()
 print(resource.getrlimit(resource.RLIMIT_NOFILE))
 """
 
@@ -230,7 +230,7 @@ async def test_a_model_that_drafts_for_itself_is_found_once_with_its_revision(
         found.append((config.model, config.revision))
         return tiny_path
 
-    monkeypatch.setattr(local, "find_model", find)
+    monkeypatch.setattr(mlx_work, "find_model", find)
     decode = DraftModel("org/model", 2)
     async with SimpleEngine("org/model", revision="v1", decode=decode) as engine:
         result = await engine.generate([1, 2, 3], max_tokens=9, ignore_eos=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlx_engine import MTP, BaseEngine, BatchedEngine, SimpleEngine
-from mlx_engine.models.mtp_check import check_head
+from mlx_engine.generation.trials.mtp_head import check_head
 from mlx_engine.models.mtp_heads import load_head
 from tests.conftest import ROOT
 

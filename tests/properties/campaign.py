@@ -91,10 +91,10 @@ class Campaign:
 
     async def _forget(self) -> None:
         """Empty the prompt caches, so that the same calls come again."""
-        space = self.engine._holder.runner()
-        sides = [cache for cache, _ in space.equipment.side_caches]
+        runner = self.engine._holder.runner()
+        sides = [cache for cache, _ in runner.strategies.side_caches]
         await self.engine.run_blocking(
-            lambda: [each.clear() for each in (space.prompt_cache, *sides)]
+            lambda: [each.clear() for each in (runner.prompt_cache, *sides)]
         )
         await settled()
 
@@ -131,8 +131,8 @@ class Campaign:
             say(f"{what}: {stats.running} running, {stats.waiting} waiting")
         if mlx_thread.busy or other_tasks():
             say(f"{what}: left behind: {other_tasks()}")
-        space = self.engine._holder._runner
-        for cache in [space.prompt_cache, *(cache for cache, _ in space.equipment.side_caches)]:
+        runner = self.engine._holder._runner
+        for cache in [runner.prompt_cache, *(cache for cache, _ in runner.strategies.side_caches)]:
             held = sum(entry.nbytes for entry in cache.entries())
             if not cache.nbytes == held <= cache.limit:
                 say(f"{what}: the prompt cache counts {cache.nbytes}, holds {held}")
@@ -151,9 +151,9 @@ _NOBODYS: set[Place] = {
     ("batch", "_store"),
     ("batch", "_extract"),
     ("batch", "rest"),
-    ("workspace", "store"),
-    ("course", "finish_drafting"),
-    ("course", "keep_scored"),
+    ("runner", "store"),
+    ("sequence", "finish_drafting"),
+    ("sequence", "keep_scored"),
     ("drafter", "catch_up"),
     ("drafter", "propose"),
     ("drafter", "verified"),

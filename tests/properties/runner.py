@@ -315,7 +315,7 @@ class Runner:
         del caught  # the warnings know their stream
         assert gone() is None, "something holds a stream that was dropped"
         assert len(told) == unfinished, told
-        assert not unfinished or producer._request.should_stop
+        assert not unfinished or producer.should_stop
         if asked.started:
             self._counts["perhaps"] += 1
 

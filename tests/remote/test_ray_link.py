@@ -30,7 +30,7 @@ from mlx_engine.remote.links.relay import (
 )
 from mlx_engine.remote.ray_engine import RayEngine
 from mlx_engine.remote.wire.frames import FrameSplitter, framed
-from mlx_engine.testing import stepped_loop
+from mlx_engine.testing.safety import stepped_loop
 from tests.conftest import ROOT
 from tests.processes import is_alive, is_stopped
 from tests.remote.conftest import RayCluster

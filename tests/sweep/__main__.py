@@ -6,9 +6,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mlx_engine.testing.safety.endings import ALL_WAYS
+from mlx_engine.testing.safety.ways import ALL_WAYS
 from tests.guard import GUARD
-from tests.sweep.plays import PLAYS, make_models, on_stage
+from tests.sweep.plays import PLAYS, make_models, scene_of
 from tests.sweep.scene import SCHEDULES, Unharmed
 from tests.sweep.simulation import Simulation
 
@@ -28,7 +28,7 @@ with tempfile.TemporaryDirectory() as name:
     make_models(folder)
     with (
         Simulation().installed() as simulation,
-        on_stage(simulation, PLAYS[options.play], folder) as scene,
+        scene_of(simulation, PLAYS[options.play], folder) as scene,
     ):
         moments = simulation.play(scene, Unharmed(), schedule, seed=options.seed)
         simulation.play(scene, way(), schedule, options.moment, options.seed)

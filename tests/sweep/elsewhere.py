@@ -26,7 +26,7 @@ from mlx_engine.remote.wire.messages import (
 from mlx_engine.remote.wire.options import options_from_wire
 from mlx_engine.remote.wire.outbox import Outbox
 from mlx_engine.remote.wire.values import error_to_wire
-from mlx_engine.testing.stepped_loop import SteppedLoop
+from mlx_engine.testing.safety.stepped_loop import SteppedLoop
 
 _BEAT = 0.25  # seconds
 

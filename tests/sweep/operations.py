@@ -1,16 +1,18 @@
-"""The public operations of an engine, as scenes."""
+"""An engine in the sweep, and the operations that only the sweep does."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_engine import BaseEngine, EngineNotStarted, EngineState, EngineStopped, GenerationResult
+from mlx_engine import BaseEngine, EngineNotStarted, EngineState, GenerationResult
 from mlx_engine.engine.local import LocalEngine
 from mlx_engine.remote.linked import LinkedEngine
+from mlx_engine.testing.safety.fault import Fault
+from mlx_engine.testing.safety.operations import OPERATIONS, Fixture, Operation
+from mlx_engine.testing.safety.ways import Work
 from tests.sweep.elsewhere import HereLink
 from tests.sweep.scene import Scene
 from tests.sweep.simulation import Broken, Simulation, require
@@ -18,69 +20,61 @@ from tests.sweep.simulation import Broken, Simulation, require
 PROMPT = [*range(1, 14)]
 OTHER = [*range(30, 43)]
 PROBE = [50, 51]
-USER = [{"role": "user", "content": "hi"}]
-OPTIONS: dict[str, Any] = {"max_tokens": 2, "ignore_eos": True}
 
 Make = Callable[[], BaseEngine]
 
 
-@dataclass
-class Stage:
+EXTRA = (
+    Operation("stream_chat, left early", "requests", "leave_chat", beside="another"),
+    Operation("start, twice", "life", "start", beside="start_too", starts=True),
+    Operation(
+        "shutdown, a while", "life", "drain_a_while", beside="another_or_stopped", order="before it"
+    ),
+)
+# What these do, others do as well that are in the sweep.
+NOT_SWEPT = ("generate", "stream_generate, left early", "logits processor")
+SWEPT = [one for one in (*OPERATIONS, *EXTRA) if one.name not in NOT_SWEPT]
+
+
+class SweptEngine(Fixture):
     """An engine of one kind, on which operations are played.
 
-    Attributes:
-        prompt: what is asked.
+    Args:
+        asked: the prompt.
         late: model calls that may begin after work has been told to stop: those of a cycle
             that has begun, and of a step of others in a batch.
     """
 
-    simulation: Simulation
-    make: Make
-    folder: Path
-    prompt: list[int] = field(default_factory=lambda: PROMPT)
-    late: int = 1
+    def __init__(
+        self, simulation: Simulation, make: Make, folder: Path, asked: list[int], late: int
+    ) -> None:
+        self.simulation = simulation
+        self.engine = make()
+        self.options = {"max_tokens": 2, "ignore_eos": True}
+        self.on_progress = _ignore
+        self.folder = folder
+        self.to_save, self.to_load = folder / "cache", folder / "saved"
+        self._make = make
+        self._asked = asked
+        self._late = late
+        self._known: dict[int, Any] = {}
 
-    def __post_init__(self) -> None:
-        self.engine = self.make()
+    # What is asked, and told
 
-    # Operations of an engine that runs
+    def prompt(self) -> list[int]:
+        return self._asked
 
-    async def generate(self) -> Any:
-        return _told(await self.engine.generate(self.prompt, **OPTIONS))
+    def prompts(self) -> list[Any]:
+        return [self._asked, "abc"]
 
-    async def chat(self) -> Any:
-        return _told(await self.engine.chat(USER, on_progress=_ignore, **OPTIONS))
+    def messages(self) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": "hi"}]
 
-    async def stream(self) -> Any:
-        async with self.engine.stream_generate(self.prompt, **OPTIONS) as stream:
-            tokens = [token async for chunk in stream for token in chunk.tokens]
-        require(stream.result.tokens == tuple(tokens), "the result is not what was streamed")
-        return _told(stream.result)
+    def told(self, result: GenerationResult) -> Any:
+        return result.text, result.tokens, result.finish_reason
 
-    async def bare_stream(self) -> Any:
-        return [
-            token
-            async for chunk in self.engine.stream_generate(self.prompt, **OPTIONS)
-            for token in chunk.tokens
-        ]
-
-    async def stream_chat_left_early(self) -> Any:
-        async with self.engine.stream_chat(USER, **OPTIONS) as stream:
-            async for chunk in stream:
-                return chunk.tokens
-        raise AssertionError("there was no chunk")
-
-    async def batch(self) -> Any:
-        prompts = [self.prompt, "abc"]
-        results = await self.engine.generate_batch(prompts, on_progress=_ignore, **OPTIONS)
-        return [_told(result) for result in results if isinstance(result, GenerationResult)]
-
-    async def run_blocking(self) -> Any:
-        stop = threading.Event()
-        return await self.engine.run_blocking(self._function, stop, on_cancel=stop.set)
-
-    async def run_deaf(self) -> Any:
-        return await self.engine.run_blocking(self._function, threading.Event())
+    async def blocking(self, stop: threading.Event, on_cancel: Callable[[], None] | None) -> Any:
+        return await self.engine.run_blocking(self._function, stop, on_cancel=on_cancel)
 
     def _function(self, stop: threading.Event) -> int:
         for _ in range(3):
@@ -89,21 +83,27 @@ class Stage:
                 break
         return 7
 
-    async def save(self) -> Any:
-        return await self.engine.save_prompt_cache(self.folder / "cache")
+    async def another(self) -> Any:
+        return await self._ask_again(OTHER, "I8: beside it")
 
-    async def load(self) -> Any:
-        return await self.engine.load_prompt_cache(self.folder / "saved")
+    async def probe(self) -> None:
+        """The engine goes on, with the right tokens."""
+        await self._ask_again(PROBE, "the next one")
 
-    # What goes on beside them
+    async def _ask_again(self, prompt: list[int], who: str) -> Any:
+        """A request that always gives the same."""
+        told = self.told(await self.engine.generate(prompt, **self.options))
+        known = self._known.setdefault(prompt[0], told)
+        require(told == known, f"{who} was given {told}, not {known}")
+        return told
 
-    async def other(self) -> Any:
-        return _told(await self.engine.generate(OTHER, **OPTIONS))
+    # Operations of the sweep
 
-    # Its life
-
-    async def start(self) -> None:
-        await self.engine.start()
+    async def leave_chat(self) -> Any:
+        async with self.engine.stream_chat(self.messages(), **self.options) as stream:
+            async for chunk in stream:
+                return chunk.tokens
+        raise Fault("there was no chunk")
 
     async def start_too(self) -> None:
         try:
@@ -111,33 +111,63 @@ class Stage:
         except EngineNotStarted:
             pass  # the other one did not succeed
 
-    async def whole_life(self) -> Any:
-        async with self.engine as engine:
-            return _told(await engine.generate(self.prompt, **OPTIONS))
-
-    async def stop(self) -> None:
-        await self.engine.stop()
-
-    async def drain(self) -> None:
-        await self.engine.shutdown(None)
-
-    async def drain_a_while(self) -> None:
+    async def drain_a_while(self) -> Any:
         await self.engine.shutdown(0.001)
+        return self.must_be(EngineState.STOPPED)
 
-    async def other_or_stopped(self) -> None:
-        try:
-            result = await self.engine.generate(OTHER, **OPTIONS)
-        except EngineStopped:
-            return
-        self._check_others(_told(result))
+    # Scenes
 
-    def _check_others(self, told: Any) -> None:
-        if self._others is None:
-            self._others = told
-        require(told == self._others, f"I8: {told} instead of {self._others}")
+    def scene(self, operation: Operation) -> Scene:
+        """An operation as it is played: requests and functions always beside a request."""
+        run, beside = self.works(operation)
+        behind = operation.order == "before it"
+        if operation.group == "files":
+            return self._scene_of_files(run)
+        if operation.group == "requests":
+            return Scene(
+                run, self.another, behind, rested=self.rested, probe=self.probe, late=self._late
+            )
+        states = {EngineState.STOPPED}
+        if operation.starts:
+            states.add(EngineState.CREATED)
+        if operation.name != "async with":
+            states.add(EngineState.RUNNING)
+        return Scene(
+            run,
+            beside,
+            behind,
+            reset=self._new_engine if operation.starts else self._new_running_engine,
+            rested=lambda: self._rested_in(states),
+            probe=self._life_probe,
+            late=3 if operation.starts else 4,
+            lives=True,
+        )
 
-    _others: Any = None
-    _probed: Any = None
+    def _scene_of_files(self, run: Work[Any]) -> Scene:
+        simulation = self.simulation
+
+        async def fill() -> None:
+            await self.generate()
+            await self.another()
+
+        simulation.in_a_loop(fill)
+        in_file = simulation.in_a_loop(lambda: self.engine.save_prompt_cache(self.to_load))
+        engine = engine_here(self.engine)
+
+        def reset() -> None:
+            simulation.on_mlx_thread(engine._holder.runner().prompt_cache.clear)
+            simulation.in_a_loop(self.generate)
+            self.to_save.unlink(missing_ok=True)
+
+        def rested() -> None:
+            self.rested()
+            left = {file.name for file in self.folder.iterdir() if file.is_file()}
+            assert left <= {self.to_load.name, self.to_save.name}, left
+            # What was there, perhaps what is in the file, and perhaps what the probe has asked.
+            entries = engine.stats().prompt_cache.entries
+            assert 1 <= entries <= in_file + 1, (entries, in_file)
+
+        return Scene(run, reset=reset, rested=rested, probe=self.probe)
 
     # Checks
 
@@ -145,53 +175,25 @@ class Stage:
         """I6: nothing of any request is left."""
         check_rest(self.engine)
 
-    async def probe(self) -> None:
-        """The engine goes on, with the right tokens."""
-        told = _told(await self.engine.generate(PROBE, **OPTIONS))
-        if self._probed is None:
-            self._probed = told
-        require(told == self._probed, f"the next one was given {told}, not {self._probed}")
+    def _rested_in(self, states: set[EngineState]) -> None:
+        self.must_be(*states)
+        self.rested()
 
-    async def life_probe(self) -> None:
+    async def _life_probe(self) -> None:
         """It can be started, used and stopped, whatever has become of it."""
         if self.engine.state in (EngineState.STARTING, EngineState.DRAINING):
             await self.engine.stop()
         await self.engine.start()
         await self.probe()
         await self.engine.stop()
-        require(self.engine.state is EngineState.STOPPED, f"it is {self.engine.state}")
+        self.must_be(EngineState.STOPPED)
 
-    def new_engine(self) -> None:
-        self.engine = self.make()
+    def _new_engine(self) -> None:
+        self.engine = self._make()
 
-    def new_running_engine(self) -> None:
-        self.new_engine()
+    def _new_running_engine(self) -> None:
+        self._new_engine()
         self.simulation.in_a_loop(self.engine.start)
-
-    def in_state(self, *states: EngineState) -> Callable[[], None]:
-        def check() -> None:
-            require(self.engine.state in states, f"it is {self.engine.state}")
-            if self.engine.state not in (EngineState.STARTING, EngineState.DRAINING):
-                check_rest(self.engine)
-
-        return check
-
-
-def requests(stage: Stage, *names: str) -> dict[str, Scene]:
-    """Operations of an engine that runs, with another request beside them."""
-    scenes = {}
-    for name in names:
-        method, _, behind = name.partition(", ")
-        scenes[name] = Scene(
-            name,
-            getattr(stage, method.replace(" ", "_")),
-            beside=stage.other,
-            behind=bool(behind),
-            rested=stage.rested,
-            probe=stage.probe,
-            late=stage.late,
-        )
-    return scenes
 
 
 def check_rest(engine: BaseEngine) -> None:
@@ -231,10 +233,6 @@ def engine_here(engine: BaseEngine) -> LocalEngine:
         return link._other._engine
     assert isinstance(engine, LocalEngine)
     return engine
-
-
-def _told(result: GenerationResult) -> Any:
-    return result.text, result.tokens, result.finish_reason
 
 
 def _ignore(_: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,25 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_engine import (
-    MTP,
-    BaseEngine,
-    BatchedEngine,
-    DraftModel,
-    EngineState,
-    SimpleEngine,
-    SpecPrefill,
-)
+import pytest
+
+from mlx_engine import MTP, BaseEngine, BatchedEngine, DraftModel, SimpleEngine, SpecPrefill
 from mlx_engine.core.stop import Interrupted, checkpoint
-from mlx_engine.engine import batched, model_holder
-from mlx_engine.generation import equipment
-from mlx_engine.models import mtp_check
-from mlx_engine.testing.safety.endings import ALL_WAYS
+from mlx_engine.engine import mlx_work
+from mlx_engine.generation.cache import cached_model
+from mlx_engine.generation.sparse import setup as sparse_setup
+from mlx_engine.generation.speculative import setup as speculative_setup
+from mlx_engine.generation.trials import mtp_head
+from mlx_engine.testing.safety.operations import Operation
+from mlx_engine.testing.safety.ways import ALL_WAYS
 from tests.conftest import make_tiny
 from tests.generation.rigged import made
 from tests.models.mtp_checkpoints import MIMO
 from tests.sweep.elsewhere import Elsewhere
-from tests.sweep.operations import Stage, engine_here, requests
+from tests.sweep.operations import PROMPT, SWEPT, SweptEngine
 from tests.sweep.scene import LOOP_FIRST, SCHEDULES, Scene, Schedule, Unharmed
 from tests.sweep.simulation import Simulation
 
@@ -43,7 +41,7 @@ class Strategy:
 
     Attributes:
         options: of an engine, by the model's folder.
-        late: see ``Stage``, in an engine of one request at a time and in one with batches.
+        late: see ``SweptEngine``, in an engine of one request at a time and in one with batches.
         long: a long prompt is needed.
     """
 
@@ -81,6 +79,11 @@ class Kind:
     strategy: str = ""
     caches: bool = False
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it is as if in another process."""
+        return self.where.startswith("process")
+
     def __str__(self) -> str:
         return f"{self.where}{self.strategy}{', caching' * self.caches}"
 
@@ -99,16 +102,16 @@ class Kind:
 
     @property
     def late(self) -> int:
-        """See ``Stage``; what is told to another process comes there a little later."""
+        """See ``SweptEngine``; what is told to another process comes there a little later."""
         simple, batched = STRATEGIES[self.strategy].late
         return {"simple": simple, "process": simple + 1}.get(self.where, batched)
 
     @property
-    def prompt(self) -> list[int] | None:
-        """What is asked, if that matters."""
+    def prompt(self) -> list[int]:
+        """What is asked."""
         if STRATEGIES[self.strategy].long:
             return [1 + 7 * n % 250 for n in range(150)]
-        return list(range(1, 41)) if self.caches else None  # as shorter ones are not stored
+        return list(range(1, 41)) if self.caches else PROMPT  # as shorter ones are not stored
 
 
 @dataclass(frozen=True)
@@ -116,53 +119,45 @@ class Play:
     """An operation on a kind of engine."""
 
     kind: Kind
-    operation: str
+    operation: Operation
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.operation}"
+        return f"{self.kind}: {self.operation.name}"
 
 
 _MTP = dataclasses.replace(MIMO, config={"num_hidden_layers": 1})
 _WHERE = ("simple", "batched", "process", "process, batched")
-_REQUESTS = (
-    *("generate", "generate, behind", "stream", "bare stream", "chat", "batch"),
-    "stream chat left early",
-)
-_FUNCTIONS = ("run blocking", "run deaf")
-_FILES = ("save", "load")
-_LIVES = ("start", "start, twice", "whole life", "stop", "drain", "drain a while")
+_OFTEN = ("generate, before another", "stream_generate", "chat", "generate_batch")
 
 
 def _all_plays() -> Iterator[Play]:
-    for strategy in STRATEGIES:
-        for where in _WHERE:
-            kind, caching = Kind(where, strategy), Kind(where, strategy, caches=True)
-            functions = () if where.startswith("process") else _FUNCTIONS
-            yield from (Play(kind, name) for name in (*_REQUESTS, *functions, *_LIVES))
-            yield from (Play(caching, name) for name in _FILES)
+    for strategy, where, operation in itertools.product(STRATEGIES, _WHERE, SWEPT):
+        kind = Kind(where, strategy, caches=operation.group == "files")
+        if not (kind.elsewhere and operation.need == "functions"):
+            yield Play(kind, operation)
 
 
 def _usual(play: Play) -> bool:
     """Those that are played each time: all, where strategy or process make no other path."""
-    kind = play.kind
+    kind, operation = play.kind, play.operation
     if kind.where == "process, batched" or (kind.strategy and kind.where == "process"):
-        return play.operation == "generate"
-    if not kind.strategy or play.operation in ("generate", "stream", "chat", "batch", *_FILES):
+        return operation.name == "generate, before another"
+    if not kind.strategy or operation.name in _OFTEN or operation.group == "files":
         return True
-    return kind.where == "simple" and play.operation == "start"
+    return kind.where == "simple" and operation.name == "start"
 
 
 PLAYS = {str(play): play for play in _all_plays()}
 # These are played under all schedules each time, the others under one.
 _CORE = {
-    "simple: generate",
-    "simple: stream",
-    "simple: run blocking",
+    "simple: generate, before another",
+    "simple: stream_generate",
+    "simple: run_blocking",
     "simple: start",
     "simple: stop",
-    "batched: generate",
-    "batched: stream",
-    "process: generate",
+    "batched: generate, before another",
+    "batched: stream_generate",
+    "process: generate, before another",
 }
 # "plays": every play; "all": every one under every schedule.
 ASKED = os.environ.get("MLX_ENGINE_SWEEP", "")
@@ -178,7 +173,7 @@ CASES = [
 def sweep(simulation: Simulation, play: Play, schedule: Schedule, folder: Path) -> int:
     """Play it unharmed, and then struck at every moment, in every way; the number of runs."""
     before = Simulation.runs
-    with on_stage(simulation, play, folder) as scene:
+    with scene_of(simulation, play, folder) as scene:
         moments = simulation.play(scene, Unharmed(), schedule)
         for way in ALL_WAYS:
             for moment in range(1, moments + 1):
@@ -194,95 +189,21 @@ def sweep(simulation: Simulation, play: Play, schedule: Schedule, folder: Path) 
 
 
 @contextmanager
-def on_stage(simulation: Simulation, play: Play, folder: Path) -> Iterator[Scene]:
+def scene_of(simulation: Simulation, play: Play, folder: Path) -> Iterator[Scene]:
     """The scene of a play, on an engine that is there as long as the ``with`` block."""
-    kind = play.kind
+    kind, operation = play.kind, play.operation
     model = folder / ("mtp/converted" if kind.strategy == ", mtp" else "plain")
+    make = functools.partial(kind.make, model)
     with loaded_once(simulation):
-        stage = Stage(simulation, functools.partial(kind.make, model), folder, late=kind.late)
-        stage.prompt = kind.prompt or stage.prompt
-        if play.operation in _LIVES:
-            yield _life(stage, play.operation)
+        swept = SweptEngine(simulation, make, folder, kind.prompt, kind.late)
+        if operation.group == "life":
+            yield swept.scene(operation)
             return
-        simulation.in_a_loop(stage.engine.start)
+        simulation.in_a_loop(swept.engine.start)
         try:
-            if play.operation in _FILES:
-                yield _cache_file(stage, play.operation)
-            else:
-                yield requests(stage, play.operation)[play.operation]
+            yield swept.scene(operation)
         finally:
-            simulation.in_a_loop(stage.engine.stop)
-
-
-def _life(stage: Stage, operation: str) -> Scene:
-    states = EngineState
-    probe = stage.life_probe
-    if operation in ("start", "start, twice"):
-        return Scene(
-            operation,
-            stage.start,
-            beside=stage.start_too if operation == "start, twice" else None,
-            reset=stage.new_engine,
-            rested=stage.in_state(states.CREATED, states.RUNNING, states.STOPPED),
-            probe=probe,
-            late=3,
-            lives=True,
-        )
-    if operation == "whole life":
-        return Scene(
-            operation,
-            stage.whole_life,
-            reset=stage.new_engine,
-            rested=stage.in_state(states.CREATED, states.STOPPED),
-            probe=probe,
-            lives=True,
-            late=3,
-        )
-    return Scene(
-        operation,
-        getattr(stage, operation.replace(" ", "_")),
-        beside=stage.other_or_stopped,
-        behind=True,
-        reset=stage.new_running_engine,
-        rested=stage.in_state(states.STOPPED, states.RUNNING),
-        probe=probe,
-        late=4,
-        lives=True,
-    )
-
-
-def _cache_file(stage: Stage, operation: str) -> Scene:
-    saved = stage.folder / "saved"
-
-    async def fill() -> None:
-        await stage.generate()
-        await stage.other()
-
-    simulation = stage.simulation
-    simulation.in_a_loop(fill)
-    in_file = simulation.in_a_loop(lambda: stage.engine.save_prompt_cache(saved))
-    engine = engine_here(stage.engine)
-
-    def reset() -> None:
-        simulation.on_mlx_thread(engine._holder.runner().prompt_cache.clear)
-        simulation.in_a_loop(stage.generate)
-        (stage.folder / "cache").unlink(missing_ok=True)
-
-    def rested() -> None:
-        stage.rested()
-        left = {file.name for file in stage.folder.iterdir() if file.is_file()}
-        assert left <= {"saved", "cache"}, left
-        # What was there, perhaps what is in the file, and perhaps what the probe has asked.
-        entries = engine.stats().prompt_cache.entries
-        assert 1 <= entries <= in_file + 1, (entries, in_file)
-
-    return Scene(
-        operation,
-        getattr(stage, operation),
-        reset=reset,
-        rested=rested,
-        probe=stage.probe,
-    )
+            simulation.in_a_loop(swept.engine.stop)
 
 
 @contextmanager
@@ -293,64 +214,73 @@ def loaded_once(simulation: Simulation) -> Iterator[None]:
     And where nothing is chosen, as before a play and after it, they are not warmed up, and what
     has been checked of them counts.
     """
-    load, models = model_holder.load_model, {}
-    load_head, heads = equipment.load_head, {}
-    ask, answers = mtp_check._greedy, {}
-    warm_up = model_holder.warm_up
-    checks = [
-        (equipment, "check_rollback"),
-        (equipment, "check_head"),
-        (equipment, "check_sparse"),
-        (equipment, "measure_kv"),
-        (batched, "check_batchable"),
-    ]
-    originals = [getattr(module, name) for module, name in checks]
+    models: dict[Path, Any] = {}
+    heads: dict[Path, Any] = {}
+    answers: dict[int, Any] = {}
 
-    def load_once(config: Any, path: Path, *, on_progress: Any, should_stop: Any) -> Any:
-        for _ in range(2):
-            simulation.driver.pause("load")
-            if should_stop():
-                raise Interrupted
-        if path not in models:
-            models[path] = load(config, path, on_progress=None, should_stop=lambda: False)
-        return models[path]
+    def load_model(original: Any) -> Any:
+        def load(config: Any, path: Path, *, on_progress: Any, should_stop: Any) -> Any:
+            for _ in range(2):
+                simulation.driver.pause("load")
+                if should_stop():
+                    raise Interrupted
+            if path not in models:
+                models[path] = original(config, path, on_progress=None, should_stop=lambda: False)
+            return models[path]
 
-    def load_head_once(loaded: Any, path: Path | None) -> Any:
-        if loaded.path not in heads:
-            heads[loaded.path] = load_head(loaded, path)
-        return heads[loaded.path]
+        return load
 
-    def ask_once(parts: Any, prompt: Any, eos: Any) -> Any:
-        checkpoint()
-        if id(parts.model) not in answers:  # which is kept in ``models``
-            answers[id(parts.model)] = ask(parts, prompt, eos)
-        return answers[id(parts.model)]
+    def load_head(original: Any) -> Any:
+        def load(loaded: Any, path: Path | None) -> Any:
+            if loaded.path not in heads:
+                heads[loaded.path] = original(loaded, path)
+            return heads[loaded.path]
 
-    def warm_up_in_plays(space: Any, *, batched: bool) -> None:
-        if not simulation.driver.quick:
-            warm_up(space, batched=batched)
+        return load
 
-    def once_but_in_plays(check: Callable[..., Any]) -> Callable[..., Any]:
+    def ask_once(original: Any) -> Any:
+        def ask(parts: Any, prompt: Any, eos: Any) -> Any:
+            checkpoint()
+            if id(parts.model) not in answers:  # which is kept in ``models``
+                answers[id(parts.model)] = original(parts, prompt, eos)
+            return answers[id(parts.model)]
+
+        return ask
+
+    def in_plays(original: Any) -> Any:
+        def warm_up(*args: Any, **options: Any) -> None:
+            if not simulation.driver.quick:
+                original(*args, **options)
+
+        return warm_up
+
+    def once_but_in_plays(original: Any) -> Any:
         known: dict[int, Any] = {}
 
-        def checked(model: Any, *args: Any) -> Any:
+        def check(model: Any, *args: Any) -> Any:
             if not simulation.driver.quick or id(model) not in known:
-                known[id(model)] = check(model, *args)
+                known[id(model)] = original(model, *args)
             return known[id(model)]
 
-        return checked
+        return check
 
-    model_holder.load_model, equipment.load_head = load_once, load_head_once
-    mtp_check._greedy, model_holder.warm_up = ask_once, warm_up_in_plays
-    for (module, name), check in zip(checks, originals, strict=True):
-        setattr(module, name, once_but_in_plays(check))
+    instead = (
+        (mlx_work, "load_model", load_model),
+        (mlx_work, "warm_up", in_plays),
+        (speculative_setup, "load_head", load_head),
+        (mtp_head, "_greedy", ask_once),
+        (speculative_setup, "check_rollback", once_but_in_plays),
+        (speculative_setup, "check_head", once_but_in_plays),
+        (sparse_setup, "check_sparse", once_but_in_plays),
+        (cached_model, "measure_kv", once_but_in_plays),
+        (mlx_work, "check_batchable", once_but_in_plays),
+    )
     try:
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            for module, name, wrapped in instead:
+                patch.setattr(module, name, wrapped(getattr(module, name)))
+            yield
     finally:
-        model_holder.load_model, equipment.load_head = load, load_head
-        mtp_check._greedy, model_holder.warm_up = ask, warm_up
-        for (module, name), check in zip(checks, originals, strict=True):
-            setattr(module, name, check)
         for loaded in (heads, models):
             simulation.on_mlx_thread(loaded.clear)  # they go where they were made
 

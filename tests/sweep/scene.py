@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_engine.testing.ways import Way
-
-Work = Callable[[], Awaitable[Any]]
+from mlx_engine.testing.safety.ways import Way, Work
 
 
 class Unharmed(Way[Any]):
@@ -17,7 +15,7 @@ class Unharmed(Way[Any]):
 
     name = "not at all"
 
-    async def run(self, operation: Work) -> Any:
+    async def run(self, operation: Work[Any]) -> Any:
         return await operation()
 
     def _strike(self) -> None:
@@ -68,14 +66,12 @@ class Scene:
         lives: whether it starts or ends the engine.
     """
 
-    name: str
-    operate: Work
-    beside: Work | None = None
+    operate: Work[Any]
+    beside: Work[Any] | None = None
     behind: bool = False
     reset: Callable[[], None] = lambda: None
     rested: Callable[[], None] = lambda: None
-    probe: Callable[[], Awaitable[None]] | None = None
+    probe: Work[None] | None = None
     late: int = 1
     lives: bool = False
     expected: Any = None
-    beside_expected: Any = None

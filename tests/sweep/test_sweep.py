@@ -5,7 +5,7 @@ operation is played unharmed, to count its moments; then again and again, struck
 the second, and so on. After each run the invariants are checked, and the engine has to serve the
 next request with the right tokens.
 
-    python -m tests.sweep "simple: generate" "Task.cancel twice" "in turn" 17 0
+    python -m tests.sweep "simple: generate, before another" "Task.cancel twice" "in turn" 17 0
 
 plays one run again, by what a failure has printed.
 """

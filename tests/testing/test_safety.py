@@ -29,8 +29,8 @@ from mlx_engine.testing import (
     SafetyReport,
     assert_cancellation_safe,
 )
-from mlx_engine.testing.safety import books, overseer, sweep, trial
-from mlx_engine.testing.safety.endings import ALL_WAYS
+from mlx_engine.testing.safety import stats_check, sweep, timeouts, trial
+from mlx_engine.testing.safety.ways import ALL_WAYS
 from tests.conftest import make_tiny
 from tests.waiting import PATIENCE
 
@@ -42,8 +42,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def limits(monkeypatch: pytest.MonkeyPatch, patience: float, rest: float) -> None:
     monkeypatch.setattr(sweep, "_PATIENCE", patience)
-    monkeypatch.setattr(overseer, "_GRACE", rest)
-    for module in (books, trial):
+    monkeypatch.setattr(timeouts, "_GRACE", rest)
+    for module in (stats_check, trial):
         monkeypatch.setattr(module, "_REST", rest)
 
 

@@ -1,11 +1,16 @@
-"""KV caches: of a request, and of earlier ones.
+"""KV caches: of a request, and of earlier ones. Below all strategies, which share them.
 
 Its files:
 
-    kv_cache.py           bounded or quantised caches, and what they take
-    layer_record.py       a layer of it
-    prompt_cache.py       KV caches of earlier prompts
-    prompt_cache_file.py  the prompt cache on disk
+    kv_cache.py           bounded or quantised caches, and the bytes that they take
+    sparse_cache.py       positions apart from storage
+    attention_tap.py      a cache that is asked for its layer's attention
+    row_fold.py           a sparse cache that takes chunks of a prompt as rows of a batch
+    rollback.py           rejected tokens taken back out
     snapshot.py           copies that share memory
-    stored_prompt.py      one of the earlier prompts
+    prompt_cache.py       KV caches of earlier prompts
+    stored_prompt.py      one of these prompts
+    prompt_cache_file.py  all of them on disk
+    layer_record.py       a layer there
+    cached_model.py       a model with its prompt cache
 """

@@ -69,11 +69,6 @@ def sample_kv_cache(model: nn.Module, config: ModelConfig) -> Cache:
     return cache
 
 
-def is_bounded_or_quantized(config: ModelConfig) -> bool:
-    """Whether what a prompt gives depends on where its prefill chunks begin."""
-    return config.max_kv_size is not None or config.kv_bits is not None
-
-
 def check_unbounded(option: str, config: ModelConfig) -> None:
     """Refuse ``option`` together with a bounded or quantised KV cache.
 
@@ -136,13 +131,13 @@ def cache_parts(cache: Cache) -> Iterator[Any]:
 
 
 def merge(caches: Sequence[Cache]) -> Cache:
-    """One of mlx_lm's batch caches a layer, with a row for each of ``caches``."""
+    """Batch caches of mlx_lm, one a layer, with a row for each of ``caches``."""
     return [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class KVFootprint:
-    """What one request's KV cache takes.
+    """Bytes that one request's KV cache takes.
 
     Attributes:
         fixed: bytes whatever its length.
@@ -171,12 +166,12 @@ class KVFootprint:
 
 
 def measure_kv(model: nn.Module, config: ModelConfig) -> KVFootprint:
-    """Find out by putting one token into a cache."""
+    """The footprint of a model's KV cache, found by putting one token into it."""
     return footprint_of(sample_kv_cache(model, config))
 
 
 def footprint_of(cache: Cache) -> KVFootprint:
-    """Of the cache of a request, by one that has a token in it."""
+    """The footprint of a request's cache, by one that has a token in it."""
     fixed = 0
     layers: list[tuple[int, int | None]] = []
     for part in cache_parts(cache):

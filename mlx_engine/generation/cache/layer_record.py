@@ -1,4 +1,4 @@
-"""One layer's cache as plain data and named arrays, for files, and whether it fits a model."""
+"""Caches of layers as plain data and named arrays, for files, and whether they fit a model."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def record(value: Any, found: dict[str, mx.array]) -> Any:
 
 
 def rebuild(recorded: Any, found: dict[str, mx.array]) -> Any:
-    """What ``record`` was given.
+    """The value that ``record`` was given.
 
     Raises:
         ValueError, LookupError, TypeError: it is nothing that ``record`` gives.
@@ -128,7 +128,7 @@ def fits(cache: Cache, template: Cache, *, until_quantized: bool) -> bool:
 
 
 def _kind(entry: Any) -> Any:
-    """What is the same for all prompts of a model."""
+    """The part of a layer's cache that is the same for all prompts of a model."""
     _, names = _CLASSES.get(type(entry).__name__, (None, ()))
     by_token = not isinstance(entry, ArraysCache)
     fixed = [name for name in names if name not in _PER_PROMPT]

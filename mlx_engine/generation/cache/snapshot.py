@@ -42,7 +42,7 @@ State = list[Any]  # one entry a layer; None where the layer can be cut back by 
 
 
 def state_beside(cache: Cache, whole: Cache) -> tuple[State, int]:
-    """What ``cache`` holds in layers in which a longer one cannot be cut back to it.
+    """The state of ``cache`` in layers in which a longer one cannot be cut back to it.
 
     Args:
         whole: of a prompt that begins with the tokens of ``cache``.

@@ -74,7 +74,7 @@ class Entry:
 
     @property
     def places(self) -> list[int]:
-        """Where it can be used if it cannot be cut back, ascending."""
+        """Numbers of tokens at which it can be used if it cannot be cut back, ascending."""
         return [*(mark.tokens for mark in self.marks), self.last]
 
     def usable(self, common: int, grid: int) -> int:
@@ -100,7 +100,7 @@ class Entry:
         return snapshot(self.cache, tokens if self.trimmable else None)
 
     def mark_in(self, tokens: int, longer: Cache) -> Mark:
-        """One of its places, as a mark of a prompt that begins with the same tokens."""
+        """A place of it, as a mark of a prompt that begins with the same tokens."""
         return Mark(tokens, *state_beside(self.taken(tokens), longer))
 
     def marked(self, cache: Cache, tokens: int) -> Entry:

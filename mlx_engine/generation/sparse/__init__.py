@@ -2,11 +2,8 @@
 
 Its files:
 
-    specprefill.py     a sparse prefill, step by step
-    scored_prefill.py  with its draft
-    importance.py      what a draft attends to
-    chunk_choice.py    what to keep
-    sparse_cache.py    positions apart from storage
-    row_fold.py        chunks as rows of a batch
-    attention_tap.py   the hook in mlx-lm's attention
+    setup.py         the draft and the model, tried and ready
+    importance.py    scoring: the attention that a draft pays to each token
+    chunk_choice.py  the chunks to keep
+    specprefill.py   prefilling: one prompt, step by step
 """

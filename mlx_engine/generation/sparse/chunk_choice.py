@@ -1,4 +1,4 @@
-"""Which chunks of a prompt are worth a prefill, by how much attention they get."""
+"""Chunks of a prompt that are worth a prefill, by how much attention they get."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def average_pool(scores: np.ndarray, width: int) -> np.ndarray:
 
 
 def join(ranges: list[Range]) -> list[Range]:
-    """The same tokens, ranges that touch made one; ``ranges`` are sorted."""
+    """Sorted ranges of the same tokens, those that touch made one."""
     joined: list[Range] = []
     for a, b in ranges:
         if joined and joined[-1][1] == a:

@@ -1,4 +1,4 @@
-"""How much attention a draft model pays to each token of a prompt."""
+"""The importance of a prompt's tokens: how much attention a draft model pays to each."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlx_engine.core.stop import Interrupted, checkpoint
+from mlx_engine.generation.cache.attention_tap import install, plain_attention, tapped
 from mlx_engine.generation.cache.kv_cache import Cache, cache_parts
 from mlx_engine.generation.cache.snapshot import arrays, snapshot, trimmable
-from mlx_engine.generation.sparse.attention_tap import install, plain_attention, tapped
 
 TAIL = 8  # tokens at the end of the prompt whose queries are looked at
 LOOKAHEAD = 8  # tokens that the draft goes on by itself
@@ -177,7 +177,7 @@ def attention_weights(
 
 
 def cannot_score(draft: nn.Module) -> str | None:
-    """Why the importance of tokens cannot be had from this draft; ``None`` if it can.
+    """The reason why a draft cannot tell the importance of tokens; ``None`` if it can.
 
     A few tokens are tried. On the MLX thread; raises ``Interrupted`` if it should stop.
     """

@@ -18,12 +18,12 @@ from mlx_lm.generate import generation_stream
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.errors import describe, drop_frames
 from mlx_engine.generation.cache.kv_cache import Cache
+from mlx_engine.generation.cache.rollback import Rollback
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.sampler import can_be_sampled
 from mlx_engine.generation.speculative.depth import DepthChooser
 from mlx_engine.generation.speculative.drafter import Drafter
 from mlx_engine.generation.speculative.forward import Forward
-from mlx_engine.generation.speculative.rollback import Rollback
 
 Emitted = tuple[int, mx.array | None]  # a token and its log-probabilities, if asked for
 # A token of shape (1,) that is not evaluated yet, whether there was anything to choose from
@@ -45,7 +45,7 @@ class SpeculativeDecoder:
         cache: of the model, with all of the prompt but its last token in it.
         drafter: proposes tokens.
         chooser: says how many.
-        meter: counts proposals.
+        counters: of proposals.
         pending: the next token, if it has been sampled already and not been read. All tokens
             before it are in the cache then.
 
@@ -63,7 +63,7 @@ class SpeculativeDecoder:
         cache: Cache,
         drafter: Drafter,
         chooser: DepthChooser,
-        meter: EngineCounters,
+        counters: EngineCounters,
         pending: Pending | None = None,
     ) -> None:
         assert request.sampling is not None
@@ -76,7 +76,7 @@ class SpeculativeDecoder:
         self._cache = cache
         self._drafter: Drafter | None = drafter
         self._chooser = chooser
-        self._meter = meter
+        self._counters = counters
         self._rollback = Rollback(cache)
         self._next = pending
         self._history: mx.array | None = None  # tokens, for processors
@@ -84,7 +84,7 @@ class SpeculativeDecoder:
         self._cycle: tuple[int, int] | None = None  # its depth, and how many were accepted
 
     def step(self) -> list[Emitted]:
-        """One cycle: the tokens that it gives, at least one.
+        """Do a cycle: the tokens that it gives, at least one.
 
         Raises:
             Exception: MLX failed; or what ``fault`` then is.
@@ -101,7 +101,7 @@ class SpeculativeDecoder:
         return [self._plain(more=left > 1 and not depth)]
 
     def _time(self) -> None:
-        """A cycle begins: the one before took until now, what its tokens were used for included."""
+        """Time the cycle before, until now, what its tokens were used for included."""
         now = time.perf_counter()
         if self._cycle is not None:
             depth, accepted = self._cycle
@@ -188,7 +188,7 @@ class SpeculativeDecoder:
         return proposals
 
     def _drafter_failed(self, error: Exception) -> None:
-        """No token depends on it, so the request does not fail with it."""
+        """Go on without a drafter that failed: no token depends on it."""
         self.fault = None
         self._go_on_without(f"the draft failed ({describe(error)})")
         drop_frames(error)
@@ -216,8 +216,8 @@ class SpeculativeDecoder:
             self._observe(start, hidden[: went_in - rejected])
         self._verified(accepted)
         self._request.drafted(depth, accepted)
-        self._meter.draft_tokens += depth
-        self._meter.accepted_tokens += accepted
+        self._counters.draft_tokens += depth
+        self._counters.accepted_tokens += accepted
         self._cycle = (depth, accepted)
         wanted = self._request.wants_logprobs
         return [(token, logprobs[i] if wanted else None) for i, token in enumerate(chosen)]
@@ -249,7 +249,7 @@ class SpeculativeDecoder:
         return _matching(proposals[: len(rows)], mx.concatenate(samples), logprobs), logprobs
 
     def _sample_draft(self, logits: mx.array, proposals: Sequence[mx.array]) -> mx.array:
-        """As the model would: the same processors, filters and noise."""
+        """A proposal as the model would choose it: the same processors, filters and noise."""
         if self._request.context is None:
             logits = self._processed(logits, proposals)
         place = len(self.tokens) - len(self._request.prompt) + len(proposals)
@@ -258,7 +258,7 @@ class SpeculativeDecoder:
     # what processors are shown
 
     def _remember(self, inputs: mx.array) -> None:
-        """These tokens go in behind the ``held`` that are in the cache."""
+        """Note that tokens go in behind the ``held`` that are in the cache, for processors."""
         if not self._sampling.processors:
             return
         known = mx.array([], dtype=mx.uint32) if self._history is None else self._history

@@ -1,4 +1,4 @@
-"""How many tokens to propose for each verification: fixed, or by what pays.
+"""The number of tokens to propose for each verification: fixed, or by what pays.
 
 A cycle of depth k costs c(k) seconds and gives 1 + p1 + p1 p2 + ... + p1..pk tokens, where pj
 is the chance that the j-th proposal is accepted once those before it are. Both are measured
@@ -47,11 +47,6 @@ class DepthChooser:
         self._check_after = _FIRST_CHECK
 
     @property
-    def most(self) -> int:
-        """The deepest that is ever chosen."""
-        return MAX_AUTO_DEPTH if self._fixed is None else self._fixed
-
-    @property
     def parked(self) -> bool:
         """Whether nothing is proposed at present, because it does not pay."""
         return self._fixed is None and not self._trial and self._best == 0
@@ -63,7 +58,7 @@ class DepthChooser:
         return min(self._trying if self._trial else self._best, most)
 
     def record(self, depth: int, seconds: float, accepted: int) -> None:
-        """A cycle of this depth took so long, and its first ``accepted`` proposals were right."""
+        """Learn from a cycle of this depth, whose first ``accepted`` proposals were right."""
         if self._fixed is not None:
             return
         in_trial = self._trial > 0 and depth == self._trying
@@ -125,7 +120,7 @@ class DepthChooser:
         return enough and self._seconds(depth) > (depth + 1) * self._seconds(0)
 
     def _candidate(self) -> int | None:
-        """What to try next: what promises to be better, or one less."""
+        """The depth to try next: what promises to be better, or one less."""
         if self._best == 0:
             return 1
         return self._deeper() or (self._best - 1 or None)
@@ -156,7 +151,7 @@ class DepthChooser:
         return tokens / seconds if seconds else 0.0
 
     def _seconds(self, depth: int) -> float:
-        """Of a cycle; where it was never measured, as much more as the step before it."""
+        """Seconds of a cycle; where never measured, as much more as the step before it."""
         if depth == 0:
             return statistics.median(self._times[0]) if self._times[0] else 0.0
         if self._times[depth]:  # more work is not faster, whatever a noisy machine says

@@ -1,4 +1,4 @@
-"""Those that propose tokens: what every one of them does, and the one with a draft model."""
+"""Drafters, which propose tokens: what each of them does, and the one with a draft model."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
-from mlx_engine.config import ModelConfig
+from mlx_engine.generation.cache.cached_model import CachedModel
 from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes, make_kv_cache
-from mlx_engine.generation.cache.prompt_cache import PromptCache
+from mlx_engine.generation.cache.rollback import Rollback
 from mlx_engine.generation.cache.snapshot import trimmable
 from mlx_engine.generation.prefill import prefill_chunk
-from mlx_engine.generation.speculative.rollback import Rollback
-from mlx_engine.models.loading import LoadedModel
 
 # A token id of shape (1,) from logits of shape (1, vocabulary), by the options of the request,
 # for the place behind these proposals.
@@ -24,7 +22,7 @@ _CLOSE = 16  # tokens that a draft model may be behind, and still take in with a
 
 
 class Drafter(abc.ABC):
-    """Proposes the next tokens of one request, with a KV cache of its own. On the MLX thread.
+    """A proposer of one request's next tokens, with a KV cache of its own. On the MLX thread.
 
     What it proposes decides how fast an answer comes, never what it is.
     """
@@ -38,14 +36,14 @@ class Drafter(abc.ABC):
 
     @abc.abstractmethod
     def begin(self, tokens: list[int], cached: int) -> None:
-        """A prompt is about to be prefilled, behind ``cached`` tokens that need none."""
+        """Get ready for a prompt's prefill, behind ``cached`` tokens that need none."""
 
     @abc.abstractmethod
     def observe(self, tokens: list[int], start: int, hidden: mx.array) -> None:
-        """The model's hidden states, of shape (n, dimension), of tokens from ``start`` on."""
+        """Take the model's hidden states, of shape (n, dimension), of tokens from ``start`` on."""
 
     def ended(self, tokens: list[int]) -> str | None:
-        """Why it will propose nothing any more, for the caller; ``None`` if it may."""
+        """The reason why it will propose nothing any more, for the caller; ``None`` if it may."""
         return None
 
     @abc.abstractmethod
@@ -64,39 +62,35 @@ class Drafter(abc.ABC):
 
     @abc.abstractmethod
     def verified(self, accepted: int) -> None:
-        """So many of its latest proposals were right."""
+        """Learn that the first ``accepted`` of its latest proposals were right."""
 
     @abc.abstractmethod
     def finish(self, tokens: list[int]) -> None:
-        """The request is over; these are its tokens. What is known of them may be kept."""
+        """Keep what is known of ``tokens``, those of a request that is over."""
 
 
 class ModelDrafter(Drafter):
-    """Proposes what a small model would say.
+    """A drafter that proposes what a small model would say.
 
     Args:
-        draft: the small model.
-        config: how to prefill it.
-        prompt_cache: of its own.
+        draft: the small model, with its earlier prompts.
         vocab_size: tokens that the large model's logits cover.
     """
 
-    def __init__(
-        self, draft: LoadedModel, config: ModelConfig, prompt_cache: PromptCache, vocab_size: int
-    ) -> None:
-        self._draft = draft
-        self._config = config
-        self._prompt_cache = prompt_cache
+    def __init__(self, draft: CachedModel, vocab_size: int) -> None:
+        self._draft = draft.loaded
+        self._config = draft.config
+        self._prompt_cache = draft.prompt_cache
         self._vocab_size = vocab_size
         self._held = 0  # tokens in its cache
         self._ahead = 0  # of its proposals that are in its cache, too
         self._rollback: Rollback | None = None
 
     def begin(self, tokens: list[int], cached: int) -> None:
-        """Nothing yet: a batch may never come to proposals."""
+        """Do nothing yet: a batch may never come to proposals."""
 
     def observe(self, tokens: list[int], start: int, hidden: mx.array) -> None:
-        """It does not need them."""
+        """Leave them: a draft model reads tokens."""
 
     def ended(self, tokens: list[int]) -> str | None:
         """Whether its context is full."""
@@ -125,7 +119,7 @@ class ModelDrafter(Drafter):
         return self.cache is not None and self._held < len(tokens)
 
     def propose(self, tokens: list[int], count: int, sample: Sample) -> mx.array:
-        """What it would say next."""
+        """Tokens that the small model would say next."""
         assert self._rollback is not None
         proposals: list[mx.array] = []
         with mx.stream(generation_stream):
@@ -165,7 +159,7 @@ class ModelDrafter(Drafter):
         return logits
 
     def _fitted(self, logits: mx.array) -> mx.array:
-        """As wide as the large model's: their matrices may be padded to different widths."""
+        """Logits as wide as the large model's: matrices may be padded to different widths."""
         missing = self._vocab_size - logits.shape[-1]
         if missing > 0:
             return mx.pad(logits, [(0, 0), (0, missing)], constant_values=-mx.inf)

@@ -1,4 +1,4 @@
-"""One forward of a model, for those who want its hidden states and those who do not."""
+"""Forwards of a model, with its hidden states where they are wanted."""
 
 from __future__ import annotations
 

@@ -9,9 +9,9 @@ from mlx_lm.generate import generation_stream
 
 from mlx_engine.generation.cache.kv_cache import Cache
 from mlx_engine.generation.cache.prompt_cache import PromptCache
+from mlx_engine.generation.cache.rollback import Rollback
 from mlx_engine.generation.speculative.depth import DepthChooser
 from mlx_engine.generation.speculative.drafter import Drafter, Sample
-from mlx_engine.generation.speculative.rollback import Rollback
 from mlx_engine.models.mtp_heads import MTPHead
 
 _CHUNK = 512  # hidden states that the head takes in at once
@@ -19,8 +19,10 @@ _MOST = 2048  # hidden states that wait at most, while nothing is proposed
 
 
 class MTPDrafter(Drafter):
-    """Proposes what the head says: from the hidden state of one token and the token after it,
-    the one after that; and so on from its own output.
+    """A drafter that proposes what the head says.
+
+    From the hidden state of one token and the token after it, the head tells the one after
+    that; and so on from its own output.
 
     The head has its own KV history, without which it is right less often. While nothing is
     proposed, states wait outside of it, the latest ones.
@@ -83,7 +85,7 @@ class MTPDrafter(Drafter):
         return bool(self._waiting) and self._seen == len(tokens) - 1
 
     def propose(self, tokens: list[int], count: int, sample: Sample) -> mx.array:
-        """What the head says, each from the one before."""
+        """Tokens that the head says, each from the one before."""
         proposals: list[mx.array] = []
         with mx.stream(generation_stream):
             states = self._take_in(tokens)

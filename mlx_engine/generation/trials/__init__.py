@@ -1,10 +1,10 @@
-"""What is tried with a model before it serves.
+"""Trials of a model before it serves: wrong results are found at start, not in answers.
 
 Its files:
 
-    batch.py        whether a model can do that
-    rollback.py     whether a model can
+    batch.py        do rows of a batch get what they get alone?
+    rollback.py     can it verify proposals, and take some back?
+    sparse.py       can tokens be left out of its prompts?
+    mtp_head.py     does its MTP head understand it?
     same_logits.py  whether two ways to compute come to the same
-    sparse.py       whether a model can
-    warm_up.py      what a model compiles first, at start
 """

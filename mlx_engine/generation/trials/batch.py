@@ -1,4 +1,4 @@
-"""Can requests of this model share a batch, and does each get then what it gets alone?
+"""Trial of a batch: does each of a model's requests get then what it gets alone?
 
 For some models of mlx_lm 0.32.2 they do not, without an error: afm7 takes the positions of its
 queries from the padded width, longcat_flash_ngram spreads the state of a short prompt over
@@ -13,14 +13,13 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream
-from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.stop import Interrupted, checkpoint
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache.kv_cache import Cache, cache_parts, make_kv_cache, merge
 from mlx_engine.generation.cache.snapshot import snapshot
-from mlx_engine.generation.prefill import prefill_chunk
+from mlx_engine.generation.prefill import prefilled
 from mlx_engine.generation.trials.same_logits import TOLERANCE, difference
 
 # Token ids that every model has: a long row, a short one, and one with nothing in its cache.
@@ -28,7 +27,7 @@ _ROWS = (list(range(1, 18)), [2, 1], [7])
 
 
 def check_batchable(model: nn.Module, config: ModelConfig) -> None:
-    """Try it.
+    """Try a model in a batch. On the MLX thread.
 
     Raises:
         InvalidRequest: names what does not work, and says what to do.
@@ -38,7 +37,7 @@ def check_batchable(model: nn.Module, config: ModelConfig) -> None:
         if not hasattr(part, "merge") or getattr(part, "keep", None):
             raise _refused(f"mlx-lm cannot batch its {type(part).__name__}")
     try:
-        caches = [_prefilled(model, config, row) for row in _ROWS]
+        caches = [prefilled(model, config, row) for row in _ROWS]
         alone = [
             _last_logits(model, snapshot(cache), [row])[0]
             for cache, row in zip(caches, _ROWS, strict=True)
@@ -55,25 +54,8 @@ def check_batchable(model: nn.Module, config: ModelConfig) -> None:
         raise _refused(f"in a batch its logits are others than alone (by {off:.0%} of their span)")
 
 
-def may_pad(model: nn.Module, config: ModelConfig) -> bool:
-    """Whether prompts of different lengths may be prefilled together.
-
-    Recurrent models would have to mask the padding, and not all of them do.
-    """
-    cache = make_kv_cache(model, config)
-    return all(isinstance(entry, KVCache | RotatingKVCache) for entry in cache)
-
-
-def _prefilled(model: nn.Module, config: ModelConfig, row: list[int]) -> Cache:
-    cache = make_kv_cache(model, config)
-    checkpoint()
-    if len(row) > 1:
-        prefill_chunk(model, cache, row, 0, len(row) - 1, config)
-    return cache
-
-
 def _last_logits(model: nn.Module, cache: Cache, rows: Sequence[list[int]]) -> mx.array:
-    """Of shape (rows, vocabulary)."""
+    """Logits of shape (rows, vocabulary)."""
     checkpoint()
     with mx.stream(generation_stream):
         logits: mx.array = model(mx.array([row[-1:] for row in rows]), cache=cache)[:, -1, :]

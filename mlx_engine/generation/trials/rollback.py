@@ -1,4 +1,4 @@
-"""Can proposals be verified by a model: several tokens in one forward, some taken back?
+"""Trial of a model that is to verify proposals: several tokens a forward, some taken back.
 
 For a few architectures of mlx_lm what comes out depends on how many tokens go in at once. So a
 few tokens are tried when an engine starts.
@@ -16,7 +16,7 @@ from mlx_engine.config import ModelConfig
 from mlx_engine.core.stop import Interrupted, checkpoint
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache.kv_cache import Cache, check_unbounded, make_kv_cache
-from mlx_engine.generation.speculative.rollback import Rollback, cannot_roll_back
+from mlx_engine.generation.cache.rollback import Rollback, cannot_roll_back
 from mlx_engine.generation.trials.same_logits import TOLERANCE, difference
 
 _PROMPT = (1, 2, 3, 4, 5)  # token ids that every model has
@@ -24,7 +24,7 @@ _RIGHT, _WRONG = (6, 7), (9, 10, 11)
 
 
 def check_rollback(model: nn.Module, config: ModelConfig) -> None:
-    """Try it. On the MLX thread.
+    """Try several tokens in one forward, some of them taken back. On the MLX thread.
 
     Raises:
         InvalidRequest: says what does not work.

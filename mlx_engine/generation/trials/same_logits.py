@@ -1,4 +1,4 @@
-"""Whether two ways to compute something come to the same, for the checks at an engine's start."""
+"""Comparing logits of two ways to compute the same, for the trials at an engine's start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TOLERANCE = 0.05
 
 
 def difference(expected: mx.array, got: mx.array) -> float:
-    """The largest, as a part of the span of each row, for logits of shape (n, vocabulary)."""
+    """The largest difference, as a part of each row's span, of logits of shape (n, vocabulary)."""
     expected, got = expected.astype(mx.float32), got.astype(mx.float32)
     span = expected.max(axis=-1) - expected.min(axis=-1)
     off = mx.abs(expected - got).max(axis=-1) / mx.maximum(span, 1e-6)

@@ -1,4 +1,4 @@
-"""Can a model's prompt be prefilled in parts, and does it give then what it should?
+"""Trial of a prompt that is prefilled in parts: does a model give then what it should?
 
 A few tokens are tried when an engine starts, against the same tokens in a dense cache in which
 those that are left out are masked.
@@ -15,10 +15,10 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
 from mlx_engine.core.stop import Interrupted, checkpoint
+from mlx_engine.generation.cache.attention_tap import install
 from mlx_engine.generation.cache.kv_cache import Cache
-from mlx_engine.generation.sparse.attention_tap import install
-from mlx_engine.generation.sparse.row_fold import folded
-from mlx_engine.generation.sparse.sparse_cache import skip_to, sparse
+from mlx_engine.generation.cache.row_fold import folded
+from mlx_engine.generation.cache.sparse_cache import skip_to, sparse
 from mlx_engine.generation.trials.same_logits import TOLERANCE, difference
 
 _CHUNK = 4
@@ -32,7 +32,7 @@ _KNOWN = {"afm7": "its queries have no positions of their own"}
 
 @dataclass(frozen=True, slots=True)
 class SparseSupport:
-    """What a target can do.
+    """The ways in which a target's prefill can be sparse.
 
     Attributes:
         reason: why its prefill cannot be sparse; ``None`` if it can.
@@ -44,7 +44,7 @@ class SparseSupport:
 
 
 def check_sparse(model: nn.Module) -> SparseSupport:
-    """Try it. On the MLX thread; raises ``Interrupted`` if it should stop."""
+    """Try a model without some tokens. On the MLX thread; raises ``Interrupted`` if told to."""
     cache = make_prompt_cache(model)
     odd = {type(entry).__name__ for entry in cache} - {"KVCache", "ArraysCache"}
     if odd:
@@ -90,7 +90,7 @@ class _MaskedKVCache(KVCache):  # type: ignore[misc]
 
 
 def _masked(model: nn.Module) -> list[mx.array]:
-    """With a dense cache in which others than the kept tokens are not seen."""
+    """Outcome of a dense cache in which others than the kept tokens are not seen."""
     cache: Cache = [_MaskedKVCache() for _ in make_prompt_cache(model)]
     with mx.stream(generation_stream):
         _put(model, cache, [_TOKENS[:_END]])
@@ -98,7 +98,7 @@ def _masked(model: nn.Module) -> list[mx.array]:
 
 
 def _one_by_one(model: nn.Module) -> list[mx.array]:
-    """With a forward for each token: masks are not needed then."""
+    """Outcome of a forward for each token: masks are not needed then."""
     cache = sparse(make_prompt_cache(model))
     with mx.stream(generation_stream):
         for at in _KEPT[:-1]:
@@ -108,7 +108,7 @@ def _one_by_one(model: nn.Module) -> list[mx.array]:
 
 
 def _runs(model: nn.Module) -> list[mx.array]:
-    """With a forward for each chunk."""
+    """Outcome of a forward for each chunk."""
     cache = sparse(make_prompt_cache(model))
     with mx.stream(generation_stream):
         for start in _STARTS:
@@ -118,7 +118,7 @@ def _runs(model: nn.Module) -> list[mx.array]:
 
 
 def _rows(model: nn.Module) -> list[mx.array]:
-    """With the first chunk before the others, which are rows."""
+    """Outcome of the first chunk before the others, which are rows."""
     cache = sparse(make_prompt_cache(model))
     with mx.stream(generation_stream):
         _put(model, cache, [_TOKENS[:_CHUNK]])
@@ -146,6 +146,6 @@ def _outcome(model: nn.Module, cache: Cache, at: mx.array | None = None) -> list
 
 
 def _difference(expected: list[mx.array], outcome: list[mx.array]) -> float:
-    """The largest, as a part of the span of what it is in."""
+    """The largest difference, as a part of the span of what it is in."""
     pairs = zip(expected, outcome, strict=True)
     return max(difference(a.reshape(1, -1), b.reshape(1, -1)) for a, b in pairs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextlib
 import os
@@ -15,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx_engine
-from mlx_engine.core.threads import Start, dead
+from mlx_engine.core.threads import Start, StartLimit, dead
 from mlx_engine.errors import EngineDead
 
 # Blocked when it starts, until it has said what it does with them: by default they would end it.
@@ -77,7 +76,7 @@ class Child:
             self._opened.close()
             raise
 
-    def limit(self) -> asyncio.TimerHandle:
+    def limit(self) -> StartLimit:
         """Do without it if there is no thread for it after 10 s; see ``Start.limit``."""
         return self._thread.limit()
 

@@ -17,11 +17,11 @@ from mlx_engine.config import BatchedOptions, EngineKind, QueueConfig, spelled_o
 from mlx_engine.core.drain import clean_up
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.in_flight import InFlight
-from mlx_engine.core.lifecycle import EngineState, Lifecycle, checked_timeout
+from mlx_engine.core.lifecycle import Lifecycle, checked_timeout
 from mlx_engine.core.stream import Producer
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
-from mlx_engine.outputs import EngineStats, ProgressCallback, ShutdownReport
+from mlx_engine.outputs import EngineState, EngineStats, ProgressCallback, ShutdownReport
 from mlx_engine.remote.health import Health
 from mlx_engine.remote.process_engine import ProcessEngine
 from mlx_engine.remote.ray_engine import RayEngine
@@ -157,7 +157,7 @@ class EngineManager(BaseEngine):
         self._prototype = factory("prototype")
         self._limits, self._queue = self._prototype._limits, self._prototype._queue
         self._takes_priority = self._prototype._takes_priority
-        self._lifecycle = Lifecycle()
+        self._lifecycle = Lifecycle(f"{type(self).__name__} of {replicas} replicas")
         self._replicas = ReplicaSet(WaitingRoom(limits))
         self._supervisor = Supervisor(self._replicas, factory, restart, self._lifecycle.fail)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -191,7 +191,7 @@ class EngineManager(BaseEngine):
         replica is up, and those that may not. A request that was done again counts in both
         replicas.
         """
-        stats, room = self._supervisor.stats(self.state.value), self._replicas.room
+        stats, room = self._supervisor.stats(self.state), self._replicas.room
         waiting, rejected = stats.waiting + room.waiting, stats.rejected + room.rejected
         return replace(stats, waiting=waiting, rejected=rejected)
 

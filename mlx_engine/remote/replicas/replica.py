@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_engine.core.drain import finish
-from mlx_engine.core.lifecycle import EngineState
 from mlx_engine.errors import EngineDead, describe
-from mlx_engine.outputs import EngineStats
+from mlx_engine.outputs import EngineState, EngineStats
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.replicas.restarts import GiveUp, Restart, RestartHistory, RestartPolicy

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from mlx_engine.checks import integer, number
+from mlx_engine.checks import check_options, integer, number, option
 from mlx_engine.errors import InvalidRequest
 
 _MOST_DOUBLINGS = 64  # more than that overflows, and no wait is that long
@@ -27,22 +28,17 @@ class RestartPolicy:
         InvalidRequest: a value is out of its range.
     """
 
-    max_restarts: int = 5
-    window: float = 600.0
-    backoff: float = 0.5
-    max_backoff: float = 30.0
+    max_restarts: Annotated[int, option(integer, low=0)] = 5
+    window: Annotated[float, option(number, low=0, above=True, endless=True, what="seconds")] = (
+        600.0
+    )
+    backoff: Annotated[float, option(number, low=0, what="seconds")] = 0.5
+    max_backoff: Annotated[float, option(number, low=0, what="seconds")] = 30.0
 
     def __post_init__(self) -> None:
-        window = number("window", self.window, low=0, above=True, endless=True, what="seconds")
-        self._set("max_restarts", integer("max_restarts", self.max_restarts, low=0))
-        self._set("window", window)
-        for name in ("backoff", "max_backoff"):
-            self._set(name, number(name, getattr(self, name), low=0, what="seconds"))
+        check_options(self)
         if self.max_backoff < self.backoff:
             raise InvalidRequest("max_backoff", f"must not be below backoff={self.backoff:g}")
-
-    def _set(self, name: str, value: float) -> None:
-        object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from mlx_engine.core.drain import wait_shielded
 from mlx_engine.errors import EngineStopped, describe
-from mlx_engine.outputs import EngineStats
+from mlx_engine.outputs import EngineState, EngineStats
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.replicas.replica import Factory, Replica, start_together, stop_together
 from mlx_engine.remote.replicas.replica_set import ReplicaSet
@@ -58,7 +58,7 @@ class Supervisor:
         """The replicas that are there, oldest first, and then those that leave."""
         return [*self._replicas, *self._leaving]
 
-    def stats(self, state: str) -> EngineStats:
+    def stats(self, state: EngineState) -> EngineStats:
         """The counters of all replicas, those that are gone included. From any thread."""
         return total(state, (*self._past, *(replica.stats() for replica in self.everyone)))
 
@@ -233,4 +233,4 @@ class Supervisor:
     def _bury(self, replica: Replica) -> None:
         """Forget a replica that is gone; what it has done still counts."""
         self._leaving = [one for one in self._leaving if one is not replica]
-        self._past = (bygone(total("", (*self._past, replica.stats()))),)
+        self._past = (bygone(total(EngineState.STOPPED, (*self._past, replica.stats()))),)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+from mlx_engine.core.log import logged
 from mlx_engine.core.stream import Emit, Producer
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import GenerationError, InvalidRequest, describe
@@ -242,7 +243,7 @@ class ClientRequests:
 
 async def _run(producer: Producer, emit: Emit | None) -> GenerationResult:
     try:
-        return await producer.run(emit)
+        return await logged(producer.request_id, producer.run(emit))
     except (SystemExit, KeyboardInterrupt) as error:  # of a processor; asyncio would let it out
         raise GenerationError(f"the request failed: {describe(error)}") from error
 

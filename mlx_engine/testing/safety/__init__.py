@@ -2,15 +2,18 @@
 
 Its files:
 
-    check.py       assert_cancellation_safe
-    report.py      what it gives
-    sweep.py       every operation, in every way, as long as there is time
-    plan.py        what is cancelled when
-    trial.py       one of these
-    operations.py  what an engine does
-    endings.py     how a loop ends
-    visits.py      who is seen inside MLX
-    books.py       what an engine's counters say
-    home.py        where it runs
-    overseer.py    who sees that it ends
+    check.py           assert_cancellation_safe
+    report.py          what it gives
+    sweep.py           every operation, in every way, as long as there is time
+    plan.py            what is cancelled when
+    trial.py           one of these
+    checked_engine.py  the engine, and what must be true of its answers
+    operations.py      the table of what an engine does
+    ways.py            in which code is cancelled
+    stepped_loop.py    an event loop of single steps
+    loop_thread.py     an event loop that stays
+    overlap_check.py   no two are inside MLX at once
+    stats_check.py     each request is counted once
+    timeouts.py        everything comes to its end
+    fault.py           a promise that is not kept
 """

@@ -9,7 +9,7 @@ from typing import Final
 
 from mlx_engine.checks import number
 from mlx_engine.engine.base import BaseEngine
-from mlx_engine.testing.safety.overseer import Hang, Overseer
+from mlx_engine.testing.safety.fault import Fault
 from mlx_engine.testing.safety.plan import Choice
 from mlx_engine.testing.safety.report import (
     NotCancellationSafe,
@@ -18,7 +18,7 @@ from mlx_engine.testing.safety.report import (
     machine,
 )
 from mlx_engine.testing.safety.sweep import Sweep
-from mlx_engine.testing.safety.trial import Fault
+from mlx_engine.testing.safety.timeouts import Hang, Timeouts
 
 PROMPT: Final = "Once upon a time there was a lighthouse keeper who counted the ships. " * 2
 
@@ -114,11 +114,11 @@ def check_cancellation(
     """
     _check_outside()
     seconds = number("seconds", seconds, low=0, above=True, what="a number of seconds")
-    overseer, choice = Overseer(), Choice.parse(only)
-    sweep = Sweep(engine_factory, prompt, seconds, seed, choice, exact, say, overseer)
+    timeouts, choice = Timeouts(), Choice.parse(only)
+    sweep = Sweep(engine_factory, prompt, seconds, seed, choice, exact, say, timeouts)
     began = time.monotonic()
     try:
-        overseer.run(sweep.run)
+        timeouts.run(sweep.run)
     except (Hang, Fault) as error:
         sweep.failures.append(SafetyFailure.of(sweep.where, error))
     return SafetyReport(

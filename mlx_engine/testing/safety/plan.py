@@ -1,19 +1,18 @@
-"""What is cancelled, in which way, at which moment, and in which order."""
+"""A plan of what is cancelled, in which way, at which moment, and in which order."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from mlx_engine.checks import shown
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.testing.safety.endings import ALL_WAYS
 from mlx_engine.testing.safety.operations import Operation
-from mlx_engine.testing.safety.trial import Moment, Outcome
-from mlx_engine.testing.ways import Way
+from mlx_engine.testing.safety.trial import Moment, TrialResult
+from mlx_engine.testing.safety.ways import ALL_WAYS, Way
 
 _SHARES: Final = 8  # moments in between, over the duration of an operation
 _SEPARATOR: Final = " / "
@@ -30,7 +29,7 @@ class Strike:
     operation: Operation
     way: type[Way[Any]]
     moment: Moment
-    usual: Outcome
+    usual: TrialResult
 
     def __str__(self) -> str:
         return _SEPARATOR.join((self.operation.name, self.way.name, str(self.moment)))
@@ -38,7 +37,7 @@ class Strike:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is to be tried, by its names; ``None`` is all."""
+    """A choice of what to try, by its names; ``None`` is all."""
 
     operation: str | None = None
     way: str | None = None
@@ -64,8 +63,8 @@ class Choice:
             raise InvalidRequest("only", f"a moment is 'step 3' or '40%', not {moment!r}")
         return cls(operation, way, when)
 
-    def of(self, operations: list[Operation]) -> list[Operation]:
-        """Those that are to be tried.
+    def of(self, operations: Sequence[Operation]) -> Sequence[Operation]:
+        """The operations that are to be tried.
 
         Raises:
             InvalidRequest: there is no such operation.
@@ -82,7 +81,7 @@ class Choice:
 
     @property
     def ways(self) -> list[type[Way[Any]]]:
-        """Those in which to cancel."""
+        """Ways in which to cancel."""
         return [way for way in ALL_WAYS if self.way in (None, way.name)]
 
 
@@ -96,10 +95,10 @@ class Plan:
     def __init__(self, choice: Choice, draw: random.Random) -> None:
         self._choice = choice
         self._draw = draw
-        self._usual: dict[str, Outcome] = {}
+        self._usual: dict[str, TrialResult] = {}
         self._moments: dict[tuple[str, str], Iterator[Moment]] = {}
 
-    def add(self, operation: Operation, usual: Outcome) -> dict[str, int]:
+    def add(self, operation: Operation, usual: TrialResult) -> dict[str, int]:
         """Strike this operation, too; how many moments there are for each way."""
         self._usual[operation.name] = usual
         planned = {}

@@ -1,4 +1,4 @@
-"""What came of a check of cancellation."""
+"""The report of a check of cancellation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from mlx_engine.errors import describe
-from mlx_engine.testing.safety.overseer import Hang
-from mlx_engine.testing.safety.trial import Fault
+from mlx_engine.testing.safety.fault import Fault
+from mlx_engine.testing.safety.timeouts import Hang
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class SafetyFailure:
 
     @classmethod
     def of(cls, where: str, error: Exception) -> SafetyFailure:
-        """What an error tells."""
+        """The failure that an error tells of."""
         if isinstance(error, Fault):
             return cls(where, str(error))
         if isinstance(error, Hang):
@@ -66,7 +66,7 @@ class SafetyFailure:
 
 @dataclass(frozen=True, slots=True)
 class SafetyReport:
-    """What was tried, and what came of it. ``str(report)`` is Markdown.
+    """Everything that was tried, and what came of it. ``str(report)`` is Markdown.
 
     Attributes:
         engine: its class.
@@ -88,17 +88,17 @@ class SafetyReport:
 
     @property
     def struck(self) -> int:
-        """How often anything was cancelled."""
+        """Number of cancellations."""
         return sum(row.struck for row in self.rows)
 
     @property
     def tried(self) -> int:
-        """How many moments were tried."""
+        """Number of moments that were tried."""
         return sum(row.tried for row in self.rows)
 
     @property
     def planned(self) -> int:
-        """How many there are."""
+        """Number of moments that there are."""
         return sum(row.planned for row in self.rows)
 
     def __str__(self) -> str:
@@ -135,7 +135,7 @@ class NotCancellationSafe(AssertionError):
 
 
 def machine() -> str:
-    """What the outcome depends on; nothing that tells one machine from another of its kind."""
+    """System and versions; nothing that tells one machine from another of its kind."""
     mac = platform.mac_ver()[0]
     system = f"macOS {mac}" if mac else platform.system()
     versions = ", ".join(f"{name} {_version(name)}" for name in ("mlx", "mlx-lm", "mlx-engine"))

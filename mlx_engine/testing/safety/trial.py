@@ -7,32 +7,26 @@ import gc
 import sys
 import time
 import warnings
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from mlx_engine.errors import describe
-from mlx_engine.testing.safety.endings import LoopShutdown
-from mlx_engine.testing.safety.overseer import Overseer
-from mlx_engine.testing.stepped_loop import SteppedLoop
-from mlx_engine.testing.ways import CancelOnce, Dishonest, Way
-
-Work = Callable[[], Coroutine[Any, Any, Any]]
-Company = Literal["before it", "after it"]
+from mlx_engine.testing.safety.fault import Fault
+from mlx_engine.testing.safety.operations import Order
+from mlx_engine.testing.safety.stepped_loop import SteppedLoop
+from mlx_engine.testing.safety.timeouts import Timeouts
+from mlx_engine.testing.safety.ways import CancelOnce, Dishonest, LoopShutdown, Way, Work
 
 _AHEAD: Final = 2  # steps that whoever comes first has
 _REST: Final = 10.0  # seconds in which what is left in an event loop may end by itself
 _LOOK: Final = 0.002  # seconds
 
 
-class Fault(AssertionError):
-    """A promise is not kept; the message says which."""
-
-
 @dataclass(frozen=True)
 class Moment:
-    """When to strike.
+    """The moment at which to strike.
 
     Attributes:
         step: before this step of the event loop, counted from 1; 0 is at ``share``.
@@ -57,8 +51,8 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of a trial.
+class TrialResult:
+    """The outcome of a trial.
 
     Attributes:
         steps: of the event loop, while the operation was under way.
@@ -106,20 +100,20 @@ class Trial:
 
     def run(
         self,
-        overseer: Overseer,
+        timeouts: Timeouts,
         limit: float,
-        operate: Work,
-        beside: Work | None = None,
-        company: Company = "before it",
-        before: Work | None = None,
-        after: Work | None = None,
-    ) -> Outcome:
+        operate: Work[Any],
+        beside: Work[Any] | None = None,
+        order: Order = "before it",
+        before: Work[Any] | None = None,
+        after: Work[Any] | None = None,
+    ) -> TrialResult:
         """Play it.
 
         Args:
             limit: seconds that each part of it may take.
             beside: something else, which is not cancelled unless the event loop ends.
-            company: when that begins.
+            order: when that begins.
             before, after: what is done in the same event loop, and not cancelled; there is no
                 ``after`` if that has ended.
 
@@ -129,19 +123,19 @@ class Trial:
         """
         try:
             if before is not None:
-                self._in_loop(overseer, limit, "what comes before", before)
-            self._play(overseer, limit, self._main(operate, beside, company))
+                self._in_loop(timeouts, limit, "what comes before", before)
+            self._play(timeouts, limit, self._main(operate, beside, order))
             if after is not None and not self.ended:
-                self._in_loop(overseer, limit, "what comes after", after)
+                self._in_loop(timeouts, limit, "what comes after", after)
             if not self._closes:
-                self._check_rest(overseer, limit)
+                self._check_rest(timeouts, limit)
         except Dishonest as error:
             raise Fault(f"the outcome is not honest: {error}") from error
         except asyncio.CancelledError as error:
             raise Fault("it said that it was cancelled, and it was not") from error
         finally:
             self._close()
-        return Outcome(
+        return TrialResult(
             self._steps,
             self._seconds,
             self._way.struck,
@@ -175,11 +169,11 @@ class Trial:
         """Whether its event loop was ended while the operation was under way."""
         return isinstance(self._way, LoopShutdown) and self._way.struck
 
-    def _play(self, overseer: Overseer, limit: float, scene: Coroutine[Any, Any, None]) -> None:
+    def _play(self, timeouts: Timeouts, limit: float, scene: Coroutine[Any, Any, None]) -> None:
         loop = self._loop
         main = self._caller = loop.create_task(scene, name="the operation's caller")
         main.add_done_callback(self._stop)
-        with self._within(overseer, limit, "the operation"):
+        with self._within(timeouts, limit, "the operation"):
             loop.run_forever()
         self._playing = False
         if main.done():
@@ -190,23 +184,23 @@ class Trial:
             tasks = asyncio.all_tasks(loop)
             for task in tasks:
                 task.cancel()
-            self._in_loop(overseer, limit, "the end of the event loop", lambda: _all(tasks))
+            self._in_loop(timeouts, limit, "the end of the event loop", lambda: _all(tasks))
             if not main.cancelled():
                 main.result()
                 raise Fault("the end of the event loop was swallowed")
 
-    def _in_loop(self, overseer: Overseer, limit: float, what: str, work: Work) -> Any:
-        with self._within(overseer, limit, what):
+    def _in_loop(self, timeouts: Timeouts, limit: float, what: str, work: Work[Any]) -> Any:
+        with self._within(timeouts, limit, what):
             return self._loop.run_until_complete(work())
 
-    def _within(self, overseer: Overseer, limit: float, what: str) -> AbstractContextManager[None]:
+    def _within(self, timeouts: Timeouts, limit: float, what: str) -> AbstractContextManager[None]:
         def stop() -> None:
             try:
                 self._loop.call_soon_threadsafe(self._loop.stop)
             except RuntimeError:
                 pass  # closed: it has come to its end just now
 
-        return overseer.within(limit, what, self._loop, stop)
+        return timeouts.within(limit, what, self._loop, stop)
 
     def _stop(self, _: asyncio.Task[None]) -> None:
         if self._playing:
@@ -222,7 +216,7 @@ class Trial:
     def _closes(self) -> bool:
         return isinstance(self._way, LoopShutdown) and self._way.closes and self._way.struck
 
-    async def _main(self, operate: Work, beside: Work | None, company: Company) -> None:
+    async def _main(self, operate: Work[Any], beside: Work[Any] | None, order: Order) -> None:
         async def operation() -> Any:
             try:
                 return await operate()
@@ -231,7 +225,7 @@ class Trial:
 
         other = None
         if beside is not None:
-            ahead = _AHEAD if company == "after it" else 0
+            ahead = _AHEAD if order == "after it" else 0
             other = asyncio.create_task(_call(beside, ahead), name="beside it")
             for _ in range(_AHEAD - ahead):
                 await asyncio.sleep(0)
@@ -271,8 +265,8 @@ class Trial:
         if self._way.struck and self._struck_at is None:
             self._struck_at = time.perf_counter()
 
-    def _check_rest(self, overseer: Overseer, limit: float) -> None:
-        left = self._in_loop(overseer, limit, "what is left in the event loop", _rest)
+    def _check_rest(self, timeouts: Timeouts, limit: float) -> None:
+        left = self._in_loop(timeouts, limit, "what is left in the event loop", _rest)
         if left:
             raise Fault(f"tasks are left in the event loop: {', '.join(left)}")
         gc.collect()  # of errors that nobody has looked at, their tasks tell when they go
@@ -295,7 +289,7 @@ class Trial:
         return not asyncio.all_tasks(self._loop)
 
 
-async def _call(work: Work, after: int) -> None:
+async def _call(work: Work[Any], after: int) -> None:
     for _ in range(after):
         await asyncio.sleep(0)
     await work()
@@ -322,7 +316,7 @@ def _told(context: dict[str, Any]) -> str:
 
 @contextmanager
 def _in_silence() -> Iterator[None]:
-    """What coroutines say that are destroyed under way is of no interest."""
+    """Drop what coroutines say that are destroyed under way."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     try:

@@ -22,7 +22,7 @@ plain_attention = base.scaled_dot_product_attention
 
 
 class Tap(Protocol):
-    """What a cache's attribute ``tap`` is."""
+    """The attribute ``tap`` of a KV cache: computes the attention of its layer."""
 
     def attend(
         self,
@@ -56,14 +56,14 @@ def _attention(
 
 
 def install(model: nn.Module) -> None:
-    """Let the taps of its caches be asked. It is never undone, and costs a look otherwise."""
+    """Let the taps of a model's caches be asked. Never undone; costs a look where there is none."""
     for module in _defining(model):
         if getattr(module, _NAME, None) is plain_attention:
             setattr(module, _NAME, _attention)
 
 
 def _defining(model: nn.Module) -> set[ModuleType]:
-    """The Python modules in which its layers, and what they inherit from, are written."""
+    """The Python modules in which a model's layers, and what they inherit from, are written."""
     classes = {kind for layer in model.modules() for kind in type(layer).__mro__}
     names = {kind.__module__ for kind in classes} - {base.__name__}
     return {sys.modules[name] for name in names if name in sys.modules}
@@ -71,7 +71,7 @@ def _defining(model: nn.Module) -> set[ModuleType]:
 
 @contextmanager
 def tapped(entries: Sequence[Any], tap: Tap) -> Iterator[None]:
-    """Within, these caches have a tap."""
+    """Context in which these caches have a tap."""
     for entry in entries:
         entry.tap = tap
     try:

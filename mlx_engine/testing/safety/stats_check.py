@@ -6,14 +6,14 @@ import time
 from typing import Final
 
 from mlx_engine.engine.base import BaseEngine
-from mlx_engine.testing.safety.trial import Fault
+from mlx_engine.testing.safety.fault import Fault
 
 _REST: Final = 2.0  # seconds in which an engine comes to rest; one elsewhere tells late
 _LOOK: Final = 0.002  # seconds
 
 
-class Books:
-    """What the engine has counted until now, to be compared with what it counts later."""
+class StatsCheck:
+    """A check of ``stats()``: what it says now is compared with what it says later."""
 
     def __init__(self, engine: BaseEngine) -> None:
         self._engine = engine

@@ -5,14 +5,14 @@ from __future__ import annotations
 import abc
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, ClassVar, Generic, TypeVar
 
 import anyio
 
 T = TypeVar("T")
 
-Operation = Callable[[], Awaitable[T]]
+Work = Callable[[], Coroutine[Any, Any, T]]
 
 
 class Way(abc.ABC, Generic[T]):
@@ -32,7 +32,7 @@ class Way(abc.ABC, Generic[T]):
         self._inner: asyncio.Task[Any] | None = None
 
     @abc.abstractmethod
-    async def run(self, operation: Operation[T]) -> T | None:
+    async def run(self, operation: Work[T]) -> T | None:
         """Run the operation to its end, and make good for this way's own part in it.
 
         Returns:
@@ -71,7 +71,7 @@ class CancelOnce(Way[T]):
 
     name = "Task.cancel"
 
-    async def run(self, operation: Operation[T]) -> T | None:
+    async def run(self, operation: Work[T]) -> T | None:
         """See ``Way``."""
         task = self._inner = asyncio.ensure_future(_call(operation))
         # Not "await task": whoever cancels this one, at the end of the event loop say, is
@@ -111,7 +111,7 @@ class Timeout(Way[T]):
 
     name = "asyncio.timeout"
 
-    async def run(self, operation: Operation[T]) -> T | None:
+    async def run(self, operation: Work[T]) -> T | None:
         """See ``Way``."""
         self._inner = asyncio.current_task()
         try:
@@ -133,7 +133,7 @@ class Timeout(Way[T]):
 
 
 class _Sibling(Exception):
-    """What the failing member of a task group raises."""
+    """The error of a task group's failing member."""
 
 
 class TaskGroup(Way[T]):
@@ -141,7 +141,7 @@ class TaskGroup(Way[T]):
 
     name = "TaskGroup"
 
-    async def run(self, operation: Operation[T]) -> T | None:
+    async def run(self, operation: Work[T]) -> T | None:
         """See ``Way``."""
         self._fuse: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
@@ -166,7 +166,7 @@ class MoveOnAfter(Way[T]):
 
     name = "anyio.move_on_after"
 
-    async def run(self, operation: Operation[T]) -> T | None:
+    async def run(self, operation: Work[T]) -> T | None:
         """See ``Way``."""
         self._inner, result = asyncio.current_task(), None
         with anyio.move_on_after(math.inf) as self._scope:
@@ -186,7 +186,7 @@ class AnyioGroup(Way[T]):
 
     name = "anyio task group"
 
-    async def run(self, operation: Operation[T]) -> T | None:
+    async def run(self, operation: Work[T]) -> T | None:
         """See ``Way``."""
         results: list[T] = []
 
@@ -208,7 +208,32 @@ class AnyioGroup(Way[T]):
         self._group.cancel_scope.cancel()
 
 
-WAYS: tuple[type[Way[Any]], ...] = (
+class LoopShutdown(Way[T]):
+    """The event loop ends as ``asyncio.run`` ends it: whoever runs it then cancels all tasks."""
+
+    name = "loop shutdown"
+    closes: ClassVar[bool] = False
+
+    async def run(self, operation: Work[T]) -> T | None:
+        """See ``Way``."""
+        self._inner = asyncio.current_task()
+        try:
+            return await operation()
+        finally:
+            self._inner = None
+
+    def _strike(self) -> None:
+        asyncio.get_running_loop().stop()
+
+
+class LoopClosed(LoopShutdown[T]):
+    """The event loop is stopped and closed: nobody in it is ever told anything."""
+
+    name = "loop closed"
+    closes = True
+
+
+ALL_WAYS: tuple[type[Way[Any]], ...] = (
     CancelOnce,
     CancelTwice,
     CancelAgainAndAgain,
@@ -216,10 +241,12 @@ WAYS: tuple[type[Way[Any]], ...] = (
     TaskGroup,
     MoveOnAfter,
     AnyioGroup,
+    LoopShutdown,
+    LoopClosed,
 )
 
 
-async def _call(operation: Operation[T]) -> T:
+async def _call(operation: Work[T]) -> T:
     return await operation()
 
 

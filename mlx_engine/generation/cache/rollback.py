@@ -12,7 +12,7 @@ from mlx_engine.generation.cache.snapshot import snapshot
 
 
 def cannot_roll_back(cache: Cache) -> str | None:
-    """Why tokens cannot be taken back out of such a cache exactly; ``None`` if they can."""
+    """The reason why tokens cannot be taken back out of it exactly; ``None`` if they can."""
     for part in cache_parts(cache):
         name = type(part).__name__
         if isinstance(part, RotatingKVCache) and part.keep:
@@ -23,7 +23,7 @@ def cannot_roll_back(cache: Cache) -> str | None:
 
 
 class Rollback:
-    """Remembers a cache before tokens that may be rejected.
+    """A cache as it was before tokens that may be rejected.
 
     Layers that hold one entry a token are trimmed. Recurrent state and sliding windows cannot
     be: a copy of what they were is put back, and everything since then has to go in again.
@@ -38,7 +38,7 @@ class Rollback:
         self._marked: Sequence[Any] = ()
 
     def mark(self) -> None:
-        """Remember it as it is."""
+        """Remember the cache as it is."""
         self._marked = snapshot([self._cache[i] for i in self._others])
 
     def take_back(self, rejected: int, since_mark: int) -> int:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
+from mlx_engine.generation.cache.attention_tap import plain_attention
 from mlx_engine.generation.cache.kv_cache import Cache
-from mlx_engine.generation.sparse.attention_tap import plain_attention
-from mlx_engine.generation.sparse.sparse_cache import SparseKVCache
+from mlx_engine.generation.cache.sparse_cache import SparseKVCache
 
 
 class FoldedKVCache:
-    """What one forward of rows sees of a sparse cache; it is its own tap.
+    """A sparse cache as one forward of rows sees it; its own tap.
 
     Args:
         entry: gets the tokens.
@@ -86,7 +86,7 @@ class FoldedKVCache:
 
 
 def fold(rows: mx.array) -> mx.array:
-    """From (rows, heads, tokens, dimension) to (1, heads, rows * tokens, dimension)."""
+    """Rows of shape (rows, heads, tokens, dimension) as (1, heads, rows * tokens, dimension)."""
     count, heads, tokens, _ = rows.shape
     return rows.transpose(1, 0, 2, 3).reshape(1, heads, count * tokens, -1)
 

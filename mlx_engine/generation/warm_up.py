@@ -1,4 +1,4 @@
-"""What a model computes first is computed when its engine starts, not in somebody's first step.
+"""Warming a model up: what it computes first is computed at start, not in somebody's step.
 
 MLX makes a program of what it runs for the first time: mlx_lm's models have functions that are
 compiled (on the CPU back end by a C++ compiler, seconds each), and Metal builds its kernels when
@@ -14,15 +14,14 @@ from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.stop import checkpoint
 from mlx_engine.generation.cache.kv_cache import Cache, make_kv_cache, merge, quantize
-from mlx_engine.generation.equipment import Speculation
-from mlx_engine.generation.prefill import padded_prefill, prefill_chunk
+from mlx_engine.generation.prefill import may_pad, padded_prefill, prefilled
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.sampler import Sampler, can_be_sampled
 from mlx_engine.generation.sampling import make_sampling, token_logprob
 from mlx_engine.generation.speculative.decoder import SpeculativeDecoder
 from mlx_engine.generation.speculative.depth import DepthChooser
-from mlx_engine.generation.trials.batch import may_pad
+from mlx_engine.generation.speculative.setup import Speculation
 from mlx_engine.models.loading import LoadedModel
 from mlx_engine.params import SamplingParams
 from mlx_engine.requests import GenerationRequest, TextPrompt
@@ -44,7 +43,7 @@ _EVERYTHING = SamplingParams(  # with a seed: the global random state stays as i
 )
 
 
-def warm_up(space: ModelRunner, *, batched: bool) -> None:
+def warm_up(runner: ModelRunner, *, batched: bool) -> None:
     """Prefill, decode and sample a little, in the ways of this engine. On the MLX thread.
 
     Nothing of it stays: no stored prompt, no count, no random number.
@@ -57,14 +56,14 @@ def warm_up(space: ModelRunner, *, batched: bool) -> None:
         Exception: whatever MLX raises.
     """
     try:
-        _alone(space.loaded, space.config)
+        _alone(runner.loaded, runner.config)
         if batched:
-            _together(space.loaded, space.config)
-        equipment = space.equipment
-        if equipment.speculation is not None:
-            _speculative(space.loaded, space.config, equipment.speculation)
-        if equipment.sparse is not None and equipment.sparse.draft.loaded is not space.loaded:
-            _alone(equipment.sparse.draft.loaded, equipment.sparse.draft.config)
+            _together(runner.loaded, runner.config)
+        strategies = runner.strategies
+        if strategies.speculation is not None:
+            _speculative(runner.loaded, runner.config, strategies.speculation)
+        if strategies.sparse is not None and strategies.sparse.draft.loaded is not runner.loaded:
+            _alone(strategies.sparse.draft.loaded, strategies.sparse.draft.config)
     finally:
         mx.synchronize(generation_stream)
         mx.clear_cache()
@@ -81,7 +80,7 @@ def _prompt(loaded: LoadedModel, config: ModelConfig, most: int | None = None) -
 
 def _alone(loaded: LoadedModel, config: ModelConfig) -> None:
     prompt = _prompt(loaded, config)
-    cache = _prefilled(loaded, config, prompt)
+    cache = prefilled(loaded.model, config, prompt)
     for sampled in (False, True):
         logits = _step(loaded, cache, [prompt[-1:]])
         quantize(cache, config)
@@ -92,9 +91,9 @@ def _alone(loaded: LoadedModel, config: ModelConfig) -> None:
 
 
 def _together(loaded: LoadedModel, config: ModelConfig) -> None:
-    """A row that joins another, and prompts of two lengths that are prefilled together."""
+    """Step a row that joins another, and prefill prompts of two lengths together."""
     prompts = _halved(_prompt(loaded, config, _SHORT))
-    joint, late = (merge([_prefilled(loaded, config, each)]) for each in prompts)
+    joint, late = (merge([prefilled(loaded.model, config, each)]) for each in prompts)
     for entry, other in zip(joint, late, strict=True):
         entry.extend(other)
     sampler = Sampler([make_sampling(_EVERYTHING, vocab_size=loaded.vocab_size).options] * 2)
@@ -135,13 +134,6 @@ def _speculative(loaded: LoadedModel, config: ModelConfig, speculation: Speculat
         decoder.step()
 
 
-def _prefilled(loaded: LoadedModel, config: ModelConfig, prompt: list[int]) -> Cache:
-    cache = make_kv_cache(loaded.model, config)
-    checkpoint()
-    prefill_chunk(loaded.model, cache, prompt, 0, len(prompt) - 1, config)
-    return cache
-
-
 def _step(loaded: LoadedModel, cache: Cache, inputs: list[list[int]]) -> mx.array:
     """Log-probabilities of shape (rows, vocabulary)."""
     checkpoint()
@@ -153,7 +145,7 @@ def _step(loaded: LoadedModel, cache: Cache, inputs: list[list[int]]) -> mx.arra
 
 
 def _sampled(loaded: LoadedModel, logprobs: mx.array, prompt: list[int]) -> mx.array:
-    """Whether a token could be chosen, with all processors and filters."""
+    """The outcome of a choice with all processors and filters."""
     sampling = make_sampling(_EVERYTHING, vocab_size=loaded.vocab_size)
     with mx.stream(generation_stream):
         token_logprob(0, logprobs[0], 5)

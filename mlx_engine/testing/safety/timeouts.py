@@ -1,4 +1,4 @@
-"""Work in a thread of its own, and somebody who sees that it comes to an end."""
+"""Time limits for work in a thread of its own, and for each part of it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 
@@ -32,12 +33,6 @@ class Hang(Exception):
         self.stacks = stacks
 
 
-@dataclass
-class _Outcome(Generic[T]):
-    value: list[T] = field(default_factory=list)
-    error: BaseException | None = None
-
-
 @dataclass(frozen=True)
 class _Watch:
     what: str
@@ -47,7 +42,7 @@ class _Watch:
     let_go: Callable[[], object] | None
 
 
-class Overseer:
+class Timeouts:
     """Runs work in a thread, and breaks off what takes longer than it may.
 
     Attributes:
@@ -61,35 +56,32 @@ class Overseer:
         self._hang: Hang | None = None
 
     def run(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives or raises, in a thread; to be called once.
+        """Do ``work`` in a thread, and return or raise its outcome; to be called once.
 
         Raises:
             Hang: the thread itself is stuck, and has been left behind.
         """
-        outcome, over = _Outcome[T](), threading.Event()
+        outcome = Future[T]()
 
         def call() -> None:
             try:
-                outcome.value.append(work())
+                outcome.set_result(work())
             except BaseException as error:  # noqa: BLE001 - raised in the other thread
-                outcome.error = error
-            over.set()
+                outcome.set_exception(error)
 
         thread = threading.Thread(target=call, name="cancellation check", daemon=True)
         thread.start()
         try:
-            while not over.wait(_LOOK):
-                self._look(over)
+            while not wait([outcome], _LOOK).done:
+                self._look(outcome)
         except Hang:
             raise
         except BaseException:  # Ctrl-C
             self.leaving.set()
-            over.wait(_GRACE)
+            wait([outcome], _GRACE)
             raise
         thread.join()
-        if outcome.error is not None:
-            raise outcome.error
-        return outcome.value[0]
+        return outcome.result()
 
     @contextmanager
     def within(
@@ -120,7 +112,7 @@ class Overseer:
             if hang is not None:
                 raise hang
 
-    def _look(self, over: threading.Event) -> None:
+    def _look(self, outcome: Future[Any]) -> None:
         watch = self._watch
         if watch is None or time.monotonic() < watch.end:
             return
@@ -133,7 +125,7 @@ class Overseer:
         if watch.let_go is not None:
             watch.let_go()
         end = time.monotonic() + _GRACE
-        while self._watch is watch and not over.wait(_LOOK):
+        while self._watch is watch and not wait([outcome], _LOOK).done:
             if time.monotonic() > end:
                 raise hang
 
@@ -152,7 +144,7 @@ def _stacks(watch: _Watch) -> str:
 
 
 def _frames(coroutine: Any) -> Iterator[FrameType]:
-    """Of a coroutine, of the one that it awaits, and so on."""
+    """Frames of a coroutine, of the one that it awaits, and so on."""
     while (frame := getattr(coroutine, "cr_frame", None)) is not None:
         yield frame
         coroutine = coroutine.cr_await

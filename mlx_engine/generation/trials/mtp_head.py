@@ -1,4 +1,4 @@
-"""Whether an MTP head understands its model: a wrong convention changes nothing else.
+"""Trial of an MTP head: does it understand its model? A wrong convention changes nothing else.
 
 What is generated stays right with a head that is read wrongly, only slow, since no draft
 is accepted. So its predictions are compared with the model's own.
@@ -54,7 +54,7 @@ def agreement(parts: SplitModel, head: MTPHead, tokens: Sequence[int]) -> float:
 
 
 def _greedy(parts: SplitModel, prompt: Sequence[int], eos: frozenset[int]) -> list[int]:
-    """What the model says next, up to the end of its answer."""
+    """Tokens that the model says next, up to the end of its answer."""
     cache = make_prompt_cache(parts.model)
     tokens: list[int] = []
     step = list(prompt)

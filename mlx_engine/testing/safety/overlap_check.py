@@ -1,4 +1,4 @@
-"""Who is inside MLX, as far as an engine's callers can see."""
+"""A check that no two are inside MLX at once, as far as an engine's callers can see."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from mlx_engine.testing.safety.trial import Fault
+from mlx_engine.testing.safety.fault import Fault
 
 
-class Visits:
-    """Who is inside MLX, as far as functions can tell that the engine calls there."""
+class OverlapCheck:
+    """A check of who is inside MLX, by functions that the engine calls there."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -12,8 +12,8 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_engine import InvalidRequest
+from mlx_engine.generation.trials.mtp_head import agreement, check_head
 from mlx_engine.models.loading import LoadedModel
-from mlx_engine.models.mtp_check import agreement, check_head
 from mlx_engine.models.mtp_heads import load_head
 from mlx_engine.models.split import check_split, split
 from tests.conftest import on_mlx_thread

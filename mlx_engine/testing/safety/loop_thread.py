@@ -5,27 +5,26 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
-from mlx_engine.testing.safety.overseer import Overseer
+from mlx_engine.testing.safety.timeouts import Timeouts
+from mlx_engine.testing.safety.ways import Work
 
 T = TypeVar("T")
-
-Work = Callable[[], Coroutine[Any, Any, T]]
 
 _GRACE: Final = 2.0  # seconds in which what is left in it may end
 
 
-class Home:
+class LoopThread:
     """asyncio's own event loop, where an engine is started and asked between two trials.
 
     Most engines do not care where they were started; a manager of replicas watches them there.
     """
 
-    def __init__(self, overseer: Overseer) -> None:
-        self._overseer = overseer
+    def __init__(self, timeouts: Timeouts) -> None:
+        self._timeouts = timeouts
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end: asyncio.Event | None = None
 
@@ -54,7 +53,7 @@ class Home:
             thread.join(_GRACE)
 
     def run(self, work: Work[T], limit: float, what: str) -> T:
-        """What it gives.
+        """Do it there, and return or raise its outcome.
 
         Args:
             limit: seconds that it may take.
@@ -67,7 +66,7 @@ class Home:
         loop = self._loop
         assert loop is not None
         future = asyncio.run_coroutine_threadsafe(work(), loop)
-        with self._overseer.within(limit, what, loop, future.cancel):
+        with self._timeouts.within(limit, what, loop, future.cancel):
             try:
                 return future.result()
             except concurrent.futures.CancelledError as error:

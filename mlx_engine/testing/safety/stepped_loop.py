@@ -124,10 +124,10 @@ class SteppedLoop(_Loop):
             self._timers.clear()
 
     async def shutdown_asyncgens(self) -> None:
-        """It keeps no account of asynchronous generators."""
+        """Do nothing: no account is kept of asynchronous generators."""
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
-        """It has none."""
+        """Do nothing: there is none."""
 
     def _step(self) -> None:
         self._take_timers()
@@ -164,7 +164,7 @@ class SteppedLoop(_Loop):
 
     @property
     def next_timer(self) -> float:
-        """When the next timer is due, by this loop's clock; infinity if there is none."""
+        """Time of the next timer, by this loop's clock; infinity if there is none."""
         while self._timers and self._timers[0][2].cancelled():
             heapq.heappop(self._timers)
         return self._timers[0][0] if self._timers else math.inf
@@ -231,7 +231,7 @@ class SteppedLoop(_Loop):
         return timer
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """It is left in the heap until its time."""
+        """Leave it in the heap until its time."""
 
     def create_future(self) -> asyncio.Future[Any]:
         """A future of this loop."""
@@ -257,11 +257,11 @@ class SteppedLoop(_Loop):
         return asyncio.Task(coro, loop=self, name=name, context=context, **options)
 
     def set_task_factory(self, factory: Any) -> None:
-        """What makes tasks; ``None`` is ``asyncio.Task``."""
+        """Set what makes tasks; ``None`` is ``asyncio.Task``."""
         self._task_factory = factory
 
     def get_task_factory(self) -> Any:
-        """What was set."""
+        """The task factory that was set."""
         return self._task_factory
 
     # Errors

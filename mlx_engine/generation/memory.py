@@ -1,13 +1,44 @@
-"""Memory for KV caches: which requests it is enough for."""
+"""Memory for KV caches: how much there is, who gets it, which requests it is enough for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import mlx.core as mx
+
+from mlx_engine.config import ModelConfig
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache.kv_cache import KVFootprint
+from mlx_engine.generation.cache.prompt_cache import PromptCache
 from mlx_engine.generation.request import Request
 from mlx_engine.strategies import Strategies
+
+_GUESS = 2**30  # bytes of prompt cache where nothing is known of the device's memory
+_SHARE = 0.9  # of what the model leaves; the rest is for activations and copies
+_TYPICAL = 8192  # tokens of a request, for dividing memory
+
+
+def memory_for_caches() -> int | None:
+    """Bytes of the device's memory that caches may take besides the loaded model, if known."""
+    size = mx.device_info().get("max_recommended_working_set_size")
+    if not isinstance(size, int):
+        return None
+    return max(0, int((size - mx.get_active_memory()) * _SHARE))
+
+
+def prompt_cache_limit(config: ModelConfig) -> int:
+    """Bytes that all prompt caches of an engine may take together."""
+    if config.prompt_cache_bytes is not None:
+        return config.prompt_cache_bytes
+    free = memory_for_caches()
+    return _GUESS if free is None else free // 4
+
+
+def share_out(limit: int, caches: Sequence[tuple[PromptCache, KVFootprint]]) -> None:
+    """Divide ``limit`` bytes among prompt caches so that all hold about as many tokens."""
+    sizes = [footprint.nbytes(_TYPICAL) for _, footprint in caches]
+    for (cache, _), size in zip(caches, sizes, strict=True):
+        cache.limit = limit * size // max(sum(sizes), 1)
 
 
 class MemoryBudget:
@@ -16,7 +47,7 @@ class MemoryBudget:
     Args:
         footprint: of one request's KV cache.
         limit: bytes; ``None`` is no limit.
-        drafts: what each of the engine's strategies takes besides, by option.
+        drafts: of what each of the engine's strategies keeps besides, by option.
     """
 
     def __init__(
@@ -67,13 +98,13 @@ class MemoryBudget:
             return None
         if not requests:
             return self._limit
-        # In a batch, every row is padded to the longest one.
+        # In a batch, every sequence is padded to the longest one.
         longest = max(map(_total, requests))
         own = len(requests) * self._footprint.nbytes(longest)
         return self._limit - own - sum(map(self._besides, requests))
 
     def _besides(self, request: Request) -> int:
-        """Bytes of its drafts: of one that scores, then of one that proposes."""
+        """Bytes of a request's drafts: of one that scores, then of one that proposes."""
         prefill, decode = request.strategies.prefill, request.strategies.decode
         scoring = proposing = 0
         if prefill is not None and len(request.prompt) >= prefill.threshold:
@@ -84,5 +115,5 @@ class MemoryBudget:
 
 
 def _total(request: Request) -> int:
-    """Tokens that its KV cache may come to."""
+    """Tokens that a request's KV cache may come to."""
     return len(request.prompt) + (request.limit or 0)

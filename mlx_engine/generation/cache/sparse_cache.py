@@ -12,7 +12,7 @@ from mlx_engine.generation.cache.kv_cache import Cache
 
 
 class SparseKVCache(KVCache):  # type: ignore[misc]
-    """One layer's keys and values, of fewer tokens than have gone by.
+    """Keys and values of one layer, of fewer tokens than have gone by.
 
     mlx_lm's ``KVCache`` takes one number for two: where the next token is, which rotary
     embeddings are given, and how many tokens are stored, which masks are made for. Here they
@@ -61,7 +61,7 @@ class SparseKVCache(KVCache):  # type: ignore[misc]
         return fetched
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """All that is stored, of shape (1, heads, tokens, dimension)."""
+        """Stored keys and values, of shape (1, heads, tokens, dimension)."""
         fetched: tuple[mx.array, mx.array] = self.dense().keys_and_values()
         return fetched
 
@@ -98,7 +98,7 @@ class SparseKVCache(KVCache):  # type: ignore[misc]
         self.keys, self.values, self.offset, self.stored = state
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
-        """It cannot be quantised: the copy would lose the positions.
+        """Refuse to be quantised: the copy would lose the positions.
 
         Raises:
             NotImplementedError: always.

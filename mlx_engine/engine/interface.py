@@ -1,0 +1,314 @@
+"""The protocol of an engine: what its callers see."""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar, Unpack
+
+from mlx_engine.core.stream import GenerationStream
+from mlx_engine.errors import MLXEngineError
+from mlx_engine.outputs import (
+    EngineState,
+    EngineStats,
+    GenerationResult,
+    ProgressCallback,
+    ShutdownReport,
+)
+from mlx_engine.params import SamplingOptions, SamplingParams
+from mlx_engine.requests import Message
+from mlx_engine.strategies import EngineDefault, SpecPrefill
+
+T = TypeVar("T")
+
+
+class Engine(Protocol):
+    """A model behind ``await``, as its callers see it: all engines are that, and so is what an
+    application puts around one, to log or to remember answers.
+
+    Use it as ``async with engine:``, or call ``start()`` and ``stop()``.
+    """
+
+    @property
+    @abc.abstractmethod
+    def state(self) -> EngineState:
+        """Where the engine is in its life. From any thread."""
+
+    @property
+    @abc.abstractmethod
+    def has_chat_template(self) -> bool:
+        """Whether ``chat`` can be used. ``False`` while no model is loaded. From any thread."""
+
+    @property
+    @abc.abstractmethod
+    def context_length(self) -> int | None:
+        """Tokens that prompt and answer may have together; ``None`` if there is no limit, or
+        no model is loaded. From any thread.
+        """
+
+    @abc.abstractmethod
+    def stats(self) -> EngineStats:
+        """A snapshot of counters. Cheap; from any thread."""
+
+    @abc.abstractmethod
+    async def start(self) -> None:
+        """Find, if need be download, and load the model. No-op when the engine runs.
+
+        Cancellation: the load ends soon; nothing stays behind, and the engine can be started
+        again.
+
+        Raises:
+            ModelLoadError: the model cannot be found or loaded; start may be tried again.
+            InvalidRequest: an option does not suit the model.
+            EngineStopped: the engine is being shut down.
+            EngineNotStarted: the start that another task had begun did not succeed.
+            EngineDead: the engine has failed; ``stop()`` it first. Or there is no thread for it.
+            RuntimeError: this process was forked from one that has used MLX.
+        """
+
+    @abc.abstractmethod
+    async def stop(self) -> ShutdownReport:
+        """End everything in flight now and release the model: ``shutdown(0)``."""
+
+    @abc.abstractmethod
+    async def shutdown(self, timeout: float | None = None) -> ShutdownReport:
+        """Refuse new requests from now on, let those in flight finish, release the model.
+
+        Args:
+            timeout: seconds that requests in flight may take; then they are aborted and
+                their callers get ``EngineStopped``. ``None`` waits for all of them, 0 for
+                none. An engine that is still loading stops loading at once.
+
+        Returns:
+            Which requests finished, and which were aborted.
+
+        May be called any number of times, from several tasks: the earliest deadline counts.
+        The model is dropped on the MLX thread, when its turn comes: work of other engines
+        that is there already is waited for.
+
+        Cancellation: requests still in flight are aborted, the model is released, then
+        ``CancelledError`` is raised.
+
+        Raises:
+            InvalidRequest: ``timeout`` is not such a number.
+            RuntimeError: called from inside a job on the MLX thread.
+        """
+
+    @abc.abstractmethod
+    async def __aenter__(self) -> Self: ...
+
+    @abc.abstractmethod
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+    @abc.abstractmethod
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
+        on_progress: ProgressCallback | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> GenerationResult:
+        """Continue ``prompt``, and give the whole answer.
+
+        Args:
+            prompt: text, or token ids.
+            params: sampling parameters.
+            priority: lower goes first; 0 is all that ``SimpleEngine`` takes.
+            prefill: ``None`` prefills all of this prompt; ``SpecPrefill(...)`` changes what
+                an engine keeps that has been made with one.
+            decode: ``None`` decodes this answer one token after another.
+            on_progress: told of the prefill, in this event loop.
+            options: fields of ``SamplingParams``; they go before ``params``.
+
+        Cancellation: a request that waits leaves the queue at once. One that runs stops at
+        its next token or prefill chunk; ``CancelledError`` is raised when it is out of MLX.
+
+        Raises:
+            InvalidRequest, ContextLengthExceeded: the prompt or an option is not acceptable.
+            EngineBusy: the queue or wait limit is reached.
+            EngineNotStarted, EngineStopped, EngineDead: by the engine's state.
+            GenerationError: this request failed; others go on.
+        """
+
+    @abc.abstractmethod
+    def stream_generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
+        on_progress: ProgressCallback | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> GenerationStream:
+        """Continue ``prompt`` as a stream; arguments and errors are those of ``generate``.
+
+        The request starts when the stream is entered or first read. What is plainly wrong with
+        the arguments is raised at once; all else, errors of state and queue included, when the
+        stream is read.
+        """
+
+    @abc.abstractmethod
+    async def chat(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
+        on_progress: ProgressCallback | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> GenerationResult:
+        """Answer a conversation in the model's chat template.
+
+        Args:
+            messages: mappings with ``role`` and ``content``, as in OpenAI's API; see ``Message``.
+            params: sampling parameters.
+            tools: descriptions of the tools that the model may call, as in OpenAI's API.
+            chat_template_kwargs: passed to the template, e.g. ``{"enable_thinking": False}``.
+            priority: lower goes first; 0 is all that ``SimpleEngine`` takes.
+            prefill: ``None`` prefills all of this prompt; ``SpecPrefill(...)`` changes what
+                an engine keeps that has been made with one.
+            decode: ``None`` decodes this answer one token after another.
+            on_progress: told of the prefill, in this event loop.
+            options: fields of ``SamplingParams``; they go before ``params``.
+
+        Cancellation and errors are those of ``generate``; a model without a chat template,
+        or a template without tools, is an ``InvalidRequest``.
+        """
+
+    @abc.abstractmethod
+    def stream_chat(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
+        on_progress: ProgressCallback | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> GenerationStream:
+        """Answer a conversation as a stream; arguments and errors are those of ``chat``."""
+
+    @abc.abstractmethod
+    async def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams | None] | None = None,
+        *,
+        priority: int = 0,
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
+        on_progress: ProgressCallback | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> list[GenerationResult | MLXEngineError]:
+        """Continue many prompts, as many at once as the engine can.
+
+        Args:
+            prompts: texts, or lists of token ids.
+            params: sampling parameters of all, or a list with those of each.
+            priority: lower goes first; 0 is all that ``SimpleEngine`` takes.
+            prefill: as in ``generate``, for all.
+            decode: as in ``generate``, for all.
+            on_progress: told in this event loop how many requests are over.
+            options: fields of ``SamplingParams`` for all; they go before ``params``.
+
+        Returns:
+            For each prompt, in order, its result, or the error with which it failed: one that
+            fails costs no other its result.
+
+        In the queue are, at any time, as many requests as can be in work at once and a few
+        more, which wait for the next place. Where there is no place, because of others' requests
+        or ``queue_limit`` or ``max_wait``, they wait until there is one.
+
+        Cancellation: all requests are cancelled; ``CancelledError`` is raised when they are
+        out of MLX.
+
+        Raises:
+            InvalidRequest: an argument is not acceptable for any prompt.
+            EngineNotStarted, EngineStopped, EngineDead: by the engine's state, at the call.
+        """
+
+    @abc.abstractmethod
+    async def save_prompt_cache(self, path: str | os.PathLike[str]) -> int:
+        """Write the prompt cache into a file, for an engine with the same model to load.
+
+        Whatever happens meanwhile, ``path`` has either the old file or the new one.
+
+        Returns:
+            The number of prompts written.
+
+        Cancellation: waiting for its turn, it leaves at once; once it writes, it does so to
+        the end, and then raises ``CancelledError``.
+
+        Raises:
+            InvalidRequest: the file cannot be written.
+            GenerationError: MLX failed meanwhile; the file is the old one.
+            EngineBusy, EngineNotStarted, EngineStopped, EngineDead: as in ``generate``.
+        """
+
+    @abc.abstractmethod
+    async def load_prompt_cache(self, path: str | os.PathLike[str]) -> int:
+        """Add the prompts of a file that ``save_prompt_cache`` has written.
+
+        If there are more than the prompt cache may hold, those used last are kept.
+
+        Returns:
+            The number of prompts added.
+
+        Cancellation: as in ``save_prompt_cache``.
+
+        Raises:
+            InvalidRequest: there is no such file, it is damaged, or of another model or
+                other KV cache options; the prompt cache is as it was.
+            GenerationError: MLX failed meanwhile.
+            EngineBusy, EngineNotStarted, EngineStopped, EngineDead: as in ``generate``.
+        """
+
+    @abc.abstractmethod
+    async def run_blocking(
+        self,
+        func: Callable[..., T],
+        /,
+        *args: Any,
+        on_cancel: Callable[[], None] | None = None,
+        **kwargs: Any,
+    ) -> T:
+        """Run a function of your own on the MLX thread, when its turn comes.
+
+        It must be synchronous, and is free to use MLX. It sees the caller's context
+        variables.
+
+        Args:
+            on_cancel: called once, from any thread, if the call is cancelled while the
+                function runs; it should make the function return soon.
+
+        Cancellation: waiting, the call leaves the queue at once. Once the function runs, the
+        call stays until it has returned, however often it is cancelled; the outcome is
+        discarded and ``CancelledError`` raised.
+
+        Raises:
+            RuntimeError: called from inside another job on the MLX thread.
+            InvalidRequest: ``func`` is not a plain function, or the engine is in another
+                process, where a function cannot go.
+            EngineBusy, EngineNotStarted, EngineStopped, EngineDead: as in ``generate``.
+            BaseException: whatever the function raises.
+        """

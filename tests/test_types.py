@@ -1,0 +1,250 @@
+"""What type checkers say of an application: nothing where it is right, and much where it is not."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import collections.abc
+import inspect
+import os
+import re
+import subprocess
+import sys
+import types
+import typing
+from pathlib import Path
+
+import pytest
+
+import mlx_engine
+import mlx_engine.testing
+from mlx_engine import BaseEngine, Engine
+from tests.conftest import ROOT
+from tests.waiting import PATIENCE
+
+RIGHT = """
+from typing import Any
+
+from mlx_engine import (
+    BatchedEngine,
+    Decode,
+    DraftModel,
+    Engine,
+    EngineDefault,
+    EngineManager,
+    EngineState,
+    GenerationError,
+    GenerationResult,
+    LogitsProcessor,
+    Message,
+    ProcessEngine,
+    RayEngine,
+    RemoteEngine,
+    SimpleEngine,
+)
+from mlx_engine.testing import Answers, FakeAnswer, FakeEngine, Gate, Load, Piece
+
+
+def engines() -> list[Engine]:
+    simple: Engine = SimpleEngine("demo", decode=DraftModel("draft"))
+    batched: Engine = BatchedEngine("demo", max_batch_size=4)
+    process: Engine = ProcessEngine("demo")
+    remote: Engine = RemoteEngine("socket")
+    ray: Engine = RayEngine("demo")
+    manager: Engine = EngineManager("demo", replicas=2)
+    return [simple, batched, process, remote, ray, manager]
+
+
+class Remembering:
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.known: dict[str, GenerationResult] = {}
+
+    async def ask(self, text: str) -> str:
+        if text not in self.known:
+            self.known[text] = await self.engine.generate(text, max_tokens=5)
+        return self.known[text].text
+
+
+async def talk(engine: Engine) -> None:
+    await engine.chat([{"role": "user", "content": "Hi"}])
+    plain = [{"role": "user", "content": "Hi"}]
+    await engine.chat(plain)
+    messages: list[Message] = [{"role": "system", "content": "Be brief."}]
+    messages.append({"role": "user", "content": [{"type": "text", "text": "Weather?"}]})
+    call = {"id": "1", "function": {"name": "weather", "arguments": "{}"}}
+    messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+    messages.append({"role": "tool", "tool_call_id": "1", "name": "weather", "content": "sun"})
+    async with engine.stream_chat(messages, max_tokens=5) as stream:
+        async for chunk in stream:
+            print(chunk.text)
+    default: EngineDefault = "default"
+    await engine.generate("Hi", decode=default)
+    if engine.state is EngineState.RUNNING and engine.stats().state == "running":
+        await engine.stop()
+
+
+def scripts() -> None:
+    gate = Gate()
+    answers = {"Hi": ["Hel", gate, "lo"]}
+    FakeEngine(answers)
+    mixed = {"Hi": "Hello", "Bye": ["By", gate, "e"], "Oh": FakeAnswer("!", reasoning="?")}
+    FakeEngine(mixed)
+    FakeEngine({"Hi": ["Hel", gate, "lo"]})
+    pieces = ["Hel", gate, GenerationError("out of memory")]
+    FakeEngine(pieces)
+    FakeEngine(FakeAnswer(pieces))
+    FakeEngine(iter([pieces, "again"]))
+    FakeEngine(lambda request: request.params.stop and "a" or "b")
+    load = [gate, GenerationError("no")]
+    FakeEngine(load=load)
+    typed: list[Piece] = ["a", gate]
+    given: Answers = typed
+    loading: Load = gate
+    FakeEngine(given, load=loading)
+
+
+def processor(tokens: Any, logits: Any) -> Any:
+    return logits
+
+
+chosen: LogitsProcessor = processor
+decode: Decode = "auto"
+"""
+
+WRONG = """
+import mlx_engine
+from mlx_engine import Engine, Message, SimpleEngin  # error: attr-defined
+
+mlx_engine.SimplEngine("demo")  # error: attr-defined
+engine: Engine = object()  # error: assignment
+
+
+async def ask(engine: Engine) -> None:
+    await engine.generate("Hi", max_token=5)  # error: call-arg
+    await engine.generat("Hi")  # error: attr-defined
+    await engine.chat([{"role": "user"}, 5])  # error: list-item
+
+
+message: Message = {"rol": "user"}  # error: typeddict-unknown-key
+"""
+
+
+def _mypy(tmp_path: Path, program: str) -> list[str]:
+    pytest.importorskip("mypy")
+    path = tmp_path / "application.py"
+    path.write_text(program)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--hide-error-context", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE * 4,
+        cwd=ROOT,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+    )
+    return [line for line in done.stdout.splitlines() if ": error:" in line]
+
+
+def test_an_application_that_is_right_passes(tmp_path: Path) -> None:
+    assert _mypy(tmp_path, RIGHT) == []
+
+
+def test_mistakes_are_found(tmp_path: Path) -> None:
+    said = [re.search(r":(\d+): error: .*\[([\w-]+)\]", line) for line in _mypy(tmp_path, WRONG)]
+    lines = enumerate(WRONG.splitlines(), 1)
+    expected = {number: line.split("# error: ")[1] for number, line in lines if "# error" in line}
+    assert {int(one[1]): one[2] for one in said if one} == expected
+
+
+def test_type_checkers_do_not_see_what_gives_any_name() -> None:
+    """Or a mistake in a name would be of any type."""
+    tree = ast.parse((ROOT / "mlx_engine/__init__.py").read_text("utf-8"))
+    seen = [node for node in tree.body if not isinstance(node, ast.If)]
+    assert not [n for node in seen for n in ast.walk(node) if isinstance(n, ast.FunctionDef)]
+    hidden = [ast.unparse(node.test) for node in tree.body if isinstance(node, ast.If)]
+    assert hidden == ["TYPE_CHECKING", "not TYPE_CHECKING"]
+
+
+def test_the_names_for_type_checkers_are_those_of_the_package() -> None:
+    tree = ast.parse((ROOT / "mlx_engine/__init__.py").read_text("utf-8"))
+    (checking,) = (
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    named = {
+        alias.name: node.module
+        for node in checking.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert named == {name: home for home, names in mlx_engine._HOMES.items() for name in names}
+    assert sorted(named) == sorted(mlx_engine.__all__)
+
+
+ENGINES = [getattr(mlx_engine, name) for name in mlx_engine.__all__]
+ENGINES = [e for e in ENGINES if inspect.isclass(e) and issubclass(e, BaseEngine)]
+ENGINES.append(mlx_engine.testing.FakeEngine)
+METHODS = [
+    name for name in vars(Engine) if not name.startswith("_") or name in ("__aenter__", "__aexit__")
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.__name__)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_engine_has_the_signatures_of_the_protocol(engine: type, name: str) -> None:
+    asked, given = inspect.getattr_static(Engine, name), inspect.getattr_static(engine, name)
+    assert isinstance(given, property) is isinstance(asked, property)
+    if not isinstance(asked, property):
+        assert inspect.signature(given) == inspect.signature(asked)
+        assert inspect.iscoroutinefunction(given) is inspect.iscoroutinefunction(asked)
+    assert inspect.getdoc(getattr(engine, name)) or name.startswith("_")
+
+
+def _annotations(thing: object) -> dict[str, str]:
+    """What is written in the signatures, and the fields, of a public thing; and where."""
+    found: dict[str, str] = {}
+    if isinstance(thing, type):
+        for name, text in getattr(thing, "__annotations__", {}).items():
+            if not name.startswith("_"):
+                found[f"{thing.__module__}:{name}"] = str(text)
+        # Of the methods those that other rooms call are not meant for users.
+        names = dir(thing) if thing in OPEN else ["__init__", *METHODS]
+        for name in names:
+            value = inspect.getattr_static(thing, name, None)
+            function = value.fget if isinstance(value, property) else value
+            if isinstance(function, types.FunctionType):
+                for number, text in enumerate(function.__annotations__.values()):
+                    found[f"{function.__module__}:{name} {number}"] = str(text)
+    elif isinstance(thing, types.FunctionType):
+        for number, text in enumerate(thing.__annotations__.values()):
+            found[f"{thing.__module__}:{thing.__name__} {number}"] = str(text)
+    return found
+
+
+# All of which is for users.
+OPEN = {
+    mlx_engine.GenerationStream,
+    mlx_engine.Engine,
+    mlx_engine.testing.FakeRequest,
+    mlx_engine.testing.Gate,
+}
+# What applications do not name: what is made, or said, for them.
+INNER = {"Drains", "GenerationRequest", "LocalEngine", "Phase", "Producer", "Signals"}
+
+
+def test_what_is_in_a_signature_is_exported() -> None:
+    public = {*mlx_engine.__all__, *mlx_engine.testing.__all__}
+    known = {*dir(builtins), *dir(typing), *dir(collections.abc), *dir(types), "PathLike", "T"}
+    missing = set()
+    for package in (mlx_engine, mlx_engine.testing):
+        for name in package.__all__:
+            for where, text in _annotations(getattr(package, name)).items():
+                words = set(re.findall(r"[A-Za-z_][\w]*", re.sub(r"'[^']*'|\"[^\"]*\"", "", text)))
+                words = {
+                    word
+                    for word in words - public - known - INNER
+                    if word[0].isupper() and "_" not in word
+                }
+                missing |= {(name, where, word) for word in words}
+    assert not missing
