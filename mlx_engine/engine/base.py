@@ -42,12 +42,17 @@ class BaseEngine(Engine, abc.ABC):
     Use it as ``async with Engine(model) as engine:``, or call ``start()`` and ``stop()``.
     It may be used from several event loops at once. They are asyncio's: what is awaited in
     another one, as under anyio on trio, raises ``RuntimeError``.
+
+    Attributes:
+        limits: how large a request may be.
+        queue_limits: how many may wait, and how long, as far as that is known here.
+        takes_priority: whether requests may have another priority than 0.
     """
 
-    _limits: RequestLimits = DEFAULT_LIMITS
-    _queue: QueueConfig = QueueConfig()  # as far as it is known here
+    limits: RequestLimits = DEFAULT_LIMITS
+    queue_limits: QueueConfig = QueueConfig()
     _entered_in: asyncio.AbstractEventLoop | None = None
-    _takes_priority: bool = True
+    takes_priority: bool = True
 
     @property
     @abc.abstractmethod
@@ -110,9 +115,9 @@ class BaseEngine(Engine, abc.ABC):
         **options: Unpack[SamplingOptions],
     ) -> GenerationResult:
         running_loop()
-        source = TextPrompt.of(prompt, self._limits)
+        source = TextPrompt.of(prompt, self.limits)
         ask = GenerationRequest(
-            source, self._limits.params(params, options), priority, prefill, decode
+            source, self.limits.params(params, options), priority, prefill, decode
         )
         producer = self.submit(ask, checked_callback(on_progress))
         return await logged(producer.request_id, producer.run(None))
@@ -128,9 +133,9 @@ class BaseEngine(Engine, abc.ABC):
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream:
-        source = TextPrompt.of(prompt, self._limits)
+        source = TextPrompt.of(prompt, self.limits)
         ask = GenerationRequest(
-            source, self._limits.params(params, options), priority, prefill, decode
+            source, self.limits.params(params, options), priority, prefill, decode
         )
         return GenerationStream(self.submit(ask, checked_callback(on_progress)))
 
@@ -148,9 +153,9 @@ class BaseEngine(Engine, abc.ABC):
         **options: Unpack[SamplingOptions],
     ) -> GenerationResult:
         running_loop()
-        source = ChatPrompt.of(messages, tools, chat_template_kwargs, self._limits)
+        source = ChatPrompt.of(messages, tools, chat_template_kwargs, self.limits)
         ask = GenerationRequest(
-            source, self._limits.params(params, options), priority, prefill, decode
+            source, self.limits.params(params, options), priority, prefill, decode
         )
         producer = self.submit(ask, checked_callback(on_progress))
         return await logged(producer.request_id, producer.run(None))
@@ -168,9 +173,9 @@ class BaseEngine(Engine, abc.ABC):
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream:
-        source = ChatPrompt.of(messages, tools, chat_template_kwargs, self._limits)
+        source = ChatPrompt.of(messages, tools, chat_template_kwargs, self.limits)
         ask = GenerationRequest(
-            source, self._limits.params(params, options), priority, prefill, decode
+            source, self.limits.params(params, options), priority, prefill, decode
         )
         return GenerationStream(self.submit(ask, checked_callback(on_progress)))
 
@@ -186,11 +191,11 @@ class BaseEngine(Engine, abc.ABC):
         **options: Unpack[SamplingOptions],
     ) -> list[GenerationResult | MLXEngineError]:
         running_loop()
-        checked_priority(priority, self._takes_priority)
-        self._check_strategies(prefill, decode)
+        checked_priority(priority, self.takes_priority)
+        self.check_strategies(prefill, decode)
         given = params_for_each(prompts, params)
         self.check_running()
-        each = await made_once(given, lambda own: self._limits.params(own, options))
+        each = await made_once(given, lambda own: self.limits.params(own, options))
 
         async def one(prompt: str | Sequence[int], own: SamplingParams) -> GenerationResult:
             return await self.generate(
@@ -199,7 +204,7 @@ class BaseEngine(Engine, abc.ABC):
 
         calls = [functools.partial(one, *pair) for pair in zip(prompts, each, strict=True)]
         return await in_order(
-            calls, at_once(self.width, self._queue), checked_callback(on_progress)
+            calls, at_once(self.width, self.queue_limits), checked_callback(on_progress)
         )
 
     async def save_prompt_cache(self, path: str | os.PathLike[str]) -> int:
@@ -211,7 +216,7 @@ class BaseEngine(Engine, abc.ABC):
         return await self._load_prompt_cache(checked_path(path))
 
     @abc.abstractmethod
-    def _check_strategies(
+    def check_strategies(
         self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
         """Raise ``InvalidRequest`` if a request may not ask for these."""

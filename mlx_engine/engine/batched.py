@@ -23,7 +23,7 @@ class BatchedEngine(LocalEngine):
     """
 
     _holder: BatchHolder
-    _takes_priority = True
+    takes_priority = True
 
     @spelled_out(BatchedOptions)
     def __init__(
@@ -64,7 +64,7 @@ class BatchedEngine(LocalEngine):
         run = functools.partial(self._holder.run_batch, self._lifecycle.fail)
         return BatchScheduler(
             self._lifecycle,
-            self._queue,
+            self.queue_limits,
             self._holder.prepare,
             self._config.batch.max_batch_size,
             run,

@@ -69,7 +69,7 @@ class InProcessEngine(BaseEngine):
         """
         self._lifecycle = Lifecycle(f"{type(self).__name__} of {model!r}")
         self._holder = holder
-        self._queue = limits
+        self.queue_limits = limits
         self._scheduler: Scheduler[Any] = self._new_scheduler()
         # An engine that is forgotten must not drop its model on a foreign thread.
         self._finalizer = weakref.finalize(self, unload_abandoned, self._holder)

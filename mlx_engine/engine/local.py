@@ -26,11 +26,11 @@ class LocalEngine(InProcessEngine):
     """A model in this process; the MLX thread does its work, one piece at a time."""
 
     _holder: ModelHolder
-    _takes_priority = False
+    takes_priority = False
 
     def __init__(self, config: EngineConfig, on_progress: ProgressCallback | None) -> None:
         self._config = config
-        self._limits = config.limits
+        self.limits = config.limits
         self._on_progress = checked_callback(on_progress)
         super().__init__(self._new_holder(), config.queue, config.model.model)
 
@@ -67,7 +67,7 @@ class LocalEngine(InProcessEngine):
         load = self._holder.load_prompt_cache
         return await self._run_blocking_serialized(load, path, _entry=entry)
 
-    def _check_strategies(
+    def check_strategies(
         self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
         self._config.strategies.of_request(prefill, decode)
@@ -78,7 +78,7 @@ class LocalEngine(InProcessEngine):
         on_progress: ProgressCallback | None = None,
         request_id: str | None = None,
     ) -> Request:
-        checked_priority(request.priority, self._takes_priority)
+        checked_priority(request.priority, self.takes_priority)
         return Request(
             request,
             request_id or self._lifecycle.new_id(),

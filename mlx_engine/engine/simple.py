@@ -77,4 +77,4 @@ class SimpleEngine(LocalEngine):
 
     def _new_scheduler(self) -> SimpleScheduler[Request]:
         holder = self._holder
-        return SimpleScheduler(self._lifecycle, self._queue, holder.prepare, holder.generate)
+        return SimpleScheduler(self._lifecycle, self.queue_limits, holder.prepare, holder.generate)

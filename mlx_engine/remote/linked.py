@@ -190,8 +190,8 @@ class LinkedEngine(BaseEngine):
         on_progress: ProgressCallback | None = None,
         request_id: str | None = None,
     ) -> RemoteRequest:
-        self._check_strategies(request.prefill, request.decode)
-        checked_priority(request.priority, self._takes_priority)
+        self.check_strategies(request.prefill, request.decode)
+        checked_priority(request.priority, self.takes_priority)
         request_id = request_id or self._client.lifecycle.new_id()
         return RemoteRequest(self._client, request, on_progress, request_id)
 

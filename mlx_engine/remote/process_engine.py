@@ -63,8 +63,8 @@ class ProcessEngine(LinkedEngine):
                 another one, or is not for this kind of engine.
         """
         self._config = settled(EngineConfig.of(engine, model, options))
-        self._limits, self._queue = self._config.limits, self._config.queue
-        self._takes_priority = self._config.kind == "batched"
+        self.limits, self.queue_limits = self._config.limits, self._config.queue
+        self.takes_priority = self._config.kind == "batched"
         super().__init__(name or f"engine-{next(_numbers)}", watchdog, on_progress)
         self._client.lifecycle.name = f"{type(self).__name__} {self.name} of {model!r}"
 
@@ -77,7 +77,7 @@ class ProcessEngine(LinkedEngine):
         model, interval = config.model.model, HEARTBEAT_INTERVAL
         return encode_strictly([Hello(), Configure(config.kind, model, options, paths, interval)])
 
-    def _check_strategies(
+    def check_strategies(
         self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
         self._config.strategies.of_request(prefill, decode)

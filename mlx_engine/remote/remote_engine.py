@@ -66,7 +66,7 @@ class RemoteEngine(LinkedEngine):
                 socket.
         """
         self._path = checked_socket_path(path)
-        self._limits = checked_limits(limits)
+        self.limits = checked_limits(limits)
         super().__init__(name or f"engine at {self._path}", watchdog, None)
 
     def _make_link(self) -> Callable[[], Link]:
@@ -78,7 +78,7 @@ class RemoteEngine(LinkedEngine):
     def _file_there(self, path: Path) -> str:
         return str(path)  # a name in the host's folder
 
-    def _check_strategies(
+    def check_strategies(
         self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
         # What its engine was made with is for the host to check; their kinds are not.

@@ -97,8 +97,8 @@ class FakeEngine(InProcessEngine):
             "fake",
             {"context_length": context_length, **queue, **batch},
         )
-        self._limits = config.limits
-        self._takes_priority = bool(batch)
+        self.limits = config.limits
+        self.takes_priority = bool(batch)
         self._max_batch_size = config.batch.max_batch_size if batch else None
         self._on_progress = checked_callback(on_progress)
         model = FakeModel(
@@ -112,7 +112,7 @@ class FakeEngine(InProcessEngine):
         super().__init__(model, config.queue, config.model.model)
 
     def _new_scheduler(self) -> Scheduler[ScriptedRequest]:
-        lifecycle, queue, prepare = self._lifecycle, self._queue, self._holder.prepare
+        lifecycle, queue, prepare = self._lifecycle, self.queue_limits, self._holder.prepare
         player = Player(self._holder, lifecycle.fail)
         if self._max_batch_size is None:
             return SimpleScheduler(lifecycle, queue, prepare, player.play)
@@ -148,7 +148,7 @@ class FakeEngine(InProcessEngine):
             lambda: self._holder.cache.load(path), _entry=entry
         )
 
-    def _check_strategies(
+    def check_strategies(
         self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
         Strategies().of_request(prefill, decode)
@@ -159,8 +159,8 @@ class FakeEngine(InProcessEngine):
         on_progress: ProgressCallback | None = None,
         request_id: str | None = None,
     ) -> ScriptedRequest:
-        self._check_strategies(request.prefill, request.decode)
-        checked_priority(request.priority, self._takes_priority)
+        self.check_strategies(request.prefill, request.decode)
+        checked_priority(request.priority, self.takes_priority)
         if request.params.logits_processors:
             raise InvalidRequest(
                 "logits_processors", "what a FakeEngine says is scripted: it has no logits"

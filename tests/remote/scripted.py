@@ -212,10 +212,10 @@ class Scripted(BaseEngine):
         on_progress: ProgressCallback | None = None,
         request_id: str | None = None,
     ) -> ScriptedRequest:
-        self._check_strategies(request.prefill, request.decode)
+        self.check_strategies(request.prefill, request.decode)
         return ScriptedRequest(self, request, request_id or "own")
 
-    def _check_strategies(self, prefill: Any, decode: Any) -> None:
+    def check_strategies(self, prefill: Any, decode: Any) -> None:
         Strategies().of_request(prefill, decode)
 
     def check_running(self) -> None:

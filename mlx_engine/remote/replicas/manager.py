@@ -155,8 +155,8 @@ class EngineManager(BaseEngine):
         self._wanted = integer("replicas", replicas, low=1)
         # Never started: it checks the options now, and the arguments of requests later.
         self._prototype = factory("prototype")
-        self._limits, self._queue = self._prototype._limits, self._prototype._queue
-        self._takes_priority = self._prototype._takes_priority
+        self.limits, self.queue_limits = self._prototype.limits, self._prototype.queue_limits
+        self.takes_priority = self._prototype.takes_priority
         self._lifecycle = Lifecycle(f"{type(self).__name__} of {replicas} replicas")
         self._replicas = ReplicaSet(WaitingRoom(limits))
         self._supervisor = Supervisor(self._replicas, factory, restart, self._lifecycle.fail)
@@ -338,10 +338,10 @@ class EngineManager(BaseEngine):
             self.check_running,
         )
 
-    def _check_strategies(
+    def check_strategies(
         self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
-        self._prototype._check_strategies(prefill, decode)
+        self._prototype.check_strategies(prefill, decode)
 
     async def _save_prompt_cache(self, path: Path) -> int:
         def fullness(one: Replica) -> int:

@@ -131,7 +131,7 @@ class ClientRequests:
         emit = functools.partial(self._emit, number) if message.stream else None
         try:
             _check_options(message)
-            request = request_from_wire(message, trusted=self._trusted, limits=self._engine._limits)
+            request = request_from_wire(message, trusted=self._trusted, limits=self._engine.limits)
             producer = self._engine.submit(request, progress, self._name(message))
         except Exception as error:  # noqa: BLE001 - the border: the client is told
             self._outbox.put(self._failed(number, error))
