@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mlx_engine.core.event_loop import running_loop
+
 
 def wake(future: asyncio.Future[None]) -> None:
     """Let those who wait for ``future`` go on. From any thread; any number of times."""
@@ -71,7 +73,7 @@ class Broadcast:
 
     def watch(self) -> asyncio.Future[None]:
         """A future of the running loop that is done at the next change. Under the lock."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[None] = running_loop().create_future()
         self._watchers.add(future)
         return future
 

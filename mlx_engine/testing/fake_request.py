@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -34,7 +35,8 @@ class FakeRequest:
         self,
         asked: GenerationRequest,
         request_id: str,
-        result: Callable[[], GenerationResult],
+        result: GenerationResult,
+        so_far: weakref.WeakMethod[Callable[[], GenerationResult]],
     ) -> None:
         source = asked.source
         chat = source if isinstance(source, ChatPrompt) else None
@@ -49,6 +51,7 @@ class FakeRequest:
         self.error: BaseException | None = None
         self.prompt_tokens: list[int] = []
         self._result = result
+        self._so_far: weakref.WeakMethod[Callable[[], GenerationResult]] | None = so_far
 
     def __repr__(self) -> str:
         return f"<FakeRequest {self.request_id} {self.question!r} {self.outcome}>"
@@ -63,7 +66,12 @@ class FakeRequest:
 
     def result(self) -> GenerationResult:
         """Result so far; final once it is over."""
-        return self._result()
+        so_far = None if self._so_far is None else self._so_far()
+        return self._result if so_far is None else so_far()
+
+    def _end(self, result: GenerationResult) -> None:
+        """Keep the result: it is over."""
+        self._result, self._so_far = result, None
 
 
 def encode(request: FakeRequest) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import Awaitable
 
 from mlx_engine.core.request import ActiveRequest, Serve
@@ -43,10 +44,11 @@ class ScriptedRequest(ActiveRequest):
         seen: list[FakeRequest],
     ) -> None:
         super().__init__(asked, request_id, on_progress, serve)
-        self.shown = FakeRequest(asked, request_id, self.result)
         self._seen = seen
         self._text = FakeText(tuple(self._params.stop))
         self._calls: list[ToolCall] = []
+        # The engine keeps what it shows for ever, and must keep nothing of the caller with it.
+        self.shown = FakeRequest(asked, request_id, self.result(), weakref.WeakMethod(self.result))
 
     def run(self, emit: Emit | None) -> Awaitable[GenerationResult]:
         """Begin it, for a caller who waits in this event loop; see ``Producer``."""
@@ -65,7 +67,7 @@ class ScriptedRequest(ActiveRequest):
             shown.outcome, shown.error = "failed", error
             raise
         finally:
-            self._emit = self._on_progress = None  # engines keep what they show for ever
+            shown._end(self.result())
         shown.outcome = "cancelled" if result.finish_reason == "cancelled" else "finished"
         return result
 
