@@ -230,7 +230,15 @@ OPEN = {
     mlx_engine.testing.Gate,
 }
 # What applications do not name: what is made, or said, for them.
-INNER = {"Drains", "GenerationRequest", "LocalEngine", "Phase", "Producer", "Signals"}
+INNER = {
+    "Drains",
+    "GenerationRequest",
+    "LocalEngine",
+    "Phase",
+    "Producer",
+    "QueueConfig",
+    "Signals",
+}
 
 
 def test_what_is_in_a_signature_is_exported() -> None:

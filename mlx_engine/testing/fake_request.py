@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -36,7 +35,7 @@ class FakeRequest:
         asked: GenerationRequest,
         request_id: str,
         result: GenerationResult,
-        so_far: weakref.WeakMethod[Callable[[], GenerationResult]],
+        so_far: Callable[[], GenerationResult | None],
     ) -> None:
         source = asked.source
         chat = source if isinstance(source, ChatPrompt) else None
@@ -51,7 +50,7 @@ class FakeRequest:
         self.error: BaseException | None = None
         self.prompt_tokens: list[int] = []
         self._result = result
-        self._so_far: weakref.WeakMethod[Callable[[], GenerationResult]] | None = so_far
+        self._so_far: Callable[[], GenerationResult | None] | None = so_far
 
     def __repr__(self) -> str:
         return f"<FakeRequest {self.request_id} {self.question!r} {self.outcome}>"
@@ -67,7 +66,7 @@ class FakeRequest:
     def result(self) -> GenerationResult:
         """Result so far; final once it is over."""
         so_far = None if self._so_far is None else self._so_far()
-        return self._result if so_far is None else so_far()
+        return so_far or self._result
 
     def _end(self, result: GenerationResult) -> None:
         """Keep the result: it is over."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 
 from mlx_engine.core.request import ActiveRequest, Serve
 from mlx_engine.core.stream import Emit, emit_pieces
@@ -48,7 +48,7 @@ class ScriptedRequest(ActiveRequest):
         self._text = FakeText(tuple(self._params.stop))
         self._calls: list[ToolCall] = []
         # The engine keeps what it shows for ever, and must keep nothing of the caller with it.
-        self.shown = FakeRequest(asked, request_id, self.result(), weakref.WeakMethod(self.result))
+        self.shown = FakeRequest(asked, request_id, self.result(), _weakly(self))
 
     def run(self, emit: Emit | None) -> Awaitable[GenerationResult]:
         """Begin it, for a caller who waits in this event loop; see ``Producer``."""
@@ -170,3 +170,14 @@ class ScriptedRequest(ActiveRequest):
     def _logprob(self, token: int) -> TokenLogprob:
         """Log-probability of a token: what is scripted is certain."""
         return TokenLogprob(token, 0.0, ((token, 0.0),) if self._params.logprobs else ())
+
+
+def _weakly(request: ScriptedRequest) -> Callable[[], GenerationResult | None]:
+    """Its result so far; ``None`` once there is no such request any more."""
+    reference = weakref.ref(request)
+
+    def result() -> GenerationResult | None:
+        there = reference()
+        return None if there is None else there.result()
+
+    return result
