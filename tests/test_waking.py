@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlx_engine.core.wakeup import wake, waking_together
+from mlx_engine.core.wakeup import Broadcast, wake, waking_together
 from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.anyio
@@ -47,3 +47,22 @@ async def test_a_nested_block_that_raises_leaves_the_outer_one_as_it_was() -> No
         await asyncio.sleep(0)
         assert not future.done()
     await asyncio.wait_for(future, PATIENCE)
+
+
+async def test_a_broadcast_wakes_in_the_order_of_arrival_and_forgets_who_has_left() -> None:
+    changed, woken = Broadcast(), []
+
+    async def waits(number: int) -> None:
+        await changed.wait(changed.watch())
+        woken.append(number)
+
+    tasks = [asyncio.create_task(waits(number)) for number in range(20)]
+    await asyncio.sleep(0)
+    tasks[7].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await tasks.pop(7)
+    changed.notify()
+    assert not changed
+    async with asyncio.timeout(PATIENCE):
+        await asyncio.gather(*tasks)
+    assert woken == [number for number in range(20) if number != 7]

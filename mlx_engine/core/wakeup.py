@@ -65,7 +65,7 @@ class Broadcast:
     """
 
     def __init__(self) -> None:
-        self._watchers: set[asyncio.Future[None]] = set()
+        self._watchers: dict[asyncio.Future[None], None] = {}  # in the order in which they came
 
     def __bool__(self) -> bool:
         """Whether anybody waits."""
@@ -74,7 +74,7 @@ class Broadcast:
     def watch(self) -> asyncio.Future[None]:
         """A future of the running loop that is done at the next change. Under the lock."""
         future: asyncio.Future[None] = running_loop().create_future()
-        self._watchers.add(future)
+        self._watchers[future] = None
         return future
 
     async def wait(self, future: asyncio.Future[None], timeout: float | None = None) -> None:
@@ -82,10 +82,14 @@ class Broadcast:
         try:
             await asyncio.wait({future}, timeout=timeout)
         finally:
-            self._watchers.discard(future)
+            self.forget(future)
+
+    def forget(self, future: asyncio.Future[None]) -> None:
+        """Nobody waits for a change by this future any more. From any thread."""
+        self._watchers.pop(future, None)
 
     def notify(self) -> None:
         """There was a change. Under the lock; from any thread."""
-        watchers, self._watchers = self._watchers, set()
+        watchers, self._watchers = self._watchers, {}
         for future in list(watchers):  # one may be leaving
             wake(future)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 
-from mlx_engine.core.event_loop import running_loop
-from mlx_engine.core.wakeup import wake
+from mlx_engine.core.wakeup import Broadcast
 
 
 class Gate:
@@ -31,7 +29,7 @@ class Gate:
         self._open = threading.Event()
         self._lock = threading.Lock()
         self._arrived = 0
-        self._watchers: list[asyncio.Future[None]] = []
+        self._changed = Broadcast()
 
     @property
     def is_open(self) -> bool:
@@ -48,17 +46,14 @@ class Gate:
             with self._lock:
                 if self._arrived >= times:
                     return
-                changed: asyncio.Future[None] = running_loop().create_future()
-                self._watchers.append(changed)
-            await changed
+                changed = self._changed.watch()
+            await self._changed.wait(changed)
 
     def arrive(self) -> None:
         """The work has come to it. On the engine's thread."""
         with self._lock:
             self._arrived += 1
-            watchers, self._watchers = self._watchers, []
-        for future in watchers:
-            wake(future)
+            self._changed.notify()
 
     def holds(self, stopping: bool) -> bool:
         """Whether work stays at it that should stop, or should not. On the engine's thread."""

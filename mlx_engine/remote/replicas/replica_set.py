@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mlx_engine.core.forks import tell_after_fork
-from mlx_engine.core.wakeup import wake
+from mlx_engine.core.wakeup import Broadcast
 from mlx_engine.errors import EngineDead
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.linked import LinkedEngine
@@ -44,7 +44,7 @@ class ReplicaSet:
         self._lock = threading.RLock()
         self._router = Router()
         self._replicas: dict[str, Replica] = {}
-        self._watchers: dict[asyncio.Future[None], None] = {}
+        self._changed = Broadcast()
         self._end: tuple[str, Exit | None] | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         tell_after_fork(self)
@@ -52,7 +52,7 @@ class ReplicaSet:
     def after_fork(self) -> None:
         """Forget who waits in a fork of this process, where the lock may be held."""
         self._lock = threading.RLock()
-        self._watchers, self.loop = {}, None
+        self._changed, self.loop = Broadcast(), None
         self.room.after_fork()
 
     def __iter__(self) -> Iterator[Replica]:
@@ -68,13 +68,13 @@ class ReplicaSet:
         with self._lock:
             self._replicas[replica.name] = replica
             self._router.join(replica.name)
-            self._notify()
+            self._changed.notify()
 
     def down(self, replica: Replica) -> None:
         """Ask a replica no more for now; what it knew is gone."""
         with self._lock:
             self._router.leave(replica.name)
-            self._notify()
+            self._changed.notify()
 
     def ended(self, name: str, engine: LinkedEngine) -> None:
         """Ask ``engine`` no more, since it told a request that it is gone, or ends.
@@ -91,7 +91,7 @@ class ReplicaSet:
         with self._lock:
             self._router.leave(replica.name)
             self._replicas.pop(replica.name, None)
-            self._notify()
+            self._changed.notify()
 
     def clear(self) -> list[Replica]:
         """Have no replicas any more; gives those that were there. The set may be used again."""
@@ -106,7 +106,7 @@ class ReplicaSet:
         """Tell whoever waits for a replica why none will come up any more."""
         with self._lock:
             self._end = reason, last_exit
-            self._notify()
+            self._changed.notify()
 
     def check(self) -> None:
         """Raise ``EngineDead``, with what is known of the last end, if the set is closed, or
@@ -191,17 +191,9 @@ class ReplicaSet:
     @contextmanager
     def change(self) -> Iterator[asyncio.Future[None]]:
         """A future of the running event loop that is done at the next change, within."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self._lock:
-            self._watchers[future] = None
+            future = self._changed.watch()
         try:
             yield future
         finally:
-            with self._lock:
-                self._watchers.pop(future, None)
-
-    def _notify(self) -> None:
-        """Under the lock."""
-        watchers, self._watchers = self._watchers, {}
-        for future in watchers:
-            wake(future)
+            self._changed.forget(future)
