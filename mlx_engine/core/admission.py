@@ -51,7 +51,7 @@ class Admission:
         with self._in_flight.lock:
             self._lifecycle.check_running()
             self._check_room(queue)
-            self._lifecycle.admit(entry)
+            self._in_flight.add(entry)
         timers: list[asyncio.TimerHandle] = []  # one or none
         if self._limits.max_wait:
             self._limit_wait(timers, work, queue)

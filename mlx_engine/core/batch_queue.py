@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
 from mlx_engine.core.mlx_thread import mlx_thread
@@ -137,6 +137,20 @@ class BatchQueue(WorkQueue[QueuedRequest[R]], Generic[R]):
         """Wait a moment for those that are not ready yet, so that they begin together."""
         with self._changed:
             self._changed.wait_for(lambda: self._by_rank.settled(self.free), seconds)
+
+    def take_up(self, fits: Callable[[R], bool] | None = None) -> Iterator[R]:
+        """Give places to those whose turn it is, and yield each before the next one is looked for.
+
+        Args:
+            fits: whether there is room for a request; the first for which there is none ends it.
+        """
+        while (queued := self.first()) is not None:
+            if queued.orphaned:
+                self.withdraw_orphans()
+            elif fits is not None and not fits(queued.request):
+                return
+            elif self.take(queued):
+                yield queued.request
 
     def take(self, queued: QueuedRequest[R]) -> bool:
         """Give it a place; ``False`` if it has been withdrawn."""

@@ -16,6 +16,7 @@ from mlx_engine.core.lifecycle import Lifecycle
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.preparer import Preparer, Preparing
 from mlx_engine.core.work import PendingWork, ThreadJob
+from mlx_engine.core.work_queue import WorkQueue
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.outputs import GenerationResult
 
@@ -32,6 +33,7 @@ class Scheduler(abc.ABC, Generic[R]):
         limits: of the queue.
         prepare: makes a request ready, on a helper thread, without MLX; gives the error that its
             caller gets instead, if that fails.
+        queue: where requests wait.
 
     Attributes:
         width: requests that can be in work at once.
@@ -40,11 +42,17 @@ class Scheduler(abc.ABC, Generic[R]):
 
     width = 1
 
-    def __init__(self, lifecycle: Lifecycle, limits: QueueConfig, prepare: Prepare[R]) -> None:
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        limits: QueueConfig,
+        prepare: Prepare[R],
+        queue: WorkQueue[Any],
+    ) -> None:
         self.admission = Admission(lifecycle, limits)
         self._lifecycle = lifecycle
         self._prepare = prepare
-        self._preparer: Preparer[Any] = Preparer(mlx_thread)
+        self._preparer: Preparer[Any] = Preparer(queue)
 
     @abc.abstractmethod
     def serve(self, request: R) -> Awaitable[GenerationResult]:
@@ -101,7 +109,7 @@ class SimpleScheduler(Scheduler[R]):
         prepare: Prepare[R],
         generate: Callable[[R], GenerationResult],
     ) -> None:
-        super().__init__(lifecycle, limits, prepare)
+        super().__init__(lifecycle, limits, prepare, mlx_thread)
         self._generate = generate
 
     def serve(self, request: R) -> Awaitable[GenerationResult]:
@@ -140,10 +148,9 @@ class BatchScheduler(Scheduler[R]):
         width: int,
         run_batch: Callable[[BatchQueue[R], threading.Event], None],
     ) -> None:
-        super().__init__(lifecycle, limits, prepare)
         self.width = width
         self.queue: BatchQueue[R] = BatchQueue(width)
-        self._preparer = Preparer(self.queue)
+        super().__init__(lifecycle, limits, prepare, self.queue)
         self._run_batch = run_batch
         self._looking = threading.Lock()  # held while it is looked whether there is to be a job
 

@@ -58,11 +58,8 @@ class Player:
 
     def _fill(self, queue: Queue) -> bool:
         """Give places to those whose turn it is; whether there is anything to do."""
-        while (queued := queue.first()) is not None:
-            if queued.orphaned:
-                queue.withdraw_orphans()
-            elif queue.take(queued):
-                self._playing[queued.request] = self._model.play(queued.request)
+        for request in queue.take_up():
+            self._playing[request] = self._model.play(request)
         return queue.pending
 
     def _step(self, queue: Queue) -> None:
