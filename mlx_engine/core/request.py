@@ -57,7 +57,6 @@ class ActiveRequest(abc.ABC):
         self.prompt: list[int] = []
         self.limit = asked.params.max_tokens
         self.context: contextvars.Context | None = None
-        self._source = asked.source
         self._params = asked.params
         self._on_progress = on_progress
         self._serve = serve
@@ -160,6 +159,6 @@ class ActiveRequest(abc.ABC):
                 prompt_tokens=length,
                 max_tokens=wanted,
                 context_length=context,
-                option=self._source.option,
+                option=self.asked.source.option,
             )
         self.limit = room if wanted is None else wanted

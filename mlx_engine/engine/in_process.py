@@ -8,6 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from mlx_engine.checks import shown
@@ -50,6 +51,12 @@ class Holder(Protocol):
 
     def prompt_cache_stats(self) -> PromptCacheStats:
         """Counters of the prompt cache. From any thread."""
+
+    def save_prompt_cache(self, path: Path) -> int:
+        """Write the prompt cache into a file; the number of prompts. On the MLX thread."""
+
+    def load_prompt_cache(self, path: Path) -> int:
+        """Add the prompts of a file to the prompt cache; their number. On the MLX thread."""
 
     def unload(self) -> None:
         """Drop the model. On the MLX thread."""
@@ -192,6 +199,16 @@ class InProcessEngine(BaseEngine):
         return await self._run_blocking_serialized(
             func, *args, on_cancel=on_cancel, _entry=entry, **kwargs
         )
+
+    async def _save_prompt_cache(self, path: Path) -> int:
+        return await self._cache_file("save", self._holder.save_prompt_cache, path)
+
+    async def _load_prompt_cache(self, path: Path) -> int:
+        return await self._cache_file("load", self._holder.load_prompt_cache, path)
+
+    def _cache_file(self, name: str, work: Callable[[Path], int], path: Path) -> Awaitable[int]:
+        entry = InFlight(self._lifecycle.new_id(name), counted=True)
+        return self._run_blocking_serialized(work, path, _entry=entry)
 
     def _run_blocking_serialized(
         self, func: Callable[..., T], /, *args: Any, **options: Any

@@ -6,11 +6,9 @@ import abc
 import functools
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 from mlx_engine.config import EngineConfig
 from mlx_engine.core.bridge import in_this_loop, off_loop
-from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.engine.base import checked_callback
 from mlx_engine.engine.in_process import InProcessEngine
@@ -56,16 +54,6 @@ class LocalEngine(InProcessEngine):
             should_stop,
             on_cancel=stop.set,
         )
-
-    async def _save_prompt_cache(self, path: Path) -> int:
-        entry = InFlight(self._lifecycle.new_id("save"), counted=True)
-        save = self._holder.save_prompt_cache
-        return await self._run_blocking_serialized(save, path, _entry=entry)
-
-    async def _load_prompt_cache(self, path: Path) -> int:
-        entry = InFlight(self._lifecycle.new_id("load"), counted=True)
-        load = self._holder.load_prompt_cache
-        return await self._run_blocking_serialized(load, path, _entry=entry)
 
     def check_strategies(
         self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
@@ -28,29 +28,6 @@ if TYPE_CHECKING:
     from mlx_engine.generation.runner import ModelRunner
     from mlx_engine.models.loading import LoadedModel
     from mlx_engine.models.vocabulary import Vocabulary
-
-
-H = TypeVar("H")
-
-
-def _telling(what: str) -> Callable[[Callable[[H, Path], int]], Callable[[H, Path], int]]:
-    """Tell what MLX raises inside in an error of ours, without the frames that hold arrays."""
-
-    def wrap(method: Callable[[H, Path], int]) -> Callable[[H, Path], int]:
-        @functools.wraps(method)
-        def telling(holder: H, path: Path) -> int:
-            try:
-                return method(holder, path)
-            except MLXEngineError as error:
-                drop_frames(error)
-                raise
-            except Exception as error:
-                drop_frames(error)
-                raise GenerationError(f"{what} failed: {describe(error)}") from error
-
-        return telling
-
-    return wrap
 
 
 class ModelHolder:
@@ -194,15 +171,24 @@ class ModelHolder:
         """Do a prepared request by itself. On the MLX thread."""
         return mlx_work.generate_single(request, self.runner())
 
-    @_telling("saving the prompt cache")
     def save_prompt_cache(self, path: Path) -> int:
         """Write the prompt cache into a file; the number of prompts. On the MLX thread."""
-        return self.runner().save_prompt_cache(path)
+        return self._run("saving the prompt cache", lambda runner: runner.save_prompt_cache(path))
 
-    @_telling("loading the prompt cache")
     def load_prompt_cache(self, path: Path) -> int:
         """Add the prompts of a file to the prompt cache; their number. On the MLX thread."""
-        return self.runner().load_prompt_cache(path)
+        return self._run("loading the prompt cache", lambda runner: runner.load_prompt_cache(path))
+
+    def _run(self, what: str, work: Callable[[ModelRunner], int]) -> int:
+        """Tell what MLX raises inside in an error of ours, without the frames that hold arrays."""
+        try:
+            return work(self.runner())
+        except MLXEngineError as error:
+            drop_frames(error)
+            raise
+        except Exception as error:
+            drop_frames(error)
+            raise GenerationError(f"{what} failed: {describe(error)}") from error
 
     def unload(self) -> None:
         """Drop the model. On the MLX thread."""

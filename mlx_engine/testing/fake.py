@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 from mlx_engine.config import EngineConfig
 from mlx_engine.core.bridge import in_this_loop
-from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.scheduler import BatchScheduler, Scheduler, SimpleScheduler
 from mlx_engine.engine.base import checked_callback
 from mlx_engine.engine.in_process import InProcessEngine
@@ -134,18 +132,6 @@ class FakeEngine(InProcessEngine):
         progress = in_this_loop(self._on_progress)
         await self._run_blocking_serialized(
             self._holder.load, progress, should_stop, on_cancel=stop.set
-        )
-
-    async def _save_prompt_cache(self, path: Path) -> int:
-        entry = InFlight(self._lifecycle.new_id("save"), counted=True)
-        return await self._run_blocking_serialized(
-            lambda: self._holder.cache.save(path), _entry=entry
-        )
-
-    async def _load_prompt_cache(self, path: Path) -> int:
-        entry = InFlight(self._lifecycle.new_id("load"), counted=True)
-        return await self._run_blocking_serialized(
-            lambda: self._holder.cache.load(path), _entry=entry
         )
 
     def check_strategies(

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 from mlx_engine.checks import number, shown
 from mlx_engine.core.counters import EngineCounters
@@ -103,6 +104,14 @@ class FakeModel:
         if should_stop():
             raise Interrupted
         self._cache, self.dead = FakePromptCache(), None
+
+    def save_prompt_cache(self, path: Path) -> int:
+        """Write the prompt cache into a file; the number of prompts."""
+        return self.cache.save(path)
+
+    def load_prompt_cache(self, path: Path) -> int:
+        """Add the prompts of a file to the prompt cache; their number."""
+        return self.cache.load(path)
 
     def unload(self) -> None:
         """Forget what was seen."""
