@@ -14,9 +14,9 @@ from tests.conftest import ROOT
 # At most so many: files with a call in them, frames of coroutines to the drain, files that are
 # entered twice on the way in.
 LIMITS = {
-    "SimpleEngine": (43, 4, 2),
-    "BatchedEngine": (45, 4, 2),
-    "ProcessEngine": (61, 4, 0),
+    "SimpleEngine": (42, 3, 2),
+    "BatchedEngine": (44, 3, 2),
+    "ProcessEngine": (60, 3, 0),
 }
 
 

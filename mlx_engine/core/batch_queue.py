@@ -138,19 +138,13 @@ class BatchQueue(WorkQueue[QueuedRequest[R]], Generic[R]):
         with self._changed:
             self._changed.wait_for(lambda: self._by_rank.settled(self.free), seconds)
 
-    def take_up(self, fits: Callable[[R], bool] | None = None) -> Iterator[R]:
-        """Give places to those whose turn it is, and yield each before the next one is looked for.
-
-        Args:
-            fits: whether there is room for a request; the first for which there is none ends it.
-        """
+    def turns(self) -> Iterator[QueuedRequest[R]]:
+        """Yield those whose turn it is, each as long as it is neither taken nor withdrawn."""
         while (queued := self.first()) is not None:
             if queued.orphaned:
                 self.withdraw_orphans()
-            elif fits is not None and not fits(queued.request):
-                return
-            elif self.take(queued):
-                yield queued.request
+            else:
+                yield queued
 
     def take(self, queued: QueuedRequest[R]) -> bool:
         """Give it a place; ``False`` if it has been withdrawn."""

@@ -133,8 +133,10 @@ def _fill(batch: Batch, queue: Queue) -> bool:
     """Give places to those whose turn it is; whether there is anything to do."""
     if not len(batch):
         queue.gather(_GATHER)
-    for request in queue.take_up(batch.fits):
-        if (over := batch.add(request)) is not None:
+    for queued in queue.turns():
+        if not batch.fits(queued.request):
+            break
+        if queue.take(queued) and (over := batch.add(queued.request)) is not None:
             queue.end(*over)
     return queue.pending
 

@@ -58,8 +58,9 @@ class Player:
 
     def _fill(self, queue: Queue) -> bool:
         """Give places to those whose turn it is; whether there is anything to do."""
-        for request in queue.take_up():
-            self._playing[request] = self._model.play(request)
+        for queued in queue.turns():
+            if queue.take(queued):
+                self._playing[queued.request] = self._model.play(queued.request)
         return queue.pending
 
     def _step(self, queue: Queue) -> None:

@@ -107,11 +107,7 @@ class CheckedEngine(Fixture):
 
     async def visit(self) -> Any:
         """See ``Fixture``."""
-        return await (self.visited() if "functions" in self.has else self.generate())
-
-    async def visited(self) -> Any:
-        """Run a function inside MLX that stays as long as it likes."""
-        return await self.blocking(threading.Event(), None)
+        return await (self.run_deaf() if "functions" in self.has else self.generate())
 
     async def blocking(self, stop: threading.Event, on_cancel: Callable[[], None] | None) -> Any:
         """See ``Fixture``."""

@@ -120,7 +120,7 @@ class Sweep:
         checked.exact = checked.engine.width == 1 if self.exact is None else self.exact
         if self._is_done(checked.processed):
             checked.has.add("logits processors")
-        if self._is_done(checked.visited):
+        if self._is_done(checked.run_deaf):
             checked.has.add("functions")
         answers = []
         for _ in range(3):
