@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 Segment = Literal["content", "reasoning", "tool_call"]
 
 
@@ -56,18 +56,43 @@ class ToolCall:
     """A call that the model wants made.
 
     Attributes:
-        name: of the tool; ``None`` if the call could not be parsed.
-        arguments: for the tool; ``None`` if the call could not be parsed.
+        name: of the tool; empty if it could not be seen.
+        arguments: for the tool; empty if the call is malformed.
         raw: the model's own text between the markers.
-        error: why the call could not be parsed; ``None`` if it could.
-        id: the model's own id of the call, where its format has one.
+        error: why the call must not be made; ``None`` if it may be.
+        id: of the call, unique in a conversation: the model's own where its format has one.
     """
 
-    name: str | None
-    arguments: dict[str, Any] | None
-    raw: str
+    name: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    raw: str = ""
     error: str | None = None
+    id: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the call may be made: it names a tool of the request, with its arguments."""
+        return self.error is None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """The part of a tool call that a chunk adds.
+
+    Attributes:
+        index: of the call in the answer, from 0.
+        id: of the call; with its first delta only.
+        name: of the tool; with the first delta only.
+        arguments: the next piece of the arguments, as JSON text. All pieces of a call that came
+            out right, joined, are its arguments.
+        error: why the call must not be made; with the last delta of such a call only.
+    """
+
+    index: int
     id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +109,7 @@ class GenerationChunk:
         segment: which part of the answer the text belongs to.
         logprobs: one entry a token, if asked for.
         finish_reason: set on the last chunk only.
+        tool_call: what the chunk adds to a tool call; its text then is the model's own.
     """
 
     text: str
@@ -91,6 +117,7 @@ class GenerationChunk:
     segment: Segment = "content"
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    tool_call: ToolCallDelta | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ import contextlib
 import functools
 import warnings
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
 from mlx_engine.core.event_loop import running_loop
@@ -22,6 +22,7 @@ from mlx_engine.outputs import (
     GenerationResult,
     Segment,
     TokenLogprob,
+    ToolCallDelta,
 )
 
 Emit = Callable[[GenerationChunk], None]
@@ -318,22 +319,30 @@ def _ended(
     channel.end()
 
 
+class Piece(NamedTuple):
+    """A part of an answer, as its text is taken apart.
+
+    Attributes:
+        segment: to which it belongs.
+        text: the model's own.
+        call: what it adds to a tool call.
+    """
+
+    segment: Segment
+    text: str
+    call: ToolCallDelta | None = None
+
+
 def emit_pieces(
     emit: Emit,
-    pieces: list[tuple[Segment, str]],
+    pieces: Sequence[Piece],
     tokens: tuple[int, ...],
     logprobs: tuple[TokenLogprob, ...] = (),
     finish_reason: FinishReason | None = None,
 ) -> None:
     """Emit one chunk for each piece, at least one; the token goes with the first."""
-    last = len(pieces) - 1
-    if last <= 0:
-        segment, text = pieces[0] if pieces else ("content", "")
-        emit(GenerationChunk(text, tokens, segment, logprobs, finish_reason))
-        return
-    for index, (segment, text) in enumerate(pieces):
+    last = max(0, len(pieces) - 1)
+    for index, (segment, text, call) in enumerate(pieces or (Piece("content", ""),)):
         reason = finish_reason if index == last else None
-        if index == 0:
-            emit(GenerationChunk(text, tokens, segment, logprobs, reason))
-        else:
-            emit(GenerationChunk(text, (), segment, (), reason))
+        emit(GenerationChunk(text, tokens, segment, logprobs, reason, call))
+        tokens, logprobs = (), ()
