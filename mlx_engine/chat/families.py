@@ -52,7 +52,7 @@ REASONING: dict[str, ReasoningFormat] = {
 _ARROW = r"[^<>\n]{1,256}"
 QWEN_CODER = TaggedCall(
     head=rf"<function=(?P<name>{_ARROW})>",
-    argument=rf"<parameter=(?P<key>{_ARROW})>",
+    argument="<parameter={key}>",
     close="</parameter>",
     end="</function>",
     after=("</tool_call>",),
@@ -68,12 +68,6 @@ _SEED = TaggedCall(
     newlines=True,
     is_marked=True,
 )
-_LLAMA_NAME = r'"(?:name|function)"\s{0,16}:\s{0,16}"(?P<tool>[^"\\]{1,256})"'
-_LLAMA_JSON = JSONCall(
-    start=rf'\{{\s{{0,64}}(?:"type"\s{{0,16}}:\s{{0,16}}"function"\s{{0,16}},\s{{0,64}})?{_LLAMA_NAME}'
-)
-_LLAMA_PYTHON = PythonCall(start=r"(?P<tool>[A-Za-z_][\w.\-]{0,127})\(")
-
 _MISTRAL: tuple[Body, ...] = (
     HeadedCall(
         r"(?P<name>[^\s\[\]{}\",]{1,256})\s{0,16}(?:\[CALL_ID\]\s{0,16}(?P<id>[\w.:\-]{1,256}))?"
@@ -89,7 +83,7 @@ def _arguments_with_keys(prefix: str = "") -> TaggedCall:
     end = f"</{prefix}tool_call>"
     return TaggedCall(
         head=rf"(?P<name>[^\s<>{{}}\[\]]{{1,256}})(?=\s{{0,64}}(?:<{key}>|{end}))",
-        argument=rf"<{key}>(?P<key>[^<]{{1,256}})</{key}>\s{{0,64}}<{value}>",
+        argument=rf"<{key}>{{key}}</{key}>\s{{0,64}}<{value}>",
         close=f"</{value}>",
         after=(end,),
     )
@@ -102,7 +96,7 @@ def _invocations(
     open_, shut = re.escape(f"<{before}"), f"</{before}"
     return TaggedCall(
         head=rf"{open_}invoke name=(?P<name>{_ARROW})>",
-        argument=rf"{open_}{name} name=(?P<key>\"[^\"\n]{{1,256}}\"|[^>\s]{{1,256}}){extra}>",
+        argument=rf"{open_}{name} name=\"?{{key}}\"?{extra}>",
         close=f"{shut}{name}>",
         end=f"{shut}invoke>",
         after=(re.escape(after),),
@@ -130,8 +124,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("minimax-m3", ((_M3,),), (ToolFormat(f"{_M3}<tool_call>", f"{_M3}</tool_call>",
            (TaggedCall(
                head=re.escape(_M3) + rf"<invoke name=(?P<name>{_ARROW})>",
-               argument=re.escape(_M3) + r"<(?!/|invoke)(?P<key>[^>\s]{1,256})>",
-               close=_M3 + "</parameter>",
+               argument=re.escape(_M3) + r"<(?!/){key}>",
+               close=_M3 + "</{key}>",
                end=_M3 + "</invoke>",
            ),)),)),
     Family("minimax-m2", (("<minimax:tool_call>",),),
@@ -164,8 +158,8 @@ FAMILIES: tuple[Family, ...] = (
            (ToolFormat("<tool_call>", "</tool_call>", (JSONCall(), QWEN_CODER)),)),
     Family("llama-4", (("<|python_start|>",), ("<|header_start|>", "tools")),
            (ToolFormat("<|python_start|>", "<|python_end|>", "python"),
-            ToolFormat("", "", (_LLAMA_PYTHON,)),
-            ToolFormat("", "", (_LLAMA_JSON,)))),
+            ToolFormat("", "", "python"),
+            ToolFormat(""))),
     Family("llama-3", (("<|python_tag|>",), ("<|start_header_id|>", '"parameters"')),
-           (ToolFormat("<|python_tag|>"), ToolFormat("", "", (_LLAMA_JSON,)))),
+           (ToolFormat("<|python_tag|>"), ToolFormat(""))),
 )  # fmt: skip
