@@ -275,10 +275,8 @@ class TaggedCall:
         key = head["key"].strip().strip("\"'")
         told = head.groupdict().get("type")
         types = argument_types(key, calls.schema)
-        if told in self.string_types:
+        if told in self.string_types and (not types or "string" in types):
             types = frozenset({"string"})
-        elif told is not None and "string" in types:
-            types -= {"string"}
         if self.newlines and (yield from source.peek()) == "\n":
             source.at += 1
         parts: list[str] = []
