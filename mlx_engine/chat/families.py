@@ -239,7 +239,7 @@ FAMILIES: tuple[Family, ...] = (
            (ToolFormat("<tool_call>", "</tool_call>", (_arguments_with_keys(), JSONCall())),)),
     Family("deepseek-r1", (("<｜tool▁sep｜>", "```json"),),
            _deepseek(r"<｜tool▁call▁begin｜>(?:function)?<｜tool▁sep｜>(?P<name>[^\n`<]{1,256})"
-                     r"\n\s{0,16}(?:```(?:json)?)?\s{0,16}", r"```")),
+                     r"\n\s{0,16}(?:```(?:json)?\s{1,16})?(?=[^`\s])", r"```")),
     Family("deepseek-v3.1", (("<｜tool▁sep｜>",),),
            _deepseek(r"<｜tool▁call▁begin｜>(?P<name>[^\n`<]{1,256})<｜tool▁sep｜>")),
     Family("kimi-k2", (("<|tool_calls_section_begin|>",),),

@@ -125,7 +125,7 @@ def _parser() -> Any:
     """transformers' parser, in which an error ends a region and not the answer."""
     from transformers.utils.chat_parsing import ResponseParser  # noqa: PLC0415
 
-    class Parser(ResponseParser):  # type: ignore[misc]
+    class Parser(ResponseParser):
         """Its events, with what a region consists of, and none lost to an exception."""
 
         def __init__(self, spec: dict[str, Any], prefix: str, has_tools: bool) -> None:
