@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # a request may be made before MLX is there: when its engine 
     import mlx.core as mx
 
     from mlx_engine.generation.sampling import Sampling
-    from mlx_engine.generation.text import Piece, TextAssembler
+    from mlx_engine.core.stream import Piece
+    from mlx_engine.generation.text import TextAssembler
 
 
 class Request(ActiveRequest):
@@ -238,6 +239,8 @@ class Request(ActiveRequest):
             pieces = pieces + text.finish()
             if text.stopped and reason == "length":
                 reason = "stop"  # by a stop string that was held back until now
+            if reason == "stop" and text.tool_calls:
+                reason = "tool_calls"
         self._finish_reason = reason
         self._timer.ended = time.perf_counter()
         self.sampling = None  # it has arrays, and is dropped where they were made
