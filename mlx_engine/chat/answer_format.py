@@ -5,21 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mlx_engine.chat.bodies import Body, JSONCall, PythonCall, TaggedCall
+from mlx_engine.chat.bodies import (
+    BARE_JSON,
+    BARE_PYTHON,
+    Body,
+    JSONCall,
+    PythonCall,
+    TaggedCall,
+)
 
 _BODIES: dict[str, tuple[Body, ...]] = {
     "json": (JSONCall(),),
     "python": (PythonCall(),),
     "xml": (
         TaggedCall(
-            head=r"<function=(?P<name>[^>\n]{1,256})>",
-            argument=r"<parameter=(?P<key>[^>\n]{1,256})>",
+            head=r"<function=(?P<name>[^<>\n]{1,256})>",
+            argument=r"<parameter={key}>",
             close="</parameter>",
             end="</function>",
             newlines=True,
+            is_marked=True,
         ),
     ),
 }
+_BARE = {**_BODIES, "json": (BARE_JSON,), "python": (BARE_PYTHON,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +67,9 @@ class ToolFormat:
     @property
     def bodies(self) -> tuple[Body, ...]:
         """The ways in which one call may be written."""
-        return _BODIES[self.body] if isinstance(self.body, str) else self.body
+        if not isinstance(self.body, str):
+            return self.body
+        return (_BODIES if self.open else _BARE)[self.body]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import regex
 
-from mlx_engine.chat.calls import NOT_AN_OBJECT, Calls
-from mlx_engine.chat.json_text import escaped, json_string, json_value, parse, quoted
+from mlx_engine.chat.calls import Calls
+from mlx_engine.chat.json_text import escaped, json_string, json_value, normalized, parse, quoted
 from mlx_engine.chat.literal import PYTHON, Dialect, literal
 from mlx_engine.chat.schema import argument_types, cast
 from mlx_engine.chat.source import CutOff, Malformed, Pattern, Source, Steps
@@ -20,7 +21,7 @@ class Body(Protocol):
 
     Attributes:
         start: a pattern of what a call begins with.
-        end: what a call ends with, if that is a marker of its own.
+        resume: a pattern of where reading goes on after a malformed call; empty if nothing shows.
         is_marked: a call shows by its beginning, without a marker of a section before it.
     """
 
@@ -28,7 +29,7 @@ class Body(Protocol):
     def start(self) -> str: ...  # noqa: D102
 
     @property
-    def end(self) -> str: ...  # noqa: D102
+    def resume(self) -> str: ...  # noqa: D102
 
     @property
     def is_marked(self) -> bool: ...  # noqa: D102
@@ -41,12 +42,13 @@ class Body(Protocol):
         """
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=512)
 def compiled(pattern: str) -> Pattern:
     """A pattern, compiled once."""
     return regex.compile(pattern, regex.DOTALL)
 
 
+_KEY = r"(?P<key>[^<>\n\"]{1,256})"
 _COLON = r"\s{0,64}:"
 _NAMES = ("name", "tool_name", "function")
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
@@ -63,7 +65,9 @@ class JSONCall:
 
     late_id: bool = False
     start: str = r'\{\s{0,64}"'
-    end: str = ""
+    resume: str = (
+        r'\}\s{0,64},?\s{0,64}(?=\{\s{0,64}"(?:name|function|tool_name|type|tool_call_id)")'
+    )
     is_marked: bool = False
 
     def read(self, source: Source, calls: Calls) -> Steps[None]:
@@ -136,11 +140,7 @@ def _members(source: Source, parts: _Parts) -> Steps[None]:
 
 def _arguments(source: Source, parts: _Parts) -> Steps[None]:
     if (yield from source.skip_space()) == '"':  # an object as a text
-        text = yield from _text(source)
-        value = parse(text)
-        if not isinstance(value, dict):
-            raise Malformed(NOT_AN_OBJECT)
-        parts.add(text.strip())
+        parts.add(_of_text((yield from _text(source))))
     else:
         yield from json_value(source, parts.add)
 
@@ -154,6 +154,14 @@ def _text(source: Source) -> Steps[str]:
     yield from json_string(source, chunks.append)
     value = parse("".join(chunks))
     return value if isinstance(value, str) else ""
+
+
+def _of_text(text: str) -> str:
+    """Arguments that were written as a text; what is no JSON is told later, as of others."""
+    try:
+        return normalized(text)
+    except Malformed:
+        return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +187,11 @@ class HeadedCall:
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", self.start or self.head)
 
+    @property
+    def resume(self) -> str:
+        """A pattern of where reading goes on after a malformed call."""
+        return regex.escape(self.end)
+
     def read(self, source: Source, calls: Calls) -> Steps[None]:
         """Read a call that was opened."""
         found = yield from source.expect(compiled(self.head), "a name")
@@ -192,8 +205,7 @@ class HeadedCall:
         elif char == "{" and self.dialect is not None:
             yield from literal(source, calls.add, self.dialect)
         elif char == '"' and self.dialect is None:
-            text = yield from _text(source)
-            calls.add(text)
+            calls.add(_of_text((yield from _text(source))))
         else:
             source.fail("an object of arguments")
         if self.tail:
@@ -211,8 +223,9 @@ class TaggedCall:
 
     Attributes:
         head: a pattern with the group ``name``.
-        argument: a pattern of what is before a value, with the group ``key``, and perhaps ``type``.
-        close: what is behind a value.
+        argument: a pattern of what is before a value, with ``{key}`` for the argument's name, and
+            perhaps a group ``type``.
+        close: what is behind a value; ``{key}`` is the argument's name.
         end: what a call ends with.
         start: a pattern of what a call begins with; without one, the head.
         after: patterns of what may follow a call whose end is missing.
@@ -227,19 +240,25 @@ class TaggedCall:
     after: tuple[str, ...] = ()
     newlines: bool = False
     is_marked: bool = False
-    string_types: tuple[str, ...] = field(default=("string", "true"))
+    string_types: tuple[str, ...] = ("string", "true")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", self.start or self.head)
+
+    @property
+    def resume(self) -> str:
+        """A pattern of where reading goes on after a malformed call."""
+        return regex.escape(self.end)
 
     def read(self, source: Source, calls: Calls) -> Steps[None]:
         """Read a call that was opened."""
         found = yield from source.expect(compiled(self.head), "a name")
         calls.begin(found["name"].strip().strip("\"'"))
+        argument = compiled(self.argument.replace("{key}", _KEY))
         separator = "{"
         while True:
             char = yield from source.skip_space()
-            found = yield from source.read(compiled(self.argument))
+            found = yield from source.read(argument)
             if found is None:
                 break
             calls.add(separator + quoted(found["key"].strip().strip("\"'")) + ": ")
@@ -256,10 +275,8 @@ class TaggedCall:
         key = head["key"].strip().strip("\"'")
         told = head.groupdict().get("type")
         types = argument_types(key, calls.schema)
-        if told in self.string_types:
+        if told in self.string_types and (not types or "string" in types):
             types = frozenset({"string"})
-        elif told is not None and "string" in types:
-            types -= {"string"}
         if self.newlines and (yield from source.peek()) == "\n":
             source.at += 1
         parts: list[str] = []
@@ -267,9 +284,9 @@ class TaggedCall:
         if is_text:
             calls.add('"')
         found = yield from source.find(
-            self._stop(source, calls, False),
+            self._stop(key, calls.schema, False),
             (lambda text: calls.add(escaped(text))) if is_text else parts.append,
-            self._stop(source, calls, True),
+            self._stop(key, calls.schema, True),
         )
         if found is None:
             raise CutOff
@@ -280,26 +297,33 @@ class TaggedCall:
             calls.wrong(f"argument {key!r}: {error}")
             calls.add("null")
 
-    def _stop(self, source: Source, calls: Calls, ended: bool) -> Pattern:
+    def _stop(self, key: str, schema: Mapping[str, Any], ended: bool) -> Pattern:
         """Where a value ends: a tag counts if what may be behind it is."""
         newline = r"\n?" if self.newlines else ""
-        follow = [self.argument, *self.after]
+        follow = [self.argument.replace("{key}", _KEY), *self.after]
         if self.end:
             follow.append(regex.escape(self.end))
-        behind = "|".join(re_without_groups(each) for each in follow)
-        close = newline + regex.escape(self.close)
+        behind = "|".join(without_names(each) for each in follow)
+        close = newline + regex.escape(self.close.replace("{key}", key))
         each = [rf"{close}(?=\s{{0,256}}(?:{behind}))"]
         if ended:
             each.append(rf"{close}(?=\s*\Z)")
         if self.newlines:  # the tag itself is missing
-            each.append(rf"\n(?=\s{{0,64}}(?:{re_without_groups(self.argument)}))")
+            each.append(rf"\n(?=\s{{0,64}}(?:{self._other_argument(schema)}))")
             if self.end and self.after:
                 ends = "|".join(self.after)
                 each.append(rf"\n(?={regex.escape(self.end)}\s{{0,64}}(?:{ends}))")
         return compiled("|".join(each))
 
+    def _other_argument(self, schema: Mapping[str, Any]) -> str:
+        """The beginning of an argument that the tool has, without named groups."""
+        known = schema.get("properties")
+        names = [key for key in known if isinstance(key, str)] if isinstance(known, Mapping) else []
+        keys = f"(?:{'|'.join(map(regex.escape, names))})" if names else _KEY
+        return without_names(self.argument.replace("{key}", keys))
 
-def re_without_groups(pattern: str) -> str:
+
+def without_names(pattern: str) -> str:
     """The pattern with its groups unnamed, so that it can stand twice in another."""
     return regex.sub(r"\(\?P<\w+>", "(?:", pattern)
 
@@ -309,7 +333,7 @@ class PythonCall:
     """``name(key="value", other=1)``."""
 
     start: str = r"[A-Za-z_][\w.\-]{0,127}\("
-    end: str = ""
+    resume: str = r"\)\s{0,64},\s{0,64}(?=[A-Za-z_][\w.\-]{0,127}\()"
     is_marked: bool = False
 
     def read(self, source: Source, calls: Calls) -> Steps[None]:
@@ -331,3 +355,11 @@ class PythonCall:
         source.at += 1
         calls.add("}" if separator == ", " else "{}")
         calls.complete()
+
+
+_KIND = r'"type"\s{0,16}:\s{0,16}"function"\s{0,16},\s{0,64}'
+_NAME = r'"(?:name|function)"\s{0,16}:\s{0,16}"(?P<tool>[^"\\]{1,256})"'
+
+# Calls that no marker tells from text; the group ``tool`` is what tells.
+BARE_JSON = JSONCall(start=rf"\{{\s{{0,64}}(?:{_KIND})?{_NAME}")
+BARE_PYTHON = PythonCall(start=r"(?P<tool>[A-Za-z_][\w.\-]{0,127})\(")

@@ -47,6 +47,7 @@ class Calls:
         self.tools = tools
         self.done: list[ToolCall] = []
         self.is_open = False
+        self.cut_offs = 0  # calls that were read up to the end of the answer, in vain
         self._source = source
         self._pieces = pieces
         self._parallel = parallel
@@ -56,7 +57,9 @@ class Calls:
     def _clear(self) -> None:
         self._name = self._id = ""
         self._error: str | None = None
-        self._begun = self._complete = False
+        self._begun = False
+        self._value: dict[str, Any] = {}
+        self._raw: str | None = None  # once the call is complete
         self._arguments: list[str] = []
         self._fresh: list[str] = []
 
@@ -99,12 +102,18 @@ class Calls:
         self._error = self._error or error
 
     def complete(self) -> None:
-        """The call has all that it needs."""
-        self._complete = True
+        """The call has all that it needs; what follows may still spoil it."""
+        if not self._arguments:
+            self.add("{}")
+        if self._error is None:
+            self._value, self._error = self._parsed()
+        if self._error is None:
+            self._give()
+        self._raw = self._source.so_far()
 
     def flush(self) -> None:
         """Give out what was added since the last time."""
-        if self._begun and self._fresh:
+        if self._begun and self._fresh and self._error is None:
             self._give()
 
     def settle(self, error: str | None = None) -> None:
@@ -112,24 +121,21 @@ class Calls:
         if not self.is_open:
             return
         self.is_open = False
-        arguments: dict[str, Any] = {}
-        error = self._error or error or (None if self._complete else "the call was cut off")
-        if error is None:
-            arguments, error = self._parsed()
+        if error is None and self._raw is None:
+            error = "the call was cut off"
+        raw = self._raw if error is None and self._raw is not None else self._source.so_far()
+        error = self._error or error
         if error is not None:
             self._fresh.clear()
             self._give(error=error)
-        else:
-            self._give()
-        raw = self._source.recorded()
-        self.done.append(ToolCall(self._name, arguments, raw, error, self._id))
+        self._source.stop_recording()
+        value = {} if error is not None else self._value
+        self.done.append(ToolCall(self._name, value, raw, error, self._id))
         self._clear()
 
     def _parsed(self) -> tuple[dict[str, Any], str | None]:
         if not self._name:
             return {}, "the call has no name"
-        if not self._arguments:
-            self.add("{}")
         try:
             value = parse("".join(self._arguments))
         except Malformed as malformed:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from mlx_engine.chat.answer_format import ReasoningFormat, ToolFormat
 from mlx_engine.chat.bodies import Body, HeadedCall, JSONCall, PythonCall, TaggedCall
+from mlx_engine.chat.literal import FUNCTION_GEMMA, GEMMA
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,12 @@ REASONING: dict[str, ReasoningFormat] = {
         "<|end|><|start|>assistant<|channel|>final<|message|>",
     ),
     "gemma-4": ReasoningFormat("<|channel>thought\n", "<channel|>"),
+    "kimi-k3": ReasoningFormat(
+        "<|open|>think<|sep|>",
+        "<|close|>think<|sep|>",
+        "<|close|>think<|sep|><|open|>response<|sep|>",
+    ),
+    "apertus": ReasoningFormat("<|inner_prefix|>", "<|inner_suffix|>"),
     "longcat-think": ReasoningFormat("<longcat_think>", "</longcat_think>"),
     "think-start": ReasoningFormat("<|think:start|>", "<|think:end|>"),
 }
@@ -52,7 +59,7 @@ REASONING: dict[str, ReasoningFormat] = {
 _ARROW = r"[^<>\n]{1,256}"
 QWEN_CODER = TaggedCall(
     head=rf"<function=(?P<name>{_ARROW})>",
-    argument=rf"<parameter=(?P<key>{_ARROW})>",
+    argument="<parameter={key}>",
     close="</parameter>",
     end="</function>",
     after=("</tool_call>",),
@@ -68,12 +75,6 @@ _SEED = TaggedCall(
     newlines=True,
     is_marked=True,
 )
-_LLAMA_NAME = r'"(?:name|function)"\s{0,16}:\s{0,16}"(?P<tool>[^"\\]{1,256})"'
-_LLAMA_JSON = JSONCall(
-    start=rf'\{{\s{{0,64}}(?:"type"\s{{0,16}}:\s{{0,16}}"function"\s{{0,16}},\s{{0,64}})?{_LLAMA_NAME}'
-)
-_LLAMA_PYTHON = PythonCall(start=r"(?P<tool>[A-Za-z_][\w.\-]{0,127})\(")
-
 _MISTRAL: tuple[Body, ...] = (
     HeadedCall(
         r"(?P<name>[^\s\[\]{}\",]{1,256})\s{0,16}(?:\[CALL_ID\]\s{0,16}(?P<id>[\w.:\-]{1,256}))?"
@@ -89,7 +90,7 @@ def _arguments_with_keys(prefix: str = "") -> TaggedCall:
     end = f"</{prefix}tool_call>"
     return TaggedCall(
         head=rf"(?P<name>[^\s<>{{}}\[\]]{{1,256}})(?=\s{{0,64}}(?:<{key}>|{end}))",
-        argument=rf"<{key}>(?P<key>[^<]{{1,256}})</{key}>\s{{0,64}}<{value}>",
+        argument=rf"<{key}>{{key}}</{key}>\s{{0,64}}<{value}>",
         close=f"</{value}>",
         after=(end,),
     )
@@ -102,10 +103,10 @@ def _invocations(
     open_, shut = re.escape(f"<{before}"), f"</{before}"
     return TaggedCall(
         head=rf"{open_}invoke name=(?P<name>{_ARROW})>",
-        argument=rf"{open_}{name} name=(?P<key>\"[^\"\n]{{1,256}}\"|[^>\s]{{1,256}}){extra}>",
+        argument=rf"{open_}{name} name=\"?{{key}}\"?{extra}>",
         close=f"{shut}{name}>",
         end=f"{shut}invoke>",
-        after=(re.escape(after),),
+        after=(re.escape(after),) if after else (),
     )
 
 
@@ -126,12 +127,60 @@ _KIMI = HeadedCall(
 )
 _M3 = "]<]minimax[>["
 
+_CALL_NAME = r"call:(?P<name>[\w.\-:/]{1,256})\s{0,16}(?=\{)"
+_DSML = _invocations("｜DSML｜", extra=r'(?:\s{1,4}string="?(?P<type>true|false)"?)?')
+_K3_CALL = r'<\|open\|>call tool="(?P<name>[^"\n]{1,256})"[^<\n]{0,64}<\|sep\|>'
+_KIMI_K3: tuple[Body, ...] = (
+    HeadedCall(
+        _K3_CALL + r"\s{0,64}<\|open\|>json[^<\n]{0,64}<\|sep\|>",
+        tail=r"<\|close\|>json<\|sep\|>",
+        end="<|close|>call<|sep|>",
+    ),
+    TaggedCall(
+        head=_K3_CALL,
+        argument=r'<\|open\|>argument key="{key}"(?:\s{1,4}type="(?P<type>\w{1,16})")?<\|sep\|>',
+        close="<|close|>argument<|sep|>",
+        end="<|close|>call<|sep|>",
+    ),
+)
+_APERTUS = HeadedCall(r'\{\s{0,64}"(?P<name>[^"\\]{1,256})"\s{0,16}:\s{0,64}(?=\{)', tail=r"\}")
+
 FAMILIES: tuple[Family, ...] = (
+    Family("deepseek-v4", (("<｜DSML｜tool_calls>",), ("DSML", "}}tool_calls>")),
+           (ToolFormat("<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>", (_DSML,)),)),
+    Family("deepseek-v3.2", (("DSML",),),
+           (ToolFormat("<｜DSML｜function_calls>", "</｜DSML｜function_calls>", (_DSML,)),)),
+    Family("kimi-k3", (("<|open|>", "<|close|>", "<|sep|>"),),
+           (ToolFormat("<|open|>tools<|sep|>", "<|close|>tools<|sep|>", _KIMI_K3, True),),
+           drop=("<|open|>response<|sep|>", "<|close|>response<|sep|>",
+                 "<|close|>message<|sep|>", "<|end_of_msg|>"),
+           reasoning="kimi-k3"),
+    Family("gemma-4", (("<|tool_call>",),),
+           (ToolFormat("<|tool_call>", "<tool_call|>", (HeadedCall(_CALL_NAME, dialect=GEMMA),)),),
+           reasoning="gemma-4"),
+    Family("functiongemma", (("<start_function_call>",),),
+           (ToolFormat("<start_function_call>", "<end_function_call>",
+                       (HeadedCall(_CALL_NAME, dialect=FUNCTION_GEMMA),)),)),
+    Family("apertus", (("<|tools_prefix|>",),),
+           (ToolFormat("<|tools_prefix|>", "<|tools_suffix|>", (_APERTUS,), True),),
+           reasoning="apertus"),
+    Family("nemotron", (("<TOOLCALL>",),), (ToolFormat("<TOOLCALL>", "</TOOLCALL>"),)),
+    Family("phi-4-mini", (("<|tool_call|>", "<|/tool_call|>"), ("<|tool|>", "<|/tool|>")),
+           (ToolFormat("<|tool_call|>", "<|/tool_call|>"),)),
+    Family("granite-3", (("<|tool_call|>",),),
+           (ToolFormat("<|tool_call|>"), ToolFormat("<tool_call>", "</tool_call>"))),
+    Family("longcat", (("<longcat_tool_call>",),),
+           (ToolFormat("<longcat_tool_call>", "</longcat_tool_call>",
+                       (_arguments_with_keys("longcat_"), JSONCall())),)),
+    Family("muse-spark", (("<atem:function_calls>",),),
+           (ToolFormat("<atem:function_calls>", "</atem:function_calls>",
+                       (_invocations("atem:", extra=r"[^<>\n]{0,64}"),)),)),
+    Family("minimax-m1", (("<tool_calls>",),), (ToolFormat("<tool_calls>", "</tool_calls>"),)),
     Family("minimax-m3", ((_M3,),), (ToolFormat(f"{_M3}<tool_call>", f"{_M3}</tool_call>",
            (TaggedCall(
                head=re.escape(_M3) + rf"<invoke name=(?P<name>{_ARROW})>",
-               argument=re.escape(_M3) + r"<(?!/|invoke)(?P<key>[^>\s]{1,256})>",
-               close=_M3 + "</parameter>",
+               argument=re.escape(_M3) + r"<(?!/){key}>",
+               close=_M3 + "</{key}>",
                end=_M3 + "</invoke>",
            ),)),)),
     Family("minimax-m2", (("<minimax:tool_call>",),),
@@ -164,8 +213,8 @@ FAMILIES: tuple[Family, ...] = (
            (ToolFormat("<tool_call>", "</tool_call>", (JSONCall(), QWEN_CODER)),)),
     Family("llama-4", (("<|python_start|>",), ("<|header_start|>", "tools")),
            (ToolFormat("<|python_start|>", "<|python_end|>", "python"),
-            ToolFormat("", "", (_LLAMA_PYTHON,)),
-            ToolFormat("", "", (_LLAMA_JSON,)))),
+            ToolFormat("", "", "python"),
+            ToolFormat(""))),
     Family("llama-3", (("<|python_tag|>",), ("<|start_header_id|>", '"parameters"')),
-           (ToolFormat("<|python_tag|>"), ToolFormat("", "", (_LLAMA_JSON,)))),
+           (ToolFormat("<|python_tag|>"), ToolFormat(""))),
 )  # fmt: skip

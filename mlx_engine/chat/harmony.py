@@ -23,7 +23,7 @@ _START = "<|start|>assistant"
 
 
 @lru_cache(maxsize=4)
-def _markers(calls: bool, ended: bool) -> Pattern:
+def header(calls: bool, ended: bool) -> Pattern:
     """What ends the text of a message: its end, unless between backticks, or another's header."""
     behind = "(?!`)" if ended else "(?=[^`])"
     every = [rf"(?P<end>(?<!`){_END}|{_END}{behind})", _TEXT, *([_CALL] if calls else [])]
@@ -40,7 +40,7 @@ def read(parts: AnswerParts, form: AnswerFormat, prefix: str) -> Steps[None]:
     give = _begun(parts, prefix)
     while True:
         found = yield from source.find(
-            _markers(parts.has_tools, False), give, _markers(parts.has_tools, True)
+            header(parts.has_tools, False), give, header(parts.has_tools, True)
         )
         if found is None:
             return
@@ -56,12 +56,12 @@ def read(parts: AnswerParts, form: AnswerFormat, prefix: str) -> Steps[None]:
 
 def _begun(parts: AnswerParts, prefix: str) -> Emit:
     """What takes the text of the message that the prompt ends with."""
-    header = prefix[prefix.rfind(_START) :] if _START in prefix else ""
-    found = _markers(False, True).match(header)
+    begun = prefix[prefix.rfind(_START) :] if _START in prefix else ""
+    found = header(calls=False, ended=True).match(begun)
     if found is not None:
         return _segment(parts, found["channel"] or "final")
-    if "<|channel|>" in header and "<|message|>" not in header:
-        parts.source.add(header)  # the model goes on with it
+    if "<|channel|>" in begun and "<|message|>" not in begun:
+        parts.source.add(begun)  # the model goes on with it
     return _segment(parts, "final")
 
 
@@ -70,12 +70,12 @@ def _segment(parts: AnswerParts, channel: str) -> Emit:
     return parts.reasoning if parts.in_reasoning else parts.content
 
 
-def _call(parts: AnswerParts, header: Match) -> Steps[None]:
+def _call(parts: AnswerParts, found: Match) -> Steps[None]:
     """Read the message to a tool, whose header was read."""
     source, calls = parts.source, parts.calls
     parts.in_reasoning = False
     calls.open()
-    calls.begin(header["to"].removeprefix("functions."))
+    calls.begin(found["to"].removeprefix("functions."))
     error = None
     try:
         yield from json_value(source, calls.add)

@@ -48,6 +48,23 @@ def parse(text: str) -> Any:
         raise Malformed(f"the arguments are no JSON: {error}"[:200]) from None
 
 
+def normalized(text: str) -> str:
+    """A whole JSON text as ``json_value`` gives it.
+
+    Raises:
+        Malformed: it is none.
+    """
+    source, parts = Source(), list[str]()
+    source.add(text)
+    source.ended = True
+    for _ in json_value(source, parts.append):
+        pass
+    if source.text[source.at :].strip():
+        raise Malformed("text follows the arguments")
+    parse(found := "".join(parts))
+    return found
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is none of its numbers")
 

@@ -57,7 +57,8 @@ def python_value(text: str) -> str:
         pass
     if source.text[source.at :].strip():
         raise Malformed("text follows the value")
-    return json.dumps(parse("".join(parts)), ensure_ascii=False)
+    parse(found := "".join(parts))
+    return found
 
 
 def literal(source: Source, emit: Emit, dialect: Dialect, depth: int = 0) -> Steps[None]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mlx_engine.chat.json_text import parse, quoted
+from mlx_engine.chat.json_text import normalized, quoted
 from mlx_engine.chat.literal import python_value
 from mlx_engine.chat.source import Malformed
 
@@ -148,7 +148,7 @@ def _container(text: str, types: frozenset[str]) -> str | None:
     if text[:1] not in wanted:
         return None
     try:
-        return json.dumps(parse(text), ensure_ascii=False)
+        return normalized(text)
     except Malformed:
         pass
     try:

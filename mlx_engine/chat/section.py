@@ -8,12 +8,11 @@ from functools import lru_cache
 import regex
 
 from mlx_engine.chat.answer_format import ToolFormat
-from mlx_engine.chat.bodies import Body, PythonCall, compiled, re_without_groups
+from mlx_engine.chat.bodies import Body, PythonCall, compiled, without_names
 from mlx_engine.chat.calls import Calls
 from mlx_engine.chat.source import CutOff, Malformed, Pattern, Source, Steps
 
-_MOST_REWINDS = 8  # at the end of an answer, each through all of the rest
-_SEPARATORS = "[],; \t\r\n"
+_MOST_CUT_OFFS = 8  # calls that are read up to the end of an answer, in vain
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +40,13 @@ class Section:
 def section(form: ToolFormat) -> Section:
     """The compiled form of a tool format."""
     bodies = form.bodies
-    starts = "|".join(re_without_groups(body.start) for body in bodies)
+    starts = "|".join(without_names(body.start) for body in bodies)
     if form.may_be_empty and form.close:
         starts += "|" + regex.escape(form.close)
     opening = rf"(?=\s{{0,256}}(?:\[\s{{0,64}})?(?:{starts}))"
-    marked = [re_without_groups(body.start) for body in bodies if body.is_marked]
+    marked = [without_names(body.start) for body in bodies if body.is_marked]
     stops = [text for text in (form.open, form.close) if text]
-    ends = [regex.escape(body.end) for body in bodies if body.end]
+    ends = [body.resume for body in bodies if body.resume]
     every = [regex.escape(form.open) + opening] if form.open else []
     if marked:
         every.append(f"(?=(?:{'|'.join(marked)}))")
@@ -59,7 +58,7 @@ def section(form: ToolFormat) -> Section:
         close=compiled(regex.escape(form.close)) if form.close else None,
         bodies=tuple((compiled(body.start), body) for body in bodies),
         recovery=compiled("|".join(recovery) if recovery else r"(?!)"),
-        bare=None if form.open else compiled(_bare(bodies)),
+        bare=None if form.open or marked else compiled(_bare(bodies)),
     )
 
 
@@ -73,41 +72,51 @@ def _bare(bodies: tuple[Body, ...]) -> str:
 
 def read_section(source: Source, calls: Calls, section: Section) -> Steps[None]:
     """Read the calls of a section, whose opening marker was read."""
-    depth, rewinds = 0, 0
+    depth = count = 0
     while True:
         char = yield from source.skip_space()
-        if char in ("[", "]"):
-            depth += 1 if char == "[" else -1
-        if char and section.close and (yield from source.read(section.close)):
+        if section.close and (yield from source.read(section.close)):
             break
         body = yield from _next_body(source, section)
         if body is not None:
-            if calls.is_open:
-                calls.settle()
+            count += 1
             calls.open()
-            try:
-                yield from body.read(source, calls)
-                continue
-            except Malformed as error:
-                rewinds += isinstance(error, CutOff)
-                if rewinds > _MOST_REWINDS:
-                    source.at = len(source.text)
-                    calls.settle(str(error))
-                    break
-                yield from _recover(source, calls, section, str(error))
-                continue
-        if char and char in _SEPARATORS and (depth >= 0 or section.close):
+            yield from _one(source, calls, section, body)
+        elif char == "[" and not count and not depth:
             source.at += 1
-            if char == "]" and depth == 0 and section.close is None:
+            depth = 1
+        elif char == "]" and depth:
+            source.at += 1
+            depth = 0
+            if section.close is None:
                 break
-            continue
-        if not char or section.close is None or not calls.is_open:
+        elif char in (",", ";") and count and (depth or char == ";" or section.close):
+            source.at += 1
+        elif char and section.close and calls.is_open:
+            yield from source.find(section.recovery, _nothing)
+            calls.settle("text follows the call")
+        else:
             break
-        yield from source.find(section.recovery, _nothing)
-        calls.settle("text follows the call")
-        yield from source.read(compiled(r"\s{0,64}"))
     calls.settle()
-    yield from source.skip_space()
+    if count:
+        yield from source.skip_space()
+
+
+def _one(source: Source, calls: Calls, section: Section, body: Body) -> Steps[None]:
+    """Read a call; one that is malformed ends where the next or the section's end is."""
+    try:
+        yield from body.read(source, calls)
+    except Malformed as error:
+        calls.cut_offs += isinstance(error, CutOff)
+        if calls.cut_offs > _MOST_CUT_OFFS:
+            source.at = len(source.text)
+        else:
+            source.rewind()
+            source.at += 1  # what it begins with is no end of it
+            found = yield from source.find(section.recovery, _nothing)
+            if found is not None and found.lastgroup == "end":
+                source.at = found.end()
+        calls.settle(str(error))
 
 
 def _next_body(source: Source, section: Section) -> Steps[Body | None]:
@@ -115,16 +124,6 @@ def _next_body(source: Source, section: Section) -> Steps[Body | None]:
         if (yield from source.look(pattern)) is not None:
             return body
     return None
-
-
-def _recover(source: Source, calls: Calls, section: Section, error: str) -> Steps[None]:
-    """Go on behind a malformed call: at its end, or where another one or the section ends."""
-    source.rewind()
-    source.at += 1  # what it begins with is no end of it
-    found = yield from source.find(section.recovery, _nothing)
-    if found is not None and found.lastgroup == "end":
-        source.at = found.end()
-    calls.settle(error)
 
 
 def _nothing(text: str) -> None:

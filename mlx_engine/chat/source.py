@@ -47,7 +47,7 @@ class Source:
         ended: no more will come.
     """
 
-    __slots__ = ("_given", "_kept", "_kept_length", "_mark", "_recording", "at", "ended", "text")
+    __slots__ = ("_given", "_kept", "_kept_length", "_recording", "_start", "at", "ended", "text")
 
     def __init__(self) -> None:
         self.text = ""
@@ -55,18 +55,19 @@ class Source:
         self.ended = False
         self._recording = False
         self._kept: list[str] = []
-        self._mark = 0  # where the part begins that is not kept yet
         self._kept_length = 0
+        self._start = 0  # what is recorded goes on here in the text
         self._given = 0
 
     def add(self, text: str) -> None:
         """Take the next part."""
-        if self._recording:
-            self._keep()
+        if self._recording and self.at > self._start:
+            self._kept.append(self.text[self._start : self.at])
+            self._kept_length += self.at - self._start
         start = self.at - 1 if self.at else 0
         self.text = self.text[start:] + text
         self.at -= start
-        self._mark = self.at
+        self._start = self.at
 
     # Reading: each of these waits until it can tell.
 
@@ -153,42 +154,37 @@ class Source:
         """Keep what is read from here on."""
         self._recording = True
         self._kept.clear()
-        self._mark = self.at
-        self._kept_length = 0
-        self._given = 0
+        self._kept_length = self._given = 0
+        self._start = self.at
 
-    def recorded(self) -> str:
-        """What was read since then; the recording ends."""
-        self._keep()
+    def so_far(self) -> str:
+        """What was read since then."""
+        return "".join((*self._kept, self.text[self._start : self.at]))
+
+    def stop_recording(self) -> None:
+        """Keep no more of it."""
         self._recording = False
-        text = "".join(self._kept)
         self._kept.clear()
-        return text
 
     def fresh(self) -> str:
         """What was read since the recording began, or since this was asked for."""
-        self._keep()
-        if self._given >= self._kept_length:
+        length = self._kept_length + self.at - self._start
+        missing, self._given = length - self._given, max(length, self._given)
+        if missing <= 0:
             return ""
-        parts, missing = [], self._kept_length - self._given
+        parts = [self.text[max(self._start, self.at - missing) : self.at]]
+        missing -= len(parts[0])
         for part in reversed(self._kept):
-            parts.append(part[-missing:])
-            missing -= len(parts[-1])
             if missing <= 0:
                 break
-        self._given = self._kept_length
+            parts.append(part[-missing:])
+            missing -= len(parts[-1])
         return "".join(reversed(parts))
 
     def rewind(self) -> None:
         """Go back to where the recording began; what ``fresh`` has given it does not give again."""
-        self._keep()
-        self.text = "".join((*self._kept, self.text[self.at :]))
-        self.at = self._mark = 0
-        self._kept.clear()
-        self._kept_length = 0
-
-    def _keep(self) -> None:
-        if self.at > self._mark:
-            self._kept.append(self.text[self._mark : self.at])
-            self._kept_length += self.at - self._mark
-            self._mark = self.at
+        if self._kept:
+            self.text = "".join((*self._kept, self.text[self._start :]))
+            self._kept.clear()
+            self._kept_length = self._start = 0
+        self.at = self._start
