@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mlx_engine.chat.messages import Adapted, Form, adapt
+from mlx_engine.chat.messages import Adapted, Entry, Form, adapt
 from mlx_engine.chat.offered_tools import completed
 from mlx_engine.chat.probes import Probes
 from mlx_engine.chat.refusal import refusal
@@ -46,7 +47,7 @@ class Attempts:
         refused: Exception | None = None
         seen: list[tuple[Messages, Tools]] = []
         for form, tools in self._ways():
-            adapted = adapt(self.prompt.messages, self.probes, self.fields, form)
+            adapted = self._adapted(form, tools)
             if (adapted.messages, tools) in seen:
                 continue
             seen.append((adapted.messages, tools))
@@ -59,9 +60,25 @@ class Attempts:
             else:
                 return adapted, tools, text
         assert refused is not None
-        first = adapt(self.prompt.messages, self.probes, self.fields, Form())
-        takes = partial(self.renderer.attempt, tools=seen[0][1], variables=self.variables)
+        first = self._adapted(Form(), self.prompt.offered)
+        takes = partial(self.renderer.attempt, tools=self.prompt.offered, variables=self.variables)
         raise refusal(refused, first.entries, lambda some: takes(some) is not None) from refused
+
+    def _adapted(self, form: Form, tools: Tools) -> Adapted:
+        """The conversation, with a system message for the tools where they show only in one."""
+        adapted = adapt(self.prompt.messages, self.probes, self.fields, form)
+        first = adapted.entries[0]
+        has_system = first.role == "system"
+        if not tools or self.probes.shows_tools(has_system):
+            return adapted
+        is_variable = self.probes.shows_tools(system=True)
+        if is_variable or self.probes.takes_tools_in_system:
+            if not has_system:
+                first = Entry({"role": "system", "content": ""}, [])
+                adapted.entries.insert(0, first)
+            if not is_variable:
+                first.message["tools"] = json.dumps(tools, ensure_ascii=False)
+        return adapted
 
     def _rendered(self, adapted: Adapted) -> Messages:
         if self.prompt.continue_final_message and len(adapted.messages) > 1:
@@ -76,8 +93,6 @@ class Attempts:
         yield Form(), completed(tools)
         if calls:
             yield Form(other_arguments=True), tools
-            if any("reasoning_content" in message for message in messages):
-                yield Form(no_reasoning=True), tools
         yield Form(strict=True), tools
         if calls:
             yield Form(strict=True, other_arguments=True), tools

@@ -10,7 +10,9 @@ from mlx_engine.chat.renderer import Messages
 _MARK = "ContinuedHere"
 
 
-def continued(messages: Messages, fields: tuple[str, ...], render: Callable[[Messages], str]) -> str:
+def continued(
+    messages: Messages, fields: tuple[str, ...], render: Callable[[Messages], str]
+) -> str:
     """The prompt up to where the last message's text ends, to the letter.
 
     Words around that text keep white space that a template would strip, and say where it is.

@@ -12,37 +12,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
-from mlx_engine.chat.probes import Arguments
+from mlx_engine.chat.probes import Probes
 
 _LEADING = ("system", "developer")
 _SHORT = re.compile(r"[A-Za-z0-9]{9}")
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _BETWEEN = "\n\n"  # of texts that become one message
-
-
-class Traits(Protocol):
-    """What a chat template takes; see ``Probes``."""
-
-    @property
-    def knows_developer(self) -> bool: ...
-    @property
-    def takes_system(self) -> bool: ...
-    @property
-    def takes_systems(self) -> bool: ...
-    @property
-    def takes_user_after_tool(self) -> bool: ...
-    @property
-    def arguments(self) -> Arguments: ...
-    @property
-    def takes_broken(self) -> bool: ...
-    @property
-    def wants_short_ids(self) -> bool: ...
-    @property
-    def takes_calls_together(self) -> bool: ...
-    def takes_system_between(self, before: str, after: str) -> bool: ...
-    def takes_twice(self, role: str) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +28,10 @@ class Form:
 
     Attributes:
         strict: one system message, and no role twice.
-        no_reasoning: what was thought before a call is left out where there is a text as well.
         other_arguments: arguments as text where they would be mappings, and the reverse.
     """
 
     strict: bool = False
-    no_reasoning: bool = False
     other_arguments: bool = False
 
 
@@ -77,7 +52,7 @@ class Source:
     calls: tuple[Mapping[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        return f"number {self.number} ({self.role})"
+        return f"number {self.number} ({self.role!r})"
 
 
 @dataclass(slots=True)
@@ -133,7 +108,7 @@ class Adapted:
 
 def adapt(
     messages: Iterable[Mapping[str, Any]],
-    traits: Traits,
+    traits: Probes,
     reasoning: Iterable[str],
     form: Form,
 ) -> Adapted:
@@ -141,6 +116,7 @@ def adapt(
 
     Args:
         messages: as ``ChatPrompt`` has them.
+        traits: of the template.
         reasoning: names under which the template reads what an assistant thought.
         form: what to do in another way than the traits say.
     """
@@ -149,7 +125,7 @@ def adapt(
     _place_system(found, traits, form)
     _part_calls(found, traits)
     _merge(found, traits, form)
-    _give_reasoning(found, tuple(reasoning), form)
+    _give_reasoning(found, tuple(reasoning), traits)
     _give_arguments(found, traits, form)
     _shorten_ids(found, traits)
     return found
@@ -208,7 +184,7 @@ def _ordered(calls: list[dict[str, Any]], results: list[Entry]) -> list[Entry]:
     return ordered
 
 
-def _place_system(found: Adapted, traits: Traits, form: Form) -> None:
+def _place_system(found: Adapted, traits: Probes, form: Form) -> None:
     """Put system messages where the template takes them."""
     entries = found.entries
     for entry in entries:
@@ -261,7 +237,7 @@ def _before_user(found: Adapted, system: Entry, rest: list[Entry]) -> list[Entry
     return [Entry({"role": "user", "content": system.message["content"]}, system.sources), *rest]
 
 
-def _part_calls(found: Adapted, traits: Traits) -> None:
+def _part_calls(found: Adapted, traits: Probes) -> None:
     """Give each call a message of its own, with its result behind it, where a template wants it."""
     if all(len(entry.calls) < 2 for entry in found.entries) or traits.takes_calls_together:
         return
@@ -288,7 +264,7 @@ def _part_calls(found: Adapted, traits: Traits) -> None:
     found.entries = parted
 
 
-def _merge(found: Adapted, traits: Traits, form: Form) -> None:
+def _merge(found: Adapted, traits: Probes, form: Form) -> None:
     """Make one message of those of one role in a row, where a template wants turns."""
     groups: list[list[Entry]] = []
     for entry in found.entries:
@@ -302,7 +278,7 @@ def _merge(found: Adapted, traits: Traits, form: Form) -> None:
     found.entries = [Entry.joined(group) for group in groups]
 
 
-def _can_merge(group: list[Entry], entry: Entry, traits: Traits, form: Form) -> bool:
+def _can_merge(group: list[Entry], entry: Entry, traits: Probes, form: Form) -> bool:
     role = group[0].role
     if role == entry.role and role in ("user", "assistant"):
         apart = group[-1].calls or (entry.calls and not form.strict)
@@ -310,15 +286,18 @@ def _can_merge(group: list[Entry], entry: Entry, traits: Traits, form: Form) -> 
     return role == "tool" and entry.role == "user" and not traits.takes_user_after_tool
 
 
-def _give_reasoning(found: Adapted, names: tuple[str, ...], form: Form) -> None:
+def _give_reasoning(found: Adapted, names: tuple[str, ...], traits: Probes) -> None:
+    """Give it under the names that are read; beside a text and calls only where that is taken."""
     for entry in found.entries:
         text = entry.message.pop("reasoning_content", None)
-        if text is None or (form.no_reasoning and entry.calls and entry.message["content"]):
+        if text is None:
+            continue
+        if entry.calls and entry.message["content"] and not traits.takes_thoughts_with_calls:
             continue
         entry.message.update(dict.fromkeys(names, text))
 
 
-def _give_arguments(found: Adapted, traits: Traits, form: Form) -> None:
+def _give_arguments(found: Adapted, traits: Probes, form: Form) -> None:
     for entry in found.entries:
         if not entry.calls:
             continue
@@ -335,7 +314,7 @@ def _give_arguments(found: Adapted, traits: Traits, form: Form) -> None:
         entry.message["tool_calls"] = calls
 
 
-def _shorten_ids(found: Adapted, traits: Traits) -> None:
+def _shorten_ids(found: Adapted, traits: Probes) -> None:
     if not any(entry.calls for entry in found.entries) or not traits.wants_short_ids:
         return
     answers: Iterator[dict[str, Any]] = iter(())

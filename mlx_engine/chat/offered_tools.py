@@ -58,7 +58,11 @@ def _completed(tool: dict[str, Any]) -> dict[str, Any]:
         given = parameters if isinstance(parameters, dict) else {}
         parameters = {**_NO_PARAMETERS, **given}
     described = {"description": "", **function, "parameters": parameters}
-    return {**tool, "type": "function", "function": described} if "function" in tool else {
-        "type": "function",
-        "function": described,
-    }
+    return (
+        {**tool, "type": "function", "function": described}
+        if "function" in tool
+        else {
+            "type": "function",
+            "function": described,
+        }
+    )

@@ -6,11 +6,13 @@ and whether there are tools.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 from mlx_engine.chat.renderer import Messages, Renderer, Tools
+from mlx_engine.conversation import REASONING
 
 Arguments = Literal["mapping", "text"]
 T = TypeVar("T")
@@ -144,6 +146,16 @@ class Probes:
         return together is not None and not _in_order(apart, _WORDS[:2])
 
     @cached_property
+    def takes_thoughts_with_calls(self) -> bool:
+        """Whether it takes reasoning in a message that has a text and calls, or never."""
+        call = self._call(self._word(0)) | {"content": _WORDS[1]}
+        thought = call | dict.fromkeys(REASONING, _WORDS[2])
+        answer = _result(3)
+        return self._takes(_of("user", 4), thought, answer) or not self._takes(
+            _of("user", 4), call, answer
+        )
+
+    @cached_property
     def shows_calls(self) -> bool:
         """Whether calls of earlier turns are in the prompt."""
         return self._past is None or _WORDS[0] in self._past
@@ -165,6 +177,13 @@ class Probes:
         said = [_of("system", 0)] if system else []
         text = self._render(*said, _of("user", 1))
         return text is None or _NAME in text or "garnet84" in text
+
+    @cached_property
+    def takes_tools_in_system(self) -> bool:
+        """Whether it shows tools that a system message has, as a text."""
+        message = _of("system", 0) | {"tools": json.dumps([_TOOL])}
+        text = self._render(message, _of("user", 1))
+        return text is not None and _NAME in text
 
     def generation_prompt(self, role: str) -> str | None:
         """The text behind a last message of this role; ``None`` if that cannot be told apart."""

@@ -35,4 +35,4 @@ def refusal(
 
 
 def _named(entry: Entry) -> str:
-    return " and ".join(f"number {each.number} ({each.role!r})" for each in entry.sources)
+    return " and ".join(map(str, entry.sources))

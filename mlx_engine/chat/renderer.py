@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from mlx_engine.chat.template_names import names_in, names_of
 from mlx_engine.core.stop import Interrupted, checkpoint
 
+_WORD = "ivory17"
 Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]] | None
 
@@ -29,6 +30,7 @@ class Renderer:
         own = getattr(kind, "apply_chat_template", None)
         self._own = None if own is PreTrainedTokenizerBase.apply_chat_template else own
         self.templates = named_templates(getattr(self._inner, "chat_template", None))
+        self._parts: dict[bool, bool] = {}  # whether texts are given in parts, by whether tools are
 
     @property
     def is_template(self) -> bool:
@@ -55,7 +57,7 @@ class Renderer:
         *,
         generation: bool = True,
     ) -> str:
-        """The text of a conversation.
+        """The text of a conversation; messages with text as ``content``.
 
         Args:
             generation: whether to end it where an answer begins.
@@ -64,6 +66,13 @@ class Renderer:
             Interrupted: it should stop.
             Exception: whatever the renderer raises.
         """
+        if self._wants_parts(bool(tools)):
+            messages = [_in_parts(message) for message in messages]
+        return self._render(messages, tools, variables, generation)
+
+    def _render(
+        self, messages: Messages, tools: Tools, variables: Mapping[str, Any], generation: bool
+    ) -> str:
         checkpoint()
         given: dict[str, Any] = {
             "tools": tools,
@@ -97,10 +106,33 @@ class Renderer:
         except Exception:  # noqa: BLE001 - a template raises anything
             return None
 
+    def _wants_parts(self, tools: bool) -> bool:
+        """Whether it shows a text only as a list of parts, as some that take images do."""
+        if not self.is_template:
+            return False
+        if tools not in self._parts:
+            said: Messages = [{"role": "user", "content": _WORD}]
+            self._parts[tools] = not self._has_word(said) and self._has_word(
+                [_in_parts(message) for message in said]
+            )
+        return self._parts[tools]
+
+    def _has_word(self, messages: Messages) -> bool:
+        try:
+            return _WORD in self._render(messages, None, {}, generation=True)
+        except Interrupted:
+            raise
+        except Exception:  # noqa: BLE001 - a template raises anything
+            return False
+
     def _chosen(self, tools: bool) -> str | None:
         if tools and "tool_use" in self.templates:
             return self.templates["tool_use"]
         return self.templates.get("default") or next(iter(self.templates.values()), None)
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def named_templates(given: object) -> dict[str, str]:

@@ -50,12 +50,15 @@ def missing(
     Args:
         text: the prompt.
         entries: of the conversation in it.
-        shows_calls: whether the template is known to show calls.
-        shows_results: whether it is known to show results of calls.
+        shows_calls: whether the template shows calls before the user's last message.
+        shows_results: whether it shows their results.
     """
     items = list(_items(entries))
     lost = {id(item) for item in _lost(text, items)}
+    users = [item.source.number for item in items if item.source.role == "user"]
     for item in items:
+        if item.source.number > max(users, default=0):
+            continue
         is_call = item.what != "content"
         if (is_call and not shows_calls) or (item.source.role == "tool" and not shows_results):
             lost.add(id(item))

@@ -91,15 +91,21 @@ class ChatTemplate:
     def of(
         cls, tokenizer: Any, tool_format: object = None, reasoning_format: object = None
     ) -> ChatTemplate:
-        """The one of a tokenizer, which remembers what it has found out about its template."""
-        with _lock:
-            known = _templates.get(tokenizer)
+        """The one of a tokenizer, which remembers what it has found out about its template.
+
+        Args:
+            tool_format, reasoning_format: given when a model is loaded; ``None`` is what was
+                given then.
+        """
         current = tokenizer.chat_template
-        if known is not None and known[0] == current:
-            template = known[1]
-            if template._chosen == (tool_format, reasoning_format):
-                return template
-        template = cls(tokenizer, tool_format, reasoning_format)
+        with _lock:
+            text, known = _templates.get(tokenizer, (None, None))
+        chosen = tool_format, reasoning_format
+        if known is not None:
+            chosen = known._chosen if chosen == (None, None) else chosen
+            if text == current and chosen == known._chosen:
+                return known
+        template = cls(tokenizer, *chosen)
         with _lock:
             _templates[tokenizer] = current, template
         return template
@@ -158,8 +164,9 @@ class ChatTemplate:
         """Notes on what of the conversation and its tools does not show in the prompt."""
         notes: list[str] = []
         if tools:
-            has_system = any(message["role"] == "system" for message in adapted.messages)
-            notes += check_shown(tools, text, probes.shows_tools(has_system))
+            first = adapted.entries[0]
+            known = "tools" in first.message or probes.shows_tools(first.role == "system")
+            notes += check_shown(tools, text, known)
             if not self.format.has_calls:
                 notes.append(
                     "tools: no format is known for this model's tool calls, which come as text; "
@@ -223,7 +230,7 @@ class ChatTemplate:
             return continued(adapted.messages, attempts.fields, render)
         except Interrupted:
             raise
-        except Exception as error:  # noqa: BLE001 - a template raises anything
+        except Exception as error:
             if len(adapted.messages) == 1:
                 raise InvalidRequest(
                     "continue_final_message", f"the model's chat template refuses it: {error}"

@@ -24,14 +24,14 @@ class Encoded:
         places: numbers of its first tokens with which other prompts are likely to begin too,
             ascending; none where the model's KV cache can be cut back to any.
         chat: the conversation that it was made of; ``None`` if the answer is raw text.
-        text: the prompt; ``None`` if it came as token ids.
+        text: the prompt; empty if it came as token ids.
     """
 
     tokens: list[int]
     notes: tuple[str, ...] = ()
     places: tuple[int, ...] = ()
     chat: RenderedPrompt | None = None
-    text: str | None = None
+    text: str = ""
 
     def parser(self) -> AnswerParser | None:
         """A parser of the answer; ``None`` if that is raw text."""
@@ -52,17 +52,6 @@ def encode(source: TextPrompt | ChatPrompt, vocabulary: Vocabulary) -> Encoded:
     """
     if isinstance(source, ChatPrompt):
         return _encode_chat(source, vocabulary)
-    return _encode_text(source, vocabulary)
-
-
-def render(source: TextPrompt | ChatPrompt, vocabulary: Vocabulary) -> Encoded:
-    """The text and token ids of a prompt or chat, as ``encode`` has them, and no places.
-
-    Raises:
-        InvalidRequest, ContextLengthExceeded, Interrupted: as ``encode`` does.
-    """
-    if isinstance(source, ChatPrompt):
-        return _encode_chat(source, vocabulary, places=False)
     return _encode_text(source, vocabulary)
 
 
@@ -100,7 +89,7 @@ def _encode_text(source: TextPrompt, vocabulary: Vocabulary) -> Encoded:
     return Encoded(prompt)
 
 
-def _encode_chat(source: ChatPrompt, vocabulary: Vocabulary, *, places: bool = True) -> Encoded:
+def _encode_chat(source: ChatPrompt, vocabulary: Vocabulary) -> Encoded:
     tokenizer = vocabulary.tokenizer
     chat = chat_template(vocabulary).render(source)
     check_text(chat.text, vocabulary, "messages")
@@ -108,8 +97,8 @@ def _encode_chat(source: ChatPrompt, vocabulary: Vocabulary, *, places: bool = T
     encoded = EncodedText(tokenizer, chat.text)
     if not encoded.tokens:
         raise InvalidRequest("messages", "the chat template made an empty prompt of them")
-    found: tuple[int, ...] = ()
-    if places and not vocabulary.cuttable:
+    places: tuple[int, ...] = ()
+    if not vocabulary.cuttable:
         turns = ChatPlaces(tokenizer, chat.messages, chat.tools, chat.variables, chat.render)
-        found = turns.find(chat.text, chat.end, encoded)
-    return Encoded(encoded.tokens, chat.notes, found, chat, chat.text)
+        places = turns.find(chat.text, chat.end, encoded)
+    return Encoded(encoded.tokens, chat.notes, places, chat, chat.text)

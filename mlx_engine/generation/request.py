@@ -23,8 +23,8 @@ from mlx_engine.strategies import Strategies
 if TYPE_CHECKING:  # a request may be made before MLX is there: when its engine has not started
     import mlx.core as mx
 
-    from mlx_engine.generation.sampling import Sampling
     from mlx_engine.core.stream import Piece
+    from mlx_engine.generation.sampling import Sampling
     from mlx_engine.generation.text import TextAssembler
 
 
@@ -239,8 +239,6 @@ class Request(ActiveRequest):
             pieces = pieces + text.finish()
             if text.stopped and reason == "length":
                 reason = "stop"  # by a stop string that was held back until now
-            if reason == "stop" and text.tool_calls:
-                reason = "tool_calls"
         self._finish_reason = reason
         self._timer.ended = time.perf_counter()
         self.sampling = None  # it has arrays, and is dropped where they were made

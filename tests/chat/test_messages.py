@@ -65,9 +65,10 @@ def test_a_developers_message_is_a_system_message(trait: str) -> None:
 
 
 def test_a_template_that_knows_developers_gets_them() -> None:
-    assert "<|im_start|>developer\nAnswer in French." in rendered(
-        TEMPLATES["knows developer"], DEVELOPER
-    ).text
+    assert (
+        "<|im_start|>developer\nAnswer in French."
+        in rendered(TEMPLATES["knows developer"], DEVELOPER).text
+    )
 
 
 @pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}])
@@ -150,8 +151,8 @@ def test_of_several_templates_that_for_tools_is_used_with_tools(kind: type) -> N
 def test_past_calls_and_results_that_do_not_show_are_noted() -> None:
     messages = [HELLO, call(), result(), HELLO]
     (note,) = rendered(TEMPLATES["hides calls and results"], messages, [WEATHER]).notes
-    assert "number 1 (assistant): its call of get_weather" in note
-    assert "number 2 (tool): its content" in note
+    assert "number 1 ('assistant'): its call of get_weather" in note
+    assert "number 2 ('tool'): its content" in note
     assert "number 0" not in note
     assert "number 3" not in note
 
@@ -164,7 +165,7 @@ def test_a_system_message_in_the_middle_stands_where_the_template_takes_it(trait
     found = rendered(TEMPLATES[trait], MIDDLE)
     assert "<|im_start|>system\nAaa.\n\nBbb.<|im_end|>" in found.text
     (note,) = found.notes
-    assert "number 2 (system) stands at the beginning" in note
+    assert "number 2 ('system') stands at the beginning" in note
 
 
 def test_a_system_message_in_the_middle_stays_where_the_template_takes_it_there() -> None:
@@ -184,13 +185,13 @@ def test_without_system_messages_theirs_stands_in_the_users() -> None:
     found = rendered(TEMPLATES["no system"], [system("Aaa."), HELLO])
     assert "user\nAaa.\n\nHello there.<" in found.text
     (note,) = found.notes
-    assert "number 0 (system)" in note
+    assert "number 0 ('system')" in note
 
 
 def test_turns_are_made_of_messages_in_a_row() -> None:
     found = rendered(TEMPLATES["turns"], MIDDLE)
     assert all(text in found.text for text in ("Aaa.", "Bbb.", "Hello there.\n\nGoodbye."))
-    assert any("number 3 (user) stands in number 1 (user)" in note for note in found.notes)
+    assert any("number 3 ('user') stands in number 1 ('user')" in note for note in found.notes)
     after = rendered(TEMPLATES["turns"], [HELLO, call(), result(), HELLO], [WEATHER])
     assert "tool\nSunny\n\nHello there." in after.text
     plain = [HELLO, {"role": "assistant", "content": "Hi."}, HELLO]
@@ -267,15 +268,42 @@ def test_calls_as_they_were_before_tools() -> None:
 def test_tools_are_completed_where_the_template_does_not_look() -> None:
     bare = {"type": "function", "function": {"name": "get_weather"}}
     assert "get_weather{}" in rendered(TEMPLATES["parameters unlooked"], [HELLO], [bare]).text
-    assert "get_weather{}" in rendered(
-        TEMPLATES["parameters unlooked"], [HELLO], [{"name": "get_weather"}]
-    ).text
+    assert (
+        "get_weather{}"
+        in rendered(TEMPLATES["parameters unlooked"], [HELLO], [{"name": "get_weather"}]).text
+    )
+
+
+def test_tools_show_in_a_system_message_where_they_show_only_there() -> None:
+    inside = loop(
+        "{{ m.role + ':' + m.content + (m.tools or '') + ';' }}",
+        before="",
+    )
+    assert rendered(inside, [HELLO], [WEATHER]).text.startswith('system:[{"type": "function"')
+    assert "system:Aaa.[{" in rendered(inside, [system("Aaa."), HELLO], [WEATHER]).text
+    beside = loop("{{ m.content }}{% if m.role == 'system' %}{{ tools | tojson }}{% endif %}", "")
+    assert "get_weather" in rendered(beside, [HELLO], [WEATHER]).text
+    with pytest.raises(InvalidRequest, match="does not show tools") as caught:
+        rendered(loop("{{ m.content }}", before=""), [HELLO], [WEATHER])
+    assert caught.value.option == "tools"
+
+
+def test_texts_are_given_in_parts_where_only_those_show() -> None:
+    parts = loop(
+        "{{ m.role }}:{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+        "{% endif %}{% endfor %};"
+    )
+    found = rendered(parts, [system("Aaa."), HELLO])
+    assert "system:Aaa.;user:Hello there.;" in found.text
+    assert found.notes == ()
 
 
 def test_a_refusal_names_the_message() -> None:
     words = "it says stop"
     template = loop(
-        "{%- if m.content == 'stop' %}{{ raise_exception('" + words + "') }}{% endif %}{{ m.content }}"
+        "{%- if m.content == 'stop' %}{{ raise_exception('"
+        + words
+        + "') }}{% endif %}{{ m.content }}"
     )
     answer = {"role": "assistant", "content": "Hi."}
     messages = [HELLO, answer, HELLO, answer, {"role": "user", "content": "stop"}, answer, HELLO]
@@ -290,7 +318,7 @@ def test_a_note_names_the_message_that_is_lost_and_no_other() -> None:
     asked = {"role": "user", "content": "Is it Sunny?"}
     answer = {"role": "assistant", "content": "Sunny"}
     (note,) = rendered(template, [HELLO, answer, asked]).notes
-    assert "number 1 (assistant): its content" in note
+    assert "number 1 ('assistant'): its content" in note
     assert "number 0" not in note
     assert "number 2" not in note
 

@@ -7,8 +7,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tests.tiny import make_tokenizer
 
 TOOLS = (
-    "{%- if tools %}{{ '<|im_start|>tools\\n' }}{% for tool in tools %}{{ (tool | tojson) + '\\n' }}"
-    "{% endfor %}{{ '<|im_end|>\\n' }}{% endif %}"
+    "{%- if tools %}{{ '<|im_start|>tools\\n' }}{% for tool in tools %}"
+    "{{ (tool | tojson) + '\\n' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endif %}"
 )
 CALLS = (
     "{%- for call in m.tool_calls or [] %}{{ '<tool_call>' + (call.function | tojson) "
@@ -70,9 +70,7 @@ TEMPLATES = {
     "system at the beginning": loop(
         raising("m.role == 'system' and not loop.first", "System message must be at the beginning.")
     ),
-    "first system only": loop(
-        "{%- if m.role != 'system' or loop.first %}" + SAY + "{% endif %}"
-    ),
+    "first system only": loop("{%- if m.role != 'system' or loop.first %}" + SAY + "{% endif %}"),
     "no system": loop(raising("m.role == 'system'", "System role not supported")),
     "turns": (
         TOOLS
