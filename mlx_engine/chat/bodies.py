@@ -227,6 +227,7 @@ class TaggedCall:
             perhaps a group ``type``.
         close: what is behind a value; ``{key}`` is the argument's name.
         end: what a call ends with.
+        tail: a pattern of what may stand behind that.
         start: a pattern of what a call begins with; without one, the head.
         after: patterns of what may follow a call whose end is missing.
         newlines: a newline before and behind a value is none of it.
@@ -236,6 +237,7 @@ class TaggedCall:
     argument: str
     close: str
     end: str = ""
+    tail: str = ""
     start: str = ""
     after: tuple[str, ...] = ()
     newlines: bool = False
@@ -269,6 +271,9 @@ class TaggedCall:
             after = compiled("|".join(self.after) or r"(?!)")
             if char == "" or (yield from source.look(after)) is None:
                 source.fail("an argument or the end of the call")
+        if self.tail:
+            yield from source.skip_space()
+            yield from source.read(compiled(self.tail))
         calls.complete()
 
     def _value(self, source: Source, calls: Calls, head: regex.Match[str]) -> Steps[None]:
@@ -339,7 +344,8 @@ class PythonCall:
     def read(self, source: Source, calls: Calls) -> Steps[None]:
         """Read a call that was opened."""
         found = yield from source.expect(compiled(self.start), "a name")
-        calls.begin(found.group()[:-1])
+        name = found.group()[:-1]
+        calls.begin(name if name in calls.tools else name.removesuffix(".call"))
         separator = "{"
         while (yield from source.skip_space()) != ")":
             if separator == ", ":
