@@ -16,7 +16,7 @@ from typing import Any
 
 from mlx_engine.chat.probes import Probes
 
-_LEADING = ("system", "developer")
+LEADING = ("system", "developer")  # roles of those who instruct
 _SHORT = re.compile(r"[A-Za-z0-9]{9}")
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _BETWEEN = "\n\n"  # of texts that become one message
@@ -66,6 +66,11 @@ class Entry:
     def role(self) -> str:
         """Role for the template."""
         return str(self.message["role"])
+
+    @property
+    def named(self) -> str:
+        """The numbers and roles of the caller's messages."""
+        return " and ".join(map(str, self.sources))
 
     @property
     def calls(self) -> list[dict[str, Any]]:
@@ -190,13 +195,13 @@ def _place_system(found: Adapted, traits: Probes, form: Form) -> None:
     for entry in entries:
         if entry.role == "developer" and not traits.knows_developer:
             entry.message["role"] = "system"
-    if not any(entry.role in _LEADING for entry in entries):
+    if not any(entry.role in LEADING for entry in entries):
         return
-    count = next((n for n, e in enumerate(entries) if e.role not in _LEADING), len(entries))
+    count = next((n for n, e in enumerate(entries) if e.role not in LEADING), len(entries))
     leading, rest = entries[:count], entries[count:]
     stay: list[Entry] = []
     for entry, before, after in _neighbours(rest):
-        if entry.role not in _LEADING or (
+        if entry.role not in LEADING or (
             not form.strict and traits.takes_system_between(before, after)
         ):
             stay.append(entry)
@@ -217,16 +222,16 @@ def _neighbours(entries: list[Entry]) -> Iterator[tuple[Entry, str, str]]:
     role = ""
     for entry in reversed(entries):
         after.append(role)
-        role = role if entry.role in _LEADING else entry.role
+        role = role if entry.role in LEADING else entry.role
     before = ""
     for entry in entries:
         yield entry, before, after.pop()
-        before = before if entry.role in _LEADING else entry.role
+        before = before if entry.role in LEADING else entry.role
 
 
 def _before_user(found: Adapted, system: Entry, rest: list[Entry]) -> list[Entry]:
     """Have a system message in the first one of the user."""
-    which = " and ".join(map(str, system.sources))
+    which = system.named
     for n, entry in enumerate(rest):
         if entry.role == "user":
             found.note(f"{which}: stands in {entry.sources[0]}", "takes no system message")

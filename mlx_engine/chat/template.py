@@ -266,7 +266,7 @@ class ChatTemplate:
             return text[-_TAIL:] if behind is None else text[behind:], end
         if not goes_on:
             return text, len(text)
-        if end is not None and text.startswith(begun[:end]):
+        if generation and end is not None and text.startswith(begun[:end]):
             return text[end:], len(text)
         behind = end_of(text[: len(text) - len(adapted.messages[-1]["content"])], last)
         return text[-_TAIL:] if behind is None else text[behind:], len(text)
