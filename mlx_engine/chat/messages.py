@@ -1,4 +1,4 @@
-"""What callers send -> what a model's chat template takes.
+"""Messages of callers -> what a model's chat template takes.
 
 An ``Entry`` is a message on its way, with the texts of the caller's messages that are in it. What
 changes nothing for a template that takes the caller's form is done always; all else only where
@@ -24,7 +24,7 @@ _BETWEEN = "\n\n"  # of texts that become one message
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What is done in another way than the traits of the template say, since it refused that.
+    """Ways that differ from what the traits of the template say, since it refused those.
 
     Attributes:
         strict: one system message, and no role twice.
@@ -132,7 +132,7 @@ def adapt(
     _merge(found, traits, form)
     _give_reasoning(found, tuple(reasoning), traits)
     _give_arguments(found, traits, form)
-    _shorten_ids(found, traits)
+    _give_ids(found, traits)
     return found
 
 
@@ -319,21 +319,30 @@ def _give_arguments(found: Adapted, traits: Probes, form: Form) -> None:
         entry.message["tool_calls"] = calls
 
 
-def _shorten_ids(found: Adapted, traits: Probes) -> None:
-    if not any(entry.calls for entry in found.entries) or not traits.wants_short_ids:
+def _give_ids(found: Adapted, traits: Probes) -> None:
+    """Give calls and results the ids that a template wants; others keep theirs, or none."""
+    calls = [call for entry in found.entries for call in entry.calls]
+    if not calls:
+        return
+    short = traits.wants_short_ids
+    if not short and (all(call.get("id") for call in calls) or not traits.wants_ids):
         return
     answers: Iterator[dict[str, Any]] = iter(())
     for number, entry in enumerate(found.entries):
         if entry.calls:
             entry.message["tool_calls"] = [
-                {**call, "id": short_id(call.get("id") or f"{number}.{n}")}
+                {**call, "id": _id(call.get("id"), f"{number}.{n}", short)}
                 for n, call in enumerate(entry.calls)
             ]
             answers = iter(entry.message["tool_calls"])
         elif entry.role == "tool":
-            given = entry.message.get("tool_call_id")
-            call = next(answers, None)
-            entry.message["tool_call_id"] = short_id(given or (call or {"id": str(number)})["id"])
+            call = next(answers, {"id": str(number)})
+            given = entry.message.get("tool_call_id") or call["id"]
+            entry.message["tool_call_id"] = _id(given, "", short)
+
+
+def _id(given: str | None, place: str, short: bool) -> str:
+    return short_id(given or place) if short or not given else given
 
 
 def short_id(given: str) -> str:

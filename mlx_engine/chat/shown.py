@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_engine.chat.messages import Entry, Source
+from mlx_engine.chat.messages import LEADING, Entry, Source
 from mlx_engine.core.stop import checkpoint
 
 _MOST = 2**28  # characters that are looked at in vain; then the rest counts as shown
@@ -93,7 +93,8 @@ def _items(entries: Iterable[Entry]) -> Iterator[Item]:
     place = 0
     for entry in entries:
         for source in entry.sources:
-            anywhere = source.role in ("system", "developer")
+            # Some templates have calls and results before the text of their message.
+            anywhere = source.role in LEADING or bool(source.calls)
             place += 1
             if source.text.strip():
                 yield Item(place, source, "content", source.text, anywhere)
@@ -125,7 +126,7 @@ def _leaves(arguments: object) -> Iterator[str]:
 
 
 def _lost(text: str, items: list[Item]) -> list[Item]:
-    """Those that do not show: none if all are found one behind the other."""
+    """Items that do not show: none if all are found one behind the other."""
     finder = _Finder(text)
     at = end = place = 0
     for item in items:

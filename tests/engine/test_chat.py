@@ -67,7 +67,7 @@ async def test_reasoning_answer_and_tool_call(engine: SimpleEngine) -> None:
 
 
 async def test_a_malformed_call_is_reported_and_the_rest_stands(engine: SimpleEngine) -> None:
-    result = await chat(engine, "a<tool_call>{\"name\": \"add\", oops</tool_call>b", tools=[TOOL])
+    result = await chat(engine, 'a<tool_call>{"name": "add", oops</tool_call>b', tools=[TOOL])
     assert result.text == "ab"
     (call,) = result.tool_calls
     assert call.raw == '{"name": "add", oops'
