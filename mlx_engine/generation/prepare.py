@@ -10,7 +10,6 @@ from mlx_engine.generation.request import Request
 from mlx_engine.generation.sampling import check_sampling, make_sampling
 from mlx_engine.generation.text import TextAssembler
 from mlx_engine.models.vocabulary import Vocabulary
-from mlx_engine.requests import ChatPrompt
 
 
 def prepare(request: Request, vocabulary: Vocabulary) -> None:
@@ -35,8 +34,7 @@ def prepare(request: Request, vocabulary: Vocabulary) -> None:
         TextAssembler(
             vocabulary.tokenizer,
             stop=tuple(params.stop),
-            initial_state=encoded.initial_state,
-            tools=source.tools if isinstance(source, ChatPrompt) else None,
+            parser=encoded.parser(),
         ),
         functools.partial(
             make_sampling,
