@@ -78,6 +78,8 @@ class ChatPrompt:
         messages: as templates expect them, made from what OpenAI's API takes.
         tools: descriptions of tools; ``None`` if there are none.
         template_kwargs: for the chat template.
+        max_reasoning_tokens: after how many tokens reasoning is closed, and the answer goes on;
+            ``None`` is without limit.
         option: what a caller calls it.
 
     Raises:
@@ -87,6 +89,7 @@ class ChatPrompt:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     template_kwargs: dict[str, Any]
+    max_reasoning_tokens: int | None = None
     option: ClassVar[str] = "messages"
 
     @classmethod
