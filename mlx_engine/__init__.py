@@ -8,23 +8,25 @@ engine in this process does.
 
 Its files:
 
-    cli/           arguments -> engine call -> print
-    __main__.py    ``python -m mlx_engine``
-    testing/       for the tests of applications
-    remote/        engines in other processes, and those who watch over them
-    engine/        where the event loop and the MLX thread meet
-    generation/    requests: synchronous from here on, on the MLX thread
-    models/        where models come from
-    core/          asyncio and threads, and no MLX
-    requests.py    what a caller asks of an engine
-    config.py      how an engine is set up
-    strategies.py  how prompts are prefilled, and answers decoded
-    limits.py      how large a request may be
-    params.py      the options of one request
-    outputs.py     what engines give back
-    checks.py      numbers and paths that callers give
-    errors.py      every exception, as a tree
-    guide/         what users read, by ``mlx-engine help``
+    cli/             arguments -> engine call -> print
+    __main__.py      ``python -m mlx_engine``
+    testing/         for the tests of applications
+    remote/          engines in other processes, and those who watch over them
+    engine/          where the event loop and the MLX thread meet
+    generation/      requests: synchronous from here on, on the MLX thread
+    models/          where models come from
+    chat/            conversations <-> text, and no MLX
+    core/            asyncio and threads, and no MLX
+    requests.py      what a caller asks of an engine
+    conversation.py  the messages and tools in it
+    config.py        how an engine is set up
+    strategies.py    how prompts are prefilled, and answers decoded
+    limits.py        how large a request may be
+    params.py        the options of one request
+    outputs.py       what engines give back
+    checks.py        numbers and paths that callers give
+    errors.py        every exception, as a tree
+    guide/           what users read, by ``mlx-engine help``
 """
 
 from __future__ import annotations

@@ -75,6 +75,8 @@ class ReasoningClose:
                 rest = self._encode(self.text[size:])
                 if rest is not None:
                     return rest
+        if before.endswith("`") and not space:  # or it may be taken for a marker that is quoted
+            return self._encode("\n" + self.text) or self.tokens
         return self.tokens
 
     def _encode(self, text: str) -> tuple[int, ...] | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from mlx_engine import (
     SamplingParams,
     SimpleEngine,
 )
-from mlx_engine.generation import prepare
+from mlx_engine.generation import reasoning_budget
 from mlx_engine.requests import ChatPrompt, GenerationRequest
 from tests.conftest import cancel_inside, settled
 from tests.engine.test_chat import saying
@@ -53,10 +53,9 @@ def user(text: str) -> list[dict[str, str]]:
 
 
 def asked(text: str, budget: int | None, opened: bool = True, **options: Any) -> GenerationRequest:
-    source = ChatPrompt.of(user(text), None, OPEN if opened else None)
-    return GenerationRequest(
-        replace(source, max_reasoning_tokens=budget), SamplingParams(**options)
-    )
+    variables = OPEN if opened else None
+    source = ChatPrompt.of(user(text), None, variables, max_reasoning_tokens=budget)
+    return GenerationRequest(source, SamplingParams(**options))
 
 
 async def chat(
@@ -343,13 +342,12 @@ async def test_a_processor_that_excludes_the_close_excludes_it_in_vain(
 async def test_a_fault_in_reading_costs_one_request(
     any_engine: BaseEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Broken(prepare._Markers):
-        def feed(self, text: str) -> None:
-            raise ZeroDivisionError("broken")
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("broken")
 
     neighbour = await chat(any_engine, "hi", None, **FREE)
     with monkeypatch.context() as patched:
-        patched.setattr(prepare, "_Markers", Broken)
+        patched.setattr(reasoning_budget._Reading, "add", broken)
         results = await asyncio.gather(
             chat(any_engine, "hi", None, **FREE),
             chat(any_engine, "hi", 4, **FREE),
@@ -363,10 +361,13 @@ async def test_a_fault_in_reading_costs_one_request(
 
 
 async def test_a_model_that_knows_no_reasoning_says_so(
-    engine: SimpleEngine, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_path: Path, engine_type: type[BaseEngine]
 ) -> None:
-    free = await chat(engine, "hi", None, **FREE)
-    monkeypatch.setattr(prepare, "_reasoning", lambda *_: None)
-    result = await chat(engine, "hi", 2, **FREE)
+    folder = shutil.copytree(tiny_path, tmp_path / "model")
+    template = folder / "chat_template.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    async with engine_type(folder) as engine:
+        free = await chat(engine, "hi", None, opened=False, **FREE)
+        result = await chat(engine, "hi", 2, opened=False, **FREE)
     assert result.tokens == free.tokens
     assert result.notes == ("max_reasoning_tokens: this model's template knows no reasoning",)

@@ -214,6 +214,13 @@ def test_a_marker_of_one_token_is_not_completed_by_letters(
     assert CLOSE.behind(before) == tokens
 
 
+def test_a_marker_is_no_quoted_one() -> None:
+    close = ReasoningClose(TOKENIZER, "</think>")
+    assert close.behind("so") == ids("</think>")
+    assert close.behind("so`") == ids("\n</think>")
+    assert CLOSE.behind("so`") == ids(TEXT)
+
+
 def in_pieces() -> TokenizerWrapper:
     """A byte-level tokenizer that knows no marker."""
     return fast(byte_level())

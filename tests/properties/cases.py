@@ -7,7 +7,7 @@ import itertools
 import os
 import random
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,8 @@ async def two_that_reason(engine: BaseEngine, faults: Faults) -> Answers:
     """One whose reasoning is closed early, and one whose is not, beside each other."""
 
     def chat(budget: int | None) -> Awaitable[GenerationResult]:
-        source = ChatPrompt.of(CHAT, None, {"enable_thinking": "open"})
-        source = replace(source, max_reasoning_tokens=budget)
+        variables = {"enable_thinking": "open"}
+        source = ChatPrompt.of(CHAT, None, variables, max_reasoning_tokens=budget)
         return engine.submit(GenerationRequest(source, SamplingParams(**GREEDY))).run(None)
 
     return await asyncio.gather(outcome(chat(3)), outcome(chat(None)))
