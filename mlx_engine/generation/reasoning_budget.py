@@ -10,12 +10,14 @@ at only where they can matter, and taken back if they turn out to be others.
 
 from __future__ import annotations
 
+import itertools
+import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -51,11 +53,10 @@ class ReasoningClose:
     def __init__(self, tokenizer: TokenizerWrapper, text: str) -> None:
         self.text = text
         self._tokenizer = tokenizer
+        self._added: Mapping[int, object] = getattr(tokenizer, "added_tokens_decoder", {})
         exact = self._encode(text)
         self.tokens = exact if exact is not None else self._plain(text)
         self._ends = self._lengths(self.tokens) if exact is not None else []
-        added: Any = getattr(tokenizer, "added_tokens_decoder", {})
-        self._added = frozenset(added)
 
     def behind(self, before: str) -> tuple[int, ...]:
         """The tokens that close reasoning whose text ends like ``before``.
@@ -81,17 +82,26 @@ class ReasoningClose:
 
     def _encode(self, text: str) -> tuple[int, ...] | None:
         """Tokens that continue a text by this one, to the letter; ``None`` if none are found."""
-        anchor, joined = self._plain(_ANCHOR), self._plain(_ANCHOR + text)
-        candidates = [self._plain(text)]
-        if joined[: len(anchor)] == anchor:
-            candidates.append(joined[len(anchor) :])
-        for tokens in candidates:
+        for encode in (self._plain, self._inside, self._in_parts):
+            tokens = encode(text)
             if tokens and self._decode(tokens)[-1] == text:
                 return tokens
         return None
 
     def _plain(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _inside(self, text: str) -> tuple[int, ...]:
+        """As in the middle of a text: some tokenizers begin one with a space."""
+        return self._plain(_ANCHOR + text)[len(self._plain(_ANCHOR)) :]
+
+    def _in_parts(self, text: str) -> tuple[int, ...]:
+        """With added tokens by themselves: some tokenizers have a space behind each."""
+        ids = {str(each): token for token, each in self._added.items()}
+        names = sorted((re.escape(name) for name in ids if name and name in text), reverse=True)
+        parts = re.split(f"({'|'.join(names)})", text) if names else [text]
+        each = ((ids[part],) if part in ids else self._inside(part) for part in parts if part)
+        return tuple(itertools.chain.from_iterable(each))
 
     def _decode(self, tokens: Sequence[int]) -> list[str]:
         """The text behind the anchor after each of the tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -88,7 +89,8 @@ async def oracle(engine: BaseEngine, text: str, budget: int, count: int) -> list
     prompt = await prompt_of(engine, text)
     free = await engine.generate(prompt, max_tokens=count, ignore_eos=True, decode=None)
     begun = list(free.tokens[:budget])
-    assert END not in begun, "it closes reasoning by itself"
+    if END in begun:  # it closes reasoning by itself
+        return list(free.tokens)
     begun += CLOSE[begun[-1:] == [NEWLINE] :]
     if len(begun) < count:
         rest = await engine.generate(
@@ -119,11 +121,10 @@ async def any_engine(
         yield engine
 
 
-@pytest.mark.parametrize("budget", [0, 1, 2, 3, 4, 5, 9, 17, 22])
 async def test_greedy_tokens_are_those_of_plain_decoding_with_the_close_in_between(
-    any_engine: BaseEngine, budget: int
+    any_engine: BaseEngine,
 ) -> None:
-    for text in ("hi", "Name a colour."):
+    for budget, text in [*((n, "hi") for n in (0, 1, 5, 17)), (1, "Name a colour."), (9, "you")]:
         expected = await oracle(any_engine, text, budget, 24)
         result = await chat(any_engine, text, budget, **FREE)
         assert list(result.tokens) == expected
@@ -140,15 +141,11 @@ async def test_more_tokens_than_the_reasoning_uses_change_nothing(any_engine: Ba
         assert (await chat(any_engine, "hi", budget, **FREE)).tokens == free.tokens
 
 
-@pytest.mark.parametrize("wrong", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("budget", [0, 1, 6, 13])
-async def test_proposals_change_no_token(
-    tiny_path: Path, engine_type: type[BaseEngine], wrong: float, budget: int
-) -> None:
+async def test_proposals_change_no_token(tiny_path: Path, engine_type: type[BaseEngine]) -> None:
     async with engine_type(tiny_path, decode=DraftModel(tiny_path, 4)) as engine:
-        expected = await oracle(engine, "hi", budget, 24)
-        for seed in range(4):
-            rig(engine, [*await prompt_of(engine, "hi"), *expected], wrong, seed)
+        for budget, wrong in itertools.product((0, 6), (0.0, 0.4, 0.3, 1.0)):
+            expected = await oracle(engine, "hi", budget, 24)
+            rig(engine, [*await prompt_of(engine, "hi"), *expected], wrong, budget)
             result = await streamed(engine, "hi", budget, **FREE)
             assert list(result.tokens) == expected
             assert result.timings.draft_tokens > 0
@@ -160,27 +157,32 @@ async def test_an_mtp_head_changes_no_token(
 ) -> None:
     folder = await made(kind, tmp_path / "model", 3)
     async with engine_type(folder, decode=MTP(3)) as engine:
-        for budget in (0, 5, 12):
+        for budget in (0, 5):
             expected = await oracle(engine, "hi", budget, 24)
             assert list((await chat(engine, "hi", budget, **FREE)).tokens) == expected
             rig(engine, [*await prompt_of(engine, "hi"), *expected], 0.4)
             assert list((await streamed(engine, "hi", budget, **FREE)).tokens) == expected
 
 
-@pytest.mark.parametrize("options", SAMPLING, ids=lambda options: " ".join(options))
 @pytest.mark.parametrize("budget", [0, 7])
 async def test_sampling_and_processors_are_those_of_plain_decoding(
-    tiny_path: Path, any_engine: BaseEngine, options: dict[str, Any], budget: int
+    tiny_path: Path, any_engine: BaseEngine, budget: int
 ) -> None:
-    options = {**FREE, **options}
     async with SimpleEngine(tiny_path) as plain:
-        prompt = await prompt_of(plain, "hi")
-        free = await plain.generate(prompt, **options)
-        assert END not in free.tokens[:budget]
-        close = CLOSE[list(free.tokens[max(0, budget - 1) : budget]) == [NEWLINE] :]
-        own = [forcing(len(prompt), budget, close)]
-        by_hand = await plain.generate(prompt, logits_processors=own, **options)
-    result = await chat(any_engine, "hi", budget, **options)
+        for options in SAMPLING:
+            await check_sampled(plain, any_engine, budget, {**FREE, **options})
+
+
+async def check_sampled(
+    plain: BaseEngine, engine: BaseEngine, budget: int, options: dict[str, Any]
+) -> None:
+    prompt = await prompt_of(plain, "hi")
+    free = await plain.generate(prompt, **options)
+    assert END not in free.tokens[:budget]
+    close = CLOSE[list(free.tokens[max(0, budget - 1) : budget]) == [NEWLINE] :]
+    own = [forcing(len(prompt), budget, close)]
+    by_hand = await plain.generate(prompt, logits_processors=own, **options)
+    result = await chat(engine, "hi", budget, **options)
     assert result.tokens == by_hand.tokens
     assert result.tokens[: budget + len(close)] == (*free.tokens[:budget], *close)
     assert len(result.logprobs) == (24 if "logprobs" in options else 0)
@@ -203,35 +205,35 @@ async def test_rows_of_a_batch_have_each_their_own(tiny_path: Path) -> None:
                 assert list(alone[n].tokens) == await oracle(engine, f"{n}", each, 24)
 
 
-@pytest.mark.parametrize("join_at", [1, 4, 6, 7, 9])
 @pytest.mark.parametrize("drafted", [True, False])
-async def test_who_joins_at_any_place_changes_nothing(
-    tiny_path: Path, join_at: int, drafted: bool
-) -> None:
+async def test_who_joins_at_any_place_changes_nothing(tiny_path: Path, drafted: bool) -> None:
     """The close is at 5: others come before it, within it and behind it."""
     decode = DraftModel(tiny_path, 2) if drafted else None
     async with BatchedEngine(tiny_path, decode=decode) as engine:
         expected = await oracle(engine, "hi", 5, 24)
         other = await chat(engine, "other", 2, **FREE)
-        joined: asyncio.Task[GenerationResult] | None = None
-        async with GenerationStream(engine.submit(asked("hi", 5, **FREE))) as stream:
-            seen = 0
-            async for chunk in stream:
-                seen += len(chunk.tokens)
-                if seen >= join_at and joined is None:
-                    joined = asyncio.create_task(chat(engine, "other", 2, **FREE))
-        assert list(stream.result.tokens) == expected
-        assert joined is not None
-        assert (await joined).tokens == other.tokens
+        for join_at in (1, 4, 5, 6, 7, 9):
+            joined: asyncio.Task[GenerationResult] | None = None
+            async with GenerationStream(engine.submit(asked("hi", 5, **FREE))) as stream:
+                seen = 0
+                async for chunk in stream:
+                    seen += len(chunk.tokens)
+                    if seen >= join_at and joined is None:
+                        joined = asyncio.create_task(chat(engine, "other", 2, **FREE))
+            assert list(stream.result.tokens) == expected
+            assert joined is not None
+            assert (await joined).tokens == other.tokens
 
 
-async def test_a_next_turn_finds_all_of_it_in_the_prompt_cache(any_engine: BaseEngine) -> None:
+async def test_a_next_turn_finds_all_of_it_in_the_prompt_cache(
+    any_engine: BaseEngine, tiny_path: Path
+) -> None:
     result = await chat(any_engine, "hi", 6, **FREE)
     await settled()
     prompt = [*await prompt_of(any_engine, "hi"), *result.tokens, *range(1, 9)]
     again = await any_engine.generate(prompt, max_tokens=12, ignore_eos=True)
     assert again.usage.cached_tokens >= len(prompt) - 8 - 2
-    async with SimpleEngine(any_engine._model, prompt_cache_bytes=0) as cold:  # type: ignore[attr-defined]
+    async with SimpleEngine(tiny_path, prompt_cache_bytes=0) as cold:
         assert (await cold.generate(prompt, max_tokens=12, ignore_eos=True)).tokens == again.tokens
 
 
@@ -309,23 +311,22 @@ async def test_stop_strings_see_what_closes_reasoning(engine: SimpleEngine) -> N
     assert (result.reasoning, result.text) == ("ab", "yes, yes")
 
 
-@pytest.mark.parametrize("more", [1, 2, 3, 4])
-async def test_max_tokens_within_the_close_is_the_end(any_engine: BaseEngine, more: int) -> None:
-    options = {"max_tokens": 5 + more, "ignore_eos": True}
-    result = await streamed(any_engine, "hi", 5, **options)
-    assert list(result.tokens) == await oracle(any_engine, "hi", 5, 5 + more)
-    assert list(result.tokens[5:]) == CLOSE[:more]
-    assert result.finish_reason == "length"
+async def test_max_tokens_within_the_close_is_the_end(any_engine: BaseEngine) -> None:
+    for more in (1, 2, 3, 4):
+        result = await streamed(any_engine, "hi", 5, max_tokens=5 + more, ignore_eos=True)
+        assert list(result.tokens) == await oracle(any_engine, "hi", 5, 5 + more)
+        assert list(result.tokens[5:]) == CLOSE[:more]
+        assert result.finish_reason == "length"
 
 
-@pytest.mark.parametrize("call", range(3, 11))
 async def test_it_can_be_cancelled_anywhere(
-    any_engine: BaseEngine, gate: Callable[[str, int], Gate], call: int
+    any_engine: BaseEngine, gate: Callable[[str, int], Gate]
 ) -> None:
     expected = await oracle(any_engine, "hi", 4, 24)
-    await settled()
-    await cancel_inside(gate("model", call), chat(any_engine, "hi", 4, **FREE))
-    assert list((await chat(any_engine, "hi", 4, **FREE)).tokens) == expected
+    for call in range(3, 11):
+        await settled()
+        await cancel_inside(gate("model", call), chat(any_engine, "hi", 4, **FREE))
+        assert list((await chat(any_engine, "hi", 4, **FREE)).tokens) == expected
 
 
 async def test_a_processor_that_excludes_the_close_excludes_it_in_vain(
@@ -371,3 +372,31 @@ async def test_a_model_that_knows_no_reasoning_says_so(
         result = await chat(engine, "hi", 2, opened=False, **FREE)
     assert result.tokens == free.tokens
     assert result.notes == ("max_reasoning_tokens: this model's template knows no reasoning",)
+
+
+HARMONY = """{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>\
+{% endfor %}{# to=functions. <|channel|>analysis<|message|> <|channel|>commentary json <|call|> #}\
+{% if add_generation_prompt %}<|start|>assistant{% endif %}"""
+FINAL = "<|end|><|start|>assistant<|channel|>final<|message|>"
+
+
+async def test_reasoning_in_several_messages_is_one_budget(
+    tmp_path: Path, tiny_path: Path, engine_type: type[BaseEngine]
+) -> None:
+    """Markers of many tokens, and reasoning that begins again."""
+    folder = shutil.copytree(tiny_path, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(HARMONY)
+    begin, other = "<|channel|>analysis<|message|>", "<|end|><|start|>assistant"
+    skipped = "x" * len(FINAL)
+    used = 4 + len("<|end|>")
+    cases = {
+        (f"{begin}abcd{skipped}yes", 4): "abcd",
+        (f"{begin}ab<|en{skipped[4:]}yes", 6): "ab",  # what has begun is completed
+        (f"{begin}abcd{other}{begin}ef{skipped}yes", used + 2): "abcdef",
+        (f"{begin}abcd{other}{begin}{skipped}yes", used): "abcd",
+    }
+    async with engine_type(folder) as engine:
+        for (script, budget), reasoning in cases.items():
+            own = [saying(script)]
+            result = await chat(engine, "hi", budget, opened=False, logits_processors=own)
+            assert (result.reasoning, result.text) == (reasoning, "yes")
