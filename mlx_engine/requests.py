@@ -60,7 +60,8 @@ class ChatPrompt:
         tools: descriptions of tools; ``None`` if there are none.
         template_kwargs: for the chat template.
         thinking: whether to reason first; ``None`` leaves it to the chat template.
-        max_reasoning_tokens: most tokens of reasoning; ``None`` for no limit of its own.
+        max_reasoning_tokens: after so many tokens reasoning is closed, and the answer goes on;
+            ``None`` for no limit of its own.
         continue_final_message: whether to go on with the last message, which is the assistant's.
         tool_choice: whether the model may call tools.
         parallel_tool_calls: whether it may make more than one call in an answer.

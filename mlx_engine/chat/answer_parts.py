@@ -25,6 +25,7 @@ class AnswerParts:
         self.calls = Calls(self.source, tools, self.pieces, parallel=parallel)
         self.quoting = Quoting()
         self.in_reasoning = False
+        self.reasoning_over = False  # no more of it can come
 
     @property
     def has_tools(self) -> bool:

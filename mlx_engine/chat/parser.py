@@ -49,6 +49,11 @@ class AnswerParser:
         """Whether the text so far ends inside reasoning."""
         return self._parts.in_reasoning
 
+    @property
+    def reasoning_over(self) -> bool:
+        """Whether no reasoning can come any more, whatever the text."""
+        return self._parts.reasoning_over
+
     def feed(self, text: str) -> list[Piece]:
         """The pieces that this text completes."""
         if not text:

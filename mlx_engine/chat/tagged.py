@@ -19,6 +19,7 @@ def read(parts: AnswerParts, form: AnswerFormat, prefix: str) -> Steps[None]:
     if form.reasoning is not None:
         had_some = yield from _reasoning(parts, form.reasoning, prefix)
         stray = None if had_some else form.reasoning.close
+    parts.reasoning_over = True
     sections = tuple(map(section, form.calls)) if parts.has_tools else ()
     yield from _content(parts, sections, form.drop, stray)
 

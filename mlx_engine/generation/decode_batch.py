@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
 from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes, merge
+from mlx_engine.generation.reasoning_budget import only
 from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.sampler import Sampler
 from mlx_engine.generation.sequence import Sequence
@@ -169,6 +170,12 @@ class DecodeBatch:
                     for i, each in enumerate(self.sequences)
                 ]
             )
+        if any(each.budget is not None for each in self.sequences):
+            forced = [
+                None if _is_last(each) else each.forced(inputs[i : i + 1], logits)
+                for i, each in enumerate(self.sequences)
+            ]
+            logits = only(forced, logits)
         self._sums = mx.logsumexp(logits, axis=-1, keepdims=True)
         logprobs = logits - self._sums
         self._inputs = self._sample(logprobs)

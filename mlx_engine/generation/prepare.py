@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 
 from mlx_engine.core.stop import checkpoint, stoppable
-from mlx_engine.generation.prompt import encode
+from mlx_engine.errors import InvalidRequest
+from mlx_engine.generation.prompt import Encoded, encode
+from mlx_engine.generation.reasoning_budget import ReasoningBudget, ReasoningClose
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.sampling import check_sampling, make_sampling
 from mlx_engine.generation.text import TextAssembler
 from mlx_engine.models.vocabulary import Vocabulary
+from mlx_engine.requests import ChatPrompt
 
 
 def prepare(request: Request, vocabulary: Vocabulary) -> None:
@@ -41,6 +44,24 @@ def prepare(request: Request, vocabulary: Vocabulary) -> None:
             params,
             vocab_size=vocabulary.vocab_size,
             xtc_special_tokens=(*vocabulary.newline_tokens, *sorted(vocabulary.eos)),
+            budget=_budget(request, vocabulary, encoded),
         ),
         stops if params.ignore_eos else vocabulary.eos | stops,
     )
+
+
+def _budget(request: Request, vocabulary: Vocabulary, encoded: Encoded) -> ReasoningBudget | None:
+    """The budget of a request's reasoning; ``None`` if it has none, or there is no reasoning."""
+    option, source, chat = "max_reasoning_tokens", request.asked.source, encoded.chat
+    if chat is None or not isinstance(source, ChatPrompt) or source.max_reasoning_tokens is None:
+        return None
+    text = chat.format.reasoning_close()
+    if not text:
+        request.note(f"{option}: this model's template knows no reasoning")
+        return None
+    tokenizer = vocabulary.tokenizer
+    close = ReasoningClose(tokenizer, text)
+    if not close.tokens or max(close.tokens) >= vocabulary.vocab_size:
+        raise InvalidRequest(option, f"this model has no tokens for {text!r}, which ends reasoning")
+    limit = source.max_reasoning_tokens
+    return ReasoningBudget(limit, close, tokenizer, chat.parser, request.tokens)

@@ -16,22 +16,30 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_engine.core.work import call_in
 from mlx_engine.errors import InvalidRequest, describe
+from mlx_engine.generation.reasoning_budget import ReasoningBudget
 from mlx_engine.generation.sampler import Sampler, SamplerOptions
 from mlx_engine.outputs import TokenLogprob
 from mlx_engine.params import LogitsProcessor, SamplingParams
 
 
 class Sampling:
-    """Logits to the next token: processors first, then the sampler.
+    """Logits to the next token: processors first, then what is forced, then the sampler.
 
     Attributes:
         options: how it is sampled, alone or as a row among others.
         processors: functions of the tokens so far and logits of shape (1, vocabulary).
+        budget: of its reasoning; ``None`` is without limit.
     """
 
-    def __init__(self, options: SamplerOptions, processors: Sequence[LogitsProcessor] = ()) -> None:
+    def __init__(
+        self,
+        options: SamplerOptions,
+        processors: Sequence[LogitsProcessor] = (),
+        budget: ReasoningBudget | None = None,
+    ) -> None:
         self.options = options
         self.processors = tuple(processors)
+        self.budget = budget
 
     def sample(self, logprobs: mx.array, position: int) -> mx.array:
         """Token ids of shape (n,) from log-probabilities of shape (n, vocabulary), for an
@@ -115,7 +123,11 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
 
 
 def make_sampling(
-    params: SamplingParams, *, vocab_size: int, xtc_special_tokens: Sequence[int] = ()
+    params: SamplingParams,
+    *,
+    vocab_size: int,
+    xtc_special_tokens: Sequence[int] = (),
+    budget: ReasoningBudget | None = None,
 ) -> Sampling:
     """The sampler's options and the processors of one request. On the MLX thread.
 
@@ -124,6 +136,7 @@ def make_sampling(
         vocab_size: tokens that the model's logits cover.
         xtc_special_tokens: ids that XTC never excludes (newline and end of sequence, as in
             mlx-lm).
+        budget: of its reasoning.
 
     Raises:
         InvalidRequest: a logits processor cannot be imported.
@@ -146,7 +159,7 @@ def make_sampling(
         seed=params.seed,
     )
     own = [_made(p) if isinstance(p, str) else p for p in params.logits_processors]
-    return Sampling(options, (*processors, *own))
+    return Sampling(options, (*processors, *own), budget)
 
 
 def _made(name: str) -> LogitsProcessor:

@@ -43,6 +43,7 @@ class Sequence:
         self.drafter: Drafter | None = None
         self.options = request.sampling.options
         self.processors = request.sampling.processors
+        self.budget = request.sampling.budget
         self.logprobs: mx.array | None = None  # of its next token
         self.new = True  # the token that goes in next is the prompt's last, or was told before
         self.batched = 0
@@ -115,3 +116,24 @@ class Sequence:
         except BaseException as error:  # noqa: BLE001 - the border to the caller's code
             self.fault = error
             return logits
+
+    def forced(self, token: mx.array, logits: mx.array) -> int | None:
+        """The token that alone may come next, if one is forced; a fault forces none.
+
+        Args:
+            token: of shape (1,), the one that goes into the model with this step.
+            logits: what comes of it.
+
+        Raises:
+            Exception: MLX failed.
+        """
+        if self.budget is None:
+            return None
+        place = self.held + 1 - len(self.request.prompt)
+        try:
+            return self.budget.forced(place, [token], logits)
+        except BaseException as error:
+            if self.budget.fault is None:
+                raise
+            self.fault = error
+            return None

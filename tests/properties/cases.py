@@ -19,9 +19,11 @@ from mlx_engine import (
     BatchedEngine,
     DraftModel,
     GenerationResult,
+    SamplingParams,
     SimpleEngine,
     SpecPrefill,
 )
+from mlx_engine.requests import ChatPrompt, GenerationRequest
 from tests.generation.rigged import made
 from tests.models.mtp_checkpoints import MIMO, QWEN_NEXT
 from tests.properties.faults import Faults
@@ -83,6 +85,17 @@ async def one_sampled(engine: BaseEngine, faults: Faults) -> Answers:
 async def one_chat(engine: BaseEngine, faults: Faults) -> Answers:
     tools = [{"type": "function", "function": {"name": "f"}}]
     return [await outcome(engine.chat(CHAT, tools=tools, **GREEDY))]
+
+
+async def two_that_reason(engine: BaseEngine, faults: Faults) -> Answers:
+    """One whose reasoning is closed early, and one whose is not, beside each other."""
+
+    def chat(budget: int | None) -> Awaitable[GenerationResult]:
+        variables = {"enable_thinking": "open"}
+        source = ChatPrompt.of(CHAT, None, variables, max_reasoning_tokens=budget)
+        return engine.submit(GenerationRequest(source, SamplingParams(**GREEDY))).run(None)
+
+    return await asyncio.gather(outcome(chat(3)), outcome(chat(None)))
 
 
 async def one_stream_then_more(engine: BaseEngine, faults: Faults) -> Answers:
@@ -188,6 +201,8 @@ def _sparse(folder: Path) -> SpecPrefill:
 CASES: dict[str, Case] = {
     "simple, sampled": Case(simple(), one_sampled),
     "simple, chat": Case(simple(), one_chat),
+    "simple, draft, reasoning": Case(simple(decode=_draft), two_that_reason),
+    "batched, reasoning": Case(batched(), two_that_reason),
     "simple, prompt cache": Case(simple(), one_stream_then_more),
     "batched, three": Case(batched(), three_at_once),
     "batched, joined": Case(batched(), one_joins_two),

@@ -151,7 +151,7 @@ class SpeculativeDecoder:
         with mx.stream(generation_stream):
             logits, hidden = self._forward(inputs[None], self._cache, last=1)
             self._remember(inputs)
-            logprobs = _logprobs(self._processed(logits, []))
+            logprobs = _logprobs(self._limited(self._processed(logits, []), place, [inputs]))
             token = self._sampling.sample_at(logprobs, place)
             sound = can_be_sampled(logprobs, token)
             wanted = logprobs[0] if self._request.wants_logprobs else None
@@ -232,7 +232,7 @@ class SpeculativeDecoder:
         remember what it was shown; so each token is waited for.
         """
         if not self._sampling.processors:
-            logprobs = _logprobs(logits)
+            logprobs = _logprobs(self._limited(logits, place, [proposals]))
             return _matching(
                 proposals, self._sampling.sample_at(logprobs, place), logprobs
             ), logprobs
@@ -240,7 +240,9 @@ class SpeculativeDecoder:
         samples: list[mx.array] = []
         one_by_one = self._request.context is not None
         for i in range(logits.shape[0]):
-            row = _logprobs(self._processed(logits[i : i + 1], [proposals[:i]] if i else []))
+            before = [proposals[:i]] if i else []
+            row = self._processed(logits[i : i + 1], before)
+            row = _logprobs(self._limited(row, place + i, before))
             rows.append(row)
             samples.append(self._sampling.sample_at(row, place + i))
             if one_by_one and i < proposals.size and (samples[i] != proposals[i]).item():
@@ -253,6 +255,7 @@ class SpeculativeDecoder:
         if self._request.context is None:
             logits = self._processed(logits, proposals)
         place = len(self.tokens) - len(self._request.prompt) + len(proposals)
+        logits = self._limited(logits, place, proposals)
         return self._sampling.sample_at(_logprobs(logits), place).astype(mx.uint32)
 
     # what processors are shown
@@ -278,6 +281,22 @@ class SpeculativeDecoder:
             return self._request.process_now(tokens, logits)
         except BaseException as error:
             self.fault = error
+            raise
+
+    def _limited(self, logits: mx.array, place: int, ahead: Sequence[mx.array]) -> mx.array:
+        """Logits of shape (n, vocabulary) within the budget of the request's reasoning.
+
+        Args:
+            place: of the first of them in the answer.
+            ahead: tokens before the last of them, those at least that have not come out.
+        """
+        budget = self._sampling.budget
+        if budget is None:
+            return logits
+        try:
+            return budget.apply(logits, place, ahead)
+        except BaseException:
+            self.fault = budget.fault
             raise
 
     # what the drafter is told
