@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Required, TypedDict
+from typing import Any, ClassVar, Literal
 
-from mlx_engine.checks import LARGEST, integer, shown
+from mlx_engine.checks import LARGEST, flag, integer, integer_or_none, shown
+from mlx_engine.conversation import Message as Message
+from mlx_engine.conversation import checked_messages, checked_tools
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
+from mlx_engine.outputs import GenerationResult
 from mlx_engine.params import SamplingParams
 from mlx_engine.strategies import EngineDefault, SpecPrefill
 
-
-class Message(TypedDict, total=False):
-    """A message of a chat, as in OpenAI's API: what ``list[Message]`` holds for type checkers.
-
-    Attributes:
-        role: of the speaker; chat templates know ``system``, ``user``, ``assistant`` and ``tool``.
-        content: text, or a list of parts of it, ``{"type": "text", "text": ...}``; ``None`` in a
-            message that has only calls.
-        name: of the speaker, or of the tool.
-        tool_calls: of an assistant: ``{"function": {"name": ..., "arguments": ...}}``, and an
-            ``id``.
-        tool_call_id: of a tool: which call it answers.
-        reasoning_content: of an assistant: what it thought aloud.
-    """
-
-    role: Required[str]
-    content: str | Sequence[Mapping[str, Any]] | None
-    name: str
-    tool_calls: Sequence[Mapping[str, Any]]
-    tool_call_id: str
-    reasoning_content: str
+ToolChoice = Literal["auto", "none"]
 
 
 class TokenIds(list[int]):
@@ -72,12 +53,18 @@ class TextPrompt:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A conversation.
+    """A conversation, and what of it is wanted.
 
     Attributes:
-        messages: as templates expect them, made from what OpenAI's API takes.
+        messages: in one form, made of what OpenAI's API takes: ``content`` is text, and arguments
+            of calls are mappings, or the text that they are where that is no JSON.
         tools: descriptions of tools; ``None`` if there are none.
         template_kwargs: for the chat template.
+        thinking: whether to reason first; ``None`` leaves it to the chat template.
+        max_reasoning_tokens: most tokens of reasoning; ``None`` for no limit of its own.
+        continue_final_message: whether to go on with the last message, which is the assistant's.
+        tool_choice: whether the model may call tools.
+        parallel_tool_calls: whether it may make more than one call in an answer.
         option: what a caller calls it.
 
     Raises:
@@ -87,22 +74,47 @@ class ChatPrompt:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     template_kwargs: dict[str, Any]
+    thinking: bool | None = None
+    max_reasoning_tokens: int | None = None
+    continue_final_message: bool = False
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
     option: ClassVar[str] = "messages"
 
     @classmethod
     def of(
         cls,
-        messages: Sequence[Message | Mapping[str, Any]],
+        messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         limits: RequestLimits = DEFAULT_LIMITS,
+        *,
+        thinking: bool | None = None,
+        max_reasoning_tokens: int | None = None,
+        continue_final_message: bool = False,
+        tool_choice: ToolChoice | None = "auto",
+        parallel_tool_calls: bool | None = True,
     ) -> ChatPrompt:
-        """Check what a caller has given, and copy it."""
+        """Check what a caller has given, and copy it; ``None`` is the default of the last two."""
+        copies = checked_messages(messages, limits)
+        continued = flag("continue_final_message", continue_final_message)
+        if continued:
+            _check_continued(copies)
         return cls(
-            _messages(messages, limits),
-            _tools(tools, limits),
+            copies,
+            checked_tools(tools, limits),
             _template_kwargs(template_kwargs, limits),
+            None if thinking is None else flag("thinking", thinking),
+            integer_or_none("max_reasoning_tokens", max_reasoning_tokens, low=0),
+            continued,
+            _tool_choice(tool_choice),
+            parallel_tool_calls is None or flag("parallel_tool_calls", parallel_tool_calls),
         )
+
+    @property
+    def offered(self) -> list[dict[str, Any]] | None:
+        """The tools that the model gets to see."""
+        return None if self.tool_choice == "none" else self.tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,113 +172,31 @@ def _token_ids(prompt: object) -> list[int]:
     return [integer("prompt", token, low=0, what="a token id") for token in tokens]
 
 
-def _messages(messages: object, limits: RequestLimits) -> list[dict[str, Any]]:
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+def _check_continued(messages: list[dict[str, Any]]) -> None:
+    number, last = len(messages) - 1, messages[-1]
+    which = f"number {number} ({shown(last['role'])})"
+    if last["role"] != "assistant":
         raise InvalidRequest(
-            "messages", "must be a list of messages such as {'role': 'user', 'content': 'Hi'}"
+            "continue_final_message", f"the last message, {which}, is not the assistant's"
         )
-    if not messages:
-        raise InvalidRequest("messages", "must not be empty")
-    limits.check("messages", "messages", len(messages), "messages")
-    messages = list(messages)
-    limits.check_values("messages", "text_characters", messages)
-    copies = [_message(index, message, limits) for index, message in enumerate(messages)]
-    if any(copy.get("tool_calls") for copy in copies):  # with arguments that came as JSON
-        limits.check_values("messages", "text_characters", copies)
-    return copies
-
-
-def _message(index: int, message: object, limits: RequestLimits) -> dict[str, Any]:
-    """A copy of a message in the form that templates expect, from the form that OpenAI has."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+    if last.get("tool_calls"):
         raise InvalidRequest(
-            "messages", f"number {index} must be a mapping with a 'role', not {shown(message)}"
+            "continue_final_message", f"the last message, {which}, has tool calls, and is complete"
         )
-    copy = dict(message)
-    which = f"number {index} ({shown(message['role'])})"
-    limits.check_name("messages", copy["role"], of=which)
-    content, calls = copy.get("content"), copy.get("tool_calls")
-    if isinstance(content, Sequence) and not isinstance(content, str):
-        copy["content"] = "".join(_part(which, part) for part in content)
-    elif content is not None and not isinstance(content, str):
-        raise InvalidRequest("messages", f"{which}: 'content' must be text, not {shown(content)}")
-    elif content is None and not calls:
-        raise InvalidRequest("messages", f"{which} has no 'content'")
-    if calls:
-        if not isinstance(calls, Sequence) or isinstance(calls, str | bytes):
-            raise InvalidRequest("messages", f"{which}: 'tool_calls' must be a list")
-        limits.check("messages", "tool_calls", len(calls), "tool calls", of=which)
-        copy["tool_calls"] = [_past_call(which, call, limits) for call in calls]
-    return copy
 
 
-def _part(which: str, part: object) -> str:
-    if not isinstance(part, Mapping) or part.get("type") != "text":
-        raise InvalidRequest("messages", f"{which}: only text parts are supported")
-    if not isinstance(text := part.get("text"), str):
+def _tool_choice(given: object) -> ToolChoice:
+    if given is None or given == "auto":
+        return "auto"
+    if given == "none":
+        return "none"
+    if given == "required" or isinstance(given, Mapping):
         raise InvalidRequest(
-            "messages", f"{which}: the 'text' of a text part must be text, not {shown(text)}"
+            "tool_choice",
+            f"{shown(given)} needs constrained output, which this engine does not have yet; "
+            "'auto' and 'none' are there",
         )
-    return text
-
-
-def _past_call(which: str, call: object, limits: RequestLimits) -> dict[str, Any]:
-    """A call of an earlier turn; templates want its arguments as a mapping, not as JSON."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
-        raise InvalidRequest(
-            "messages",
-            f"{which}: a tool call must be a mapping with a 'function', not {shown(call)}",
-        )
-    if not isinstance(name := function.get("name"), str):
-        raise InvalidRequest(
-            "messages", f"{which}: the name of a function must be text, not {shown(name)}"
-        )
-    limits.check_name("messages", name, of=which)
-    copy = dict(function)
-    if isinstance(arguments := copy.get("arguments"), str):
-        copy["arguments"] = _from_json(which, arguments, limits)
-    elif arguments is None:
-        copy["arguments"] = {}
-    elif not isinstance(arguments, Mapping):
-        raise InvalidRequest(
-            "messages",
-            f"{which}: the arguments of a tool call must be a mapping, or JSON, not "
-            f"{shown(arguments)}",
-        )
-    return {**call, "function": copy}
-
-
-def _from_json(which: str, text: str, limits: RequestLimits) -> Any:
-    # As many values as there are of these, at most, and it costs next to nothing to count them.
-    if limits.values is not None and sum(map(text.count, ",[{")) > limits.values:
-        bare = _STRING.sub("", text)
-        count = sum(map(bare.count, ",[{"))
-        limits.check("messages", "values", count, "values", of=f"{which}: a tool call")
-    try:
-        return json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(
-            "messages", f"{which}: the arguments of a tool call are not JSON ({error})"
-        ) from error
-
-
-def _tools(tools: object, limits: RequestLimits) -> list[dict[str, Any]] | None:
-    if tools is None:
-        return None
-    if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence):
-        raise InvalidRequest("tools", "must be a list of tool descriptions (JSON schema)")
-    limits.check("tools", "tools", len(tools), "tools")
-    tools = list(tools)
-    limits.check_values("tools", "tool_characters", tools)
-    for number, tool in enumerate(tools):
-        if not isinstance(tool, Mapping):
-            raise InvalidRequest("tools", f"each must be a mapping, not {shown(tool)}")
-        function = tool.get("function", tool)
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if isinstance(name, str):
-            limits.check_name("tools", name, of=f"number {number}")
-    return [dict(tool) for tool in tools] or None
+    raise InvalidRequest("tool_choice", f"must be 'auto' or 'none', not {shown(given)}")
 
 
 def _template_kwargs(given: object, limits: RequestLimits) -> dict[str, Any]:
@@ -296,7 +226,6 @@ _OURS = {
     "tokenize",
     "tools",
 }
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"')
 
 
 def _is_mlx_array(value: object) -> bool:

@@ -10,18 +10,19 @@ done on text, since the same text can be tokenized in many ways.
 from __future__ import annotations
 
 import copy
+import json
 import re
+import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mlx_lm.generate import make_text_state_machine
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_engine.core.stream import Piece
 from mlx_engine.generation.string_search import StringSearch, StringSet
 from mlx_engine.models.detokenizer import make_detokenizer
-from mlx_engine.outputs import Segment, ToolCall
-
-Piece = tuple[Segment, str]
+from mlx_engine.outputs import Segment, ToolCall, ToolCallDelta
 
 _SEGMENTS: dict[str | None, Segment] = {
     "normal": "content",
@@ -101,8 +102,7 @@ class TextAssembler:
             pieces += self._split(self._stops.finish())
         if self._segments is not None:
             pieces += self._keep(self._segments.finish())
-        self._end_call()
-        return pieces
+        return pieces + self._end_call()
 
     def _ends_here(self, stops: StringSearch) -> bool:
         """Whether what the detokenizer holds has a stop string in it, if no token follows."""
@@ -126,7 +126,7 @@ class TextAssembler:
             return []
         if self._segments is None:
             self._parts["content"].append(text)
-            return [("content", text)]
+            return [Piece("content", text)]
         return self._keep(self._segments.feed(text))
 
     def _keep(self, segments: list[tuple[str | None, str]]) -> list[Piece]:
@@ -137,16 +137,33 @@ class TextAssembler:
                 self._call = self._call if self._call is not None else []
                 self._call.append(text)
             else:
-                self._end_call()
+                pieces += self._end_call()
             if segment is not None and text:
                 self._parts[segment].append(text)
-                pieces.append((segment, text))
+                pieces.append(Piece(segment, text))
         return pieces
 
-    def _end_call(self) -> None:
+    def _end_call(self) -> list[Piece]:
         call, self._call = self._call, None
-        if call is not None:
-            self._calls += parse_tool_calls(self._tokenizer, "".join(call), self._tools)
+        if call is None:
+            return []
+        made = parse_tool_calls(self._tokenizer, "".join(call), self._tools)
+        first = len(self._calls)
+        self._calls += made
+        return [
+            Piece(
+                "tool_call",
+                "",
+                ToolCallDelta(
+                    number,
+                    one.id,
+                    one.name or None,
+                    json.dumps(one.arguments) if one.ok else "",
+                    one.error,
+                ),
+            )
+            for number, one in enumerate(made, first)
+        ]
 
 
 class _Ahead:
@@ -215,7 +232,7 @@ def parse_tool_calls(
     try:
         parsed = tokenizer.tool_parser(raw, tools)
     except Exception as error:  # noqa: BLE001 - the border: parsers raise anything
-        return [ToolCall(None, None, raw, error=f"{type(error).__name__}: {error}")]
+        return [_malformed(raw, f"{type(error).__name__}: {error}")]
     calls = parsed if isinstance(parsed, list) else [parsed]
     return [_tool_call(call, raw) for call in calls] or [_tool_call(None, raw)]
 
@@ -228,9 +245,17 @@ def _tool_call(call: object, raw: str) -> ToolCall:
                 try:
                     name, arguments = _valid(name), _valid(arguments)
                 except RecursionError:
-                    return ToolCall(None, None, raw, error="it is nested too deep")
-            return ToolCall(name, arguments, raw, id=given if isinstance(given, str) else None)
-    return ToolCall(None, None, raw, error="the text is not a call with a name and arguments")
+                    return _malformed(raw, "it is nested too deep")
+            return ToolCall(name, arguments, raw, id=given if isinstance(given, str) else _id())
+    return _malformed(raw, "the text is not a call with a name and arguments")
+
+
+def _malformed(raw: str, error: str) -> ToolCall:
+    return ToolCall(raw=raw, error=error, id=_id())
+
+
+def _id() -> str:
+    return secrets.token_hex(5)[:9]
 
 
 # Half of a character beyond the first 65,536, as JSON spells those; alone it is in no text.
