@@ -8,23 +8,26 @@ engine in this process does.
 
 Its files:
 
-    cli/           arguments -> engine call -> print
-    __main__.py    ``python -m mlx_engine``
-    testing/       for the tests of applications
-    remote/        engines in other processes, and those who watch over them
-    engine/        where the event loop and the MLX thread meet
-    generation/    requests: synchronous from here on, on the MLX thread
-    models/        where models come from
-    core/          asyncio and threads, and no MLX
-    requests.py    what a caller asks of an engine
-    config.py      how an engine is set up
-    strategies.py  how prompts are prefilled, and answers decoded
-    limits.py      how large a request may be
-    params.py      the options of one request
-    outputs.py     what engines give back
-    checks.py      numbers and paths that callers give
-    errors.py      every exception, as a tree
-    guide/         what users read, by ``mlx-engine help``
+    cli/             arguments -> engine call -> print
+    __main__.py      ``python -m mlx_engine``
+    testing/         for the tests of applications
+    remote/          engines in other processes, and those who watch over them
+    engine/          where the event loop and the MLX thread meet
+    generation/      requests: synchronous from here on, on the MLX thread
+    models/          where models come from
+    chat/            conversations <-> text
+    core/            asyncio and threads, and no MLX
+    questions.py     what a caller asks about a prompt
+    requests.py      what a caller asks of an engine
+    conversation.py  messages and tools as callers give them
+    config.py        how an engine is set up
+    strategies.py    how prompts are prefilled, and answers decoded
+    limits.py        how large a request may be
+    params.py        the options of one request
+    outputs.py       what engines give back
+    checks.py        numbers and paths that callers give
+    errors.py        every exception, as a tree
+    guide/           what users read, by ``mlx-engine help``
 """
 
 from __future__ import annotations
@@ -63,11 +66,13 @@ if TYPE_CHECKING:
         ProgressCallback,
         PromptCacheLookup,
         PromptCacheStats,
+        RenderedChat,
         Segment,
         ShutdownReport,
         Timings,
         TokenLogprob,
         ToolCall,
+        ToolCallDelta,
         Usage,
     )
     from mlx_engine.params import LogitsProcessor, SamplingOptions, SamplingParams
@@ -128,6 +133,7 @@ __all__ = [
     "PromptCacheStats",
     "RayEngine",
     "RemoteEngine",
+    "RenderedChat",
     "ReplicaInfo",
     "ReplicaState",
     "RequestLimits",
@@ -144,6 +150,7 @@ __all__ = [
     "Timings",
     "TokenLogprob",
     "ToolCall",
+    "ToolCallDelta",
     "Usage",
     "Watchdog",
     "install_signal_handlers",
@@ -186,11 +193,13 @@ _HOMES = {
         "ProgressCallback",
         "PromptCacheLookup",
         "PromptCacheStats",
+        "RenderedChat",
         "Segment",
         "ShutdownReport",
         "Timings",
         "TokenLogprob",
         "ToolCall",
+        "ToolCallDelta",
         "Usage",
     ),
     "mlx_engine.params": (

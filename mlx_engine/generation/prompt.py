@@ -32,12 +32,14 @@ class Encoded:
         notes: what was asked for and had no effect.
         places: numbers of its first tokens with which other prompts are likely to begin too,
             ascending; none where the model's KV cache can be cut back to any.
+        text: of a conversation in the chat template.
     """
 
     tokens: list[int]
     initial_state: str | None = None
     notes: tuple[str, ...] = ()
     places: tuple[int, ...] = ()
+    text: str = ""
 
 
 def encode(source: TextPrompt | ChatPrompt, vocabulary: Vocabulary) -> Encoded:
@@ -124,7 +126,7 @@ class _Chat:
                     raise
         places = () if vocabulary.cuttable else chat.find(text, without, encoded)
         state = self._initial_state(tokenizer, text, without, tokens)
-        return Encoded(tokens, state, tuple(notes), places)
+        return Encoded(tokens, state, tuple(notes), places, text)
 
     def _render(
         self,

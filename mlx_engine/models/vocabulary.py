@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_engine.chat.formats import AnswerFormat, choose_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,7 @@ class Vocabulary:
             no limit.
         longest_token: characters of the longest token.
         newline_tokens: what the tokenizer makes of a line break.
+        answer_format: how it marks reasoning and writes calls of tools.
         cuttable: whether the model's KV caches can be cut back to any number of tokens, at any
             length.
     """
@@ -31,4 +34,5 @@ class Vocabulary:
     context_length: int | None
     longest_token: int
     newline_tokens: tuple[int, ...]
+    answer_format: AnswerFormat = field(default_factory=lambda: choose_format(None))
     cuttable: bool = True

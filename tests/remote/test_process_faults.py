@@ -125,7 +125,7 @@ def test_arguments_of_a_call_that_are_no_json_cost_that_call_only() -> None:
     *lost, good = result_from_wire(told).tool_calls
     assert good == calls[-1]
     for call in lost:
-        assert (call.name, call.arguments, call.raw) == (None, None, "f()")
+        assert (call.name, call.arguments, call.raw, call.ok) == ("f", {}, "f()", False)
         assert "its arguments are no JSON" in str(call.error)
 
 
