@@ -15,11 +15,11 @@ Its files:
     engine/          where the event loop and the MLX thread meet
     generation/      requests: synchronous from here on, on the MLX thread
     models/          where models come from
-    chat/            conversations <-> text
+    chat/            conversations <-> text, and no MLX
     core/            asyncio and threads, and no MLX
     questions.py     what a caller asks about a prompt
     requests.py      what a caller asks of an engine
-    conversation.py  messages and tools as callers give them
+    conversation.py  the messages and tools in it
     config.py        how an engine is set up
     strategies.py    how prompts are prefilled, and answers decoded
     limits.py        how large a request may be
@@ -35,6 +35,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mlx_engine.chat.answer_format import ReasoningFormat, ToolFormat
     from mlx_engine.config import BatchedOptions, EngineKind, EngineOptions
     from mlx_engine.core.stream import GenerationStream
     from mlx_engine.engine.base import BaseEngine
@@ -132,6 +133,7 @@ __all__ = [
     "PromptCacheLookup",
     "PromptCacheStats",
     "RayEngine",
+    "ReasoningFormat",
     "RemoteEngine",
     "RenderedChat",
     "ReplicaInfo",
@@ -151,6 +153,7 @@ __all__ = [
     "TokenLogprob",
     "ToolCall",
     "ToolCallDelta",
+    "ToolFormat",
     "Usage",
     "Watchdog",
     "install_signal_handlers",
@@ -158,6 +161,10 @@ __all__ = [
 
 # Imported when it is first asked for, since all of it takes time.
 _HOMES = {
+    "mlx_engine.chat.answer_format": (
+        "ReasoningFormat",
+        "ToolFormat",
+    ),
     "mlx_engine.config": (
         "BatchedOptions",
         "EngineKind",

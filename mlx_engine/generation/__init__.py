@@ -22,10 +22,9 @@ Its files:
     decode.py            one token after another
     prompt.py            prompts and chats -> token ids
     tokenize.py          text -> token ids, and no further than the context goes
-    template_names.py    the variables that chat templates read
     chat_places.py       where the turns of a chat begin and end in its prompt
     sampling.py          options -> sampler and logits processors
     sampler.py           log-probabilities -> tokens, all rows at once
-    text.py              tokens -> text: characters, stop strings, segments, tool calls
+    text.py              tokens -> text: characters, stop strings
     string_search.py     the first of several strings in a text that comes in parts
 """

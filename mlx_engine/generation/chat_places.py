@@ -22,13 +22,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_engine.core.stop import Interrupted
 
 _LEADING = ("system", "developer")
-_PROBES = ("x", "y")  # what a user says where only what comes before it matters
+_MARK = "heron95"  # what a user says where only what comes before it matters
 _HEADS = 32  # beginnings that are remembered for each tokenizer
 _HEAD_CHARACTERS = 2**22  # of all of them
 _TURNS = 512  # ends of users' turns that are remembered for each tokenizer
 
 Messages = list[dict[str, Any]]
-Render = Callable[..., str]  # render(messages, tools=..., add_generation_prompt=...)
+Render = Callable[[Messages], str]  # without a generation prompt
 
 
 class EncodedText:
@@ -78,32 +78,19 @@ class EncodedText:
         return tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The text that a template makes of the leading system messages and the tools.
-
-    Attributes:
-        text: up to where the first user's text begins; empty if that cannot be known.
-        shows_tools: whether the tools are in it.
-    """
-
-    text: str = ""
-    shows_tools: bool = False
-
-
 @dataclass(slots=True)
 class _Memory:
     """Heads and turns of one tokenizer's chats."""
 
-    heads: OrderedDict[bytes, Head] = field(default_factory=OrderedDict)
+    heads: OrderedDict[bytes, str] = field(default_factory=OrderedDict)
     turns: OrderedDict[bytes, tuple[int, ...]] = field(default_factory=OrderedDict)
     characters: int = 0
 
-    def add_head(self, key: bytes, head: Head) -> None:
+    def add_head(self, key: bytes, head: str) -> None:
         self.heads[key] = head
-        self.characters += len(head.text)
+        self.characters += len(head)
         while len(self.heads) > _HEADS or self.characters > _HEAD_CHARACTERS:
-            self.characters -= len(self.heads.popitem(last=False)[1].text)
+            self.characters -= len(self.heads.popitem(last=False)[1])
 
     def add_turn(self, key: bytes, places: tuple[int, ...]) -> None:
         self.turns[key] = places
@@ -139,17 +126,18 @@ class ChatPlaces:
         self._options = options
         self._render = render
 
-    def head(self) -> Head:
+    def head(self) -> str:
         """The beginning of all chats with the same system messages and tools.
 
-        It is rendered when they come for the first time.
+        That is the text up to where the first user's text begins; empty if it cannot be known. It
+        is rendered when they come for the first time.
         """
         count = next(
             (n for n, each in enumerate(self._messages) if each.get("role") not in _LEADING),
             len(self._messages),
         )
         if not count and not self._tools:
-            return Head()
+            return ""
         leading = self._messages[:count]
         key = self._key(leading)
         with _lock:
@@ -163,41 +151,33 @@ class ChatPlaces:
                 memory.add_head(key, head)
         return head
 
-    def find(self, text: str, without: str | None, encoded: EncodedText) -> tuple[int, ...]:
+    def find(self, text: str, end: int | None, encoded: EncodedText) -> tuple[int, ...]:
         """Numbers of tokens after which the prompt's cache is worth keeping, ascending.
 
         Args:
             text: the prompt.
-            without: the same without the generation prompt, if that could be rendered.
+            end: characters before its generation prompt; ``None`` if that is not known.
             encoded: the prompt in tokens.
         """
-        places = {encoded.before(_common(self.head().text, text))}
-        ends: tuple[int, ...] = ()
-        if without is not None:
-            ends = self._ends(text, _common(without, text), encoded)
+        places = {encoded.before(_common(self.head(), text))}
+        if end is None:
+            without = self._attempt(self._messages)
+            end = None if without is None else _common(without, text)
+        ends = () if end is None else self._ends(text, end, encoded)
         places.update(ends, self._last_turn(text, ends, encoded))
         return tuple(sorted(place for place in places if 0 < place < len(encoded.tokens)))
 
-    def _make_head(self, leading: Messages) -> Head:
+    def _make_head(self, leading: Messages) -> str:
+        text = self._attempt([*leading, {"role": "user", "content": _MARK}])
+        return "" if text is None else text[: max(0, text.rfind(_MARK))]
+
+    def _attempt(self, messages: Messages) -> str | None:
         try:
-            one, other = (self._probe(leading, says) for says in _PROBES)
+            return self._render(messages)
         except Interrupted:
             raise
         except Exception:  # noqa: BLE001 - a template raises anything
-            return Head()
-        shows = False
-        if self._tools:
-            try:
-                shows = one != self._probe(leading, _PROBES[0], tools=None)
-            except Interrupted:
-                raise
-            except Exception:  # noqa: BLE001 - a template raises anything
-                pass
-        return Head(one[: _common(one, other)], shows)
-
-    def _probe(self, leading: Messages, says: str, **changed: object) -> str:
-        messages = [*leading, {"role": "user", "content": says}]
-        return self._render(messages, add_generation_prompt=False, **changed)
+            return None
 
     def _ends(self, text: str, end: int, encoded: EncodedText) -> tuple[int, ...]:
         """The end of the last message, and of what a past answer has of the generation prompt.
@@ -227,13 +207,8 @@ class ChatPlaces:
             if known is not None:
                 memory.add_turn(key, known)
                 return known
-        try:
-            turn = self._render(self._messages[:until], add_generation_prompt=False)
-            known = (encoded.before(_common(turn, text)),)
-        except Interrupted:
-            raise
-        except Exception:  # noqa: BLE001 - a template raises anything
-            known = ()
+        turn = self._attempt(self._messages[:until])
+        known = () if turn is None else (encoded.before(_common(turn, text)),)
         with _lock:
             memory.add_turn(key, known)
         return known

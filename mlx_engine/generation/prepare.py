@@ -11,7 +11,6 @@ from mlx_engine.generation.sampling import check_sampling, make_sampling
 from mlx_engine.generation.text import TextAssembler
 from mlx_engine.models.token_text import token_texts
 from mlx_engine.models.vocabulary import Vocabulary
-from mlx_engine.requests import ChatPrompt
 
 
 def prepare(request: Request, vocabulary: Vocabulary) -> None:
@@ -36,8 +35,7 @@ def prepare(request: Request, vocabulary: Vocabulary) -> None:
         TextAssembler(
             vocabulary.tokenizer,
             stop=tuple(params.stop),
-            initial_state=encoded.initial_state,
-            tools=source.tools if isinstance(source, ChatPrompt) else None,
+            parser=encoded.parser(),
         ),
         functools.partial(
             make_sampling,

@@ -23,8 +23,9 @@ from mlx_engine.strategies import Strategies
 if TYPE_CHECKING:  # a request may be made before MLX is there: when its engine has not started
     import mlx.core as mx
 
+    from mlx_engine.core.stream import Piece
     from mlx_engine.generation.sampling import Sampling
-    from mlx_engine.generation.text import Piece, TextAssembler
+    from mlx_engine.generation.text import TextAssembler
 
 
 class Request(ActiveRequest):

@@ -18,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from mlx_engine.chat.formats import AnswerFormat, choose_format
+from mlx_engine.chat.template import ChatTemplate
 from mlx_engine.config import DEMO_MODEL, ModelConfig
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import InvalidRequest, MLXEngineError, ModelLoadError
@@ -161,13 +162,10 @@ def answer_format(config: ModelConfig, tokenizer: TokenizerWrapper) -> AnswerFor
     Raises:
         InvalidRequest: an option names a format that does not exist.
     """
-    return choose_format(
-        getattr(tokenizer, "chat_template", None),
-        response_template=getattr(tokenizer, "response_template", None),
-        tool_format=config.tool_format,
-        reasoning_format=config.reasoning_format,
-        special_tokens=frozenset(tokenizer.all_special_tokens),
-    )
+    chosen = {"tool_format": config.tool_format, "reasoning_format": config.reasoning_format}
+    if not tokenizer.has_chat_template:
+        return choose_format(None, **chosen)
+    return ChatTemplate.of(tokenizer, **chosen).format
 
 
 def _cuttable(cache: Any) -> bool:

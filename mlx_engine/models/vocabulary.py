@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_engine.chat.formats import AnswerFormat, choose_format
+from mlx_engine.chat.answer_format import AnswerFormat
+
+_ALL_IS_TEXT = AnswerFormat()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,5 +36,5 @@ class Vocabulary:
     context_length: int | None
     longest_token: int
     newline_tokens: tuple[int, ...]
-    answer_format: AnswerFormat = field(default_factory=lambda: choose_format(None))
+    answer_format: AnswerFormat = _ALL_IS_TEXT
     cuttable: bool = True

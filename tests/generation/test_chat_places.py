@@ -66,23 +66,24 @@ class Rendered:
     ) -> None:
         self._tokenizer, self._refuse = tokenizer, refuse
         self._tools = tools
-        self.text = self.render(messages)
-        without = self.render(messages, add_generation_prompt=False)
+        self.text = self.render(messages, add_generation_prompt=True)
+        without = self.render(messages)
         self.renders = 0
         self.encoded = EncodedText(tokenizer, self.text)
         chat = ChatPlaces(tokenizer, messages, tools, {}, self.render)
-        self.places = chat.find(self.text, without, self.encoded)
+        self.places = chat.find(self.text, len(without), self.encoded)
         self.head = chat.head()
+        unknown = chat.find(self.text, None, self.encoded)
+        assert refuse(messages) or unknown == self.places, "it is found out if it is not known"
+        self.renders -= 1
 
-    def render(
-        self, messages: list[dict[str, Any]], tools: Any = ..., add_generation_prompt: bool = True
-    ) -> str:
+    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         self.renders = getattr(self, "renders", 0) + 1
         if self._refuse(messages):
             raise ValueError("not like that")
         text: str = self._tokenizer.apply_chat_template(
             messages,
-            tools=self._tools if tools is ... else tools,
+            tools=self._tools,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
@@ -107,8 +108,7 @@ def test_places_are_the_head_the_last_messages_end_and_the_answers_beginning() -
     assert end.endswith("river.<|im_end|>\n")
     assert begun == end + "<|im_start|>assistant\n"
     assert chat.text == begun + "<think>\n"
-    assert chat.head.shows_tools
-    assert chat.head.text == head
+    assert chat.head == head
 
 
 def test_the_end_of_the_last_query_stays_a_place_while_tools_are_called() -> None:
@@ -122,7 +122,7 @@ def test_the_end_of_the_last_query_stays_a_place_while_tools_are_called() -> Non
         assert calls.encoded.tokens[:place] == first.encoded.tokens[:place]
     elsewhere = wrapped()
     cold = Rendered(elsewhere, [SYSTEM, USER, *CALLS], TOOLS)
-    assert cold.renders == 4, "the head three times, and the prompt up to the query"
+    assert cold.renders == 2, "the head, and the prompt up to the query"
     assert set(first.places[:2]) < set(cold.places)
     assert Rendered(elsewhere, [SYSTEM, USER, *CALLS, *CALLS], TOOLS).renders == 0
 
@@ -131,14 +131,14 @@ def test_a_template_that_refuses_a_part_of_a_conversation_costs_that_place_only(
     messages = [SYSTEM, USER, *CALLS]
     whole = Rendered(wrapped(), messages)
     for refuse in (
-        lambda given: given[-1]["content"] in chat_places._PROBES,
+        lambda given: given[-1]["content"] == chat_places._MARK,
         lambda given: given == [SYSTEM, USER],
         lambda given: given != messages,
     ):
         chat = Rendered(wrapped(), messages, refuse=refuse)
         assert set(chat.places) < set(whole.places)
         assert set(whole.places[-2:]) <= set(chat.places)
-    assert chat.head.text == ""
+    assert chat.head == ""
 
 
 def test_without_a_generation_prompt_or_a_system_message_there_are_fewer_places() -> None:
@@ -170,36 +170,34 @@ def test_what_is_remembered_is_bounded_and_goes_with_its_tokenizer(
     tokenizer = wrapped()
     for n in range(10):
         system = {"role": "system", "content": f"You are number {n}. " * n}
-        assert Rendered(tokenizer, [system, USER]).renders == 2
+        assert Rendered(tokenizer, [system, USER]).renders == 1
         assert Rendered(tokenizer, [system, USER]).renders == 0
     memory = chat_places._memories[tokenizer]
     assert (len(memory.heads), len(memory.turns)) == (3, 4)
-    assert memory.characters == sum(len(head.text) for head in memory.heads.values()) <= 1000
+    assert memory.characters == sum(len(head) for head in memory.heads.values()) <= 1000
     Rendered(tokenizer, [{"role": "system", "content": "long " * 300}, USER])
-    assert memory.characters == sum(len(head.text) for head in memory.heads.values()) <= 1000
+    assert memory.characters == sum(len(head) for head in memory.heads.values()) <= 1000
     before = len(chat_places._memories)
     del tokenizer
     assert len(chat_places._memories) == before - 1
 
 
-class Counting(TokenizerWrapper):
-    """Counts renders of more than a system message and one by the user."""
-
-    long = 0
-
-    def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        if len(messages) > 2:
-            type(self).long += 1
-        text: str = super().apply_chat_template(messages, **options)
-        return text
-
-
 @pytest.mark.parametrize("cuttable", [True, False])
-def test_a_request_renders_its_conversation_at_most_twice(cuttable: bool) -> None:
+def test_a_request_renders_its_conversation_at_most_twice(
+    cuttable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fast = make_tokenizer()
     fast.chat_template = TEMPLATE
+    render, renders = fast.apply_chat_template, 0
+
+    def counted(messages: list[dict[str, Any]], **options: Any) -> Any:
+        nonlocal renders
+        renders += len(messages) > 2 and messages[0] == SYSTEM
+        return render(messages, **options)
+
+    monkeypatch.setattr(fast, "apply_chat_template", counted)
     loaded: Any = SimpleNamespace(
-        tokenizer=Counting(fast, tool_call_start="<tool_call>", tool_call_end="</tool_call>"),
+        tokenizer=TokenizerWrapper(fast),
         context_length=None,
         longest_token=20,
         cuttable=cuttable,
@@ -207,10 +205,12 @@ def test_a_request_renders_its_conversation_at_most_twice(cuttable: bool) -> Non
     messages = [SYSTEM, USER]
     for _ in range(5):
         messages = [*messages, *CALLS]
-        Counting.long = 0
+        renders = 0
         encoded = encode(ChatPrompt.of(messages, TOOLS), loaded)
-        assert Counting.long == 2
-        assert encoded.initial_state == "reasoning"
+        assert renders == 1 if cuttable else renders <= 2
+        parser = encoded.parser()
+        assert parser is not None
+        assert parser.in_reasoning
         assert bool(encoded.places) is not cuttable
     with pytest.raises(InvalidRequest, match="does not show tools"):
         fast.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -66,11 +66,11 @@ def shown(tokenizer: TokenizerWrapper, tokens: Sequence[int], **options: Any) ->
     assembler = TextAssembler(tokenizer, **options)
     texts, text = [], ""
     for token in tokens:
-        text += "".join(piece for _, piece in assembler.add(token))
+        text += "".join(piece for _, piece, _ in assembler.add(token))
         texts.append(text)
         if assembler.stopped:
             break
-    text += "".join(piece for _, piece in assembler.finish())
+    text += "".join(piece for _, piece, _ in assembler.finish())
     assert assembler.content == text
     return [*texts, text]
 

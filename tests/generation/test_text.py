@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,23 +12,26 @@ from mlx_lm.tokenizer_utils import (
     NaiveStreamingDetokenizer,
     TokenizerWrapper,
 )
-from mlx_lm.tool_parsers import json_tools, mistral
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from mlx_engine.generation.text import Piece, TextAssembler, parse_tool_calls
-from mlx_engine.requests import ChatPrompt
+from mlx_engine.chat.formats import choose_format
+from mlx_engine.chat.parser import AnswerParser
+from mlx_engine.core.stream import Piece
+from mlx_engine.generation.text import TextAssembler
 from tests.tiny import make_tokenizer
 
+FORMAT = choose_format(None, tool_format="hermes", reasoning_format="think")
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 
-def wrap(tokenizer: PreTrainedTokenizerFast, tools: object = json_tools) -> TokenizerWrapper:
-    return TokenizerWrapper(
-        tokenizer,
-        BPEStreamingDetokenizer,
-        tool_parser=tools.parse_tool_call,  # type: ignore[attr-defined]
-        tool_call_start=tools.tool_call_start,  # type: ignore[attr-defined]
-        tool_call_end=tools.tool_call_end,  # type: ignore[attr-defined]
-    )
+
+def wrap(tokenizer: PreTrainedTokenizerFast) -> TokenizerWrapper:
+    return TokenizerWrapper(tokenizer, BPEStreamingDetokenizer)
+
+
+def parser(prefix: str | None) -> AnswerParser | None:
+    """A parser of what comes behind this end of a prompt."""
+    return None if prefix is None else AnswerParser(FORMAT, TOOLS, prefix)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +43,10 @@ def assemble(
     tokenizer: TokenizerWrapper,
     text: str | Sequence[int],
     stop: Sequence[str] = (),
-    state: str | None = None,
+    prefix: str | None = None,
 ) -> tuple[TextAssembler, list[Piece], int]:
     """Feed text byte by byte; give the assembler, all pieces, and the tokens that it took."""
-    assembler = TextAssembler(tokenizer, stop=stop, initial_state=state)
+    assembler = TextAssembler(tokenizer, stop=stop, parser=parser(prefix))
     tokens = tokenizer.encode(text, add_special_tokens=False) if isinstance(text, str) else text
     pieces: list[Piece] = []
     used = 0
@@ -58,7 +59,7 @@ def assemble(
 
 
 def joined(pieces: list[Piece], segment: str) -> str:
-    return "".join(text for kind, text in pieces if kind == segment)
+    return "".join(text for kind, text, _ in pieces if kind == segment)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_characters_split_over_tokens_come_out_whole(
     assembler, pieces, _ = assemble(tokenizer, text)
     assert assembler.content == text
     assert joined(pieces, "content") == text
-    assert not any("\ufffd" in piece for _, piece in pieces)
+    assert not any("\ufffd" in piece for _, piece, _ in pieces)
 
 
 def test_bytes_that_are_no_text_are_replaced_not_lost(tokenizer: TokenizerWrapper) -> None:
@@ -136,7 +137,7 @@ def test_no_part_of_a_stop_string_is_ever_shown(tokenizer: TokenizerWrapper) -> 
     assembler = TextAssembler(tokenizer, stop=["###END"])
     shown = ""
     for token in tokenizer.encode("text ##not ###END", add_special_tokens=False):
-        shown += "".join(text for _, text in assembler.add(token))
+        shown += "".join(text for _, text, _ in assembler.add(token))
         assert "text ##not ".startswith(shown)
     assert shown == "text ##not "
 
@@ -147,9 +148,9 @@ def given_out(tokenizer: TokenizerWrapper, text: str, **options: Any) -> list[st
     tokens = tokenizer.encode(text, add_special_tokens=False)
     so_far, shown = "", []
     for token in tokens:
-        so_far += "".join(piece for _, piece in assembler.add(token))
+        so_far += "".join(piece for _, piece, _ in assembler.add(token))
         shown.append(so_far)
-    assert so_far + "".join(piece for _, piece in assembler.finish()) == text
+    assert so_far + "".join(piece for _, piece, _ in assembler.finish()) == text
     return shown
 
 
@@ -174,108 +175,30 @@ def test_what_cannot_become_a_stop_string_is_never_held(
         assert shown == text[: n - may_begin(text[:n], stop)]
 
 
-@pytest.mark.parametrize(
-    ("text", "state", "markers"),
-    [
-        ("<" * 300, "normal", ["<think>", "<tool_call>"]),
-        ("<tool_cal<t" * 30, "normal", ["<think>", "<tool_call>"]),
-        ("</think" * 50, "reasoning", ["</think>", "<tool_call>"]),
-        ("<</tool_cal" * 50, "tool", ["</tool_call>"]),
-    ],
-)
-def test_what_cannot_become_a_marker_is_never_held(
-    text: str, state: str, markers: list[str]
-) -> None:
-    plain = make_tokenizer()
-    tokenizer = TokenizerWrapper(
-        plain,
-        tool_parser=json_tools.parse_tool_call,
-        tool_call_start=json_tools.tool_call_start,
-        tool_call_end=json_tools.tool_call_end,
-    )
-    for n, shown in enumerate(given_out(tokenizer, text, initial_state=state), 1):
-        assert shown == text[: n - may_begin(text[:n], markers)]
-
-
-def test_a_marker_behind_its_own_beginning_is_found(tokenizer: TokenizerWrapper) -> None:
-    text = f"a<<<think>b</</think>c<tool_<tool_call>{CALL}<</tool_call>d"
-    assembler, _, _ = assemble(tokenizer, text, state="normal")
-    assert assembler.content == "a<<c<tool_d"
-    assert assembler.reasoning == "b</"
-    assert [call.raw for call in assembler.tool_calls] == [CALL + "<"]
-
-
 CALL = '{"name": "f", "arguments": {"x": 1}}'
 THINKING = f"<think>let me\nsee</think>The answer<tool_call>{CALL}</tool_call>done"
 
 
 def test_segments(tokenizer: TokenizerWrapper) -> None:
-    assembler, pieces, _ = assemble(tokenizer, THINKING, state="normal")
+    assembler, pieces, _ = assemble(tokenizer, THINKING, prefix="")
     assert assembler.reasoning == "let me\nsee" == joined(pieces, "reasoning")
     assert assembler.content == "The answerdone" == joined(pieces, "content")
-    assert joined(pieces, "tool_call") == CALL
+    assert CALL in joined(pieces, "tool_call")
     (call,) = assembler.tool_calls
     assert (call.name, call.arguments, call.error) == ("f", {"x": 1}, None)
-    assert pieces[0][0] == "reasoning"
+    assert pieces[0].segment == "reasoning"
 
 
 def test_markers_are_plain_text_in_a_completion(tokenizer: TokenizerWrapper) -> None:
     assembler, pieces, _ = assemble(tokenizer, THINKING)
     assert assembler.content == THINKING
     assert assembler.tool_calls == ()
-    assert {segment for segment, _ in pieces} == {"content"}
-
-
-def test_an_answer_may_begin_as_reasoning(tokenizer: TokenizerWrapper) -> None:
-    assembler, _, _ = assemble(tokenizer, "hmm</think>yes", state="reasoning")
-    assert (assembler.reasoning, assembler.content) == ("hmm", "yes")
-
-
-def test_reasoning_that_never_ends_is_still_reasoning(tokenizer: TokenizerWrapper) -> None:
-    assembler, _, _ = assemble(tokenizer, "<think>on and on </thi", state="normal")
-    assert (assembler.reasoning, assembler.content) == ("on and on </thi", "")
+    assert {piece.segment for piece in pieces} == {"content"}
 
 
 def test_a_stop_string_inside_reasoning_ends_the_answer(tokenizer: TokenizerWrapper) -> None:
-    assembler, _, _ = assemble(tokenizer, "<think>a b STOP c", ["STOP"], "normal")
+    assembler, _, _ = assemble(tokenizer, "<think>a b STOP c", ["STOP"], "")
     assert (assembler.reasoning, assembler.content, assembler.stopped) == ("a b ", "", True)
-
-
-@pytest.mark.parametrize(
-    ("raw", "error"),
-    [
-        ("not json", "JSONDecodeError"),
-        ('{"name": "f"', "JSONDecodeError"),
-        ("[1, 2]", "not a call"),
-        ('{"arguments": {}}', "not a call"),
-        ('{"name": "f", "arguments": "text"}', "not a call"),
-    ],
-)
-def test_a_malformed_call_is_reported_and_not_lost(
-    tokenizer: TokenizerWrapper, raw: str, error: str
-) -> None:
-    text = f"<tool_call>{raw}</tool_call>"
-    assembler, _, _ = assemble(tokenizer, text, state="normal")
-    call = assembler.tool_calls[0]
-    assert call.name is None
-    assert call.raw == raw
-    assert error in str(call.error)
-
-
-def test_a_call_cut_off_by_the_end_is_reported(tokenizer: TokenizerWrapper) -> None:
-    assembler, _, _ = assemble(tokenizer, 'ok<tool_call>{"name": "f", "ar', state="normal")
-    (call,) = assembler.tool_calls
-    assert call.raw == '{"name": "f", "ar'
-    assert call.error is not None
-    assert assembler.content == "ok"
-
-
-def test_an_empty_call_is_reported(tokenizer: TokenizerWrapper) -> None:
-    assembler, _, _ = assemble(tokenizer, "a<tool_call></tool_call>b", state="normal")
-    (call,) = assembler.tool_calls
-    assert (call.raw, call.name) == ("", None)
-    assert call.error is not None
-    assert assembler.content == "ab"
 
 
 def test_ids_beyond_the_tokenizer_have_no_text(tokenizer: TokenizerWrapper) -> None:
@@ -309,22 +232,7 @@ def test_a_tokenizer_that_can_only_decode_gives_the_text_of_the_whole() -> None:
                 tokens.append(256 + dice.randrange(8))
         assembler, pieces, _ = assemble(tokenizer, tokens)
         assert assembler.content == joined(pieces, "content") == tokenizer.decode(tokens)
-        assert not any("\ufffd" in text for _, text in pieces)
-
-
-def test_several_calls_in_a_row(tokenizer: TokenizerWrapper) -> None:
-    one = '<tool_call>{"name": "a", "arguments": {}}</tool_call>'
-    two = '<tool_call>{"name": "b", "arguments": {"k": [1]}}</tool_call>'
-    assembler, _, _ = assemble(tokenizer, one + two + "\n" + one, state="normal")
-    assert [call.name for call in assembler.tool_calls] == ["a", "b", "a"]
-
-
-def test_a_format_without_an_end_marker_may_hold_several_calls() -> None:
-    tokenizer = wrap(make_tokenizer(), mistral)
-    text = 'sure[TOOL_CALLS][{"name": "a", "arguments": {}, "id": "x1"}, {"name": "b"}]'
-    assembler, _, _ = assemble(tokenizer, text, state="normal")
-    assert [(call.name, call.id) for call in assembler.tool_calls] == [("a", "x1"), ("b", None)]
-    assert assembler.content == "sure"
+        assert not any("\ufffd" in text for _, text, _ in pieces)
 
 
 def cut_at_first_stop(text: str, stop: Sequence[str]) -> str:
@@ -347,29 +255,7 @@ def test_random_texts_are_cut_and_joined_as_the_obvious_way_does() -> None:
         expected = cut_at_first_stop(text, stop)
         assert assembler.content == joined(pieces, "content") == expected
         assert assembler.stopped is (expected != text)
-        chat, pieces, _ = assemble(tokenizer, text, stop, dice.choice(["normal", "reasoning"]))
+        chat, pieces, _ = assemble(tokenizer, text, stop, dice.choice(["", "<think>"]))
         assert joined(pieces, "content") == chat.content
         assert joined(pieces, "reasoning") == chat.reasoning
         assert chat.stopped is assembler.stopped
-
-
-@pytest.mark.parametrize(
-    ("escaped", "text"),
-    [
-        (r"\ud83d\ude42", "🙂"),
-        (r"a\ud83d", "a\ufffd"),
-        (r"\ude42b", "\ufffdb"),
-        (r"\uD83Dx\uDE42", "\ufffdx\ufffd"),
-        (r"\u017c", "ż"),
-    ],
-)
-def test_half_characters_in_the_arguments_of_a_call_are_made_text(escaped: str, text: str) -> None:
-    raw = f'{{"name": "f", "arguments": {{"k{escaped}": ["{escaped}", {{"a": "{escaped}"}}]}}}}'
-    tokenizer = SimpleNamespace(tool_parser=lambda raw, tools: json.loads(raw))
-    (call,) = parse_tool_calls(tokenizer, raw, None)  # type: ignore[arg-type]
-    assert call.arguments == {f"k{text}": [text, {"a": text}]}
-    ChatPrompt.of([{"role": "assistant", "tool_calls": [{"function": vars_of(call)}]}])
-
-
-def vars_of(call: Any) -> dict[str, Any]:
-    return {"name": call.name, "arguments": call.arguments}

@@ -18,9 +18,11 @@ from mlx_engine import (
     GenerationChunk,
     InvalidRequest,
     ProcessEngine,
+    ReasoningFormat,
     TokenLogprob,
     ToolCall,
     ToolCallDelta,
+    ToolFormat,
 )
 from mlx_engine.limits import DEFAULT_LIMITS
 from mlx_engine.params import SamplingParams
@@ -35,6 +37,7 @@ from mlx_engine.remote.wire.messages import (
     decode_from_server,
     encode,
 )
+from mlx_engine.remote.wire.options import options_from_wire, options_to_wire
 from mlx_engine.remote.wire.values import (
     chunk_to_wire,
     question_from_wire,
@@ -132,9 +135,15 @@ class OwnFormat:
 
 
 def test_a_format_of_the_users_own_does_not_travel() -> None:
+    thought = ReasoningFormat("<a>", "</a>")
+    options = {"tool_format": ToolFormat("<call>", "</call>"), "reasoning_format": thought}
+    process = ProcessEngine("demo", **options)
+    assert options_from_wire(options_to_wire(process._config)) == options
     ProcessEngine("demo", tool_format="hermes", reasoning_format="none")
     with pytest.raises(InvalidRequest, match=r"^tool_format: .* cannot go to another process"):
         ProcessEngine("demo", tool_format=OwnFormat())
+    with pytest.raises(InvalidRequest, match=r"^tool_format: .* cannot go to another process"):
+        ProcessEngine("demo", tool_format=ToolFormat("<call>", body=()))
     with pytest.raises(InvalidRequest, match=r"^tool_format: must be the name of a format"):
         ProcessEngine("demo", tool_format=5)
 

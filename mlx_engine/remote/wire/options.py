@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
+from mlx_engine.chat.answer_format import ToolFormat
 from mlx_engine.checks import shown
 from mlx_engine.config import EngineConfig
 from mlx_engine.errors import InvalidRequest
@@ -40,7 +41,8 @@ def options_to_wire(config: EngineConfig) -> dict[str, Any]:
 
 def _to_wire(name: str, value: Any) -> Any:
     there = option_to_wire(value)
-    if dataclasses.is_dataclass(there):  # which msgpack would make a mapping of
+    own = isinstance(value, ToolFormat) and not isinstance(value.body, str)
+    if own or dataclasses.is_dataclass(there):  # which msgpack would make a mapping of
         raise InvalidRequest(
             name, f"{shown(value)} cannot go to another process; one of this library's can"
         )

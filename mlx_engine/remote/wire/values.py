@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_engine import errors
+from mlx_engine.chat.answer_format import ReasoningFormat, ToolFormat
 from mlx_engine.checks import shown
 from mlx_engine.errors import GenerationError, InvalidRequest, MLXEngineError, describe
 from mlx_engine.limits import RequestLimits
@@ -29,7 +30,8 @@ from mlx_engine.remote.wire.messages import (
 from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt
 from mlx_engine.strategies import MTP, DraftModel, SpecPrefill
 
-_CONFIGS = {kind.__name__: kind for kind in (DraftModel, MTP, SpecPrefill, RequestLimits)}
+_KINDS = (DraftModel, MTP, SpecPrefill, RequestLimits, ToolFormat, ReasoningFormat)
+_CONFIGS: dict[str, type[Any]] = {kind.__name__: kind for kind in _KINDS}
 _UNWRITABLE = (TypeError, ValueError, OverflowError, RecursionError)
 
 
@@ -185,7 +187,7 @@ def _source_from_wire(message: Generate | Ask, limits: RequestLimits) -> TextPro
 
 
 def option_to_wire(value: Any) -> Any:
-    """An option of an engine: strategies and limits become a pair of their name and fields."""
+    """An option of an engine: strategies, limits and formats become a pair of name and fields."""
     if isinstance(value, tuple(_CONFIGS.values())):
         return [type(value).__name__, _fields(value)]
     return os.fspath(value) if isinstance(value, os.PathLike) else simple(value)

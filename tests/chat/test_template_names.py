@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from mlx_lm.chat_templates import deepseek_v32
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
 from mlx_engine import InvalidRequest, SimpleEngine
-from mlx_engine.generation.template_names import split_kwargs
+from mlx_engine.chat.renderer import Renderer
 from tests.tiny import make_tokenizer
 
 pytestmark = pytest.mark.anyio
@@ -33,9 +34,9 @@ async def engine(tiny_engine: SimpleEngine) -> AsyncIterator[SimpleEngine]:
 def read(template: Any, *names: str) -> list[str]:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    passed, unread = split_kwargs(dict.fromkeys(names, 1), TokenizerWrapper(tokenizer))
-    assert sorted([*passed, *unread]) == sorted(names)
-    return list(passed)
+    renderer = Renderer(TokenizerWrapper(tokenizer))
+    read = renderer.names(False) | renderer.names(True)
+    return [name for name in names if name in read]
 
 
 @pytest.mark.parametrize(
@@ -70,9 +71,12 @@ def test_a_function_in_the_place_of_a_template_gets_its_own_arguments() -> None:
         return ""
 
     tokenizer = TokenizerWrapper(make_tokenizer(), chat_template=render)
-    passed, unread = split_kwargs({"thinking": 1, "padding": 1, "a": 1, "rest": 1}, tokenizer)
-    assert passed.keys() >= {"thinking"}
-    assert {"padding", "a"} <= set(unread)
+    assert Renderer(tokenizer).names(False) == {"thinking"}
+
+
+def test_a_function_that_passes_on_what_it_gets_reads_what_it_names() -> None:
+    tokenizer = TokenizerWrapper(make_tokenizer(), chat_template=deepseek_v32.apply_chat_template)
+    assert "enable_thinking" in Renderer(tokenizer).names(False)
 
 
 PROGRAM = "{% for i in range(10 ** 9) %}{% endfor %}"

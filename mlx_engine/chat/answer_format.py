@@ -1,0 +1,107 @@
+"""How a family of models writes its answers: values, which the parser is driven by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mlx_engine.chat.bodies import (
+    BARE_JSON,
+    BARE_PYTHON,
+    Body,
+    JSONCall,
+    PythonCall,
+    TaggedCall,
+)
+
+_BODIES: dict[str, tuple[Body, ...]] = {
+    "json": (JSONCall(),),
+    "python": (PythonCall(),),
+    "xml": (
+        TaggedCall(
+            head=r"<function=(?P<name>[^<>\n]{1,256})>",
+            argument=r"<parameter={key}>",
+            close="</parameter>",
+            end="</function>",
+            newlines=True,
+            is_marked=True,
+        ),
+    ),
+}
+_BARE = {**_BODIES, "json": (BARE_JSON,), "python": (BARE_PYTHON,)}
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningFormat:
+    """What reasoning stands between.
+
+    Attributes:
+        open: its beginning, unless the prompt ends with it.
+        close: its end.
+        end: all that is written to end it early and go on with the answer; ``close`` if empty.
+    """
+
+    open: str
+    close: str
+    end: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """What tool calls stand between, and how each is written.
+
+    Attributes:
+        open: what begins a call, or a section of calls. Empty if nothing does: then an answer
+            that begins with a call of one of the request's tools is one.
+        close: what ends it; empty if nothing does.
+        body: ``"json"`` (``{"name": "f", "arguments": {}}``, one or a list of them), ``"python"``
+            (``[f(a=1)]``), ``"xml"`` (``<function=f><parameter=a>1</parameter></function>``).
+        may_be_empty: there may be no call between the two.
+    """
+
+    open: str
+    close: str = ""
+    body: Literal["json", "python", "xml"] | tuple[Body, ...] = "json"
+    may_be_empty: bool = False
+
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        """The ways in which one call may be written."""
+        if not isinstance(self.body, str):
+            return self.body
+        return (_BODIES if self.open else _BARE)[self.body]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFormat:
+    """How answers are written, as the parser follows it.
+
+    Attributes:
+        name: of the family; ``"none"`` if all is text.
+        chosen_by: what told: ``template``, ``response_template``, ``option`` or ``none``.
+        reasoning: what reasoning stands between; ``None`` if there is none.
+        calls: what calls stand between, of which any may be used.
+        drop: markers around the content, which are no part of it.
+        structure: ``tagged`` is text with markers in it; ``harmony`` is a row of messages.
+    """
+
+    name: str = "none"
+    chosen_by: Literal["template", "response_template", "option", "none"] = "none"
+    reasoning: ReasoningFormat | None = None
+    calls: tuple[ToolFormat, ...] = ()
+    drop: tuple[str, ...] = ()
+    structure: Literal["tagged", "harmony"] = "tagged"
+
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether answers may have reasoning that is told from their content."""
+        return self.reasoning is not None
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether answers may have tool calls."""
+        return bool(self.calls)
+
+    def reasoning_close(self) -> str:
+        """The text that ends reasoning so that the answer goes on; empty if there is none."""
+        return (self.reasoning.end or self.reasoning.close) if self.reasoning else ""

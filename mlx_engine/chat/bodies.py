@@ -1,0 +1,365 @@
+"""How one call is written: each body reads a call from its name to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import regex
+
+from mlx_engine.chat.calls import Calls
+from mlx_engine.chat.json_text import escaped, json_string, json_value, normalized, parse, quoted
+from mlx_engine.chat.literal import PYTHON, Dialect, literal
+from mlx_engine.chat.schema import argument_types, cast
+from mlx_engine.chat.source import CutOff, Malformed, Pattern, Source, Steps
+
+
+class Body(Protocol):
+    """One call, as a family writes it.
+
+    Attributes:
+        start: a pattern of what a call begins with.
+        resume: a pattern of where reading goes on after a malformed call; empty if nothing shows.
+        is_marked: a call shows by its beginning, without a marker of a section before it.
+    """
+
+    @property
+    def start(self) -> str: ...  # noqa: D102
+
+    @property
+    def resume(self) -> str: ...  # noqa: D102
+
+    @property
+    def is_marked(self) -> bool: ...  # noqa: D102
+
+    def read(self, source: Source, calls: Calls) -> Steps[None]:
+        """Read a call that was opened.
+
+        Raises:
+            Malformed: it does not go on like one.
+        """
+
+
+@lru_cache(maxsize=512)
+def compiled(pattern: str) -> Pattern:
+    """A pattern, compiled once."""
+    return regex.compile(pattern, regex.DOTALL)
+
+
+_KEY = r"(?P<key>[^<>\n\"]{1,256})"
+_COLON = r"\s{0,64}:"
+_NAMES = ("name", "tool_name", "function")
+_ARGUMENTS = ("arguments", "parameters", "args", "input")
+_IDS = ("id", "tool_call_id")
+
+
+@dataclass(frozen=True, slots=True)
+class JSONCall:
+    """``{"name": "f", "arguments": {...}}``, with the keys in any order.
+
+    Attributes:
+        late_id: the model's id may come behind the arguments, which wait for it.
+    """
+
+    late_id: bool = False
+    start: str = r'\{\s{0,64}"'
+    resume: str = (
+        r'\}\s{0,64},?\s{0,64}(?=\{\s{0,64}"(?:name|function|tool_name|type|tool_call_id)")'
+    )
+    is_marked: bool = False
+
+    def read(self, source: Source, calls: Calls) -> Steps[None]:
+        """Read a call that was opened."""
+        state = _Parts(calls, self.late_id)
+        yield from _members(source, state)
+        state.end()
+        calls.complete()
+
+
+class _Parts:
+    """The name, id and arguments of a call, in the order in which they come."""
+
+    def __init__(self, calls: Calls, late_id: bool) -> None:
+        self._calls = calls
+        self._late = late_id
+        self._held: list[str] = []
+        self.name: str | None = None
+        self.id: str | None = None
+
+    def named(self) -> None:
+        if self.name is not None and not self._late:
+            self._begin()
+
+    def add(self, text: str) -> None:
+        if self._calls.has_name:
+            self._calls.add(text)
+        else:
+            self._held.append(text)
+
+    def end(self) -> None:
+        if self.name is not None and not self._calls.has_name:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._calls.begin(self.name or "", self.id)
+        for text in self._held:
+            self._calls.add(text)
+        self._held.clear()
+
+
+def _members(source: Source, parts: _Parts) -> Steps[None]:
+    """The members of the object that is a call, or that has one as its function."""
+    source.at += 1
+    first = True
+    while (yield from source.skip_space()) != "}":
+        if not first:
+            yield from source.expect(compiled(r",\s{0,256}"), "','")
+        first = False
+        if (yield from source.skip_space()) != '"':
+            source.fail("a key")
+        key = yield from _text(source)
+        yield from source.expect(compiled(_COLON), "':'")
+        char = yield from source.skip_space()
+        if key == "function" and char == "{":
+            yield from _members(source, parts)
+        elif key in _NAMES and char == '"':
+            if parts.name is not None:
+                raise Malformed("the call has two names")
+            parts.name = yield from _text(source)
+            parts.named()
+        elif key in _IDS and char == '"':
+            parts.id = yield from _text(source)
+        elif key in _ARGUMENTS:
+            yield from _arguments(source, parts)
+        else:
+            yield from json_value(source, _nothing)
+    source.at += 1
+
+
+def _arguments(source: Source, parts: _Parts) -> Steps[None]:
+    if (yield from source.skip_space()) == '"':  # an object as a text
+        parts.add(_of_text((yield from _text(source))))
+    else:
+        yield from json_value(source, parts.add)
+
+
+def _nothing(text: str) -> None:
+    pass
+
+
+def _text(source: Source) -> Steps[str]:
+    chunks: list[str] = []
+    yield from json_string(source, chunks.append)
+    value = parse("".join(chunks))
+    return value if isinstance(value, str) else ""
+
+
+def _of_text(text: str) -> str:
+    """Arguments that were written as a text; what is no JSON is told later, as of others."""
+    try:
+        return normalized(text)
+    except Malformed:
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class HeadedCall:
+    """A head with the name, and the arguments behind it: ``name[ARGS]{...}``.
+
+    Attributes:
+        head: a pattern with a group ``name`` and perhaps ``id``; ``wrong``, if it matches,
+            makes an error of the call.
+        start: a pattern of what a call begins with; without one, the head.
+        tail: a pattern of what may follow the arguments.
+        end: the last marker of a call.
+        dialect: in which the arguments are written; ``None`` is JSON.
+    """
+
+    head: str
+    start: str = ""
+    tail: str = ""
+    end: str = ""
+    is_marked: bool = False
+    dialect: Dialect | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", self.start or self.head)
+
+    @property
+    def resume(self) -> str:
+        """A pattern of where reading goes on after a malformed call."""
+        return regex.escape(self.end)
+
+    def read(self, source: Source, calls: Calls) -> Steps[None]:
+        """Read a call that was opened."""
+        found = yield from source.expect(compiled(self.head), "a name")
+        groups = found.groupdict()
+        calls.begin(groups["name"].strip(), groups.get("id"))
+        if groups.get("wrong"):
+            calls.wrong(f"{groups['wrong']!r} does not belong to a name")
+        char = yield from source.skip_space()
+        if char == "{" and self.dialect is None:
+            yield from json_value(source, calls.add)
+        elif char == "{" and self.dialect is not None:
+            yield from literal(source, calls.add, self.dialect)
+        elif char == '"' and self.dialect is None:
+            calls.add(_of_text((yield from _text(source))))
+        else:
+            source.fail("an object of arguments")
+        if self.tail:
+            yield from source.skip_space()
+            yield from source.read(compiled(self.tail))
+        if self.end:
+            yield from source.skip_space()
+            yield from source.read(compiled(regex.escape(self.end)))
+        calls.complete()
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedCall:
+    """A head with the name, and each argument between tags of its own.
+
+    Attributes:
+        head: a pattern with the group ``name``.
+        argument: a pattern of what is before a value, with ``{key}`` for the argument's name, and
+            perhaps a group ``type``.
+        close: what is behind a value; ``{key}`` is the argument's name.
+        end: what a call ends with.
+        start: a pattern of what a call begins with; without one, the head.
+        after: patterns of what may follow a call whose end is missing.
+        newlines: a newline before and behind a value is none of it.
+    """
+
+    head: str
+    argument: str
+    close: str
+    end: str = ""
+    start: str = ""
+    after: tuple[str, ...] = ()
+    newlines: bool = False
+    is_marked: bool = False
+    string_types: tuple[str, ...] = ("string", "true")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", self.start or self.head)
+
+    @property
+    def resume(self) -> str:
+        """A pattern of where reading goes on after a malformed call."""
+        return regex.escape(self.end)
+
+    def read(self, source: Source, calls: Calls) -> Steps[None]:
+        """Read a call that was opened."""
+        found = yield from source.expect(compiled(self.head), "a name")
+        calls.begin(found["name"].strip().strip("\"'"))
+        argument = compiled(self.argument.replace("{key}", _KEY))
+        separator = "{"
+        while True:
+            char = yield from source.skip_space()
+            found = yield from source.read(argument)
+            if found is None:
+                break
+            calls.add(separator + quoted(found["key"].strip().strip("\"'")) + ": ")
+            separator = ", "
+            yield from self._value(source, calls, found)
+        calls.add("}" if separator == ", " else "{}")
+        if self.end and not (yield from source.read(compiled(regex.escape(self.end)))):
+            after = compiled("|".join(self.after) or r"(?!)")
+            if char == "" or (yield from source.look(after)) is None:
+                source.fail("an argument or the end of the call")
+        calls.complete()
+
+    def _value(self, source: Source, calls: Calls, head: regex.Match[str]) -> Steps[None]:
+        key = head["key"].strip().strip("\"'")
+        told = head.groupdict().get("type")
+        types = argument_types(key, calls.schema)
+        if told in self.string_types and (not types or "string" in types):
+            types = frozenset({"string"})
+        if self.newlines and (yield from source.peek()) == "\n":
+            source.at += 1
+        parts: list[str] = []
+        is_text = types == {"string"}
+        if is_text:
+            calls.add('"')
+        found = yield from source.find(
+            self._stop(key, calls.schema, False),
+            (lambda text: calls.add(escaped(text))) if is_text else parts.append,
+            self._stop(key, calls.schema, True),
+        )
+        if found is None:
+            raise CutOff
+        source.at = found.end()
+        try:
+            calls.add('"' if is_text else cast("".join(parts), types))
+        except Malformed as error:
+            calls.wrong(f"argument {key!r}: {error}")
+            calls.add("null")
+
+    def _stop(self, key: str, schema: Mapping[str, Any], ended: bool) -> Pattern:
+        """Where a value ends: a tag counts if what may be behind it is."""
+        newline = r"\n?" if self.newlines else ""
+        follow = [self.argument.replace("{key}", _KEY), *self.after]
+        if self.end:
+            follow.append(regex.escape(self.end))
+        behind = "|".join(without_names(each) for each in follow)
+        close = newline + regex.escape(self.close.replace("{key}", key))
+        each = [rf"{close}(?=\s{{0,256}}(?:{behind}))"]
+        if ended:
+            each.append(rf"{close}(?=\s*\Z)")
+        if self.newlines:  # the tag itself is missing
+            each.append(rf"\n(?=\s{{0,64}}(?:{self._other_argument(schema)}))")
+            if self.end and self.after:
+                ends = "|".join(self.after)
+                each.append(rf"\n(?={regex.escape(self.end)}\s{{0,64}}(?:{ends}))")
+        return compiled("|".join(each))
+
+    def _other_argument(self, schema: Mapping[str, Any]) -> str:
+        """The beginning of an argument that the tool has, without named groups."""
+        known = schema.get("properties")
+        names = [key for key in known if isinstance(key, str)] if isinstance(known, Mapping) else []
+        keys = f"(?:{'|'.join(map(regex.escape, names))})" if names else _KEY
+        return without_names(self.argument.replace("{key}", keys))
+
+
+def without_names(pattern: str) -> str:
+    """The pattern with its groups unnamed, so that it can stand twice in another."""
+    return regex.sub(r"\(\?P<\w+>", "(?:", pattern)
+
+
+@dataclass(frozen=True, slots=True)
+class PythonCall:
+    """``name(key="value", other=1)``."""
+
+    start: str = r"[A-Za-z_][\w.\-]{0,127}\("
+    resume: str = r"\)\s{0,64},\s{0,64}(?=[A-Za-z_][\w.\-]{0,127}\()"
+    is_marked: bool = False
+
+    def read(self, source: Source, calls: Calls) -> Steps[None]:
+        """Read a call that was opened."""
+        found = yield from source.expect(compiled(self.start), "a name")
+        calls.begin(found.group()[:-1])
+        separator = "{"
+        while (yield from source.skip_space()) != ")":
+            if separator == ", ":
+                yield from source.expect(compiled(r",\s{0,256}"), "','")
+                if (yield from source.skip_space()) == ")":
+                    break
+            key = yield from source.expect(
+                compiled(r"(?P<key>[A-Za-z_][\w\-]{0,255})\s{0,16}="), "an argument's name"
+            )
+            calls.add(separator + quoted(key["key"]) + ": ")
+            separator = ", "
+            yield from literal(source, calls.add, PYTHON)
+        source.at += 1
+        calls.add("}" if separator == ", " else "{}")
+        calls.complete()
+
+
+_KIND = r'"type"\s{0,16}:\s{0,16}"function"\s{0,16},\s{0,64}'
+_NAME = r'"(?:name|function)"\s{0,16}:\s{0,16}"(?P<tool>[^"\\]{1,256})"'
+
+# Calls that no marker tells from text; the group ``tool`` is what tells.
+BARE_JSON = JSONCall(start=rf"\{{\s{{0,64}}(?:{_KIND})?{_NAME}")
+BARE_PYTHON = PythonCall(start=r"(?P<tool>[A-Za-z_][\w.\-]{0,127})\(")

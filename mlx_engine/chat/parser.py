@@ -1,0 +1,87 @@
+"""The answers of a model, taken apart into content, reasoning and tool calls while they come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from mlx_engine.chat import harmony, tagged
+from mlx_engine.chat.answer_format import AnswerFormat
+from mlx_engine.chat.answer_parts import AnswerParts
+from mlx_engine.core.stream import Piece
+from mlx_engine.outputs import ToolCall
+
+
+class AnswerParser:
+    """One answer, part by part.
+
+    Held back is only what may still become a marker. However the text is cut, the pieces joined
+    are the same. Nothing that a model writes raises: a call that is malformed has an error.
+
+    Args:
+        format: in which the model writes.
+        tools: that the request has, as the chat template gets them; without any, there are no
+            calls.
+        prefix: what the template wrote behind the last message; it tells whether reasoning is open.
+        parallel: whether more than one call may be made.
+    """
+
+    def __init__(
+        self,
+        format: AnswerFormat,
+        tools: Sequence[Mapping[str, Any]] | None,
+        prefix: str = "",
+        *,
+        parallel: bool = True,
+    ) -> None:
+        self._parts = AnswerParts(_schemas(tools or ()), parallel=parallel)
+        read = harmony.read if format.structure == "harmony" else tagged.read
+        self._steps = read(self._parts, format, prefix)
+        next(self._steps, None)
+
+    @property
+    def calls(self) -> tuple[ToolCall, ...]:
+        """The calls that are complete, those that came out wrong included."""
+        return tuple(self._parts.calls.done)
+
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether the text so far ends inside reasoning."""
+        return self._parts.in_reasoning
+
+    def feed(self, text: str) -> list[Piece]:
+        """The pieces that this text completes."""
+        if not text:
+            return []
+        self._parts.source.add(text)
+        return self._go_on()
+
+    def finish(self) -> list[Piece]:
+        """The pieces that are still held back, since no more text will come."""
+        self._parts.source.ended = True
+        return self._go_on()
+
+    def _go_on(self) -> list[Piece]:
+        next(self._steps, None)
+        self._parts.calls.flush()
+        pieces = self._parts.pieces
+        if len(pieces) < 2:
+            found = pieces.copy()
+        else:
+            found = []
+            for key, each in groupby(pieces, key=lambda piece: (piece.segment, piece.call)):
+                found.append(Piece(key[0], "".join(piece.text for piece in each), key[1]))
+        pieces.clear()
+        return found
+
+
+def _schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The schemas of the tools' arguments by their names."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for tool in tools:
+        function = tool.get("function", tool)
+        if isinstance(function, Mapping) and isinstance(name := function.get("name"), str):
+            schema = function.get("parameters")
+            found[name] = schema if isinstance(schema, Mapping) else {}
+    return found
