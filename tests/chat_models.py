@@ -68,7 +68,7 @@ TEMPLATE = """\
 {{- '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}
 {{- m.content or '' }}
 {%- for call in m.tool_calls or [] %}<tool_call>{{ {'name': call.function.name, \
-'arguments': call.function.arguments} | tojson }}</tool_call>{# tool_call.name #}{% endfor %}
+'arguments': call.function.arguments} | tojson }}</tool_call>{% endfor %}
 {{- '<|im_end|>\\n' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
 {%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}

@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
     "{%- if tools %}<|im_start|>system\ntools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{%- for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{%- for call in m.tool_calls or [] %}<tool_call>{{ {'name': call.function.name, "
-    "'arguments': call.function.arguments} | tojson }}</tool_call>{# tool_call.name #}"
+    "'arguments': call.function.arguments} | tojson }}</tool_call>{# </think> #}"
     "{%- endfor %}<|im_end|>\n{% endfor %}"
     "{%- if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking == 'open' %}<think>\n{% endif %}"
