@@ -76,7 +76,8 @@ class ChatEngine(Protocol):
             params: sampling parameters.
             tools: descriptions of the tools that the model may call, as in OpenAI's API.
             tool_choice: ``"none"`` does not show the tools to the model.
-            parallel_tool_calls: ``False`` takes the first call of an answer alone.
+            parallel_tool_calls: ``False`` takes the first call of an answer alone; others have an
+                ``error``.
             thinking: whether the model should think aloud first; ``None`` is what its chat
                 template does by itself.
             max_reasoning_tokens: tokens after which its reasoning is closed, and the answer goes

@@ -71,8 +71,6 @@ class FakeAnswer:
             raise ValueError("reasoning and tool calls are of chats; this is a plain prompt")
         if self.tool_calls and not source.offered:
             raise ValueError("tool calls are scripted, but the request has no tools to be called")
-        if len(self.tool_calls) > 1 and not source.parallel_tool_calls:
-            raise ValueError("two tool calls are scripted, but parallel_tool_calls is False")
         known = [tool["function"]["name"] for tool in source.offered or ()]
         for call in self.tool_calls:
             if isinstance(call, ToolCall) and call.ok and call.name not in known:

@@ -106,6 +106,11 @@ class ScriptedRequest(ActiveRequest):
         return len(self._calls)
 
     @property
+    def has_called_enough(self) -> bool:
+        """Whether a call was made, and one is all that it asks for."""
+        return not self.shown.parallel_tool_calls and any(call.ok for call in self._calls)
+
+    @property
     def has_reasoned_enough(self) -> bool:
         """Whether its ``max_reasoning_tokens`` are used up."""
         most = self.shown.max_reasoning_tokens

@@ -127,7 +127,6 @@ async def test_ids_are_unique_in_a_conversation() -> None:
         ({"tools": None}, "the request has no tools to be called"),
         ({"tool_choice": "none"}, "the request has no tools to be called"),
         ({"tools": [tool("other")]}, "a call of 'weather' is scripted"),
-        ({"parallel_tool_calls": False}, "two tool calls are scripted"),
     ],
 )
 async def test_a_script_that_no_model_could_follow_fails_its_request(
@@ -137,6 +136,15 @@ async def test_a_script_that_no_model_could_follow_fails_its_request(
     async with FakeEngine(answer) as engine:
         with pytest.raises(GenerationError, match=problem):
             await streamed(engine, **options)
+
+
+async def test_one_call_is_taken_where_more_are_not_wanted() -> None:
+    answer = FakeAnswer(tool_calls=[CUT, ("weather", {}), ("time", {})])
+    async with FakeEngine(answer) as engine:
+        chunks, result = await streamed(engine, parallel_tool_calls=False)
+    assert [call.ok for call in result.tool_calls] == [False, True, False]
+    assert [call["error"] for call in put_together(chunks)] == [c.error for c in result.tool_calls]
+    assert result.tool_calls[2].arguments == {}
 
 
 async def test_tools_and_roles_are_checked_as_by_real_engines() -> None:
