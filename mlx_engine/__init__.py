@@ -25,6 +25,7 @@ Its files:
     limits.py        how large a request may be
     params.py        the options of one request
     outputs.py       what engines give back
+    cache_stats.py   what they tell of a prompt cache
     checks.py        numbers and paths that callers give
     errors.py        every exception, as a tree
     guide/           what users read, by ``mlx-engine help``
@@ -35,6 +36,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mlx_engine.cache_stats import PromptCacheLookup, PromptCacheStats
     from mlx_engine.chat.answer_format import ReasoningFormat, ToolFormat
     from mlx_engine.config import BatchedOptions, EngineKind, EngineOptions
     from mlx_engine.core.stream import GenerationStream
@@ -65,8 +67,6 @@ if TYPE_CHECKING:
         GenerationResult,
         Progress,
         ProgressCallback,
-        PromptCacheLookup,
-        PromptCacheStats,
         RenderedChat,
         Segment,
         ShutdownReport,
@@ -161,6 +161,10 @@ __all__ = [
 
 # Imported when it is first asked for, since all of it takes time.
 _HOMES = {
+    "mlx_engine.cache_stats": (
+        "PromptCacheLookup",
+        "PromptCacheStats",
+    ),
     "mlx_engine.chat.answer_format": (
         "ReasoningFormat",
         "ToolFormat",
@@ -198,8 +202,6 @@ _HOMES = {
         "GenerationResult",
         "Progress",
         "ProgressCallback",
-        "PromptCacheLookup",
-        "PromptCacheStats",
         "RenderedChat",
         "Segment",
         "ShutdownReport",

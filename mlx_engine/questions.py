@@ -101,4 +101,6 @@ def tokens_to_decode(tokens: Any, limits: RequestLimits) -> TextPrompt | None:
 def renamed(error: InvalidRequest, option: str) -> InvalidRequest:
     """The same error about an option that its caller knows under another name."""
     message = f"{option}: {str(error).removeprefix(f'{error.option}: ')}"
-    return rebuild(type(error), message, {**vars(error), "option": option})
+    made = rebuild(type(error), message, {**vars(error), "option": option})
+    assert isinstance(made, InvalidRequest)
+    return made

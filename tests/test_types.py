@@ -251,6 +251,7 @@ OPEN = {
 }
 # What applications do not name: what is made, or said, for them.
 INNER = {
+    "Body",
     "Drains",
     "GenerationRequest",
     "LocalEngine",

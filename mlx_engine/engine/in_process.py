@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.checks import shown
 from mlx_engine.config import QueueConfig
 from mlx_engine.core.counters import EngineCounters
@@ -24,7 +25,11 @@ from mlx_engine.core.scheduler import Scheduler
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
-from mlx_engine.outputs import EngineState, EngineStats, PromptCacheStats, ShutdownReport
+from mlx_engine.outputs import (
+    EngineState,
+    EngineStats,
+    ShutdownReport,
+)
 from mlx_engine.questions import PromptFacts, PromptQuestion
 
 T = TypeVar("T")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.mlx_thread import mlx_thread
@@ -21,7 +22,10 @@ from mlx_engine.errors import (
     drop_frames,
 )
 from mlx_engine.generation.request import Request
-from mlx_engine.outputs import GenerationResult, ProgressCallback, PromptCacheStats
+from mlx_engine.outputs import (
+    GenerationResult,
+    ProgressCallback,
+)
 from mlx_engine.questions import PromptFacts, PromptQuestion
 from mlx_engine.strategies import Strategies
 

@@ -162,10 +162,10 @@ def answer_format(config: ModelConfig, tokenizer: TokenizerWrapper) -> AnswerFor
     Raises:
         InvalidRequest: an option names a format that does not exist.
     """
-    chosen = {"tool_format": config.tool_format, "reasoning_format": config.reasoning_format}
+    calls, reasoning = config.tool_format, config.reasoning_format
     if not tokenizer.has_chat_template:
-        return choose_format(None, **chosen)
-    return ChatTemplate.of(tokenizer, **chosen).format
+        return choose_format(None, tool_format=calls, reasoning_format=reasoning)
+    return ChatTemplate.of(tokenizer, calls, reasoning).format
 
 
 def _cuttable(cache: Any) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
+from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.checks import shown
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.in_flight import InFlight
@@ -18,7 +19,6 @@ from mlx_engine.outputs import (
     EngineState,
     EngineStats,
     ProgressCallback,
-    PromptCacheStats,
     ShutdownReport,
 )
 from mlx_engine.questions import PromptFacts, PromptQuestion

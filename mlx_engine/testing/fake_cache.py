@@ -11,8 +11,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.outputs import PromptCacheStats
 
 _FORMAT = "prompt cache of a FakeEngine"
 _MOST = 256  # prompts: each of them is compared with each new one

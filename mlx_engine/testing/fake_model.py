@@ -10,11 +10,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.checks import flag, number, shown
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError, another
-from mlx_engine.outputs import Progress, ProgressCallback, PromptCacheStats, ToolCall
+from mlx_engine.outputs import (
+    Progress,
+    ProgressCallback,
+    ToolCall,
+)
 from mlx_engine.questions import PromptFacts, PromptQuestion
 from mlx_engine.requests import ChatPrompt, TextPrompt
 from mlx_engine.testing.fake_answer import Answers, checked_answers, choose

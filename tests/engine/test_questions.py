@@ -22,6 +22,7 @@ from mlx_engine import (
 )
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.testing import FakeEngine
+from tests.conftest import settled
 from tests.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.anyio
@@ -91,6 +92,7 @@ async def test_encode_and_decode(engine: BaseEngine) -> None:
 async def test_what_is_cached_is_looked_at_and_not_touched(engine: BaseEngine) -> None:
     assert (await engine.render_chat(USER)).cached_tokens == 0
     result = await engine.chat(USER, max_tokens=4)
+    await settled()  # a batch stores a moment later
     before = engine.stats()
     chat = await engine.render_chat(USER)
     assert chat.cached_tokens == result.usage.prompt_tokens - 1

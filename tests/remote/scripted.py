@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_engine import BaseEngine, EngineState
+from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.core.stream import Emit
 from mlx_engine.errors import (
     EngineBusy,
@@ -23,7 +24,6 @@ from mlx_engine.outputs import (
     GenerationChunk,
     GenerationResult,
     ProgressCallback,
-    PromptCacheStats,
     ShutdownReport,
     Timings,
     Usage,

@@ -181,7 +181,7 @@ async def test_reasoning_and_tool_calls(width: Any) -> None:
     assert (call.name, call.arguments, call.error) == ("weather", {"city": "Paris"}, None)
     assert other == broken
     segments = [chunk.segment for chunk in chunks]
-    assert segments == ["reasoning"] * 3 + ["content"] * 2 + ["tool_call"] * 3 + ["content"]
+    assert segments == ["reasoning"] * 3 + ["content"] * 2 + ["tool_call"] * 4 + ["content"]
 
 
 async def test_an_error_after_some_tokens(width: Any) -> None:

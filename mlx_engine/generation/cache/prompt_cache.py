@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mlx_engine.cache_stats import PromptCacheLookup, PromptCacheStats
 from mlx_engine.generation.cache.kv_cache import Cache
 from mlx_engine.generation.cache.prompt_index import PromptIndex
 from mlx_engine.generation.cache.snapshot import (
@@ -24,7 +25,6 @@ from mlx_engine.generation.cache.stored_prompt import (
     Tokens,
     common_prefix,
 )
-from mlx_engine.outputs import PromptCacheLookup, PromptCacheStats
 
 
 @dataclass(frozen=True, slots=True)
