@@ -116,7 +116,8 @@ def test_tools_and_template_variables_arrive_as_they_were(
 def test_what_cannot_travel_is_told_by_the_option_that_it_is_in(
     option: str, odd: Any, words: str
 ) -> None:
-    parts: dict[str, Any] = {"messages": USER, "tools": {"a": 1}, "chat_template_kwargs": {}}
+    tool = {"function": {"name": "f"}}
+    parts: dict[str, Any] = {"messages": USER, "tools": tool, "chat_template_kwargs": {}}
     parts[option] = {**parts[option], "odd": odd}
     chat = ChatPrompt.of([parts["messages"]], [parts["tools"]], parts["chat_template_kwargs"])
     with pytest.raises(InvalidRequest, match=f"^{option}: .*cannot go to another process.*{words}"):
@@ -128,7 +129,7 @@ def test_what_is_too_deep_to_travel_is_told_by_its_option() -> None:
     for _ in range(450):
         inner = [inner]
     endless = replace(DEFAULT_LIMITS, nesting=None)
-    chat = ChatPrompt.of([USER], [{"deep": inner}], None, endless)
+    chat = ChatPrompt.of([USER], [{"function": {"name": "f"}, "deep": inner}], None, endless)
     with pytest.raises(InvalidRequest, match=r"^tools: .*cannot go to another process"):
         there(chat)
 

@@ -92,7 +92,9 @@ async def test_a_processor_that_raises_what_cannot_be_written_or_ends_programs(
 async def test_an_integer_too_large_to_travel_costs_no_answer(tiny_path: Path) -> None:
     user = [{"role": "user", "content": "hi"}]
     async with ProcessEngine(tiny_path) as engine:
-        result = await engine.chat(user, logits_processors=[NAMED + "SayHugeCall"])
+        tool = {"type": "function", "function": {"name": "add"}}
+        says = [NAMED + "SayHugeCall"]
+        result = await engine.chat(user, tools=[tool], logits_processors=says)
         (call,) = result.tool_calls
         assert call.arguments == {"a": int("9" * 30)}
 
