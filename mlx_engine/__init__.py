@@ -17,6 +17,7 @@ Its files:
     models/          where models come from
     chat/            conversations <-> text, and no MLX
     core/            asyncio and threads, and no MLX
+    questions.py     what a caller asks about a prompt
     requests.py      what a caller asks of an engine
     conversation.py  the messages and tools in it
     config.py        how an engine is set up
@@ -24,6 +25,7 @@ Its files:
     limits.py        how large a request may be
     params.py        the options of one request
     outputs.py       what engines give back
+    cache_stats.py   what they tell of a prompt cache
     checks.py        numbers and paths that callers give
     errors.py        every exception, as a tree
     guide/           what users read, by ``mlx-engine help``
@@ -34,6 +36,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mlx_engine.cache_stats import PromptCacheLookup, PromptCacheStats
+    from mlx_engine.chat.answer_format import ReasoningFormat, ToolFormat
     from mlx_engine.config import BatchedOptions, EngineKind, EngineOptions
     from mlx_engine.core.stream import GenerationStream
     from mlx_engine.engine.base import BaseEngine
@@ -63,13 +67,13 @@ if TYPE_CHECKING:
         GenerationResult,
         Progress,
         ProgressCallback,
-        PromptCacheLookup,
-        PromptCacheStats,
+        RenderedChat,
         Segment,
         ShutdownReport,
         Timings,
         TokenLogprob,
         ToolCall,
+        ToolCallDelta,
         Usage,
     )
     from mlx_engine.params import LogitsProcessor, SamplingOptions, SamplingParams
@@ -129,7 +133,9 @@ __all__ = [
     "PromptCacheLookup",
     "PromptCacheStats",
     "RayEngine",
+    "ReasoningFormat",
     "RemoteEngine",
+    "RenderedChat",
     "ReplicaInfo",
     "ReplicaState",
     "RequestLimits",
@@ -146,6 +152,8 @@ __all__ = [
     "Timings",
     "TokenLogprob",
     "ToolCall",
+    "ToolCallDelta",
+    "ToolFormat",
     "Usage",
     "Watchdog",
     "install_signal_handlers",
@@ -153,6 +161,14 @@ __all__ = [
 
 # Imported when it is first asked for, since all of it takes time.
 _HOMES = {
+    "mlx_engine.cache_stats": (
+        "PromptCacheLookup",
+        "PromptCacheStats",
+    ),
+    "mlx_engine.chat.answer_format": (
+        "ReasoningFormat",
+        "ToolFormat",
+    ),
     "mlx_engine.config": (
         "BatchedOptions",
         "EngineKind",
@@ -186,13 +202,13 @@ _HOMES = {
         "GenerationResult",
         "Progress",
         "ProgressCallback",
-        "PromptCacheLookup",
-        "PromptCacheStats",
+        "RenderedChat",
         "Segment",
         "ShutdownReport",
         "Timings",
         "TokenLogprob",
         "ToolCall",
+        "ToolCallDelta",
         "Usage",
     ),
     "mlx_engine.params": (

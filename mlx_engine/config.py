@@ -8,6 +8,7 @@ the constructors of ``SimpleEngine`` and ``BatchedEngine`` explain them.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -44,6 +45,8 @@ class EngineOptions(TypedDict, total=False):
     revision: str | None
     adapter_path: str | os.PathLike[str] | None
     trust_remote_code: bool
+    tool_format: str | Any | None
+    reasoning_format: str | Any | None
     context_length: int | None
     max_kv_size: int | None
     kv_bits: int | None
@@ -75,6 +78,15 @@ def _model(name: str, value: object) -> str:
     return text
 
 
+def _format(name: str, value: object) -> object:
+    own = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    if value is not None and not own and not (isinstance(value, str) and value.strip()):
+        raise InvalidRequest(
+            name, f"must be the name of a format, 'none', or one of your own, not {shown(value)}"
+        )
+    return value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Which model to load, and the KV cache that it gets; the options are ``SimpleEngine``'s.
@@ -91,6 +103,12 @@ class ModelConfig:
         str | None, option(path_or_none, "folder of LoRA adapters to apply")
     ] = None
     trust_remote_code: Annotated[bool, option(flag, "run Python code of the models")] = False
+    tool_format: Annotated[
+        str | Any | None, option(_format, "how it writes calls of tools, by name, or 'none'")
+    ] = None
+    reasoning_format: Annotated[
+        str | Any | None, option(_format, "how it marks its reasoning, by name, or 'none'")
+    ] = None
     context_length: Annotated[
         int | None, option(integer_or_none, "tokens of prompt and answer together", low=2)
     ] = None

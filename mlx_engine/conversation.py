@@ -14,6 +14,7 @@ from typing import Any, Required, TypedDict
 from mlx_engine.checks import shown
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.limits import RequestLimits
+from mlx_engine.outputs import GenerationResult
 
 
 class Message(TypedDict, total=False):
@@ -41,6 +42,12 @@ class Message(TypedDict, total=False):
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names of an assistant's reasoning
 
+# Those of OpenAI's API come first; the others are of some families' chat templates.
+ROLES = (
+    *("system", "developer", "user", "assistant", "tool"),
+    *("function", "ipython", "observation", "document", "control"),
+)
+
 _SPEECH = {"system", "developer", "user"}  # roles of which a message without content is none
 _TEXTS = {"text", "input_text", "output_text"}
 _MEDIA = {"image", "image_url", "input_image", "input_audio", "audio", "video", "video_url", "file"}
@@ -62,7 +69,7 @@ def checked_messages(messages: object, limits: RequestLimits) -> list[dict[str, 
     if not messages:
         raise InvalidRequest("messages", "must not be empty")
     limits.check("messages", "messages", len(messages), "messages")
-    messages = list(messages)
+    messages = [one.message() if isinstance(one, GenerationResult) else one for one in messages]
     limits.check_values("messages", "text_characters", messages)
     copies = [_message(index, message, limits) for index, message in enumerate(messages)]
     if any(copy.get("tool_calls") or copy["role"] == "tool" for copy in copies):
@@ -85,12 +92,32 @@ def checked_tools(tools: object, limits: RequestLimits) -> list[dict[str, Any]] 
     tools = list(tools)
     limits.check_values("tools", "tool_characters", tools)
     for number, tool in enumerate(tools):
-        if not isinstance(tool, Mapping):
-            raise InvalidRequest("tools", f"each must be a mapping, not {shown(tool)}")
-        name = name_of_tool(tool)
-        if name is not None:
-            limits.check_name("tools", name, of=f"number {number}")
+        _check_tool(number, tool, limits)
     return [dict(tool) for tool in tools] or None
+
+
+def _check_tool(number: int, tool: object, limits: RequestLimits) -> None:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not (
+        isinstance(tool, Mapping)
+        and isinstance(function, Mapping)
+        and tool.get("type", "function") == "function"
+    ):
+        raise InvalidRequest(
+            "tools",
+            f"number {number} must be {{'type': 'function', 'function': {{'name': ..., "
+            f"'description': ..., 'parameters': ...}}}}, not {shown(tool)}",
+        )
+    name, parameters = function.get("name"), function.get("parameters")
+    if not isinstance(name, str) or not name:
+        raise InvalidRequest("tools", f"number {number} has no name: {shown(function)}")
+    limits.check_name("tools", name, of=f"number {number}")
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise InvalidRequest(
+            "tools",
+            f"number {number} ({shown(name)}): 'parameters' must be a mapping, a JSON schema, not "
+            f"{shown(parameters)}",
+        )
 
 
 def name_of_tool(tool: Mapping[str, Any]) -> str | None:
@@ -108,6 +135,10 @@ def _message(index: int, message: object, limits: RequestLimits) -> dict[str, An
     copy = {key: value for key, value in message.items() if value is not None}
     which = f"number {index} ({shown(message['role'])})"
     limits.check_name("messages", copy["role"], of=which)
+    if copy["role"] not in ROLES:
+        raise InvalidRequest(
+            "messages", f"{which}: there is no such role; there are {', '.join(ROLES[:5])}"
+        )
     if copy["role"] == "function":  # as OpenAI's API had it before tools
         copy["role"] = "tool"
     for name in ("name", "tool_call_id"):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import enum
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from mlx_engine.cache_stats import PromptCacheStats
+from mlx_engine.checks import shown
+from mlx_engine.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 Segment = Literal["content", "reasoning", "tool_call"]
@@ -42,13 +47,16 @@ class TokenLogprob:
     Attributes:
         token: the token id.
         logprob: its log-probability.
-        top: the most probable tokens at this place with their log-probabilities, best
-            first; as many as ``SamplingParams.logprobs`` asks for.
+        top: the most probable tokens at this place, best first; as many as
+            ``SamplingParams.logprobs`` asks for. They have none of their own.
+        text: of the token by itself, as in the middle of a text; the parts of a character that
+            several tokens share are U+FFFD.
     """
 
     token: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    top: tuple[TokenLogprob, ...] = ()
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +81,29 @@ class ToolCall:
     def ok(self) -> bool:
         """Whether the call may be made: it names a tool of the request, with its arguments."""
         return self.error is None
+
+    def reply(self, content: object) -> Any:
+        """The message with the tool's answer, to be appended to the messages of the chat.
+
+            messages.append(call.reply("21 degrees"))
+
+        Args:
+            content: text, or any value that JSON has a form for, which the model gets as JSON.
+
+        Returns:
+            A ``Message``; its type fits into a list of plain dictionaries as well.
+
+        Raises:
+            InvalidRequest: ``content`` is neither.
+        """
+        text = content if isinstance(content, str) else _json("content", content)
+        return {"role": "tool", "tool_call_id": self.id, "name": self.name, "content": text}
+
+    def _as_message(self) -> dict[str, Any]:
+        # What the model wrote goes back as it was, so that it can see its mistake.
+        arguments = _json("tool_calls", self.arguments) if self.ok else self.raw
+        function = {"name": self.name, "arguments": arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +149,16 @@ class GenerationChunk:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     tool_call: ToolCallDelta | None = None
+
+    @property
+    def content(self) -> str:
+        """Its text if that is for whoever reads the answer, and ``""`` if not."""
+        return self.text if self.segment == "content" else ""
+
+    @property
+    def reasoning(self) -> str:
+        """Its text if that is thought aloud, and ``""`` if not."""
+        return self.text if self.segment == "reasoning" else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +228,8 @@ class GenerationResult:
     Attributes:
         text: the answer without reasoning and tool calls; stop strings are not part of it.
         tokens: every generated token id, the end-of-sequence token included.
-        finish_reason: ``stop`` (end of sequence, a stop string or a stop token), ``length``
+        finish_reason: ``stop`` (end of sequence, a stop string or a stop token), ``tool_calls``
+            (the same without a stop string, and there are calls that may be made), ``length``
             (``max_tokens`` or the context is used up) or ``cancelled``.
         usage: token counts.
         timings: seconds.
@@ -209,6 +251,40 @@ class GenerationResult:
     notes: tuple[str, ...] = ()
     request_id: str = ""
 
+    def message(self) -> Any:
+        """The answer as a message, to be appended to the messages of the chat.
+
+        The result itself may stand there as well. Calls are those of ``tool_calls``, each of
+        which is answered with its ``reply``; those that must not be made have the model's own
+        text in the place of their arguments.
+
+        Returns:
+            A ``Message``; its type fits into a list of plain dictionaries as well.
+        """
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [call._as_message() for call in self.tool_calls]
+        return message
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A conversation as the model would get it.
+
+    Attributes:
+        text: in the model's chat template, up to where the answer begins.
+        tokens: the same in token ids.
+        cached_tokens: as many of the first ones are in the prompt cache now.
+        notes: what would be done in another way than asked, one sentence each.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    cached_tokens: int = 0
+    notes: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True, slots=True)
 class ShutdownReport:
@@ -225,59 +301,6 @@ class ShutdownReport:
 
     finished: tuple[str, ...] = ()
     aborted: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PromptCacheLookup:
-    """The prompt cache's part in one request: what it had, and why it had no more.
-
-    Attributes:
-        request_id: the engine's name for the request.
-        prompt_tokens: tokens in its prompt.
-        cached_tokens: of which the prompt cache had these; 0 is a miss.
-        diverged_at: index of the first token in which the closest stored prompt differs;
-            ``None`` if there was nothing to compare, or no difference.
-        prompt_token: the prompt's token id there.
-        stored_token: the stored one; ``None`` if it ends there.
-        reason: the same in a sentence.
-    """
-
-    request_id: str
-    prompt_tokens: int
-    cached_tokens: int
-    diverged_at: int | None
-    prompt_token: int | None
-    stored_token: int | None
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class PromptCacheStats:
-    """A snapshot of an engine's prompt cache.
-
-    Attributes:
-        entries: prompts stored.
-        nbytes: bytes that they take.
-        limit: bytes that they may take.
-        hits: requests that found a prefix of their prompt.
-        misses: requests that did not.
-        hit_tokens: prompt tokens that were found, all requests together.
-        stored: prompts stored since the start.
-        evicted: of which were evicted, least recently used first.
-        refused: prompts that could not be stored: too big, or their cache cannot be reused.
-        last_lookup: what the latest request found.
-    """
-
-    entries: int = 0
-    nbytes: int = 0
-    limit: int = 0
-    hits: int = 0
-    misses: int = 0
-    hit_tokens: int = 0
-    stored: int = 0
-    evicted: int = 0
-    refused: int = 0
-    last_lookup: PromptCacheLookup | None = None
 
 
 class EngineState(enum.StrEnum):
@@ -342,3 +365,12 @@ class EngineStats:
     def tokens_per_second(self) -> float:
         """Generated tokens over time spent decoding, all requests together; 0 before the first."""
         return self.completion_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+def _json(option: str, value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(
+            option, f"must be text, or have a form in JSON, not {shown(value)} ({error})"
+        ) from error

@@ -11,6 +11,7 @@ from mlx_engine.conversation import Message as Message
 from mlx_engine.conversation import checked_messages, checked_tools
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
+from mlx_engine.outputs import GenerationResult
 from mlx_engine.params import SamplingParams
 from mlx_engine.strategies import EngineDefault, SpecPrefill
 
@@ -84,7 +85,7 @@ class ChatPrompt:
     @classmethod
     def of(
         cls,
-        messages: Sequence[Message | Mapping[str, Any]],
+        messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         limits: RequestLimits = DEFAULT_LIMITS,

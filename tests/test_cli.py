@@ -25,7 +25,7 @@ from mlx_engine.cli.output import AnswerPrinter, ProgressBar
 from mlx_engine.config import ModelConfig
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.models.info import count_parameters
-from mlx_engine.outputs import GenerationChunk, Progress
+from mlx_engine.outputs import GenerationChunk, Progress, ToolCallDelta
 from mlx_engine.params import SamplingParams
 from mlx_engine.strategies import MTP, DraftModel, SpecPrefill
 from tests.generation.rigged import made
@@ -290,7 +290,11 @@ def test_info_describes_a_model(tiny_path: Path) -> None:
     assert info["model_type"] == "llama"
     assert info["context_length"] == 16384
     assert info["chat_template"] is True
-    assert info["tool_parser"] == "json_tools"
+    assert (info["tool_calls"], info["thinking"]) == (True, True)
+    assert info["format_by"] == "template"
+    code, output, errors = finish("info", str(tiny_path), "--tool-format", "none")
+    assert re.search(r"^answer format +\S+ \(by option\)$", output, re.MULTILINE)
+    assert re.search(r"^tool calls +no$", output, re.MULTILINE)
     assert info["bytes_on_disk"] > info["parameters"] * 4 > 0
 
 
@@ -328,7 +332,7 @@ EVERY_SAMPLING_OPTION = """--max-tokens 5 --temp 1 --top-p 0.5 --top-k 3 --min-p
 --stop-token-id 1 --stop-token-id 2 --ignore-eos --logprobs 3 --json"""
 EVERY_ENGINE_OPTION = """--model m --revision r --adapter-path a --trust-remote-code
 --context-length 10 --max-kv-size 8 --kv-bits 4 --kv-group-size 32 --quantized-kv-start 5
---prefill-step-size 3 --prompt-cache-bytes 0"""
+--prefill-step-size 3 --prompt-cache-bytes 0 --tool-format hermes --reasoning-format none"""
 
 
 def test_every_sampling_parameter_has_an_option() -> None:
@@ -522,3 +526,29 @@ def test_reasoning_is_dimmed_in_a_terminal(
     printer.end()
     printer.end()
     assert capsys.readouterr().out == "\x1b[2mhm\n\x1b[0myes\n"
+
+
+CALLS = (
+    GenerationChunk("hm", segment="reasoning"),
+    GenerationChunk("<call>", segment="tool_call", tool_call=ToolCallDelta(0, "1", "weather")),
+    GenerationChunk("x", segment="tool_call", tool_call=ToolCallDelta(0, arguments='{"city": ')),
+    GenerationChunk("y", segment="tool_call", tool_call=ToolCallDelta(0, arguments='"Paris"}')),
+    GenerationChunk("</call>", segment="tool_call"),
+    GenerationChunk("<ca", segment="tool_call", tool_call=ToolCallDelta(1, "2", error="cut off")),
+)
+
+
+def test_calls_are_shown_in_a_terminal_by_name_and_arguments(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for terminal, shown in (
+        (True, '\x1b[2mhm\nweather {"city": "Paris"}\n [cut off]\n\x1b[0m'),
+        (False, ""),
+    ):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        printer = AnswerPrinter(ProgressBar())
+        for chunk in CALLS:
+            printer(chunk)
+        printer.end()
+        assert capsys.readouterr().out == shown
+        assert printer.text == ""

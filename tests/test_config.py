@@ -22,6 +22,7 @@ from mlx_engine import (
     RequestLimits,
     SimpleEngine,
     SpecPrefill,
+    ToolFormat,
 )
 from mlx_engine.cli.options import engine_options, parse
 from mlx_engine.config import (
@@ -57,6 +58,8 @@ GIVEN: dict[str, Any] = {
     "adapter_path": Path("adapters"),
     "trust_remote_code": True,
     "context_length": 100,
+    "tool_format": ToolFormat("<call>", "</call>"),
+    "reasoning_format": "none",
     "kv_bits": 4,
     "kv_group_size": 32,
     "quantized_kv_start": 5,
@@ -123,6 +126,7 @@ def test_the_command_has_every_option() -> None:
     line = """host m --socket s --revision r --adapter-path a --trust-remote-code --context-length 9
     --kv-bits 4 --kv-group-size 32 --quantized-kv-start 5 --prefill-step-size 3 --max-kv-size 8
     --prompt-cache-bytes 0 --queue-limit 3 --max-wait 2.5 --max-batch-size 2 --limit messages=3
+    --tool-format hermes --reasoning-format none
     --max-decode-pause-ms none --kv-cache-memory-bytes 9 --draft-model d --prefill-draft d"""
     given = engine_options(parse(line.split()))
     assert given.keys() == {"model", *hints(BatchedOptions)}

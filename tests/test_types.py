@@ -19,6 +19,7 @@ import pytest
 import mlx_engine
 import mlx_engine.testing
 from mlx_engine import BaseEngine, Engine
+from mlx_engine.engine.chat_interface import ChatEngine
 from tests.conftest import ROOT
 from tests.waiting import PATIENCE
 
@@ -40,7 +41,9 @@ from mlx_engine import (
     ProcessEngine,
     RayEngine,
     RemoteEngine,
+    RenderedChat,
     SimpleEngine,
+    ToolCallDelta,
 )
 from mlx_engine.testing import Answers, FakeAnswer, FakeEngine, Gate, Load, Piece
 
@@ -77,7 +80,19 @@ async def talk(engine: Engine) -> None:
     messages.append({"role": "tool", "tool_call_id": "1", "name": "weather", "content": "sun"})
     async with engine.stream_chat(messages, max_tokens=5) as stream:
         async for chunk in stream:
-            print(chunk.text)
+            print(chunk.text, chunk.content, chunk.reasoning)
+            delta: ToolCallDelta | None = chunk.tool_call
+            print(delta and delta.arguments)
+    plain.append((await engine.chat(plain, thinking=False, tool_choice="none")).message())
+    messages.append(stream.result.message())
+    messages += [call.reply(21) for call in stream.result.tool_calls if call.ok]
+    await engine.chat([*messages, stream.result], max_reasoning_tokens=5)
+    async for text in engine.stream_chat(messages, parallel_tool_calls=False).text():
+        print(text.upper())
+    rendered: RenderedChat = await engine.render_chat(messages, continue_final_message=True)
+    count = await engine.count_tokens(messages) + await engine.count_tokens("x") + 1
+    count += await engine.count_tokens([1, 2]) + rendered.cached_tokens
+    print(await engine.decode(await engine.encode("x")), count, engine.model, engine.supports_tools)
     default: EngineDefault = "default"
     await engine.generate("Hi", decode=default)
     if engine.state is EngineState.RUNNING and engine.stats().state == "running":
@@ -124,6 +139,8 @@ async def ask(engine: Engine) -> None:
     await engine.generate("Hi", max_token=5)  # error: call-arg
     await engine.generat("Hi")  # error: attr-defined
     await engine.chat([{"role": "user"}, 5])  # error: list-item
+    await engine.chat([{"role": "user"}], tool_choice="required")  # error: arg-type
+    await engine.count_tokens(5)  # error: arg-type
 
 
 message: Message = {"rol": "user"}  # error: typeddict-unknown-key
@@ -186,7 +203,10 @@ ENGINES = [getattr(mlx_engine, name) for name in mlx_engine.__all__]
 ENGINES = [e for e in ENGINES if inspect.isclass(e) and issubclass(e, BaseEngine)]
 ENGINES.append(mlx_engine.testing.FakeEngine)
 METHODS = [
-    name for name in vars(Engine) if not name.startswith("_") or name in ("__aenter__", "__aexit__")
+    name
+    for protocol in (Engine, ChatEngine)
+    for name in vars(protocol)
+    if not name.startswith("_") or name in ("__aenter__", "__aexit__")
 ]
 
 
@@ -231,6 +251,7 @@ OPEN = {
 }
 # What applications do not name: what is made, or said, for them.
 INNER = {
+    "Body",
     "Drains",
     "GenerationRequest",
     "LocalEngine",

@@ -24,7 +24,8 @@ from mlx_engine.strategies import MTP, DraftModel, SpecPrefill
 PROGRAM = "mlx-engine"
 
 _MODEL_HELP = "folder, Hugging Face id, or 'demo', a small built-in model (default)"
-_SOURCE = ("revision", "trust_remote_code")  # of what info takes as well
+# Of what info takes as well.
+_SOURCE = ("revision", "trust_remote_code", "tool_format", "reasoning_format")
 # Options that mean nothing without another one.
 _NEEDS = {
     "num_draft_tokens": "draft_model",

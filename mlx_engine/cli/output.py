@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from mlx_engine.cli.options import PROGRAM
 from mlx_engine.core.stream import GenerationStream
-from mlx_engine.outputs import GenerationChunk, GenerationResult, Progress
+from mlx_engine.outputs import GenerationChunk, GenerationResult, Progress, ToolCallDelta
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -77,8 +77,8 @@ def _new_bar(progress: Progress) -> _Bar:
 class AnswerPrinter:
     """Streams one answer to standard output.
 
-    On a terminal reasoning and tool calls are shown dimmed; elsewhere they are left out,
-    so that what a pipe or a file gets is the answer.
+    On a terminal reasoning and tool calls are shown dimmed, calls as their names and arguments;
+    elsewhere they are left out, so that what a pipe or a file gets is the answer.
 
     Args:
         bar: cleared before anything is printed.
@@ -99,14 +99,15 @@ class AnswerPrinter:
     def __call__(self, chunk: GenerationChunk) -> None:
         """Print what the chunk adds."""
         content = chunk.segment == "content"
-        if self._silent or not chunk.text or not (content or self._terminal):
+        text = chunk.text if chunk.segment != "tool_call" else self._of_call(chunk.tool_call)
+        if self._silent or not text or not (content or self._terminal):
             return
         self._bar.clear()
         if self._dim == content:
             self._switch()
-        self._write(chunk.text)
+        self._write(text)
         if content:
-            self.text += chunk.text
+            self.text += text
         sys.stdout.flush()
 
     def end(self) -> None:
@@ -117,6 +118,15 @@ class AnswerPrinter:
         if self._last != "\n":
             self._write("\n")
         sys.stdout.flush()
+
+    def _of_call(self, delta: ToolCallDelta | None) -> str:
+        """The text of what a chunk adds to a call: each is a line, its name and its arguments."""
+        if delta is None:
+            return ""
+        begins = delta.id is not None and self._dim and self._last != "\n"
+        name = "" if delta.name is None else f"{delta.name} "
+        error = "" if delta.error is None else f" [{delta.error}]"
+        return "\n" * begins + name + delta.arguments + error
 
     def _switch(self) -> None:
         """Between content and the rest: each begins a line of its own."""

@@ -17,6 +17,7 @@ Its files:
     stream.py       GenerationStream: thread -> loop; no MLX from here on
     bridge.py       to and from other threads
     preparer.py     threads that make prompts into tokens before their turn
+    side_work.py    what those threads do besides, without a turn on the MLX thread
     threads.py      starting one, or saying why not
     ranked.py       a heap to be left anywhere
     counters.py     what is counted on the MLX thread

@@ -31,11 +31,14 @@ class Preparer(Generic[P]):
     ``checkpoint`` between its steps.
 
     Args:
-        queue: where the work waits.
+        queue: where the work waits, if not elsewhere.
+
+    Attributes:
+        queue: the same.
     """
 
     def __init__(self, queue: WorkQueue[P]) -> None:
-        self._queue = queue
+        self.queue = queue
         # Reentrant: a coroutine may be destroyed anywhere, and leaves then.
         self._changed = threading.Condition(threading.RLock())
         self._by_rank: Ranked[Preparing[P]] = Ranked()
@@ -107,14 +110,14 @@ class Preparer(Generic[P]):
         return True  # it was called in the last moment
 
     def _do(self, work: Preparing[P]) -> None:
-        if not self._queue.take_to_prepare(work.one):
+        if not work.queue.take_to_prepare(work.one):
             return
         error: BaseException | None = None
         try:
             error = work.func()
         except BaseException as raised:  # noqa: BLE001 - the border: its caller raises it
             error = raised
-        self._queue.left(work.one, error)
+        work.queue.left(work.one, error)
 
     def _fail(self, error: EngineDead) -> None:
         """A thread does not come. Another one does what there is; if there is none, nobody does."""
@@ -129,8 +132,8 @@ class Preparer(Generic[P]):
         for work in left:
             failed = GenerationError(f"the prompt is not prepared: {error}")
             failed.__cause__ = error
-            if self._queue.take_to_prepare(work.one):
-                self._queue.left(work.one, failed)
+            if work.queue.take_to_prepare(work.one):
+                work.queue.left(work.one, failed)
 
 
 class Preparing(Generic[P]):
@@ -141,12 +144,18 @@ class Preparing(Generic[P]):
         one: the work, which is not ready before.
         func: called once at most, on a thread of the preparer; what it returns is the error
             that the caller of the work gets.
+        queue: where the work waits; that of the preparer if there is none.
     """
 
     def __init__(
-        self, preparer: Preparer[P], one: P, func: Callable[[], MLXEngineError | None]
+        self,
+        preparer: Preparer[P],
+        one: P,
+        func: Callable[[], MLXEngineError | None],
+        queue: WorkQueue[P] | None = None,
     ) -> None:
         self.one = one
+        self.queue = queue or preparer.queue
         self.func = func
         self._preparer = preparer
         self._limit: Limit | None = None

@@ -8,7 +8,7 @@ import contextvars
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
 from mlx_engine.core.bridge import in_this_loop
@@ -22,8 +22,27 @@ from mlx_engine.errors import (
     describe,
     drop_frames,
 )
-from mlx_engine.outputs import FinishReason, GenerationResult, Progress, ProgressCallback
+from mlx_engine.outputs import (
+    FinishReason,
+    GenerationResult,
+    Progress,
+    ProgressCallback,
+    ToolCall,
+)
 from mlx_engine.requests import GenerationRequest
+
+
+def final_reason(
+    reason: FinishReason, calls: Sequence[ToolCall], *, by_string: bool
+) -> FinishReason:
+    """The finish reason that a caller is told: calls are one, if the answer ended by itself.
+
+    Args:
+        by_string: whether a stop string has ended it.
+    """
+    called = reason == "stop" and not by_string and any(call.ok for call in calls)
+    return "tool_calls" if called else reason
+
 
 Serve = Callable[[Any], Awaitable[GenerationResult]]
 

@@ -15,6 +15,7 @@ from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.lifecycle import Lifecycle
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.preparer import Preparer, Preparing
+from mlx_engine.core.side_work import SideQueue, SideWork
 from mlx_engine.core.work import PendingWork, ThreadJob
 from mlx_engine.core.work_queue import WorkQueue
 from mlx_engine.errors import MLXEngineError
@@ -53,6 +54,7 @@ class Scheduler(abc.ABC, Generic[R]):
         self._lifecycle = lifecycle
         self._prepare = prepare
         self._preparer: Preparer[Any] = Preparer(queue)
+        self._beside = SideQueue()
 
     @abc.abstractmethod
     def serve(self, request: R) -> Awaitable[GenerationResult]:
@@ -61,6 +63,28 @@ class Scheduler(abc.ABC, Generic[R]):
         Cancellation: what waits leaves the queue at once; what runs is told to stop, and its
         caller stays until it is out of MLX.
         """
+
+    async def run_beside(self, name: str, func: Callable[[], T]) -> T:
+        """Run ``func``, which needs no MLX, on a thread of the preparer: it takes no turn.
+
+        Args:
+            name: of what it does.
+            func: looks at ``checkpoint`` between its steps.
+
+        Cancellation: what waits leaves at once; what runs stops at its next ``checkpoint``, and
+        its caller stays until it has.
+
+        Raises:
+            EngineNotStarted, EngineStopped, EngineDead: by the engine's state.
+            GenerationError: ``func`` has raised what is no error of ours.
+        """
+        entry = InFlight(self._lifecycle.new_id(name))
+        work = SideWork(name, func, functools.partial(self.admission.over, entry))
+        entry.waits_in(self._beside, work)
+        self._lifecycle.admit(entry)
+        return await self._beside.run(  # type: ignore[no-any-return]
+            work, Preparing(self._preparer, work, work.do, self._beside)
+        )
 
     async def run_blocking_serialized(
         self,

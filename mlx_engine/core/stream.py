@@ -7,7 +7,7 @@ import contextlib
 import functools
 import warnings
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
@@ -232,6 +232,17 @@ class GenerationStream:
             self.cancel()
         await clean_up(exc, self.aclose, home)
 
+    def text(self) -> AsyncIterator[str]:
+        """An iterator of what is for whoever reads the answer: no reasoning, no calls.
+
+            async for text in stream.text():
+                print(text, end="")
+
+        It reads this stream: once, with the errors and the cancellation of the stream itself,
+        which has all the rest in its ``result`` afterwards.
+        """
+        return _Texts(self)
+
     def __aiter__(self) -> GenerationStream:
         if self._iterated:
             raise StreamConsumed("a stream can be read once; ask the engine for a new one")
@@ -293,6 +304,22 @@ class GenerationStream:
             source=self,
             stacklevel=2,
         )
+
+
+class _Texts:
+    """Content of a stream."""
+
+    def __init__(self, stream: GenerationStream) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        aiter(self._stream)
+        return self
+
+    async def __anext__(self) -> str:
+        while not (content := (await anext(self._stream)).content):
+            pass
+        return content
 
 
 async def _produce(producer: Producer, channel: _Channel, outcome: _Outcome) -> None:

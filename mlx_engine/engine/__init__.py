@@ -2,15 +2,16 @@
 
 Its files:
 
-    interface.py     what engines are to their callers
-    base.py          generate, stream_generate, chat, stream_chat, generate_batch
-    many.py          many requests by one call
-    in_process.py    start, run_blocking, shutdown; the one way into MLX
-    local.py         those, for models in this process
-    simple.py        one request at a time
-    batched.py       many at once
-    model_holder.py  where the model is
-    batch_holder.py  a model and the batch of its requests
-    late.py          what engines do with MLX, imported when it is first needed
-    mlx_work.py      that, in one place
+    interface.py       what engines are to their callers
+    chat_interface.py  that, as far as it is about prompts and chats
+    base.py            generate, stream_generate, chat, stream_chat, generate_batch, count_tokens
+    many.py            many requests by one call
+    in_process.py      start, run_blocking, shutdown; the one way into MLX
+    local.py           those, for models in this process
+    simple.py          one request at a time
+    batched.py         many at once
+    model_holder.py    where the model is
+    batch_holder.py    a model and the batch of its requests
+    late.py            what engines do with MLX, imported when it is first needed
+    mlx_work.py        that, in one place
 """

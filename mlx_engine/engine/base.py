@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Literal, Self, TypeVar, Unpack
 
 from mlx_engine.checks import checked_path, shown
 from mlx_engine.config import QueueConfig
@@ -27,9 +27,19 @@ from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import (
     GenerationResult,
     ProgressCallback,
+    RenderedChat,
     ShutdownReport,
 )
 from mlx_engine.params import SamplingOptions, SamplingParams
+from mlx_engine.questions import (
+    PromptFacts,
+    PromptQuestion,
+    check_plain,
+    is_chat,
+    renamed,
+    text_to_encode,
+    tokens_to_decode,
+)
 from mlx_engine.requests import ChatPrompt, GenerationRequest, Message, TextPrompt, checked_priority
 from mlx_engine.strategies import EngineDefault, SpecPrefill
 
@@ -84,6 +94,13 @@ class BaseEngine(Engine, abc.ABC):
 
         Raises:
             InvalidRequest: it asks for what this engine was not made for.
+        """
+
+    @abc.abstractmethod
+    async def answer(self, question: PromptQuestion) -> PromptFacts:
+        """Answer a question about a prompt, beside all requests: it takes no turn.
+
+        Cancellation and errors are those of ``count_tokens``.
         """
 
     async def stop(self) -> ShutdownReport:
@@ -141,10 +158,15 @@ class BaseEngine(Engine, abc.ABC):
 
     async def chat(
         self,
-        messages: Sequence[Message | Mapping[str, Any]],
+        messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
         params: SamplingParams | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none"] = "auto",
+        parallel_tool_calls: bool = True,
+        thinking: bool | None = None,
+        max_reasoning_tokens: int | None = None,
+        continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         prefill: SpecPrefill | EngineDefault | None = "default",
@@ -153,7 +175,17 @@ class BaseEngine(Engine, abc.ABC):
         **options: Unpack[SamplingOptions],
     ) -> GenerationResult:
         running_loop()
-        source = ChatPrompt.of(messages, tools, chat_template_kwargs, self.limits)
+        source = ChatPrompt.of(
+            messages,
+            tools,
+            chat_template_kwargs,
+            self.limits,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            thinking=thinking,
+            max_reasoning_tokens=max_reasoning_tokens,
+            continue_final_message=continue_final_message,
+        )
         ask = GenerationRequest(
             source, self.limits.params(params, options), priority, prefill, decode
         )
@@ -162,10 +194,15 @@ class BaseEngine(Engine, abc.ABC):
 
     def stream_chat(
         self,
-        messages: Sequence[Message | Mapping[str, Any]],
+        messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
         params: SamplingParams | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none"] = "auto",
+        parallel_tool_calls: bool = True,
+        thinking: bool | None = None,
+        max_reasoning_tokens: int | None = None,
+        continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         prefill: SpecPrefill | EngineDefault | None = "default",
@@ -173,11 +210,93 @@ class BaseEngine(Engine, abc.ABC):
         on_progress: ProgressCallback | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream:
-        source = ChatPrompt.of(messages, tools, chat_template_kwargs, self.limits)
+        source = ChatPrompt.of(
+            messages,
+            tools,
+            chat_template_kwargs,
+            self.limits,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            thinking=thinking,
+            max_reasoning_tokens=max_reasoning_tokens,
+            continue_final_message=continue_final_message,
+        )
         ask = GenerationRequest(
             source, self.limits.params(params, options), priority, prefill, decode
         )
         return GenerationStream(self.submit(ask, checked_callback(on_progress)))
+
+    async def count_tokens(
+        self,
+        prompt: str | Sequence[int] | Sequence[Message | Mapping[str, Any] | GenerationResult],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none"] = "auto",
+        thinking: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> int:
+        running_loop()
+        source: TextPrompt | ChatPrompt
+        if is_chat(prompt):
+            source = ChatPrompt.of(
+                prompt,  # type: ignore[arg-type]
+                tools,
+                chat_template_kwargs,
+                self.limits,
+                tool_choice=tool_choice,
+                thinking=thinking,
+                continue_final_message=continue_final_message,
+            )
+        else:
+            check_plain(tools, chat_template_kwargs)
+            source = TextPrompt.of(prompt, self.limits)
+        return (await self.answer(PromptQuestion("count_tokens", source))).count
+
+    async def render_chat(
+        self,
+        messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none"] = "auto",
+        thinking: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> RenderedChat:
+        running_loop()
+        source = ChatPrompt.of(
+            messages,
+            tools,
+            chat_template_kwargs,
+            self.limits,
+            tool_choice=tool_choice,
+            thinking=thinking,
+            continue_final_message=continue_final_message,
+        )
+        facts = await self.answer(PromptQuestion("render_chat", source))
+        return RenderedChat(facts.text, facts.tokens, facts.cached_tokens, facts.notes)
+
+    async def encode(self, text: str) -> list[int]:
+        running_loop()
+        if (source := text_to_encode(text, self.limits)) is None:
+            self.check_running()
+            return []
+        try:
+            facts = await self.answer(PromptQuestion("encode", source))
+        except InvalidRequest as error:
+            raise renamed(error, "text") from error
+        return list(facts.tokens)
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        running_loop()
+        if (source := tokens_to_decode(tokens, self.limits)) is None:
+            self.check_running()
+            return ""
+        try:
+            facts = await self.answer(PromptQuestion("decode", source))
+        except InvalidRequest as error:
+            raise renamed(error, "tokens") from error
+        return facts.text
 
     async def generate_batch(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import inspect
 import threading
 import warnings
@@ -11,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.checks import shown
 from mlx_engine.config import QueueConfig
 from mlx_engine.core.counters import EngineCounters
@@ -23,7 +25,12 @@ from mlx_engine.core.scheduler import Scheduler
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
-from mlx_engine.outputs import EngineState, EngineStats, PromptCacheStats, ShutdownReport
+from mlx_engine.outputs import (
+    EngineState,
+    EngineStats,
+    ShutdownReport,
+)
+from mlx_engine.questions import PromptFacts, PromptQuestion
 
 T = TypeVar("T")
 
@@ -46,8 +53,19 @@ class Holder(Protocol):
         """Whether the model in it has a chat template. From any thread."""
 
     @property
+    def supports_tools(self) -> bool:
+        """Whether calls of tools can be read. From any thread."""
+
+    @property
+    def supports_reasoning(self) -> bool:
+        """Whether reasoning can be told from the answer. From any thread."""
+
+    @property
     def context_length(self) -> int | None:
         """Tokens of prompt and answer together, if limited. From any thread."""
+
+    def answer(self, question: PromptQuestion) -> PromptFacts:
+        """Answer a question about a prompt. On any thread, without MLX."""
 
     def prompt_cache_stats(self) -> PromptCacheStats:
         """Counters of the prompt cache. From any thread."""
@@ -72,8 +90,9 @@ class InProcessEngine(BaseEngine):
         """Make an engine that is to load a model into ``holder`` when it starts.
 
         Args:
-            model: its name, for the log.
+            model: its name.
         """
+        self._model = model
         self._lifecycle = Lifecycle(f"{type(self).__name__} of {model!r}")
         self._holder = holder
         self.queue_limits = limits
@@ -93,6 +112,18 @@ class InProcessEngine(BaseEngine):
     @property
     def has_chat_template(self) -> bool:
         return self._holder.has_chat_template
+
+    @property
+    def model(self) -> str:
+        return self._model
+
+    @property
+    def supports_tools(self) -> bool:
+        return self._holder.supports_tools
+
+    @property
+    def supports_reasoning(self) -> bool:
+        return self._holder.supports_reasoning
 
     @property
     def context_length(self) -> int | None:
@@ -199,6 +230,10 @@ class InProcessEngine(BaseEngine):
         return await self._run_blocking_serialized(
             func, *args, on_cancel=on_cancel, _entry=entry, **kwargs
         )
+
+    async def answer(self, question: PromptQuestion) -> PromptFacts:
+        work = functools.partial(self._holder.answer, question)
+        return await self._scheduler.run_beside(question.subject, work)
 
     async def _save_prompt_cache(self, path: Path) -> int:
         return await self._cache_file("save", self._holder.save_prompt_cache, path)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar, Unpack
 
 from mlx_engine.core.stream import GenerationStream
+from mlx_engine.engine.chat_interface import ChatEngine
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.outputs import (
     EngineState,
@@ -18,13 +19,12 @@ from mlx_engine.outputs import (
     ShutdownReport,
 )
 from mlx_engine.params import SamplingOptions, SamplingParams
-from mlx_engine.requests import Message
 from mlx_engine.strategies import EngineDefault, SpecPrefill
 
 T = TypeVar("T")
 
 
-class Engine(Protocol):
+class Engine(ChatEngine, Protocol):
     """A model behind ``await``, as its callers see it: all engines are that, and so is what an
     application puts around one, to log or to remember answers.
 
@@ -35,18 +35,6 @@ class Engine(Protocol):
     @abc.abstractmethod
     def state(self) -> EngineState:
         """Where the engine is in its life. From any thread."""
-
-    @property
-    @abc.abstractmethod
-    def has_chat_template(self) -> bool:
-        """Whether ``chat`` can be used. ``False`` while no model is loaded. From any thread."""
-
-    @property
-    @abc.abstractmethod
-    def context_length(self) -> int | None:
-        """Tokens that prompt and answer may have together; ``None`` if there is no limit, or
-        no model is loaded. From any thread.
-        """
 
     @abc.abstractmethod
     def stats(self) -> EngineStats:
@@ -159,54 +147,6 @@ class Engine(Protocol):
         the arguments is raised at once; all else, errors of state and queue included, when the
         stream is read.
         """
-
-    @abc.abstractmethod
-    async def chat(
-        self,
-        messages: Sequence[Message | Mapping[str, Any]],
-        params: SamplingParams | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        priority: int = 0,
-        prefill: SpecPrefill | EngineDefault | None = "default",
-        decode: EngineDefault | None = "default",
-        on_progress: ProgressCallback | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> GenerationResult:
-        """Answer a conversation in the model's chat template.
-
-        Args:
-            messages: mappings with ``role`` and ``content``, as in OpenAI's API; see ``Message``.
-            params: sampling parameters.
-            tools: descriptions of the tools that the model may call, as in OpenAI's API.
-            chat_template_kwargs: passed to the template, e.g. ``{"enable_thinking": False}``.
-            priority: lower goes first; 0 is all that ``SimpleEngine`` takes.
-            prefill: ``None`` prefills all of this prompt; ``SpecPrefill(...)`` changes what
-                an engine keeps that has been made with one.
-            decode: ``None`` decodes this answer one token after another.
-            on_progress: told of the prefill, in this event loop.
-            options: fields of ``SamplingParams``; they go before ``params``.
-
-        Cancellation and errors are those of ``generate``; a model without a chat template,
-        or a template without tools, is an ``InvalidRequest``.
-        """
-
-    @abc.abstractmethod
-    def stream_chat(
-        self,
-        messages: Sequence[Message | Mapping[str, Any]],
-        params: SamplingParams | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        priority: int = 0,
-        prefill: SpecPrefill | EngineDefault | None = "default",
-        decode: EngineDefault | None = "default",
-        on_progress: ProgressCallback | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> GenerationStream:
-        """Answer a conversation as a stream; arguments and errors are those of ``chat``."""
 
     @abc.abstractmethod
     async def generate_batch(

@@ -8,6 +8,7 @@ from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.generation.batch import Batch
 from mlx_engine.generation.memory import MemoryBudget, memory_for_caches
 from mlx_engine.generation.prepare import prepare
+from mlx_engine.generation.question import answer_question
 from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.single import generate_single
 from mlx_engine.generation.trials.batch import check_batchable
@@ -18,6 +19,7 @@ __all__ = [
     "Batch",
     "MemoryBudget",
     "ModelRunner",
+    "answer_question",
     "check_batchable",
     "clear_cache",
     "find_model",

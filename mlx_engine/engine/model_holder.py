@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.mlx_thread import mlx_thread
@@ -21,7 +22,11 @@ from mlx_engine.errors import (
     drop_frames,
 )
 from mlx_engine.generation.request import Request
-from mlx_engine.outputs import GenerationResult, ProgressCallback, PromptCacheStats
+from mlx_engine.outputs import (
+    GenerationResult,
+    ProgressCallback,
+)
+from mlx_engine.questions import PromptFacts, PromptQuestion
 from mlx_engine.strategies import Strategies
 
 if TYPE_CHECKING:
@@ -56,6 +61,18 @@ class ModelHolder:
         """Whether the model in it has a chat template. From any thread."""
         runner = self._runner
         return runner is not None and bool(runner.loaded.tokenizer.has_chat_template)
+
+    @property
+    def supports_tools(self) -> bool:
+        """Whether calls of tools can be read. From any thread."""
+        runner = self._runner
+        return runner is not None and runner.loaded.vocabulary.answer_format.has_calls
+
+    @property
+    def supports_reasoning(self) -> bool:
+        """Whether reasoning can be told from the answer. From any thread."""
+        runner = self._runner
+        return runner is not None and runner.loaded.vocabulary.answer_format.has_reasoning
 
     @property
     def context_length(self) -> int | None:
@@ -166,6 +183,16 @@ class ModelHolder:
         except BaseException as error:  # noqa: BLE001 - the border: templates raise anything
             return request.failed(error)
         return None
+
+    def answer(self, question: PromptQuestion) -> PromptFacts:
+        """Answer a question about a prompt. On any thread, without MLX.
+
+        Raises:
+            EngineDead: there is no model.
+            Exception: as ``answer_question`` does.
+        """
+        stored = self.runner().prompt_cache.index
+        return mlx_work.answer_question(question, self.vocabulary, stored)
 
     def generate(self, request: Request) -> GenerationResult:
         """Do a prepared request by itself. On the MLX thread."""

@@ -38,6 +38,10 @@ class SimpleEngine(LocalEngine):
             adapter_path: folder of LoRA adapters to apply.
             trust_remote_code: run Python code that the model brings along, and so do draft
                 models, of which the newest revision is taken.
+            tool_format: how the model writes calls of tools: the name of a format, ``"none"``
+                for no calls at all, or a format of your own; ``None`` takes it from the model's
+                chat template.
+            reasoning_format: the same for how it marks what it thinks aloud.
             context_length: tokens that prompt and answer may have together; ``None`` takes
                 it from the model's configuration.
             max_kv_size: tokens that the KV cache keeps at most (the first 4 and the latest

@@ -4,6 +4,7 @@ Its files:
 
     request.py           one request at work: its prompt, its tokens, how it ends; no MLX
     prepare.py           a request made ready: its prompt in tokens, its options looked at
+    question.py          a question about a prompt, answered
     sequence.py          a request in its KV cache
     runner.py            the model, and what its sequences share: start, prefill_step, store
     single.py            one request by itself: prompt cache -> prefill -> decode

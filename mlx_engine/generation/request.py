@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mlx_engine.core.request import ActiveRequest, Serve
+from mlx_engine.core.request import ActiveRequest, Serve, final_reason
 from mlx_engine.core.stream import emit_pieces
 from mlx_engine.errors import GenerationError, MLXEngineError
 from mlx_engine.outputs import (
@@ -239,6 +239,7 @@ class Request(ActiveRequest):
             pieces = pieces + text.finish()
             if text.stopped and reason == "length":
                 reason = "stop"  # by a stop string that was held back until now
+            reason = final_reason(reason, text.tool_calls, by_string=text.stopped)
         self._finish_reason = reason
         self._timer.ended = time.perf_counter()
         self.sampling = None  # it has arrays, and is dropped where they were made

@@ -6,7 +6,7 @@ import contextvars
 import importlib
 import operator
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import cast
@@ -21,6 +21,12 @@ from mlx_engine.generation.sampler import Sampler, SamplerOptions
 from mlx_engine.outputs import TokenLogprob
 from mlx_engine.params import LogitsProcessor, SamplingParams
 
+TokenText = Callable[[int], str]
+
+
+def _no_text(token: int) -> str:
+    return ""
+
 
 class Sampling:
     """Logits to the next token: processors first, then what is forced, then the sampler.
@@ -29,6 +35,10 @@ class Sampling:
         options: how it is sampled, alone or as a row among others.
         processors: functions of the tokens so far and logits of shape (1, vocabulary).
         budget: of its reasoning; ``None`` is without limit.
+
+    Args:
+        options, processors, budget: the same.
+        token_text: gives the text of a token.
     """
 
     def __init__(
@@ -36,10 +46,12 @@ class Sampling:
         options: SamplerOptions,
         processors: Sequence[LogitsProcessor] = (),
         budget: ReasoningBudget | None = None,
+        token_text: TokenText = _no_text,
     ) -> None:
         self.options = options
         self.processors = tuple(processors)
         self.budget = budget
+        self._token_text = token_text
 
     def sample(self, logprobs: mx.array, position: int) -> mx.array:
         """Token ids of shape (n,) from log-probabilities of shape (n, vocabulary), for an
@@ -89,7 +101,7 @@ class Sampling:
 
     def logprob(self, token: int, logprobs: mx.array, top: int) -> TokenLogprob:
         """The log-probability of ``token``, and the ``top`` best, from a (vocabulary,) vector."""
-        return token_logprob(token, logprobs, top)
+        return token_logprob(token, logprobs, top, self._token_text)
 
     @cached_property
     def _sampler(self) -> Sampler:
@@ -128,6 +140,7 @@ def make_sampling(
     vocab_size: int,
     xtc_special_tokens: Sequence[int] = (),
     budget: ReasoningBudget | None = None,
+    token_text: TokenText = _no_text,
 ) -> Sampling:
     """The sampler's options and the processors of one request. On the MLX thread.
 
@@ -137,6 +150,7 @@ def make_sampling(
         xtc_special_tokens: ids that XTC never excludes (newline and end of sequence, as in
             mlx-lm).
         budget: of its reasoning.
+        token_text: gives the text of a token, for log-probabilities.
 
     Raises:
         InvalidRequest: a logits processor cannot be imported.
@@ -159,7 +173,7 @@ def make_sampling(
         seed=params.seed,
     )
     own = [_made(p) if isinstance(p, str) else p for p in params.logits_processors]
-    return Sampling(options, (*processors, *own), budget)
+    return Sampling(options, (*processors, *own), budget, token_text)
 
 
 def _made(name: str) -> LogitsProcessor:
@@ -180,7 +194,9 @@ def _made(name: str) -> LogitsProcessor:
     return cast("LogitsProcessor", processor)
 
 
-def token_logprob(token: int, logprobs: mx.array, top: int) -> TokenLogprob:
+def token_logprob(
+    token: int, logprobs: mx.array, top: int, token_text: TokenText = _no_text
+) -> TokenLogprob:
     """The log-probability of ``token``, and the ``top`` best, from a (vocabulary,) vector."""
     best: list[tuple[int, float]] = []
     if top > 0:
@@ -190,4 +206,6 @@ def token_logprob(token: int, logprobs: mx.array, top: int) -> TokenLogprob:
         mx.eval(ids, values)
         found: list[tuple[int, float]] = list(zip(ids.tolist(), values.tolist(), strict=True))  # type: ignore[arg-type]
         best = sorted(found, key=lambda pair: -pair[1])
-    return TokenLogprob(token, float(cast("float", logprobs[token].item())), tuple(best))
+    others = tuple(TokenLogprob(each, value, text=token_text(each)) for each, value in best)
+    own = float(cast("float", logprobs[token].item()))
+    return TokenLogprob(token, own, others, token_text(token))

@@ -12,6 +12,7 @@ Its files:
     child.py               another program, which can be ended
     file_limit.py          importing mlx_lm without losing open files
     detokenizer.py         tokens -> text as the tokenizer decodes it, tried at load
+    token_text.py          single tokens -> text
     fast_decoder.py        the decoder of a fast tokenizer, step by step
     decode_stages.py       these steps
     window_detokenizer.py  text from tokens with nothing known but ``decode``

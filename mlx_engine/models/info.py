@@ -11,8 +11,8 @@ from typing import Any
 from mlx_lm.utils import load_tokenizer
 
 from mlx_engine.config import ModelConfig
-from mlx_engine.errors import ModelLoadError
-from mlx_engine.models.loading import check_files, context_length, vocab_size
+from mlx_engine.errors import InvalidRequest, ModelLoadError
+from mlx_engine.models.loading import answer_format, check_files, context_length, vocab_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,9 @@ class ModelInfo:
         context_length: tokens; ``None`` if the model names no limit.
         vocabulary: tokens.
         chat_template: whether there is one.
-        tool_parser: mlx-lm's name of the parser for tool calls; ``None`` if there is none.
+        answer_format: how it writes calls of tools and marks reasoning, by its name.
+        format_by: what that was chosen by.
+        tool_calls: whether its calls can be read.
         thinking: whether the model marks reasoning.
     """
 
@@ -42,7 +44,9 @@ class ModelInfo:
     context_length: int | None
     vocabulary: int
     chat_template: bool
-    tool_parser: str | None
+    answer_format: str
+    format_by: str
+    tool_calls: bool
     thinking: bool
 
 
@@ -51,12 +55,14 @@ def describe(config: ModelConfig, folder: Path) -> ModelInfo:
 
     Raises:
         ModelLoadError: a file is missing or damaged.
+        InvalidRequest: an option names a format that does not exist.
     """
     check_files(folder)
     try:
         facts = json.loads((folder / "config.json").read_text("utf-8"))
         tokenizer = load_tokenizer(folder, {"trust_remote_code": config.trust_remote_code})
         quantization = facts.get("quantization")
+        form = answer_format(config, tokenizer)
         return ModelInfo(
             model=config.model,
             path=str(folder),
@@ -70,9 +76,13 @@ def describe(config: ModelConfig, folder: Path) -> ModelInfo:
             context_length=context_length(facts),
             vocabulary=vocab_size(facts, tokenizer),
             chat_template=bool(tokenizer.has_chat_template),
-            tool_parser=tokenizer.init_kwargs.get("tool_parser_type"),
-            thinking=bool(tokenizer.has_thinking),
+            answer_format=form.name,
+            format_by=form.chosen_by,
+            tool_calls=form.has_calls,
+            thinking=form.has_reasoning,
         )
+    except InvalidRequest:
+        raise
     except Exception as error:
         raise ModelLoadError(
             f"{folder}: the files cannot be read ({type(error).__name__}: {error})"

@@ -17,6 +17,8 @@ from mlx_lm.models.cache import CacheList, ConcatenateKVCache, KVCache, make_pro
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
+from mlx_engine.chat.formats import AnswerFormat, choose_format
+from mlx_engine.chat.template import ChatTemplate
 from mlx_engine.config import DEMO_MODEL, ModelConfig
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import InvalidRequest, MLXEngineError, ModelLoadError
@@ -148,9 +150,22 @@ def load_model(
         context_length=config.context_length or context_length(model_config),
         longest_token=max(map(len, tokenizer.get_vocab()), default=1),
         newline_tokens=tuple(tokenizer.encode("\n", add_special_tokens=False)),
+        answer_format=answer_format(config, tokenizer),
         cuttable=all(_cuttable(entry) for entry in make_prompt_cache(model)),
     )
     return LoadedModel(model, vocabulary, model_config, source)
+
+
+def answer_format(config: ModelConfig, tokenizer: TokenizerWrapper) -> AnswerFormat:
+    """How a model marks reasoning and writes calls, by its files or by the options.
+
+    Raises:
+        InvalidRequest: an option names a format that does not exist.
+    """
+    calls, reasoning = config.tool_format, config.reasoning_format
+    if not tokenizer.has_chat_template:
+        return choose_format(None, tool_format=calls, reasoning_format=reasoning)
+    return ChatTemplate.of(tokenizer, calls, reasoning).format
 
 
 def _cuttable(cache: Any) -> bool:

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_engine.chat.answer_format import AnswerFormat
+
+_ALL_IS_TEXT = AnswerFormat()
+
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
@@ -21,6 +25,7 @@ class Vocabulary:
             no limit.
         longest_token: characters of the longest token.
         newline_tokens: what the tokenizer makes of a line break.
+        answer_format: how it marks reasoning and writes calls of tools.
         cuttable: whether the model's KV caches can be cut back to any number of tokens, at any
             length.
     """
@@ -31,4 +36,5 @@ class Vocabulary:
     context_length: int | None
     longest_token: int
     newline_tokens: tuple[int, ...]
+    answer_format: AnswerFormat = _ALL_IS_TEXT
     cuttable: bool = True

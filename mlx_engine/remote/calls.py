@@ -13,18 +13,20 @@ from mlx_engine.core.work import PendingWork, Stage
 from mlx_engine.core.work_queue import WorkQueue
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.outputs import GenerationChunk, GenerationResult, Progress, ProgressCallback
+from mlx_engine.questions import PromptFacts
 from mlx_engine.remote.wire.messages import (
     CacheFileDone,
     Cancel,
     Chunk,
     Done,
     ErrorReply,
+    Facts,
     ProgressUpdate,
     encode,
 )
 from mlx_engine.remote.wire.values import error_from_wire, result_from_wire
 
-Answer = GenerationResult | int
+Answer = GenerationResult | PromptFacts | int
 
 
 class Call(PendingWork[Answer]):
@@ -125,7 +127,9 @@ class Calls(WorkQueue[Call]):
             if call.orphaned:
                 self._cancel(call)
 
-    def answered(self, message: ProgressUpdate | Chunk | Done | CacheFileDone | ErrorReply) -> None:
+    def answered(
+        self, message: ProgressUpdate | Chunk | Done | Facts | CacheFileDone | ErrorReply
+    ) -> None:
         """Take what the other end has said about one of them. On the I/O thread."""
         call = self._calls.get(message.number)
         if call is None:
@@ -139,6 +143,9 @@ class Calls(WorkQueue[Call]):
                     call.on_progress(Progress(message.phase, message.done, message.total))
             case Done():
                 call.value = call.partial = result_from_wire(message)
+                self._end(call)
+            case Facts():
+                call.value = message.facts
                 self._end(call)
             case CacheFileDone():
                 call.value = message.prompts

@@ -24,6 +24,7 @@ from mlx_engine.remote.wire.messages import (
     Done,
     Draining,
     ErrorReply,
+    Facts,
     Heartbeat,
     ProgressUpdate,
     Refused,
@@ -241,7 +242,7 @@ class Connection:
                 self._refusal = message.reason
                 self._start_error = EngineDead(f"the engine refuses: {message.reason}")
                 self._set_ready()
-            case Chunk() | Done() | CacheFileDone() | ErrorReply() | ProgressUpdate():
+            case Chunk() | Done() | Facts() | CacheFileDone() | ErrorReply() | ProgressUpdate():
                 self.calls.answered(message)
             case Heartbeat():
                 self.liveness.beat(message)

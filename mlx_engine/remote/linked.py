@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
+from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.checks import shown
 from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.in_flight import InFlight
@@ -18,9 +19,9 @@ from mlx_engine.outputs import (
     EngineState,
     EngineStats,
     ProgressCallback,
-    PromptCacheStats,
     ShutdownReport,
 )
+from mlx_engine.questions import PromptFacts, PromptQuestion
 from mlx_engine.remote.client import Client
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.health import Health, health_of
@@ -32,6 +33,7 @@ from mlx_engine.remote.totals import bygone
 from mlx_engine.remote.wire.frames import MAX_FRAME
 from mlx_engine.remote.wire.heartbeat import Watchdog
 from mlx_engine.remote.wire.messages import CacheFile, encode_strictly
+from mlx_engine.remote.wire.values import question_to_wire
 from mlx_engine.requests import GenerationRequest, checked_priority
 
 T = TypeVar("T")
@@ -76,6 +78,18 @@ class LinkedEngine(BaseEngine):
     @property
     def has_chat_template(self) -> bool:
         return self._client.welcome is not None and self._client.welcome.has_chat_template
+
+    @property
+    def model(self) -> str | None:
+        return None if (welcome := self._client.welcome) is None else welcome.model
+
+    @property
+    def supports_tools(self) -> bool:
+        return self._client.welcome is not None and self._client.welcome.supports_tools
+
+    @property
+    def supports_reasoning(self) -> bool:
+        return self._client.welcome is not None and self._client.welcome.supports_reasoning
 
     @property
     def context_length(self) -> int | None:
@@ -194,6 +208,14 @@ class LinkedEngine(BaseEngine):
         checked_priority(request.priority, self.takes_priority)
         request_id = request_id or self._client.lifecycle.new_id()
         return RemoteRequest(self._client, request, on_progress, request_id)
+
+    async def answer(self, question: PromptQuestion) -> PromptFacts:
+        self.check_running()
+        client, number = self._client, self._client.new_number()
+        entry = InFlight(client.lifecycle.new_id(question.subject))
+        frame = question_to_wire(number, question, client.frame_limit)
+        facts: PromptFacts = await client.ask(entry, number, frame).answer()
+        return facts
 
     async def _save_prompt_cache(self, path: Path) -> int:
         return await self._cache_file("save", path)

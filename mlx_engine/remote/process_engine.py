@@ -68,6 +68,10 @@ class ProcessEngine(LinkedEngine):
         super().__init__(name or f"engine-{next(_numbers)}", watchdog, on_progress)
         self._client.lifecycle.name = f"{type(self).__name__} {self.name} of {model!r}"
 
+    @property
+    def model(self) -> str:
+        return self._config.model.model
+
     def _make_link(self) -> Callable[[], Link]:
         return functools.partial(ProcessLink, self.name)
 

@@ -79,9 +79,10 @@ class RemoteRequest:
         partial = None if self._call is None else self._call.partial
         if partial is None:  # the engine is gone
             tokens = tuple(token for chunk in self._chunks for token in chunk.tokens)
-            text = "".join(chunk.text for chunk in self._chunks if chunk.segment == "content")
+            text = "".join(chunk.content for chunk in self._chunks)
+            reasoning = "".join(chunk.reasoning for chunk in self._chunks)
             usage = Usage(prompt_tokens=0, completion_tokens=len(tokens))
-            partial = replace(NOTHING, text=text, tokens=tokens, usage=usage)
+            partial = replace(NOTHING, text=text, reasoning=reasoning, tokens=tokens, usage=usage)
         return replace(partial, request_id=self.request_id)
 
     def _emit_to(self, emit: Emit) -> Emit:

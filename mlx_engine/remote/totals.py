@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import fields, replace
 
-from mlx_engine.outputs import EngineState, EngineStats, PromptCacheStats
+from mlx_engine.cache_stats import PromptCacheStats
+from mlx_engine.outputs import (
+    EngineState,
+    EngineStats,
+)
 
 
 def total(state: EngineState, parts: Iterable[EngineStats]) -> EngineStats:

@@ -8,6 +8,8 @@ Its files:
     fake_gate.py         a place in it where a test holds the work
     fake_model.py        what plays the script
     fake_request.py      what it was asked
+    fake_prompt.py       prompts -> tokens
+    fake_call.py         tool calls of a script -> tokens
     fake_text.py         pieces of an answer -> text
     fake_cache.py        its prompt cache
     player.py            what it does on the MLX thread

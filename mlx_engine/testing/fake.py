@@ -37,8 +37,11 @@ class FakeEngine(InProcessEngine):
 
     A piece of an answer is a token, and a chunk of a stream; at the end comes a token without
     text. ``max_tokens``, ``stop``, ``stop_token_ids``, ``ignore_eos`` (the answer begins again),
-    ``logprobs`` (all 0, what is scripted is certain) and ``context_length`` are honoured, and
-    tokens of earlier prompts and answers are counted as cached. What else changes how tokens
+    ``logprobs`` (all 0, what is scripted is certain), ``max_reasoning_tokens`` and
+    ``context_length`` are honoured, and tokens of earlier prompts and answers are counted as
+    cached. Messages and tools are checked as those of other engines are; calls and reasoning come
+    as deltas and segments, as from them; a script that no model could follow, such as a call
+    without tools, fails its request (``GenerationError``). What else changes how tokens
     are chosen (temperature, penalties, ``logit_bias``, ``seed``, ...) has no effect;
     ``logits_processors`` and ``prefill=SpecPrefill(...)`` are refused.
 
@@ -57,6 +60,9 @@ class FakeEngine(InProcessEngine):
         prefill_seconds: float = 0.0,
         load_seconds: float = 0.0,
         load: Load = (),
+        model: str = "fake",
+        supports_tools: bool = True,
+        supports_reasoning: bool = True,
         context_length: int | None = None,
         queue_limit: int | None = None,
         max_wait: float | None = None,
@@ -78,6 +84,9 @@ class FakeEngine(InProcessEngine):
             load_seconds: that each start takes.
             load: gates and exceptions, such as ``ModelLoadError``, that each start comes to; or
                 an iterator, each start taking the next one of it.
+            model: name of the model that it pretends to have.
+            supports_tools: whether chats may have tools.
+            supports_reasoning: whether answers may have reasoning.
             context_length: tokens that prompt and answer may have together.
             queue_limit: requests that may wait for their turn before ``EngineBusy`` is raised.
             max_wait: seconds that a request may wait for its turn before ``EngineBusy`` is raised.
@@ -92,22 +101,24 @@ class FakeEngine(InProcessEngine):
         queue = {"queue_limit": queue_limit, "max_wait": max_wait, "limits": limits}
         config = EngineConfig.of(
             "batched" if batch else "simple",
-            "fake",
+            model,
             {"context_length": context_length, **queue, **batch},
         )
         self.limits = config.limits
         self.takes_priority = bool(batch)
         self._max_batch_size = config.batch.max_batch_size if batch else None
         self._on_progress = checked_callback(on_progress)
-        model = FakeModel(
+        holder = FakeModel(
             answers,
             load,
             config.model.context_length,
             seconds_per_token=seconds_per_token,
             prefill_seconds=prefill_seconds,
             load_seconds=load_seconds,
+            supports_tools=supports_tools,
+            supports_reasoning=supports_reasoning,
         )
-        super().__init__(model, config.queue, config.model.model)
+        super().__init__(holder, config.queue, config.model.model)
 
     def _new_scheduler(self) -> Scheduler[ScriptedRequest]:
         lifecycle, queue, prepare = self._lifecycle, self.queue_limits, self._holder.prepare
@@ -152,4 +163,6 @@ class FakeEngine(InProcessEngine):
                 "logits_processors", "what a FakeEngine says is scripted: it has no logits"
             )
         name = request_id or self._lifecycle.new_id()
-        return ScriptedRequest(request, name, on_progress, self._scheduler.serve, self.requests)
+        return ScriptedRequest(
+            request, name, on_progress, self._scheduler.serve, self.requests, self._holder.texts
+        )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mlx_engine.checks import choice, shown
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import Segment, ToolCall
+from mlx_engine.requests import ChatPrompt, TextPrompt
+from mlx_engine.testing.fake_call import raw_call
 from mlx_engine.testing.fake_gate import Gate
 from mlx_engine.testing.fake_request import FakeRequest
 from mlx_engine.testing.fake_tokens import words
@@ -33,7 +34,8 @@ class FakeAnswer:
             the engine.
         reasoning: what comes before, in the same form; in chats only.
         tool_calls: what comes after, each as ``(name, arguments)`` or, for malformed ones, a
-            ``ToolCall``, and each of one token; in chats only.
+            ``ToolCall``; in chats only, and only of tools that the request has. Each gets an id,
+            and is cut into tokens: the name first, then the arguments.
         finish_reason: ``stop`` ends with one more token, of the end of the sequence and without
             text, as models do; ``length`` ends without it, as if the context were used up.
 
@@ -57,10 +59,24 @@ class FakeAnswer:
         """An answer from its text or pieces."""
         return answer if isinstance(answer, FakeAnswer) else cls(answer)  # type: ignore[arg-type]
 
-    @property
-    def for_chats(self) -> bool:
-        """Whether it has what only chats have."""
-        return bool(self.reasoning or self.tool_calls)
+    def check(self, source: TextPrompt | ChatPrompt) -> None:
+        """See that a model could give this answer.
+
+        Raises:
+            ValueError: none could: it is a mistake of the script.
+        """
+        if not (self.reasoning or self.tool_calls):
+            return
+        if not isinstance(source, ChatPrompt):
+            raise ValueError("reasoning and tool calls are of chats; this is a plain prompt")
+        if self.tool_calls and not source.offered:
+            raise ValueError("tool calls are scripted, but the request has no tools to be called")
+        known = [tool["function"]["name"] for tool in source.offered or ()]
+        for call in self.tool_calls:
+            if isinstance(call, ToolCall) and call.ok and call.name not in known:
+                raise ValueError(
+                    f"a call of {call.name!r} is scripted; the tools of the request are {known}"
+                )
 
     def __iter__(self) -> Iterator[tuple[Segment, Piece | ToolCall]]:
         """All of it in order, each with the segment that it belongs to."""
@@ -126,10 +142,11 @@ def _pieces(option: str, given: object) -> tuple[Piece, ...]:
 def _call(given: object) -> ToolCall:
     match given:
         case ToolCall():
-            return given
+            made = raw_call(given.name, given.arguments) if given.ok else ""
+            return given if given.raw else replace(given, raw=made)
         case (str() as name, Mapping() as arguments):
             plain = dict(arguments)
-            return ToolCall(name, plain, json.dumps({"name": name, "arguments": plain}))
+            return ToolCall(name, plain, raw_call(name, plain))
     raise InvalidRequest(
         "tool_calls", f"each must be (name, arguments) or a ToolCall, not {shown(given)}"
     )

@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import stat
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.outputs import PromptCacheStats
 
 _FORMAT = "prompt cache of a FakeEngine"
 _MOST = 256  # prompts: each of them is compared with each new one
@@ -20,10 +21,11 @@ _OWNERS = 0o600  # prompts are for nobody else
 
 
 class FakePromptCache:
-    """Knows the latest prompts and answers. On the engine's thread."""
+    """Knows the latest prompts and answers. On the engine's thread, all but ``peek``."""
 
     def __init__(self) -> None:
         self._prompts: OrderedDict[tuple[int, ...], None] = OrderedDict()  # used last comes last
+        self._lock = threading.Lock()  # held to change them, and to look at them elsewhere
         self._tokens = 0
         self._hits = self._misses = self._hit_tokens = 0
         self._stored = self._evicted = self._refused = 0
@@ -35,7 +37,8 @@ class FakePromptCache:
             if (shared := _shared(prompt, seen)) > cached:
                 cached, best = shared, seen
         if best is not None:
-            self._prompts.move_to_end(best)
+            with self._lock:
+                self._prompts.move_to_end(best)
         cached = min(cached, len(prompt) - 1)
         self._hit_tokens += cached
         if cached:
@@ -44,8 +47,18 @@ class FakePromptCache:
             self._misses += 1
         return cached
 
+    def peek(self, prompt: Sequence[int]) -> int:
+        """The number that ``look_up`` would give. From any thread."""
+        with self._lock:
+            prompts = tuple(self._prompts)
+        return min(max((_shared(prompt, seen) for seen in prompts), default=0), len(prompt) - 1)
+
     def store(self, tokens: Sequence[int]) -> None:
         """A prompt and its answer have been seen."""
+        with self._lock:
+            self._store(tokens)
+
+    def _store(self, tokens: Sequence[int]) -> None:
         prompt = tuple(tokens)
         if len(prompt) > _MOST_TOKENS:
             self._refused += 1

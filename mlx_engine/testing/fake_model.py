@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from mlx_engine.checks import number, shown
+from mlx_engine.cache_stats import PromptCacheStats
+from mlx_engine.checks import flag, number, shown
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError, another
-from mlx_engine.outputs import Progress, ProgressCallback, PromptCacheStats
+from mlx_engine.outputs import (
+    Progress,
+    ProgressCallback,
+    ToolCall,
+)
+from mlx_engine.questions import PromptFacts, PromptQuestion
+from mlx_engine.requests import ChatPrompt, TextPrompt
 from mlx_engine.testing.fake_answer import Answers, checked_answers, choose
 from mlx_engine.testing.fake_cache import FakePromptCache
+from mlx_engine.testing.fake_call import pieces_of
 from mlx_engine.testing.fake_gate import Gate
+from mlx_engine.testing.fake_prompt import encode, render
+from mlx_engine.testing.fake_tokens import TokenTexts
 from mlx_engine.testing.scripted_request import ScriptedRequest
 
 LoadPiece = Gate | Exception
@@ -32,6 +44,7 @@ class FakeModel:
     Attributes:
         counters: counters of the work done with it. From any thread.
         dead: why it cannot be used any more.
+        texts: of its tokens. From any thread.
     """
 
     def __init__(
@@ -43,7 +56,10 @@ class FakeModel:
         seconds_per_token: float,
         prefill_seconds: float,
         load_seconds: float,
+        supports_tools: bool = True,
+        supports_reasoning: bool = True,
     ) -> None:
+        self.texts = TokenTexts()
         self.counters = EngineCounters()
         self.dead: EngineDead | None = None
         self._answers = checked_answers(answers)
@@ -52,6 +68,9 @@ class FakeModel:
         self._seconds_per_token = _seconds("seconds_per_token", seconds_per_token)
         self._prefill_seconds = _seconds("prefill_seconds", prefill_seconds)
         self._load_seconds = _seconds("load_seconds", load_seconds)
+        self._supports_tools = flag("supports_tools", supports_tools)
+        self._supports_reasoning = flag("supports_reasoning", supports_reasoning)
+        self._call_numbers = itertools.count(1)
         self._cache: FakePromptCache | None = None
 
     @property
@@ -63,6 +82,16 @@ class FakeModel:
     def has_chat_template(self) -> bool:
         """Whether there can be chats. From any thread."""
         return self.loaded
+
+    @property
+    def supports_tools(self) -> bool:
+        """Whether its chats may have tools. From any thread."""
+        return self.loaded and self._supports_tools
+
+    @property
+    def supports_reasoning(self) -> bool:
+        """Whether its answers may have reasoning. From any thread."""
+        return self.loaded and self._supports_reasoning
 
     @property
     def context_length(self) -> int | None:
@@ -128,9 +157,30 @@ class FakeModel:
         if self.dead is not None:
             raise another(self.dead)
 
+    def answer(self, question: PromptQuestion) -> PromptFacts:
+        """Answer a question about a prompt. On any thread.
+
+        Raises:
+            InvalidRequest: the model could not take it.
+        """
+        self.check_alive()
+        source = question.source
+        self._check_source(source)
+        tokens = encode(source, self.texts)
+        if question.subject == "decode":
+            return PromptFacts(text="".join(map(self.texts.text, tokens)))
+        text = render(source) if isinstance(source, ChatPrompt) else ""
+        cached = self.cache.peek(tokens) if question.subject == "render_chat" else 0
+        return PromptFacts(len(tokens), text, tuple(tokens), cached)
+
+    def _check_source(self, source: TextPrompt | ChatPrompt) -> None:
+        if isinstance(source, ChatPrompt) and source.offered and not self._supports_tools:
+            raise InvalidRequest("tools", "this model's chat template does not show tools to it")
+
     def prepare(self, request: ScriptedRequest) -> MLXEngineError | None:
         """Count the tokens of its prompt; the error if that fails. On any thread."""
         try:
+            self._check_source(request.asked.source)
             request.prepare(self.context_length)
         except Exception as error:  # noqa: BLE001 - told to its caller
             return request.failed(error)
@@ -158,8 +208,9 @@ class FakeModel:
 
     def _steps(self, request: ScriptedRequest) -> Iterator[float | None]:
         answer = choose(self._answers, request.shown)
-        if answer.for_chats and request.shown.messages is None:
-            raise ValueError("reasoning and tool calls are of chats; this is a plain prompt")
+        answer.check(request.asked.source)
+        if answer.reasoning and not self._supports_reasoning:
+            raise ValueError("reasoning is scripted, but supports_reasoning is False")
         for _, _, seconds in _slices(self._prefill_seconds):
             self.counters.step("prefill")
             self.counters.prefill_seconds += seconds
@@ -176,6 +227,10 @@ class FakeModel:
                     raise another(piece)
                 if isinstance(piece, Gate):
                     over = yield from self._hold(request, piece)
+                elif isinstance(piece, ToolCall):
+                    over = yield from self._call(request, piece)
+                elif segment == "reasoning" and request.has_reasoned_enough:
+                    continue
                 else:
                     over = yield from self._token(request, partial(request.take, segment, piece))
                 if over:
@@ -185,6 +240,17 @@ class FakeModel:
                 return
             if (yield from self._token(request, request.take_end)):
                 return
+
+    def _call(self, request: ScriptedRequest, call: ToolCall) -> Generator[float, None, bool]:
+        """Make the tokens of a call; whether the request is over with that."""
+        if not call.id:
+            call = replace(call, id=f"call{next(self._call_numbers):05}")
+        if call.ok and request.has_called_enough:
+            call = replace(call, arguments={}, error="parallel calls are switched off")
+        for piece in pieces_of(call, request.calls):
+            if (yield from self._token(request, partial(request.take_call, piece))):
+                return True
+        return False
 
     def _hold(self, request: ScriptedRequest, gate: Gate) -> Generator[None, None, bool]:
         """Stay at a gate; whether the request is over with that."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, Literal
 
 from mlx_engine.outputs import GenerationResult
 from mlx_engine.requests import ChatPrompt, GenerationRequest
-from mlx_engine.testing.fake_tokens import token_id, words
 
 Outcome = Literal["waiting", "running", "finished", "cancelled", "failed"]
 
@@ -22,6 +20,8 @@ class FakeRequest:
         messages: of a chat, with the text of each in one string; ``None`` otherwise.
         tools: of a chat; ``None`` if there are none.
         chat_template_kwargs: of a chat.
+        tool_choice, parallel_tool_calls, thinking, max_reasoning_tokens, continue_final_message:
+            of a chat.
         params: sampling parameters.
         priority: of the caller's choice; lower goes first.
         outcome: what has become of it: ``waiting``, ``running``, ``finished``, ``cancelled`` or
@@ -44,6 +44,11 @@ class FakeRequest:
         self.messages = None if chat is None else chat.messages
         self.tools = None if chat is None else chat.tools
         self.chat_template_kwargs: dict[str, Any] = {} if chat is None else chat.template_kwargs
+        self.tool_choice = "auto" if chat is None else chat.tool_choice
+        self.parallel_tool_calls = chat is None or chat.parallel_tool_calls
+        self.thinking = None if chat is None else chat.thinking
+        self.max_reasoning_tokens = None if chat is None else chat.max_reasoning_tokens
+        self.continue_final_message = chat is not None and chat.continue_final_message
         self.params = asked.params
         self.priority = asked.priority
         self.outcome: Outcome = "waiting"
@@ -71,19 +76,3 @@ class FakeRequest:
     def _end(self, result: GenerationResult) -> None:
         """Keep the result: it is over."""
         self._result, self._so_far = result, None
-
-
-def encode(request: FakeRequest) -> list[int]:
-    """The token ids of its prompt.
-
-    A word is a token; so are the role of each message, and all tools together.
-    """
-    if request.messages is None:
-        given = request.prompt
-        assert given is not None
-        return [token_id(word) for word in words(given)] if isinstance(given, str) else list(given)
-    parts = [] if request.tools is None else [json.dumps(request.tools, default=str)]
-    for message in request.messages:
-        parts += [message["role"], *words(str(message.get("content") or ""))]
-        parts += [json.dumps(call, default=str) for call in message.get("tool_calls") or ()]
-    return [token_id(part) for part in [*parts, "assistant"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mlx_engine.core.stream import Piece
 from mlx_engine.outputs import Segment
 
 
@@ -25,7 +26,7 @@ class FakeText:
         """All that has been let out of a segment."""
         return "".join(self._parts[segment])
 
-    def add(self, segment: Segment, text: str) -> list[tuple[Segment, str]]:
+    def add(self, segment: Segment, text: str) -> list[Piece]:
         """Text that may be let out with this. ``stopped`` tells if a stop string is complete."""
         out = self.finish() if segment != self._segment else []
         self._segment = segment
@@ -37,7 +38,7 @@ class FakeText:
             return out + self.finish()
         return out + self._let_out(len(self._held) - self._begun())
 
-    def finish(self) -> list[tuple[Segment, str]]:
+    def finish(self) -> list[Piece]:
         """The text that is held back."""
         return self._let_out(len(self._held))
 
@@ -46,9 +47,9 @@ class FakeText:
         lengths = (n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n]))
         return max(lengths, default=0)
 
-    def _let_out(self, count: int) -> list[tuple[Segment, str]]:
+    def _let_out(self, count: int) -> list[Piece]:
         text, self._held = self._held[:count], self._held[count:]
         if not text:
             return []
         self._parts[self._segment].append(text)
-        return [(self._segment, text)]
+        return [Piece(self._segment, text)]

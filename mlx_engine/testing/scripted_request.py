@@ -6,9 +6,10 @@ import asyncio
 import time
 import weakref
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
-from mlx_engine.core.request import ActiveRequest, Serve
-from mlx_engine.core.stream import Emit, emit_pieces
+from mlx_engine.core.request import ActiveRequest, Serve, final_reason
+from mlx_engine.core.stream import Emit, Piece, emit_pieces
 from mlx_engine.outputs import (
     FinishReason,
     GenerationResult,
@@ -16,12 +17,15 @@ from mlx_engine.outputs import (
     Segment,
     TokenLogprob,
     ToolCall,
+    ToolCallDelta,
     Usage,
 )
 from mlx_engine.requests import GenerationRequest
-from mlx_engine.testing.fake_request import FakeRequest, encode
+from mlx_engine.testing.fake_call import CallPiece
+from mlx_engine.testing.fake_prompt import encode
+from mlx_engine.testing.fake_request import FakeRequest
 from mlx_engine.testing.fake_text import FakeText
-from mlx_engine.testing.fake_tokens import END, token_id
+from mlx_engine.testing.fake_tokens import END, TokenTexts
 
 
 class ScriptedRequest(ActiveRequest):
@@ -30,6 +34,7 @@ class ScriptedRequest(ActiveRequest):
     Args:
         asked, request_id, on_progress, serve: those of every ``ActiveRequest``.
         seen: gets what the test is shown of it, once it is run.
+        texts: of tokens.
 
     Attributes:
         shown: that.
@@ -42,11 +47,15 @@ class ScriptedRequest(ActiveRequest):
         on_progress: ProgressCallback | None,
         serve: Serve,
         seen: list[FakeRequest],
+        texts: TokenTexts,
     ) -> None:
         super().__init__(asked, request_id, on_progress, serve)
         self._seen = seen
         self._text = FakeText(tuple(self._params.stop))
+        self._texts = texts
         self._calls: list[ToolCall] = []
+        self._open: ToolCall | None = None  # a call that has begun, as far as it was made
+        self._reasoning_tokens = 0
         # The engine keeps what it shows for ever, and must keep nothing of the caller with it.
         self.shown = FakeRequest(asked, request_id, self.result(), _weakly(self))
 
@@ -77,7 +86,7 @@ class ScriptedRequest(ActiveRequest):
         Raises:
             ContextLengthExceeded: there is no room for the answer.
         """
-        self.prompt = self.shown.prompt_tokens = encode(self.shown)
+        self.prompt = self.shown.prompt_tokens = encode(self.asked.source, self._texts)
         self.fit(context_length)
 
     def begin(self, cached_tokens: int) -> None:
@@ -91,17 +100,51 @@ class ScriptedRequest(ActiveRequest):
         super().prefilled()
         self.progress(len(self.prompt))
 
-    def take(self, segment: Segment, piece: str | ToolCall) -> bool:
+    @property
+    def calls(self) -> int:
+        """How many calls are complete."""
+        return len(self._calls)
+
+    @property
+    def has_called_enough(self) -> bool:
+        """Whether a call was made, and one is all that it asks for."""
+        return not self.shown.parallel_tool_calls and any(call.ok for call in self._calls)
+
+    @property
+    def has_reasoned_enough(self) -> bool:
+        """Whether its ``max_reasoning_tokens`` are used up."""
+        most = self.shown.max_reasoning_tokens
+        return most is not None and self._reasoning_tokens >= most
+
+    def take(self, segment: Segment, text: str) -> bool:
         """Take the next token; whether the answer is complete with it."""
-        text = piece if isinstance(piece, str) else piece.raw
-        token = token_id(text)
+        self._reasoning_tokens += segment == "reasoning"
+        token = self._texts.token(text)
         if token in self._params.stop_token_ids:
             self._finish("stop", token, [])
             return True
         pieces = self._text.add(segment, text)
-        if isinstance(piece, ToolCall) and not self._text.stopped:
-            self._calls.append(piece)
         return self._took(token, pieces, "stop" if self._text.stopped else None)
+
+    def take_call(self, piece: CallPiece) -> bool:
+        """Take the next token, which is one of a tool call; see ``take``."""
+        token = self._texts.token(piece.text)
+        if token in self._params.stop_token_ids:
+            self._finish("stop", token, [])
+            return True
+        pieces = self._text.add("tool_call", piece.text)
+        if self._text.stopped:
+            return self._took(token, pieces, "stop")
+        begun = self._open or ToolCall(piece.delta.name or "", id=piece.delta.id or "")
+        self._open = replace(begun, raw=begun.raw + piece.text)
+        if piece.call is not None:
+            self._calls.append(piece.call)
+            self._open = None
+        if pieces and pieces[-1].segment == "tool_call":
+            pieces[-1] = pieces[-1]._replace(call=piece.delta)
+        else:
+            pieces.append(Piece("tool_call", "", piece.delta))
+        return self._took(token, pieces, None)
 
     def take_end(self) -> bool:
         """Take the end of the sequence; whether the answer is complete with it."""
@@ -132,9 +175,7 @@ class ScriptedRequest(ActiveRequest):
         """The tokens of the prompt and of the answer, for the prompt cache."""
         return self.prompt + [token for token in self._tokens if token != END]
 
-    def _took(
-        self, token: int, pieces: list[tuple[Segment, str]], reason: FinishReason | None
-    ) -> bool:
+    def _took(self, token: int, pieces: list[Piece], reason: FinishReason | None) -> bool:
         if reason is None and len(self._tokens) + 1 == self.limit:
             reason = "length"
         if reason is not None:
@@ -144,23 +185,25 @@ class ScriptedRequest(ActiveRequest):
         self._let_out(token, pieces, None)
         return False
 
-    def _finish(
-        self, reason: FinishReason, token: int | None, pieces: list[tuple[Segment, str]]
-    ) -> None:
+    def _finish(self, reason: FinishReason, token: int | None, pieces: list[Piece]) -> None:
         if token is not None:
             self._keep(token)
+        pieces = pieces + self._text.finish()
+        if self._open is not None:
+            error = "it is not complete: the answer ended within it"
+            pieces.append(Piece("tool_call", "", ToolCallDelta(self.calls, error=error)))
+            self._calls.append(replace(self._open, error=error))
+        reason = final_reason(reason, self._calls, by_string=self._text.stopped)
         self._finish_reason = reason
         self._timer.ended = time.perf_counter()
-        self._let_out(token, pieces + self._text.finish(), reason)
+        self._let_out(token, pieces, reason)
 
     def _keep(self, token: int) -> None:
         self._timer.last_token = time.perf_counter()
         self._timer.first_token = self._timer.first_token or self._timer.last_token
         self._tokens.append(token)
 
-    def _let_out(
-        self, token: int | None, pieces: list[tuple[Segment, str]], reason: FinishReason | None
-    ) -> None:
+    def _let_out(self, token: int | None, pieces: list[Piece], reason: FinishReason | None) -> None:
         if self._emit is None:
             return
         tokens = () if token is None else (token,)
@@ -169,7 +212,8 @@ class ScriptedRequest(ActiveRequest):
 
     def _logprob(self, token: int) -> TokenLogprob:
         """Log-probability of a token: what is scripted is certain."""
-        return TokenLogprob(token, 0.0, ((token, 0.0),) if self._params.logprobs else ())
+        own = TokenLogprob(token, 0.0, text=self._texts.text(token))
+        return replace(own, top=(own,)) if self._params.logprobs else own
 
 
 def _weakly(request: ScriptedRequest) -> Callable[[], GenerationResult | None]:

@@ -61,7 +61,7 @@ async def test_reasoning_answer_and_tool_call(engine: SimpleEngine) -> None:
     assert result.reasoning == "easy 🙂"
     assert result.text == "I shall add."
     assert [(c.name, c.arguments, c.error) for c in result.tool_calls] == [("add", {"a": 1}, None)]
-    assert result.finish_reason == "stop"
+    assert result.finish_reason == "tool_calls"
     assert result.tokens[-1] == EOS
     assert result.notes == ()
 

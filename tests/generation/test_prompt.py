@@ -171,7 +171,7 @@ async def test_tools_are_shown_or_refused(engine: SimpleEngine, tmp_path: Path) 
     assert '"name": "f"' in await rendered(engine, USER, [TOOL])
     with pytest.raises(InvalidRequest, match="tools: must be a list"):
         await engine.chat(USER, tools=TOOL)  # type: ignore[arg-type]
-    with pytest.raises(InvalidRequest, match="tools: each must be a mapping"):
+    with pytest.raises(InvalidRequest, match="tools: number 0 must be"):
         await engine.chat(USER, tools=["f"])  # type: ignore[list-item]
     template = engine._holder.model().tokenizer
     original = template.chat_template

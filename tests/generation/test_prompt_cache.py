@@ -646,3 +646,28 @@ def test_an_entry_that_is_dropped_while_its_copy_is_in_use_does_no_harm(
     stored.clear()
     answer, _ = greedy(model, hit.cache, 7)
     assert answer == greedy(model, put(model, prompt), 7)[0]
+
+
+@pytest.mark.parametrize("make", [llama, lambda _: hybrid()], ids=["llama", "hybrid"])
+@on_mlx_thread
+def test_the_index_tells_what_a_fetch_would_give(
+    engine: SimpleEngine, make: Callable[[SimpleEngine], Any]
+) -> None:
+    """Whatever is stored, marked, taken over and evicted, and without being a use of it."""
+    model, draw = make(engine), random.Random(3)
+    cache = PromptCache(MB // 4)
+    stems = [[draw.randrange(1, 60) for _ in range(60)] for _ in range(3)]
+    for _ in range(40):
+        stem = draw.choice(stems)
+        prompt = stem[: draw.randrange(1, 60)] + [draw.randrange(1, 60) for _ in range(20)]
+        order = list(cache._entries)
+        told = cache.index.cached(prompt)
+        assert list(cache._entries) == order
+        assert told == cache.fetch(prompt, counted=False).cached
+        assert set(cache.index._outlines) == set(cache._entries)
+        filled = make_prompt_cache(model)
+        mx.eval(model(mx.array([prompt]), cache=filled))
+        cache.store(prompt, filled)
+    assert cache.stats().evicted > 0
+    cache.clear()
+    assert cache.index.cached(stems[0]) == 0

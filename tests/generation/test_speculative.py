@@ -111,7 +111,7 @@ async def test_sampling_and_processors_are_those_of_plain_decoding(
         assert len(each.logprobs) == len(expected.logprobs)
         for got, wanted in zip(each.logprobs, expected.logprobs, strict=True):
             assert got.logprob == pytest.approx(wanted.logprob, abs=1e-4)
-            assert [t for t, _ in got.top] == [t for t, _ in wanted.top]
+            assert [t.token for t in got.top] == [t.token for t in wanted.top]
     assert unspoiled.timings.acceptance_rate == 1, "the draft has the same noise and processors"
     assert 0 < result.timings.acceptance_rate < 1
 

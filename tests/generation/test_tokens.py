@@ -189,8 +189,10 @@ async def test_logprobs(engine: SimpleEngine) -> None:
     assert [entry.token for entry in result.logprobs] == list(result.tokens)
     for entry in result.logprobs:
         assert len(entry.top) == 3
-        assert entry.top[0] == (entry.token, pytest.approx(entry.logprob)), "greedy takes the best"
-        assert entry.top[0][1] >= entry.top[1][1] >= entry.top[2][1]
+        best = entry.top[0]
+        assert (best.token, best.text) == (entry.token, entry.text), "greedy takes the best"
+        assert best.logprob == pytest.approx(entry.logprob)
+        assert best.logprob >= entry.top[1].logprob >= entry.top[2].logprob
         assert entry.logprob <= 0
     assert (await engine.generate(PROMPT, max_tokens=2, logprobs=0)).logprobs[0].top == ()
     assert (await engine.generate(PROMPT, max_tokens=2)).logprobs == ()

@@ -98,6 +98,16 @@ async def two_that_reason(engine: BaseEngine, faults: Faults) -> Answers:
     return await asyncio.gather(outcome(chat(3)), outcome(chat(None)))
 
 
+async def three_with_questions(engine: BaseEngine, faults: Faults) -> Answers:
+    """Questions about prompts, which are asked beside requests, have nothing to do with them."""
+    requests = asyncio.ensure_future(three_at_once(engine, faults))
+    for _ in range(4):
+        count, chat = await asyncio.gather(engine.count_tokens(SHORT), engine.render_chat(CHAT))
+        assert count == len(SHORT)
+        assert chat.text.count("Name a colour.") == 1
+    return await requests
+
+
 async def one_stream_then_more(engine: BaseEngine, faults: Faults) -> Answers:
     first = await outcome(streamed(engine, SHORT, **GREEDY))
     again = await outcome(engine.generate([*SHORT, 7, 8, 9, *SHORT], **GREEDY))
@@ -205,6 +215,7 @@ CASES: dict[str, Case] = {
     "batched, reasoning": Case(batched(), two_that_reason),
     "simple, prompt cache": Case(simple(), one_stream_then_more),
     "batched, three": Case(batched(), three_at_once),
+    "batched, questions": Case(batched(), three_with_questions),
     "batched, joined": Case(batched(), one_joins_two),
     "batched, chat": Case(batched(), one_chat),
     "simple, draft": Case(simple(decode=_draft), one_sampled),

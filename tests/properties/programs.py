@@ -114,6 +114,14 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Ask:
+    """Ask about a prompt, without a turn; cancelled after so many turns of the event loop."""
+
+    chat: bool
+    cancelled_after: int | None
+
+
+@dataclass(frozen=True)
 class File:
     """Save the prompt cache, or load it."""
 
@@ -142,7 +150,9 @@ class Start:
     cancelled_after: int | None
 
 
-Operation = Submit | Read | Cancel | Drop | Finish | Pause | Call | File | Break | Shutdown | Start
+Operation = (
+    Submit | Read | Cancel | Drop | Finish | Pause | Call | Ask | File | Break | Shutdown | Start
+)
 
 
 def programs(*, priorities: bool) -> st.SearchStrategy[list[Operation]]:
@@ -161,6 +171,7 @@ def programs(*, priorities: bool) -> st.SearchStrategy[list[Operation]]:
     rest = st.one_of(
         st.builds(Finish, which),
         st.builds(Call, st.booleans()),
+        st.builds(Ask, st.booleans(), st.none() | st.integers(0, 3)),
         st.builds(File, st.booleans()),
         st.builds(Break, st.integers(0, 30)),
         st.builds(Shutdown, st.sampled_from((0, 0, 0.02, None)), st.booleans()),

@@ -128,6 +128,8 @@ class Runner:
                     await asyncio.sleep(0)
             case ops.Call(raises):
                 await self._turn(lambda: self._engine.run_blocking(_function, raises), raises)
+            case ops.Ask(chat, cancelled_after):
+                await self._ask(chat, cancelled_after)
             case ops.File(save):
                 await self._use_file(save)
             case ops.Break(after):
@@ -388,6 +390,26 @@ class Runner:
         else:
             assert not raises
             self._counts["finished"] += 1
+
+    async def _ask(self, chat: bool, cancelled_after: int | None) -> None:
+        """A question about a prompt, which is not counted and waits for nobody."""
+        message = {"role": "user", "content": "hi"}
+        work = self._engine.render_chat([message]) if chat else self._engine.count_tokens("abc")
+        troubles, asking = self._troubles(), asyncio.ensure_future(work)
+        for _ in range(cancelled_after or 0):
+            await asyncio.sleep(0)
+        if cancelled_after is not None:
+            asking.cancel()
+        await _in_time(asyncio.wait({asking}))
+        if asking.cancelled():
+            assert cancelled_after is not None
+            return
+        try:
+            told: Any = asking.result()
+        except (EngineStopped, EngineNotStarted):
+            assert "refused" in troubles or self._leaving is not None
+        else:
+            assert (told.text.count("hi") if chat else told) == (1 if chat else 3)
 
     async def _use_file(self, save: bool) -> None:
         if save:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_engine import BaseEngine, EngineState
+from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.core.stream import Emit
 from mlx_engine.errors import (
     EngineBusy,
@@ -23,11 +24,11 @@ from mlx_engine.outputs import (
     GenerationChunk,
     GenerationResult,
     ProgressCallback,
-    PromptCacheStats,
     ShutdownReport,
     Timings,
     Usage,
 )
+from mlx_engine.questions import PromptFacts, PromptQuestion
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.health import Health, health_of
 from mlx_engine.remote.linked import LinkedEngine
@@ -90,6 +91,8 @@ class Scripted(BaseEngine):
         self.stops: list[tuple[float, float | None]] = []
         self.killed: float | None = None
         self.saved: list[Path] = []
+        self.asked: list[PromptQuestion] = []
+        self.dies_of_questions = False
         self.nbytes = 0
         self._state = EngineState.CREATED
 
@@ -127,6 +130,26 @@ class Scripted(BaseEngine):
     @property
     def has_chat_template(self) -> bool:
         return self._state is EngineState.RUNNING
+
+    @property
+    def model(self) -> str:
+        return "scripted"
+
+    @property
+    def supports_tools(self) -> bool:
+        return self._state is EngineState.RUNNING
+
+    @property
+    def supports_reasoning(self) -> bool:
+        return False
+
+    async def answer(self, question: PromptQuestion) -> PromptFacts:
+        self.check_running()
+        self.asked.append(question)
+        if self.dies_of_questions:
+            self.crash()
+            self.check_running()
+        return PromptFacts(count=7, text=self.name)
 
     @property
     def context_length(self) -> int | None:

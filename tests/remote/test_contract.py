@@ -133,7 +133,10 @@ def comparable(value: Any) -> Any:
     """Without times and names."""
     if isinstance(value, GenerationResult):
         usage = replace(value.usage, cached_tokens=0)
-        return replace(value, timings=_NO_TIME, request_id="", usage=usage)
+        calls = tuple(replace(call, id="") for call in value.tool_calls)
+        return replace(value, timings=_NO_TIME, request_id="", usage=usage, tool_calls=calls)
+    if isinstance(value, GenerationChunk) and value.tool_call is not None:
+        return replace(value, tool_call=replace(value.tool_call, id=None))
     if isinstance(value, list | tuple):
         return type(value)(comparable(one) for one in value)
     if isinstance(value, MLXEngineError):

@@ -48,7 +48,7 @@ def asked(number: int = 1, **fields: Any) -> Generate:
 
 
 def chat(messages: Any, tools: Any = None) -> Generate:
-    return asked(prompt=None, chat=(messages, tools, {}))
+    return asked(prompt=None, chat=(messages, tools, {}, {}))
 
 
 USER = {"role": "user", "content": "a"}

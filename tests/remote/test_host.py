@@ -112,7 +112,7 @@ async def test_what_a_client_may_not_ask_is_an_error_with_the_name_of_the_option
 
 async def test_a_host_has_its_own_limits_whatever_its_clients_have(tiny_path: Path) -> None:
     endless = RequestLimits(**{field.name: None for field in fields(RequestLimits)})
-    user = {"role": "user", "content": ""}
+    user, tool = {"role": "user", "content": ""}, {"function": {"name": "f"}}
     async with (
         BatchedEngine(tiny_path, limits=RequestLimits(messages=3)) as engine,
         hosted(engine) as host,
@@ -125,13 +125,13 @@ async def test_a_host_has_its_own_limits_whatever_its_clients_have(tiny_path: Pa
                 "logit_bias",
                 lambda: remote.generate(PROMPT, logit_bias=dict.fromkeys(range(20_000), 1)),
             ),
-            ("tools", lambda: remote.chat([user], tools=[{}] * 2000)),
+            ("tools", lambda: remote.chat([user], tools=[tool] * 2000)),
         ):
             with pytest.raises(InvalidRequest, match=rf"^{option}: .*\d+ .*RequestLimits\."):
                 await ask()
         for ask in (  # what is larger still is not even decoded
             lambda: remote.generate(PROMPT, stop=["x"] * 400_000),
-            lambda: remote.chat([user], tools=[{}] * 1_000_000),
+            lambda: remote.chat([user], tools=[tool] * 1_000_000),
             lambda: remote.generate([1] * 2_200_000),
         ):
             with pytest.raises(InvalidRequest, match=r"[\d,]+ "):

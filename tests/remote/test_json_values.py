@@ -116,7 +116,8 @@ def test_tools_and_template_variables_arrive_as_they_were(
 def test_what_cannot_travel_is_told_by_the_option_that_it_is_in(
     option: str, odd: Any, words: str
 ) -> None:
-    parts: dict[str, Any] = {"messages": USER, "tools": {"a": 1}, "chat_template_kwargs": {}}
+    tool = {"function": {"name": "f"}}
+    parts: dict[str, Any] = {"messages": USER, "tools": tool, "chat_template_kwargs": {}}
     parts[option] = {**parts[option], "odd": odd}
     chat = ChatPrompt.of([parts["messages"]], [parts["tools"]], parts["chat_template_kwargs"])
     with pytest.raises(InvalidRequest, match=f"^{option}: .*cannot go to another process.*{words}"):
@@ -128,7 +129,7 @@ def test_what_is_too_deep_to_travel_is_told_by_its_option() -> None:
     for _ in range(450):
         inner = [inner]
     endless = replace(DEFAULT_LIMITS, nesting=None)
-    chat = ChatPrompt.of([USER], [{"deep": inner}], None, endless)
+    chat = ChatPrompt.of([USER], [{"function": {"name": "f"}, "deep": inner}], None, endless)
     with pytest.raises(InvalidRequest, match=r"^tools: .*cannot go to another process"):
         there(chat)
 
@@ -138,7 +139,9 @@ def test_a_request_that_is_too_long_is_told_by_its_largest_part() -> None:
         texts = {name: "x" * (5000 if name == option else 1) for name in ("messages", "tools")}
         kwargs = {"a": "x" * 5000} if option == "chat_template_kwargs" else {}
         chat = ChatPrompt.of(
-            [{"role": "user", "content": texts["messages"]}], [{"t": texts["tools"]}], kwargs
+            [{"role": "user", "content": texts["messages"]}],
+            [{"function": {"name": "f", "description": texts["tools"]}}],
+            kwargs,
         )
         with pytest.raises(InvalidRequest, match=rf"^{option}: takes \d+ bytes .* 3000 may"):
             request_to_wire(
@@ -155,7 +158,7 @@ def test_extensions_of_others_are_no_messages() -> None:
     import msgspec
 
     for code, data in ((2, b"\1"), (-1, b"\0\0\0\0")):
-        chat = [[], None, {"a": msgspec.msgpack.Ext(code, data)}]
+        chat = [[], None, {"a": msgspec.msgpack.Ext(code, data)}, {}]
         payload = msgspec.msgpack.encode(
             [["generate", 1, None, chat, {}, 0, None, None, False, False]]
         )
@@ -172,7 +175,7 @@ def test_what_a_parser_makes_that_no_json_has_arrives_spelled_out() -> None:
     assert call.error is None
     assert call.arguments == {"a": "{1}", "b": [1, "b'x'"], "c": "\\ud800", 5: "1j"}
     lost = back(ToolCall("f", {"a": 16 ** sys.get_int_max_str_digits()}, "raw"))
-    assert lost.arguments is None
+    assert lost.arguments == {}
     assert "no JSON" in str(lost.error)
     assert len(str(lost.error)) < 300
 

@@ -92,7 +92,9 @@ async def test_a_processor_that_raises_what_cannot_be_written_or_ends_programs(
 async def test_an_integer_too_large_to_travel_costs_no_answer(tiny_path: Path) -> None:
     user = [{"role": "user", "content": "hi"}]
     async with ProcessEngine(tiny_path) as engine:
-        result = await engine.chat(user, logits_processors=[NAMED + "SayHugeCall"])
+        tool = {"type": "function", "function": {"name": "add"}}
+        says = [NAMED + "SayHugeCall"]
+        result = await engine.chat(user, tools=[tool], logits_processors=says)
         (call,) = result.tool_calls
         assert call.arguments == {"a": int("9" * 30)}
 
@@ -125,7 +127,7 @@ def test_arguments_of_a_call_that_are_no_json_cost_that_call_only() -> None:
     *lost, good = result_from_wire(told).tool_calls
     assert good == calls[-1]
     for call in lost:
-        assert (call.name, call.arguments, call.raw) == (None, None, "f()")
+        assert (call.name, call.arguments, call.raw, call.ok) == ("f", {}, "f()", False)
         assert "its arguments are no JSON" in str(call.error)
 
 

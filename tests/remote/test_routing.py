@@ -54,7 +54,12 @@ def test_the_size_of_a_request(cost: RequestCost, prompt: int, answer: int) -> N
 def test_a_chat_is_as_long_as_its_messages_and_tools() -> None:
     plain = chat("x" * 4000)
     assert 1000 <= plain.prompt_tokens <= 1020
-    assert chat("x" * 4000, tools=[{"t": "y" * 4000}]).prompt_tokens > 2000
+    assert (
+        chat(
+            "x" * 4000, tools=[{"function": {"name": "y" * 200, "description": "y" * 4000}}]
+        ).prompt_tokens
+        > 2000
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +89,7 @@ def test_a_text_a_chat_and_token_ids_share_nothing() -> None:
 
 def test_a_conversation_shares_its_earlier_turns() -> None:
     assert cached(chat(LONG, "and then?"), chat(LONG)) == 2048
-    assert cached(chat(LONG, tools=[{"a": 1}]), chat(LONG)) == 0
+    assert cached(chat(LONG, tools=[{"function": {"name": "f"}}]), chat(LONG)) == 0
 
 
 def test_messages_that_no_json_can_hold_have_no_prefixes() -> None:

@@ -64,12 +64,18 @@ SHAPES: list[object] = [
     [["generate"]],
     [["generate", 1, 2, 3]],
     [["generate", 1, None, None, {}, 0, None, None, True, True]],
-    [["generate", 1, "x", [[], None, {}], {}, 0, None, None, True, True]],
+    [["generate", 1, "x", [[], None, {}, {}], {}, 0, None, None, True, True]],
     [["generate", 1, "x", None, {"max_tokens": -1}, 0, "fast", None, True, True]],
     [["generate", 1, "x", None, {"no": 1, "stop": {"a": 1}}, 2**63, {"draft": 1}, "x", True, True]],
-    [["generate", 1, None, [[{"role": []}], 3, {}], {}, 0, None, None, True, True]],
-    [["generate", 1, None, [[{"role": "user", "content": "x"}], [{}], {"a": {}}], {}] + [0] * 5],
+    [["generate", 1, None, [[{"role": []}], 3, {}, {}], {}, 0, None, None, True, True]],
+    [
+        ["generate", 1, None, [[{"role": "user", "content": "x"}], [{}], {"a": {}}, {"b": 1}], {}]
+        + [0] * 5
+    ],
     [["generate", -1, [-1], None, {"seed": 2**64 - 1}, 0, "default", None, True, True]],
+    [["ask"], ["ask", 1], ["ask", 1, "x", None, "guess"]],
+    [["ask", 1, None, None, "count_tokens"], ["ask", 1, [-1], None, "decode"]],
+    [["ask", 2, "x", None, "decode"], ["ask", 3, None, [[], 1, {}, {"x": 1}], "render_chat"]],
     [["cancel"], ["cancel", "x"]],
     [["cancel", 99]],
     [["cachefile", 1, "delete", "/"]],

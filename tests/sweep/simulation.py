@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from mlx_engine.chat.renderer import Renderer
 from mlx_engine.core import bridge, preparer
 from mlx_engine.core import stream as streams
 from mlx_engine.core.admission import Admission
@@ -25,7 +26,6 @@ from mlx_engine.core.request import ActiveRequest
 from mlx_engine.core.work import PendingWork, Stage, ThreadJob
 from mlx_engine.core.work_queue import WorkQueue
 from mlx_engine.engine import batch_holder
-from mlx_engine.generation import prompt
 from mlx_engine.generation.chat_places import EncodedText
 from mlx_engine.remote.calls import Call
 from mlx_engine.remote.io_thread import io_thread
@@ -51,7 +51,7 @@ _JOINTS = (
     (BatchQueue, "end"),
     (WorkQueue, "refuse"),
     (WorkQueue, "take_to_prepare"),
-    (prompt._Chat, "_render"),
+    (Renderer, "render"),
     (EncodedText, "__init__"),
     (ActiveRequest, "fit"),
     (WorkQueue, "left"),

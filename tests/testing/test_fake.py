@@ -165,12 +165,13 @@ async def test_answers_of_a_function(width: Any) -> None:
 
 
 async def test_reasoning_and_tool_calls(width: Any) -> None:
-    broken = ToolCall(None, None, "{oops", error="not JSON")
+    broken = ToolCall(raw="{oops", error="not JSON", id="broken001")
+    tools = [{"type": "function", "function": {"name": "weather"}}]
     answer = FakeAnswer(
         "I look.", reasoning="Let me think.", tool_calls=[("weather", {"city": "Paris"}), broken]
     )
     async with FakeEngine(answer, max_batch_size=width) as engine:
-        async with engine.stream_chat(USER) as stream:
+        async with engine.stream_chat(USER, tools=tools) as stream:
             chunks = [chunk async for chunk in stream]
         with pytest.raises(GenerationError, match="are of chats"):
             await engine.generate("x")
@@ -180,7 +181,7 @@ async def test_reasoning_and_tool_calls(width: Any) -> None:
     assert (call.name, call.arguments, call.error) == ("weather", {"city": "Paris"}, None)
     assert other == broken
     segments = [chunk.segment for chunk in chunks]
-    assert segments == ["reasoning"] * 3 + ["content"] * 2 + ["tool_call"] * 2 + ["content"]
+    assert segments == ["reasoning"] * 3 + ["content"] * 2 + ["tool_call"] * 4 + ["content"]
 
 
 async def test_an_error_after_some_tokens(width: Any) -> None:

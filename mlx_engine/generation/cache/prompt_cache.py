@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mlx_engine.cache_stats import PromptCacheLookup, PromptCacheStats
 from mlx_engine.generation.cache.kv_cache import Cache
+from mlx_engine.generation.cache.prompt_index import PromptIndex
 from mlx_engine.generation.cache.snapshot import (
     has_dropped,
     is_quantized,
@@ -23,7 +25,6 @@ from mlx_engine.generation.cache.stored_prompt import (
     Tokens,
     common_prefix,
 )
-from mlx_engine.outputs import PromptCacheLookup, PromptCacheStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Hit:
 
 
 class PromptCache:
-    """Stored prompts of one model. It lives on the MLX thread, all but ``stats()``.
+    """Stored prompts of one model. It lives on the MLX thread, all but ``stats()`` and ``index``.
 
     The longest stored beginning of a prompt is reused, whichever prompt it comes from. A cache
     that cannot be cut back is reused at the places where it was stored; they move to the prompt
@@ -59,6 +60,9 @@ class PromptCache:
             quantised or bounded KV cache): only whole chunks are reused then, so that
             results stay those of a run without the prompt cache.
         quantized_from: the engine's ``quantized_kv_start``, if its KV cache is quantised.
+
+    Attributes:
+        index: their tokens, for other threads.
     """
 
     def __init__(self, limit: int, *, grid: int | None = None, quantized_from: int = 0) -> None:
@@ -66,6 +70,7 @@ class PromptCache:
         self.quantized_from = quantized_from
         self._limit = limit
         self._step = grid or 1
+        self.index = PromptIndex(self._step)
         self._entries: OrderedDict[int, Entry] = OrderedDict()  # least recently used first
         self._next_key = 0
         # Counted here, so that stats() on another thread never walks what this one changes.
@@ -205,6 +210,7 @@ class PromptCache:
         self.shrink(self._limit - new.nbytes)
         new.evaluate()
         self._entries[self._next_key] = new
+        self.index.put(self._next_key, new)
         self._next_key += 1
         self._nbytes += new.nbytes
         self._stored += 1
@@ -233,10 +239,12 @@ class PromptCache:
     def clear(self) -> None:
         """Drop everything; counters stay."""
         self._entries.clear()
+        self.index.clear()
         self._nbytes = 0
 
     def _drop(self, key: int) -> None:
         self._nbytes -= self._entries.pop(key).nbytes
+        self.index.drop(key)
 
     def _reach(self, cache: Cache, size: int, prefilled: int, can_trim: bool) -> tuple[int, int]:
         """The fewest and the most of its first ``size`` tokens that can be reused exactly.
@@ -286,6 +294,7 @@ class PromptCache:
     def _replace(self, key: int, entry: Entry) -> None:
         self._nbytes += entry.nbytes - self._entries[key].nbytes
         self._entries[key] = entry
+        self.index.put(key, entry)
 
     def _explain(
         self, request_id: str, prompt: Tokens, cached: int, closest: Entry | None, common: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -79,10 +79,7 @@ class Entry:
 
     def usable(self, common: int, grid: int) -> int:
         """Tokens that a prompt with ``common`` first tokens can take from it, or 0."""
-        cut = min(common, self.last) // grid * grid
-        if cut < self.first:
-            cut = max((mark.tokens for mark in self.marks if mark.tokens <= common), default=0)
-        return cut if cut >= SMALLEST_HIT else 0
+        return usable(common, grid, self.first, self.last, (m.tokens for m in self.marks))
 
     def covers(self, tokens: Tokens, last: int) -> bool:
         """Whether it begins with ``tokens``, and is usable up to ``last`` of them."""
@@ -145,6 +142,18 @@ def _drop_cheapest(marks: list[Mark], droppable: list[Mark]) -> None:
     marks.remove(cheapest)
     if droppable is not marks:
         droppable.remove(cheapest)
+
+
+def usable(common: int, grid: int, first: int, last: int, marks: Iterable[int]) -> int:
+    """Tokens that a prompt with ``common`` first tokens can take from an entry, or 0.
+
+    Args:
+        grid, first, last, marks: of the cache and of the entry; see ``Entry``.
+    """
+    cut = min(common, last) // grid * grid
+    if cut < first:
+        cut = max((mark for mark in marks if mark <= common), default=0)
+    return cut if cut >= SMALLEST_HIT else 0
 
 
 def common_prefix(one: Sequence[int] | Tokens, other: Sequence[int] | Tokens) -> int:

@@ -22,14 +22,15 @@ from mlx_engine.core.stream import Producer
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
 from mlx_engine.outputs import EngineState, EngineStats, ProgressCallback, ShutdownReport
+from mlx_engine.questions import PromptFacts, PromptQuestion
 from mlx_engine.remote.health import Health
 from mlx_engine.remote.process_engine import ProcessEngine
 from mlx_engine.remote.ray_engine import RayEngine
 from mlx_engine.remote.replicas.abortable_work import AbortableWork
-from mlx_engine.remote.replicas.replica import Factory, Replica, ReplicaInfo, maker
+from mlx_engine.remote.replicas.replica import Factory, Replica, ReplicaInfo, Traits, maker
 from mlx_engine.remote.replicas.replica_set import ReplicaSet
 from mlx_engine.remote.replicas.restarts import RestartPolicy
-from mlx_engine.remote.replicas.routed import RoutedRequest
+from mlx_engine.remote.replicas.routed import RoutedRequest, answered
 from mlx_engine.remote.replicas.supervisor import Supervisor
 from mlx_engine.remote.replicas.tasks import all_results
 from mlx_engine.remote.replicas.waiting_room import BOUNDED, WaitingRoom, waiting_limits
@@ -164,20 +165,31 @@ class EngineManager(BaseEngine):
         self._finalizer: weakref.finalize[[Supervisor], EngineManager] | None = None
         self._scaling = asyncio.Lock()
         self._deadline: float | None = None  # of the shutdown, by time.monotonic
-        self._has_chat_template = False
-        self._context_length: int | None = None
+        self._traits = Traits()
 
     @property
     def state(self) -> EngineState:
         return self._lifecycle.state
 
     @property
+    def model(self) -> str | None:
+        return self._prototype.model
+
+    @property
     def has_chat_template(self) -> bool:
-        return self._has_chat_template
+        return self._traits.has_chat_template
+
+    @property
+    def supports_tools(self) -> bool:
+        return self._traits.supports_tools
+
+    @property
+    def supports_reasoning(self) -> bool:
+        return self._traits.supports_reasoning
 
     @property
     def context_length(self) -> int | None:
-        return self._context_length
+        return self._traits.context_length
 
     @property
     def replicas(self) -> tuple[ReplicaInfo, ...]:
@@ -230,8 +242,7 @@ class EngineManager(BaseEngine):
             self._loop, self._scaling, self._deadline = loop, asyncio.Lock(), None
             await self._supervisor.grow(self._wanted)
             for one in self._replicas:
-                self._has_chat_template = one.engine.has_chat_template
-                self._context_length = one.engine.context_length
+                self._traits = Traits.of(one.engine)
             self._supervisor.watch()
             self._finalizer = weakref.finalize(self, _abandoned, self._supervisor)
             self._finalizer.atexit = False
@@ -304,7 +315,7 @@ class EngineManager(BaseEngine):
         if self._finalizer is not None:
             self._finalizer.detach()
         await self._supervisor.release(self._deadline)
-        self._has_chat_template, self._context_length = False, None
+        self._traits = Traits()
 
     def _check_loop(self) -> None:
         loop = None if self._lifecycle.inherited else self._loop
@@ -342,6 +353,10 @@ class EngineManager(BaseEngine):
         self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
         self._prototype.check_strategies(prefill, decode)
+
+    async def answer(self, question: PromptQuestion) -> PromptFacts:
+        with self._work(question.subject) as work:
+            return await answered(question, work, self._replicas)
 
     async def _save_prompt_cache(self, path: Path) -> int:
         def fullness(one: Replica) -> int:

@@ -44,6 +44,26 @@ class ReplicaInfo:
     last_exit: Exit | None
 
 
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """Traits of the model that all replicas have; those of none where nothing is loaded."""
+
+    has_chat_template: bool = False
+    supports_tools: bool = False
+    supports_reasoning: bool = False
+    context_length: int | None = None
+
+    @classmethod
+    def of(cls, engine: LinkedEngine) -> Traits:
+        """The traits of the model that an engine has loaded."""
+        return cls(
+            engine.has_chat_template,
+            engine.supports_tools,
+            engine.supports_reasoning,
+            engine.context_length,
+        )
+
+
 class Replica:
     """A place in a manager that one engine after another fills. For one event loop.
 

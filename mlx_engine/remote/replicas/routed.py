@@ -14,6 +14,7 @@ from mlx_engine.outputs import (
     GenerationResult,
     ProgressCallback,
 )
+from mlx_engine.questions import PromptFacts, PromptQuestion
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.remote_request import NOTHING
 from mlx_engine.remote.replicas.abortable_work import AbortableWork
@@ -122,6 +123,30 @@ class RoutedRequest:
             return await producer.run(None if emit is None else tell)
 
         return await work.do(run())
+
+
+async def answered(
+    question: PromptQuestion, work: AbortableWork, replicas: ReplicaSet
+) -> PromptFacts:
+    """The answer of any replica to a question; another one is asked if it ends under it.
+
+    Raises:
+        EngineDead: so many have ended that it may be what kills them.
+        MLXEngineError: the replica's own error.
+    """
+    attempts = 0
+    while True:
+        first = (await work.do(replicas.until_up()))[0]
+        engine = first.engine
+        try:
+            return await work.do(engine.answer(question))
+        except EngineNotRunning as error:
+            if work.aborted:
+                raise
+            replicas.ended(first.name, engine)
+            attempts += 1
+            if attempts == MAX_DEATHS:
+                raise _as_dead(error, first.name) from error.__cause__
 
 
 def _as_dead(error: EngineNotRunning, name: str) -> EngineDead:

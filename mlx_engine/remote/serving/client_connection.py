@@ -15,6 +15,7 @@ from mlx_engine.remote.wire.frames import MAX_CLIENT_FRAME, FrameSplitter, WireE
 from mlx_engine.remote.wire.greeting import MAX_HELLO, check_hello
 from mlx_engine.remote.wire.intake import messages_in
 from mlx_engine.remote.wire.messages import (
+    Ask,
     CacheFile,
     ErrorReply,
     Generate,
@@ -254,10 +255,10 @@ class ClientConnection(asyncio.Protocol):
         match message:
             case Shutdown():
                 self._drain(requests, message.remaining)
-            case Generate() | CacheFile() if self._draining:
+            case Generate() | Ask() | CacheFile() if self._draining:
                 stopped = EngineStopped("the client is leaving: no new requests")
                 self._outbox.put(error_to_wire(message.number, stopped))
-            case Generate() | CacheFile() if (most := _full(requests, size)) is not None:
+            case Generate() | Ask() | CacheFile() if (most := _full(requests, size)) is not None:
                 busy = EngineBusy(f"this client has {most} under way already", retry_after=1.0)
                 self._outbox.put(error_to_wire(message.number, busy))
             case _:

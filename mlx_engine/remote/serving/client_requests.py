@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from mlx_engine.core.log import logged
 from mlx_engine.core.stream import Emit, Producer
@@ -15,22 +16,30 @@ from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import GenerationError, InvalidRequest, describe
 from mlx_engine.outputs import GenerationChunk, GenerationResult, Progress
 from mlx_engine.params import SamplingParams
+from mlx_engine.questions import PromptFacts
 from mlx_engine.remote.serving.cache_folder import CacheFolder
 from mlx_engine.remote.wire.frames import WireError
 from mlx_engine.remote.wire.messages import (
+    Ask,
     CacheFile,
     CacheFileDone,
     Cancel,
-    Chunk,
     Done,
     ErrorReply,
+    Facts,
     Generate,
     ProgressUpdate,
     ToServer,
     Welcome,
 )
 from mlx_engine.remote.wire.outbox import Outbox
-from mlx_engine.remote.wire.values import error_to_wire, request_from_wire, result_to_wire
+from mlx_engine.remote.wire.values import (
+    chunk_to_wire,
+    error_to_wire,
+    question_from_wire,
+    request_from_wire,
+    result_to_wire,
+)
 
 _NAME = re.compile(r"[\w.@-]{1,64}")  # of a request; it shows in texts
 _OPTIONS = frozenset(field.name for field in fields(SamplingParams))
@@ -67,7 +76,7 @@ class ClientRequests:
         self._engine = engine
         self._outbox = outbox
         self._trusted = trusted
-        self._tasks: dict[int, asyncio.Task[GenerationResult | int]] = {}
+        self._tasks: dict[int, asyncio.Task[Any]] = {}
         self._names: set[str] = set()
         self._on_over = on_over
         self._client = client
@@ -84,7 +93,13 @@ class ClientRequests:
         """The first answer: what the client should know of the engine."""
         engine = self._engine
         return Welcome(
-            engine.has_chat_template, engine.context_length, engine.width, engine.stats()
+            engine.model,
+            engine.has_chat_template,
+            engine.supports_tools,
+            engine.supports_reasoning,
+            engine.context_length,
+            engine.width,
+            engine.stats(),
         )
 
     def take(self, message: ToServer, size: int = 0) -> None:
@@ -102,6 +117,8 @@ class ClientRequests:
             case Cancel():
                 if (task := self._tasks.get(message.number)) is not None:
                     task.cancel()
+            case Ask():
+                self._ask(message, size)
             case CacheFile():
                 self._cache_file(message)
             case _:
@@ -136,10 +153,17 @@ class ClientRequests:
         except Exception as error:  # noqa: BLE001 - the border: the client is told
             self._outbox.put(self._failed(number, error))
             return
-        self._start(number, asyncio.ensure_future(_run(producer, emit)), producer)
-        if size:
-            self._sizes[number] = size
-            self.held += size
+        self._start(number, asyncio.ensure_future(_run(producer, emit)), producer, size)
+
+    def _ask(self, message: Ask, size: int) -> None:
+        self._check_new(message.number)
+        try:
+            question = question_from_wire(message, limits=self._engine.limits)
+        except Exception as error:  # noqa: BLE001 - the border: the client is told
+            self._outbox.put(self._failed(message.number, error))
+            return
+        work = asyncio.ensure_future(self._engine.answer(question))
+        self._start(message.number, work, None, size)
 
     def _cache_file(self, message: CacheFile) -> None:
         self._check_new(message.number)
@@ -188,9 +212,16 @@ class ClientRequests:
         return name if valid else None
 
     def _start(
-        self, number: int, task: asyncio.Task[GenerationResult | int], producer: Producer | None
+        self,
+        number: int,
+        task: asyncio.Task[Any],
+        producer: Producer | None,
+        size: int = 0,
     ) -> None:
         self._tasks[number] = task
+        if size:
+            self._sizes[number] = size
+            self.held += size
         if producer is not None:
             self._names.add(producer.request_id)
         task.add_done_callback(functools.partial(self._over, number, producer))
@@ -199,7 +230,7 @@ class ClientRequests:
         self,
         number: int,
         producer: Producer | None,
-        task: asyncio.Task[GenerationResult | int],
+        task: asyncio.Task[Any],
     ) -> None:
         del self._tasks[number]
         self.held -= self._sizes.pop(number, 0)
@@ -216,26 +247,24 @@ class ClientRequests:
         self,
         number: int,
         producer: Producer | None,
-        task: asyncio.Task[GenerationResult | int],
-    ) -> Done | CacheFileDone | ErrorReply:
+        task: asyncio.Task[Any],
+    ) -> Done | Facts | CacheFileDone | ErrorReply:
         """The message about a request that is over."""
         if task.cancelled():
-            # Nobody waits for the number of prompts of a cancelled save or load.
+            # Nobody waits for the number of prompts of a cancelled save or load, or for facts.
             partial = None if producer is None else producer.partial_result()
             return CacheFileDone(number, 0) if partial is None else result_to_wire(number, partial)
         if (error := task.exception()) is not None:
             return self._failed(number, error)
         if isinstance(outcome := task.result(), int):
             return CacheFileDone(number, outcome)
+        if isinstance(outcome, PromptFacts):
+            return Facts(number, outcome)
         return result_to_wire(number, outcome)
 
     def _emit(self, number: int, chunk: GenerationChunk) -> None:
         """Send a chunk. On the MLX thread."""
-        self._outbox.put(
-            Chunk(
-                number, chunk.text, chunk.tokens, chunk.segment, chunk.logprobs, chunk.finish_reason
-            )
-        )
+        self._outbox.put(chunk_to_wire(number, chunk))
 
     def _tell(self, number: int, progress: Progress) -> None:
         self._outbox.put(ProgressUpdate(number, progress.phase, progress.done, progress.total))

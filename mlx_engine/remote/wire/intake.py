@@ -19,6 +19,7 @@ import msgspec
 from mlx_engine.errors import ContextLengthExceeded, InvalidRequest, MLXEngineError
 from mlx_engine.remote.wire.frames import WireError
 from mlx_engine.remote.wire.messages import (
+    Ask,
     ErrorReply,
     Generate,
     ToServer,
@@ -34,12 +35,12 @@ _SMALL = 32 * 2**10  # bytes that are decoded at once, whatever they are: 10 ms 
 _COUNTED = 8192  # values in one step, 0.5 ms
 _PIECE = 16 * 2**10  # bytes of token ids in one step, 1 ms
 
-_PROMPT = 2  # its place in Generate
+_PROMPT = 2  # its place in what has one
 _NAMES = {_PROMPT: "prompt", 3: "messages", 4: "params", 6: "prefill"}
 _NIL = b"\xc0"
 _ONE_MESSAGE = 0x91  # the first byte of a list of one
 _MANY = 0xDD  # of a list of more than 65,535
-_GENERATE = b"\xa8generate"
+_WITH_PROMPT = (b"\xa8generate", b"\xa3ask")  # messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def _large(raw: memoryview, context_length: int | None) -> Iterator[Step]:
     if raw[0] & 0xF0 != 0x90:  # a list of less than sixteen
         raise WireError("no messages: it is no list, or a long one")
     parts = [memoryview(part) for part in parts_of(raw)]
-    if len(parts) <= _PROMPT or parts[0] != _GENERATE:
+    if len(parts) <= _PROMPT or bytes(parts[0][:16]) not in _WITH_PROMPT:
         raise WireError(f"a message of {len(raw)} bytes is no request")
     yield Step()
     number = _number(parts[1])
@@ -110,7 +111,7 @@ def _large(raw: memoryview, context_length: int | None) -> Iterator[Step]:
         return
     message = message_from_client(memoryview(b"".join([raw[:1], *parts])))
     yield Step()
-    if tokens is not None and isinstance(message, Generate):
+    if tokens is not None and isinstance(message, Generate | Ask):
         message.prompt = tokens
     yield Step(message, len(raw))
 

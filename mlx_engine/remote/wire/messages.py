@@ -17,13 +17,15 @@ from mlx_engine.outputs import (
     Segment,
     ShutdownReport,
     TokenLogprob,
+    ToolCallDelta,
 )
+from mlx_engine.questions import PromptFacts, Subject
 from mlx_engine.remote.wire.frames import WireError
 from mlx_engine.remote.wire.json_values import extension_from_wire
 
 T = TypeVar("T")
 
-VERSION = 3
+VERSION = 4
 MAGIC = "mlx_engine"
 
 Phase = Literal["start", "load", "idle", "prefill", "decode"]
@@ -57,12 +59,18 @@ class Configure(_Message):
     heartbeat_interval: float
 
 
+Chat = tuple[list[Any], list[Any] | None, dict[str, Any], dict[str, Any]]
+"""Messages, tools, and variables of the template, by ``json_values``; and the other options of a
+chat that are not at their defaults.
+"""
+
+
 class Generate(_Message):
     """A request, by a number of the client's choice.
 
     Attributes:
         prompt: text or token ids; ``None`` in a chat.
-        chat: messages, tools, and keyword arguments of the template, by ``json_values``.
+        chat: ``None`` if it is none.
         params: fields of ``SamplingParams`` that are not at their defaults.
         prefill: ``"default"``, ``None``, or fields of ``SpecPrefill``.
         stream: whether chunks are wanted.
@@ -72,7 +80,7 @@ class Generate(_Message):
 
     number: int
     prompt: str | list[int] | None
-    chat: tuple[list[Any], list[Any] | None, dict[str, Any]] | None
+    chat: Chat | None
     params: dict[str, Any]
     priority: int
     prefill: str | dict[str, Any] | None
@@ -86,6 +94,15 @@ class Cancel(_Message):
     """An order to stop a request; ``Done`` or ``ErrorReply`` follows once it is out of MLX."""
 
     number: int
+
+
+class Ask(_Message):
+    """A question about a prompt; its first fields are those of ``Generate``."""
+
+    number: int
+    prompt: str | list[int] | None
+    chat: Chat | None
+    subject: Subject
 
 
 class CacheFile(_Message):
@@ -105,7 +122,10 @@ class Shutdown(_Message):
 class Welcome(_Message):
     """The engine is ready."""
 
+    model: str | None
     has_chat_template: bool
+    supports_tools: bool
+    supports_reasoning: bool
     context_length: int | None
     width: int
     stats: EngineStats
@@ -135,6 +155,7 @@ class Chunk(_Message):
     segment: Segment
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason | None
+    tool_call: ToolCallDelta | None = None
 
 
 class Done(_Message):
@@ -146,7 +167,14 @@ class Done(_Message):
 
     number: int
     result: GenerationResult
-    arguments: list[dict[Any, Any] | None]
+    arguments: list[dict[Any, Any]]
+
+
+class Facts(_Message):
+    """The answer to a question about a prompt."""
+
+    number: int
+    facts: PromptFacts
 
 
 class CacheFileDone(_Message):
@@ -202,13 +230,14 @@ class Stopped(_Message):
     report: ShutdownReport
 
 
-ToServer = Hello | Configure | Generate | Cancel | CacheFile | Shutdown
+ToServer = Hello | Configure | Generate | Ask | Cancel | CacheFile | Shutdown
 ToClient = (
     Welcome
     | Refused
     | ProgressUpdate
     | Chunk
     | Done
+    | Facts
     | CacheFileDone
     | ErrorReply
     | Heartbeat

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import replace
 from typing import Any
 
+from mlx_engine.chat.answer_format import ToolFormat
+from mlx_engine.checks import shown
 from mlx_engine.config import EngineConfig
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.remote.wire.messages import encode_strictly
@@ -33,7 +36,17 @@ def settled(config: EngineConfig) -> EngineConfig:
 
 def options_to_wire(config: EngineConfig) -> dict[str, Any]:
     """Keyword arguments of an engine, as they travel."""
-    return {name: option_to_wire(value) for name, value in config.options().items()}
+    return {name: _to_wire(name, value) for name, value in config.options().items()}
+
+
+def _to_wire(name: str, value: Any) -> Any:
+    there = option_to_wire(value)
+    own = isinstance(value, ToolFormat) and not isinstance(value.body, str)
+    if own or dataclasses.is_dataclass(there):  # which msgpack would make a mapping of
+        raise InvalidRequest(
+            name, f"{shown(value)} cannot go to another process; one of this library's can"
+        )
+    return there
 
 
 def options_from_wire(options: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_engine.errors import GenerationError, describe
 from mlx_engine.remote.wire.frames import MAX_FRAME
-from mlx_engine.remote.wire.messages import Done, ErrorReply, encode
+from mlx_engine.remote.wire.messages import Done, ErrorReply, Facts, encode
 from mlx_engine.remote.wire.values import error_to_wire
 
 _GAP = 0.004  # seconds between two frames, at least
@@ -95,7 +95,7 @@ def _one(message: Any) -> bytes:
             return payload
     except Exception as error:  # noqa: BLE001
         problem = describe(error)
-    if not isinstance(message, Done | ErrorReply):
+    if not isinstance(message, Done | Facts | ErrorReply):
         return encode([])  # nobody waits for it
     refusal = GenerationError(f"the answer cannot go to another process: {problem}")
     return encode([error_to_wire(message.number, refusal)])

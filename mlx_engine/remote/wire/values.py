@@ -9,18 +9,29 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_engine import errors
+from mlx_engine.chat.answer_format import ReasoningFormat, ToolFormat
 from mlx_engine.checks import shown
 from mlx_engine.errors import GenerationError, InvalidRequest, MLXEngineError, describe
 from mlx_engine.limits import RequestLimits
-from mlx_engine.outputs import GenerationResult, ToolCall
+from mlx_engine.outputs import GenerationChunk, GenerationResult, ToolCall
 from mlx_engine.params import SamplingParams
+from mlx_engine.questions import PromptQuestion
 from mlx_engine.remote.wire.frames import MAX_FRAME
 from mlx_engine.remote.wire.json_values import PLAIN, encodable, simple, to_wire
-from mlx_engine.remote.wire.messages import Done, ErrorReply, Generate, encode_strictly
+from mlx_engine.remote.wire.messages import (
+    Ask,
+    Chat,
+    Chunk,
+    Done,
+    ErrorReply,
+    Generate,
+    encode_strictly,
+)
 from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt
 from mlx_engine.strategies import MTP, DraftModel, SpecPrefill
 
-_CONFIGS = {kind.__name__: kind for kind in (DraftModel, MTP, SpecPrefill, RequestLimits)}
+_KINDS = (DraftModel, MTP, SpecPrefill, RequestLimits, ToolFormat, ReasoningFormat)
+_CONFIGS: dict[str, type[Any]] = {kind.__name__: kind for kind in _KINDS}
 _UNWRITABLE = (TypeError, ValueError, OverflowError, RecursionError)
 
 
@@ -41,11 +52,7 @@ def request_to_wire(
     Raises:
         InvalidRequest: it has something in it that cannot go to another process.
     """
-    source = request.source
-    if isinstance(source, ChatPrompt):
-        prompt, chat = None, tuple(map(_part, _PARTS, _parts(source)))
-    else:
-        prompt, chat = source.prompt, None
+    prompt, chat = _source_to_wire(request.source)
     prefill = request.prefill
     message = Generate(
         number=number,
@@ -59,24 +66,43 @@ def request_to_wire(
         progress=progress,
         name=name,
     )
+    return _payload(message, {**message.params, "priority": request.priority}, limit)
+
+
+def question_to_wire(number: int, question: PromptQuestion, limit: int = MAX_FRAME) -> bytes:
+    """The payload of a frame with a question about a prompt; see ``request_to_wire``."""
+    prompt, chat = _source_to_wire(question.source)
+    return _payload(Ask(number, prompt, chat, question.subject), {}, limit)
+
+
+def _source_to_wire(source: TextPrompt | ChatPrompt) -> tuple[str | list[int] | None, Chat | None]:
+    if isinstance(source, TextPrompt):
+        return source.prompt, None
+    given = source.messages, source.tools, source.template_kwargs
+    messages, tools, kwargs = map(_part, _PARTS, given)
+    options = {name: getattr(source, name) for name in _CHAT_DEFAULTS}
+    changed = {name: v for name, v in options.items() if v != _CHAT_DEFAULTS[name]}
+    return None, (messages, tools, kwargs, changed)
+
+
+def _payload(message: Generate | Ask, options: dict[str, Any], limit: int) -> bytes:
+    """The payload of a frame with a message that has a prompt.
+
+    Args:
+        options: what else of it may be impossible to write, by name.
+    """
+    chat = message.chat
+    parts = {} if chat is None else dict(zip(_PARTS, chat, strict=False))
     try:
         payload = encode_strictly([message])
     except _UNWRITABLE:
-        for part, value in (*message.params.items(), ("priority", request.priority)):
+        for part, value in (options | parts).items():
             _encoded(part, value)  # it may be this that cannot be written
-        for part, value in zip(_PARTS, chat or (), strict=False):
-            _encoded(part, value)
         payload = _encoded("prompt" if chat is None else "messages", message)
     if len(payload) > limit:
-        sizes = (
-            {"prompt": 0}
-            if chat is None
-            else {
-                part: len(_encoded(part, value)) for part, value in zip(_PARTS, chat, strict=True)
-            }
-        )
+        sizes = {part: len(_encoded(part, value)) for part, value in parts.items()}
         raise InvalidRequest(
-            max(sizes, key=lambda part: sizes[part]),
+            max(sizes, key=lambda part: sizes[part], default="prompt"),
             f"takes {len(payload)} bytes with the rest of the request, of which {limit} may go "
             "to another process",
         )
@@ -84,10 +110,11 @@ def request_to_wire(
 
 
 _PARTS = ("messages", "tools", "chat_template_kwargs")  # of a chat, as its caller knows them
-
-
-def _parts(chat: ChatPrompt) -> tuple[Any, Any, Any]:
-    return chat.messages, chat.tools, chat.template_kwargs
+_CHAT_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(ChatPrompt)
+    if field.default is not dataclasses.MISSING
+}
 
 
 def _part(option: str, value: Any) -> Any:
@@ -133,10 +160,7 @@ def request_from_wire(
     Raises:
         InvalidRequest: it is not acceptable.
     """
-    if message.chat is not None:
-        source: TextPrompt | ChatPrompt = ChatPrompt.of(*message.chat, limits)
-    else:
-        source = TextPrompt.of(message.prompt, limits)
+    source = _source_from_wire(message, limits)
     params = limits.params(None, message.params)
     if params.logits_processors and not trusted:
         raise InvalidRequest(
@@ -148,27 +172,56 @@ def request_from_wire(
     return GenerationRequest(source, params, message.priority, prefill, message.decode)  # type: ignore[arg-type]
 
 
+def question_from_wire(message: Ask, *, limits: RequestLimits) -> PromptQuestion:
+    """The question that a client has sent; see ``request_from_wire``."""
+    return PromptQuestion(message.subject, _source_from_wire(message, limits))
+
+
+def _source_from_wire(message: Generate | Ask, limits: RequestLimits) -> TextPrompt | ChatPrompt:
+    if message.chat is None:
+        return TextPrompt.of(message.prompt, limits)
+    messages, tools, template_kwargs, options = message.chat
+    if unknown := options.keys() - _CHAT_DEFAULTS.keys():
+        raise InvalidRequest(f"{min(unknown):.64}", "there is no such option")
+    return ChatPrompt.of(messages, tools, template_kwargs, limits, **options)
+
+
 def option_to_wire(value: Any) -> Any:
-    """An option of an engine: strategies and limits become a pair of their name and fields."""
+    """An option of an engine: strategies, limits and formats become a pair of name and fields."""
     if isinstance(value, tuple(_CONFIGS.values())):
         return [type(value).__name__, _fields(value)]
     return os.fspath(value) if isinstance(value, os.PathLike) else simple(value)
 
 
+def chunk_to_wire(number: int, chunk: GenerationChunk) -> Chunk:
+    """A chunk; what the model has written of a call is text that UTF-8 has."""
+    delta = chunk.tool_call
+    if delta is not None:
+        written = ("id", "name", "arguments", "error")
+        delta = replace(delta, **{name: encodable(getattr(delta, name)) for name in written})
+    return Chunk(
+        number,
+        encodable(chunk.text),
+        chunk.tokens,
+        chunk.segment,
+        chunk.logprobs,
+        chunk.finish_reason,
+        delta,
+    )
+
+
 def result_to_wire(number: int, result: GenerationResult) -> Done:
     """A result; what the model has written as arguments of tool calls goes as in a request."""
-    calls, arguments = list[ToolCall](), list[dict[Any, Any] | None]()
+    calls, arguments = list[ToolCall](), list[dict[Any, Any]]()
     for call in result.tool_calls:
-        given, error = None, call.error
-        if call.arguments is not None:
-            try:
-                given = to_wire(call.arguments, lenient=True)
-            except _UNWRITABLE as failure:  # a key, or a huge number
-                error = f"its arguments are no JSON: {describe(failure)}"
-                given = None
-        name = encodable(call.name) if error is None else None
-        ours = {"id": encodable(call.id), "raw": encodable(call.raw), "error": encodable(error)}
-        calls.append(replace(call, name=name, arguments=None, **ours))
+        given, error = dict[Any, Any](), call.error
+        try:
+            given = to_wire(call.arguments, lenient=True)
+        except _UNWRITABLE as failure:  # a key, or a huge number
+            error = f"its arguments are no JSON: {describe(failure)}"
+        written = {"name": call.name, "id": call.id, "raw": call.raw, "error": error}
+        ours = {name: encodable(text) for name, text in written.items()}
+        calls.append(replace(call, arguments={}, **ours))
         arguments.append(given)
     return Done(number, replace(result, tool_calls=tuple(calls)), arguments)
 
@@ -178,7 +231,7 @@ def result_from_wire(done: Done) -> GenerationResult:
     if not done.arguments:
         return done.result
     calls = tuple(
-        call if given is None else replace(call, arguments=given)
+        replace(call, arguments=given)
         for call, given in zip(done.result.tool_calls, done.arguments, strict=True)
     )
     return replace(done.result, tool_calls=calls)

@@ -31,7 +31,7 @@ class Operation:
             ends the engine.
         method: of a ``Fixture``; gives something that is not ``None``, and raises ``Fault`` if
             that is not what it should be.
-        requests: that it makes, as the engine counts them.
+        requests: that it makes, as the engine counts them; 0 takes no turn.
         beside: the method that goes on at the same time, and makes one request.
         order: whether that begins before the operation or after it.
         need: what not every engine has.
@@ -60,6 +60,16 @@ OPERATIONS: Final = (
     ),
     Operation("generate_batch", "requests", "batch", requests=2, beside="another"),
     Operation("chat", "requests", "chat", need="chat template"),
+    Operation("count_tokens", "requests", "count", requests=0, beside="another"),
+    Operation(
+        "render_chat",
+        "requests",
+        "render",
+        requests=0,
+        beside="another",
+        order="before it",
+        need="chat template",
+    ),
     Operation("run_blocking", "requests", "run_blocking", beside="visit", need="functions"),
     Operation(
         "stream_generate, left early", "requests", "leave", beside="another", order="before it"
@@ -122,6 +132,19 @@ class Fixture(abc.ABC):
         """Answer a message."""
         told = {"on_progress": self.on_progress, **self.options}
         return self.told(await self.engine.chat(self.messages(), **told))
+
+    async def count(self) -> Any:
+        """Count the tokens of a prompt, without a turn."""
+        if (count := await self.engine.count_tokens(self.prompt())) < 1:
+            raise Fault(f"a prompt has {count} tokens")
+        return count
+
+    async def render(self) -> Any:
+        """Put a message into the chat template, without a turn."""
+        chat = await self.engine.render_chat(self.messages())
+        if not (chat.text and 0 <= chat.cached_tokens < len(chat.tokens)):
+            raise Fault(f"a chat was made into {chat}")
+        return chat.tokens
 
     async def batch(self) -> Any:
         """Continue two prompts."""

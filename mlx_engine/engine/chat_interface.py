@@ -1,0 +1,181 @@
+"""The protocol of an engine, as far as it is about what its model reads and writes."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, Unpack
+
+from mlx_engine.core.stream import GenerationStream
+from mlx_engine.outputs import GenerationResult, ProgressCallback, RenderedChat
+from mlx_engine.params import SamplingOptions, SamplingParams
+from mlx_engine.requests import Message
+from mlx_engine.strategies import EngineDefault, SpecPrefill
+
+
+class ChatEngine(Protocol):
+    """The half of ``Engine`` that chats, and tells what prompts come to."""
+
+    @property
+    @abc.abstractmethod
+    def model(self) -> str | None:
+        """Name of the model: what the engine was made with. From any thread. ``None`` where only
+        the other side knows it, and there is no connection: in ``RemoteEngine``.
+        """
+
+    @property
+    @abc.abstractmethod
+    def has_chat_template(self) -> bool:
+        """Whether ``chat`` can be used. ``False`` while no model is loaded. From any thread."""
+
+    @property
+    @abc.abstractmethod
+    def supports_tools(self) -> bool:
+        """Whether the model's calls of tools can be read: its chat template, or ``tool_format``,
+        says how it writes them. ``False`` while no model is loaded. From any thread.
+        """
+
+    @property
+    @abc.abstractmethod
+    def supports_reasoning(self) -> bool:
+        """Whether the model marks what it thinks aloud, so that it is told from the answer.
+        ``False`` while no model is loaded. From any thread.
+        """
+
+    @property
+    @abc.abstractmethod
+    def context_length(self) -> int | None:
+        """Tokens that prompt and answer may have together; ``None`` if there is no limit, or
+        no model is loaded. From any thread.
+        """
+
+    @abc.abstractmethod
+    async def chat(
+        self,
+        messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none"] = "auto",
+        parallel_tool_calls: bool = True,
+        thinking: bool | None = None,
+        max_reasoning_tokens: int | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
+        on_progress: ProgressCallback | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> GenerationResult:
+        """Answer a conversation in the model's chat template.
+
+        Args:
+            messages: mappings with ``role`` and ``content``, as in OpenAI's API; see ``Message``.
+                An earlier result stands for its ``message()``.
+            params: sampling parameters.
+            tools: descriptions of the tools that the model may call, as in OpenAI's API.
+            tool_choice: ``"none"`` does not show the tools to the model.
+            parallel_tool_calls: ``False`` takes the first call of an answer alone; others have an
+                ``error``.
+            thinking: whether the model should think aloud first; ``None`` is what its chat
+                template does by itself.
+            max_reasoning_tokens: tokens after which its reasoning is closed, and the answer goes
+                on; ``None`` is no limit of its own.
+            continue_final_message: whether the answer goes on with the last message, which is
+                the assistant's, rather than replying to it.
+            chat_template_kwargs: variables for the template, e.g. ``{"documents": [...]}``.
+            priority: lower goes first; 0 is all that ``SimpleEngine`` takes.
+            prefill: ``None`` prefills all of this prompt; ``SpecPrefill(...)`` changes what
+                an engine keeps that has been made with one.
+            decode: ``None`` decodes this answer one token after another.
+            on_progress: told of the prefill, in this event loop.
+            options: fields of ``SamplingParams``; they go before ``params``.
+
+        Cancellation and errors are those of ``generate``; a model without a chat template,
+        or a template without tools, is an ``InvalidRequest``.
+        """
+
+    @abc.abstractmethod
+    def stream_chat(
+        self,
+        messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none"] = "auto",
+        parallel_tool_calls: bool = True,
+        thinking: bool | None = None,
+        max_reasoning_tokens: int | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        prefill: SpecPrefill | EngineDefault | None = "default",
+        decode: EngineDefault | None = "default",
+        on_progress: ProgressCallback | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> GenerationStream:
+        """Answer a conversation as a stream; arguments and errors are those of ``chat``."""
+
+    @abc.abstractmethod
+    async def count_tokens(
+        self,
+        prompt: str | Sequence[int] | Sequence[Message | Mapping[str, Any] | GenerationResult],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none"] = "auto",
+        thinking: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Count the tokens that a prompt would have: ``usage.prompt_tokens`` of its answer.
+
+        It waits for no turn, in whatever the engine is at work: the prompt is made into tokens
+        on a helper thread, as those of requests are.
+
+        Args:
+            prompt: text, token ids, or the messages of a chat; the rest as in ``chat``.
+
+        Cancellation: what waits for a thread leaves at once. What is being done stops between
+        two steps, rendering and tokenizing; ``CancelledError`` is raised then.
+
+        Raises:
+            InvalidRequest: the prompt is not acceptable.
+            ContextLengthExceeded: it is more than four times as long as the model's context.
+            GenerationError: the tokenizer failed.
+            EngineBusy: an engine elsewhere, or whoever hosts it, has too much under way.
+            EngineNotStarted, EngineStopped, EngineDead: by the engine's state.
+        """
+
+    @abc.abstractmethod
+    async def render_chat(
+        self,
+        messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none"] = "auto",
+        thinking: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> RenderedChat:
+        """Put a conversation into the model's chat template, and show what comes out: the
+        prompt's text and tokens, and how many of them the prompt cache has now.
+
+        Arguments are those of ``chat``; turn, cancellation and errors those of ``count_tokens``.
+        The prompt cache is only looked at; of several replicas, it is that of one.
+        """
+
+    @abc.abstractmethod
+    async def encode(self, text: str) -> list[int]:
+        """Token ids of a text, as ``generate`` makes them: with the special tokens that this
+        tokenizer puts in front, unless the text has them.
+
+        Turn, cancellation and errors are those of ``count_tokens``.
+        """
+
+    @abc.abstractmethod
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, special tokens included, as in ``result.text``.
+
+        Turn, cancellation and errors are those of ``count_tokens``.
+        """
