@@ -14,8 +14,8 @@ from tests.conftest import ROOT
 # At most so many: files with a call in them, frames of coroutines to the drain, files that are
 # entered twice on the way in.
 LIMITS = {
-    "SimpleEngine": (42, 3, 2),
-    "BatchedEngine": (44, 3, 2),
+    "SimpleEngine": (42, 3, 1),
+    "BatchedEngine": (44, 3, 1),
     "ProcessEngine": (60, 3, 0),
 }
 

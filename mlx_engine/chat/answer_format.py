@@ -82,7 +82,9 @@ class AnswerFormat:
         reasoning: what reasoning stands between; ``None`` if there is none.
         calls: what calls stand between, of which any may be used.
         drop: markers around the content, which are no part of it.
-        structure: ``tagged`` is text with markers in it; ``harmony`` is a row of messages.
+        structure: ``tagged`` is text with markers in it; ``harmony`` is a row of messages;
+            ``response_template`` is described by the model.
+        described: that description, as JSON.
     """
 
     name: str = "none"
@@ -90,7 +92,8 @@ class AnswerFormat:
     reasoning: ReasoningFormat | None = None
     calls: tuple[ToolFormat, ...] = ()
     drop: tuple[str, ...] = ()
-    structure: Literal["tagged", "harmony"] = "tagged"
+    structure: Literal["tagged", "harmony", "response_template"] = "tagged"
+    described: str = ""
 
     @property
     def has_reasoning(self) -> bool:

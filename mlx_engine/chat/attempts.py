@@ -71,7 +71,7 @@ class Attempts:
         has_system = first.role == "system"
         if not tools or self.probes.shows_tools(has_system):
             return adapted
-        is_variable = self.probes.shows_tools(system=True)
+        is_variable = self.probes.takes_system and self.probes.shows_tools(system=True)
         if is_variable or self.probes.takes_tools_in_system:
             if not has_system:
                 first = Entry({"role": "system", "content": ""}, [])
@@ -90,7 +90,10 @@ class Attempts:
         messages = self.prompt.messages
         calls = any("tool_calls" in message for message in messages)
         yield Form(), tools
-        yield Form(), completed(tools)
+        yield (
+            Form(),
+            completed(tools) if tools else [],
+        )  # some have a loop over tools without a look
         if calls:
             yield Form(other_arguments=True), tools
         yield Form(strict=True), tools

@@ -48,6 +48,11 @@ def compiled(pattern: str) -> Pattern:
     return regex.compile(pattern, regex.DOTALL)
 
 
+def literally(text: str) -> str:
+    """A pattern of just this text."""
+    return str(regex.escape(text))
+
+
 _KEY = r"(?P<key>[^<>\n\"]{1,256})"
 _COLON = r"\s{0,64}:"
 _NAMES = ("name", "tool_name", "function")
@@ -190,7 +195,7 @@ class HeadedCall:
     @property
     def resume(self) -> str:
         """A pattern of where reading goes on after a malformed call."""
-        return regex.escape(self.end)
+        return literally(self.end)
 
     def read(self, source: Source, calls: Calls) -> Steps[None]:
         """Read a call that was opened."""
@@ -213,7 +218,7 @@ class HeadedCall:
             yield from source.read(compiled(self.tail))
         if self.end:
             yield from source.skip_space()
-            yield from source.read(compiled(regex.escape(self.end)))
+            yield from source.read(compiled(literally(self.end)))
         calls.complete()
 
 
@@ -227,6 +232,7 @@ class TaggedCall:
             perhaps a group ``type``.
         close: what is behind a value; ``{key}`` is the argument's name.
         end: what a call ends with.
+        tail: a pattern of what may stand behind that.
         start: a pattern of what a call begins with; without one, the head.
         after: patterns of what may follow a call whose end is missing.
         newlines: a newline before and behind a value is none of it.
@@ -236,6 +242,7 @@ class TaggedCall:
     argument: str
     close: str
     end: str = ""
+    tail: str = ""
     start: str = ""
     after: tuple[str, ...] = ()
     newlines: bool = False
@@ -248,7 +255,7 @@ class TaggedCall:
     @property
     def resume(self) -> str:
         """A pattern of where reading goes on after a malformed call."""
-        return regex.escape(self.end)
+        return literally(self.end)
 
     def read(self, source: Source, calls: Calls) -> Steps[None]:
         """Read a call that was opened."""
@@ -265,10 +272,13 @@ class TaggedCall:
             separator = ", "
             yield from self._value(source, calls, found)
         calls.add("}" if separator == ", " else "{}")
-        if self.end and not (yield from source.read(compiled(regex.escape(self.end)))):
+        if self.end and not (yield from source.read(compiled(literally(self.end)))):
             after = compiled("|".join(self.after) or r"(?!)")
             if char == "" or (yield from source.look(after)) is None:
                 source.fail("an argument or the end of the call")
+        if self.tail:
+            yield from source.skip_space()
+            yield from source.read(compiled(self.tail))
         calls.complete()
 
     def _value(self, source: Source, calls: Calls, head: regex.Match[str]) -> Steps[None]:
@@ -302,7 +312,7 @@ class TaggedCall:
         newline = r"\n?" if self.newlines else ""
         follow = [self.argument.replace("{key}", _KEY), *self.after]
         if self.end:
-            follow.append(regex.escape(self.end))
+            follow.append(literally(self.end))
         behind = "|".join(without_names(each) for each in follow)
         close = newline + regex.escape(self.close.replace("{key}", key))
         each = [rf"{close}(?=\s{{0,256}}(?:{behind}))"]
@@ -312,7 +322,7 @@ class TaggedCall:
             each.append(rf"\n(?=\s{{0,64}}(?:{self._other_argument(schema)}))")
             if self.end and self.after:
                 ends = "|".join(self.after)
-                each.append(rf"\n(?={regex.escape(self.end)}\s{{0,64}}(?:{ends}))")
+                each.append(rf"\n(?={literally(self.end)}\s{{0,64}}(?:{ends}))")
         return compiled("|".join(each))
 
     def _other_argument(self, schema: Mapping[str, Any]) -> str:
@@ -325,7 +335,7 @@ class TaggedCall:
 
 def without_names(pattern: str) -> str:
     """The pattern with its groups unnamed, so that it can stand twice in another."""
-    return regex.sub(r"\(\?P<\w+>", "(?:", pattern)
+    return str(regex.sub(r"\(\?P<\w+>", "(?:", pattern))
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,13 +343,14 @@ class PythonCall:
     """``name(key="value", other=1)``."""
 
     start: str = r"[A-Za-z_][\w.\-]{0,127}\("
-    resume: str = r"\)\s{0,64},\s{0,64}(?=[A-Za-z_][\w.\-]{0,127}\()"
+    resume: str = r"\)(?:\s{0,64},|[ \t]{0,64}\n)\s{0,64}(?=[A-Za-z_][\w.\-]{0,127}\()"
     is_marked: bool = False
 
     def read(self, source: Source, calls: Calls) -> Steps[None]:
         """Read a call that was opened."""
         found = yield from source.expect(compiled(self.start), "a name")
-        calls.begin(found.group()[:-1])
+        name = found.group()[:-1]
+        calls.begin(name if name in calls.tools else name.removesuffix(".call"))
         separator = "{"
         while (yield from source.skip_space()) != ")":
             if separator == ", ":

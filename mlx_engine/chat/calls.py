@@ -73,11 +73,15 @@ class Calls:
         """Whether the open call has begun."""
         return bool(self._name)
 
-    def open(self) -> None:
-        """Begin a call here in the text; the one before it is right."""
+    def open(self, raw: str | None = None) -> None:
+        """Begin a call here in the text; the one before it is right.
+
+        Args:
+            raw: all of the call's text, if that is read already.
+        """
         self.settle()
         self.is_open = True
-        self._source.record()
+        self._source.record(raw or "")
 
     def begin(self, name: str, id: str | None = None) -> None:
         """Give the call's name, and the model's own id if it has one."""

@@ -51,6 +51,8 @@ REASONING: dict[str, ReasoningFormat] = {
         "<|close|>think<|sep|>",
         "<|close|>think<|sep|><|open|>response<|sep|>",
     ),
+    "minicpm-3": ReasoningFormat("<|thought_start|>", "<|thought_end|>"),
+    "granite-3.2": ReasoningFormat("Here is my thought process:", "Here is my response:"),
     "apertus": ReasoningFormat("<|inner_prefix|>", "<|inner_suffix|>"),
     "longcat-think": ReasoningFormat("<longcat_think>", "</longcat_think>"),
     "think-start": ReasoningFormat("<|think:start|>", "<|think:end|>"),
@@ -145,11 +147,57 @@ _KIMI_K3: tuple[Body, ...] = (
 )
 _APERTUS = HeadedCall(r'\{\s{0,64}"(?P<name>[^"\\]{1,256})"\s{0,16}:\s{0,64}(?=\{)', tail=r"\}")
 
+_STEP_3 = TaggedCall(
+    head=r"(?:<｜tool_call_begin｜>function<｜tool_sep｜>\s{0,64})?"
+    rf"<steptml:invoke name=(?P<name>{_ARROW})>",
+    argument=r"<steptml:parameter name=\"?{key}\"?>",
+    close="</steptml:parameter>",
+    end="</steptml:invoke>",
+    tail="<｜tool_call_end｜>",
+)
+_HUNYUAN: tuple[Body, ...] = (
+    JSONCall(),
+    HeadedCall(
+        rf"<tool_call>\s{{0,64}}(?P<name>{_ARROW})\n\s{{0,64}}```(?:json)?\s{{0,64}}(?=\{{)",
+        tail="```",
+        end="</tool_call>",
+    ),
+    TaggedCall(
+        head=r"<tool_call>\s{0,64}(?P<name>[^\s<>{}]{1,256})\s{0,64}(?:<tool_sep>|(?=<arg_key>))",
+        argument=r"<arg_key>{key}</arg_key>\s{0,64}<arg_value>",
+        close="</arg_value>",
+        end="</tool_call>",
+    ),
+)
+_JSON_IN_TAG = HeadedCall(
+    rf"<function=(?P<name>{_ARROW})>\s{{0,64}}(?=\{{)", end="</function>", is_marked=True
+)
+_MINICPM_5 = TaggedCall(
+    head=r"<function name=\"?(?P<name>[^<>\n\"]{1,256})\"?>",
+    argument=r"<param name=\"?{key}\"?>",
+    close="</param>",
+    end="</function>",
+    is_marked=True,
+)
+
 FAMILIES: tuple[Family, ...] = (
-    Family("deepseek-v4", (("<｜DSML｜tool_calls>",), ("DSML", "}}tool_calls>")),
-           (ToolFormat("<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>", (_DSML,)),)),
+    Family("step-3", (("steptml:invoke",),),
+           (ToolFormat("<｜tool_calls_begin｜>", "<｜tool_calls_end｜>", (_STEP_3,), True),)),
+    Family("hunyuan", (("<tool_sep>",), ("<tool_calls>", "<answer>")),
+           (ToolFormat("<tool_calls>", "</tool_calls>", _HUNYUAN),),
+           drop=("<answer>", "</answer>")),
+    Family("minicpm-3", (("<|tool_call_start|>", "<|thought_start|>"),),
+           (ToolFormat("<|tool_call_start|>", "<|tool_call_end|>", "python"),)),
+    Family("minicpm-5", (("<function name=", "<param name="),),
+           (ToolFormat("<tool_call>", "</tool_call>", (_MINICPM_5,)),)),
+    Family("command-r", (("Action:", "```json", "directly_answer"),),
+           (ToolFormat("Action:", "", (JSONCall(),)),)),
+    Family("gemma-3", (("tool_code",), ("<start_of_turn>", "func_name1(")),
+           (ToolFormat("```tool_code", "```", "python"), ToolFormat("", "", "python"),
+            ToolFormat(""))),
     Family("deepseek-v3.2", (("DSML",),),
-           (ToolFormat("<｜DSML｜function_calls>", "</｜DSML｜function_calls>", (_DSML,)),)),
+           (ToolFormat("<｜DSML｜function_calls>", "</｜DSML｜function_calls>", (_DSML,)),
+            ToolFormat("<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>", (_DSML,)))),
     Family("kimi-k3", (("<|open|>", "<|close|>", "<|sep|>"),),
            (ToolFormat("<|open|>tools<|sep|>", "<|close|>tools<|sep|>", _KIMI_K3, True),),
            drop=("<|open|>response<|sep|>", "<|close|>response<|sep|>",
@@ -168,7 +216,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("phi-4-mini", (("<|tool_call|>", "<|/tool_call|>"), ("<|tool|>", "<|/tool|>")),
            (ToolFormat("<|tool_call|>", "<|/tool_call|>"),)),
     Family("granite-3", (("<|tool_call|>",),),
-           (ToolFormat("<|tool_call|>"), ToolFormat("<tool_call>", "</tool_call>"))),
+           (ToolFormat("<|tool_call|>"), ToolFormat("<tool_call>", "</tool_call>")),
+           drop=("<response>", "</response>")),
     Family("longcat", (("<longcat_tool_call>",),),
            (ToolFormat("<longcat_tool_call>", "</longcat_tool_call>",
                        (_arguments_with_keys("longcat_"), JSONCall())),)),
@@ -190,7 +239,7 @@ FAMILIES: tuple[Family, ...] = (
            (ToolFormat("<tool_call>", "</tool_call>", (_arguments_with_keys(), JSONCall())),)),
     Family("deepseek-r1", (("<｜tool▁sep｜>", "```json"),),
            _deepseek(r"<｜tool▁call▁begin｜>(?:function)?<｜tool▁sep｜>(?P<name>[^\n`<]{1,256})"
-                     r"\n\s{0,16}(?:```(?:json)?)?\s{0,16}", r"```")),
+                     r"\n\s{0,16}(?:```(?:json)?\s{1,16})?(?=[^`\s])", r"```")),
     Family("deepseek-v3.1", (("<｜tool▁sep｜>",),),
            _deepseek(r"<｜tool▁call▁begin｜>(?P<name>[^\n`<]{1,256})<｜tool▁sep｜>")),
     Family("kimi-k2", (("<|tool_calls_section_begin|>",),),
@@ -210,11 +259,12 @@ FAMILIES: tuple[Family, ...] = (
            (ToolFormat("<tool_call>", "</tool_call>", (QWEN_CODER, JSONCall())),)),
     Family("mistral", (("[TOOL_CALLS]",),), (ToolFormat("[TOOL_CALLS]", "", _MISTRAL),)),
     Family("hermes", (("<tool_call>",),),
-           (ToolFormat("<tool_call>", "</tool_call>", (JSONCall(), QWEN_CODER)),)),
+           (ToolFormat("<tool_call>", "</tool_call>", (JSONCall(), _JSON_IN_TAG, QWEN_CODER)),)),
     Family("llama-4", (("<|python_start|>",), ("<|header_start|>", "tools")),
            (ToolFormat("<|python_start|>", "<|python_end|>", "python"),
             ToolFormat("", "", "python"),
             ToolFormat(""))),
     Family("llama-3", (("<|python_tag|>",), ("<|start_header_id|>", '"parameters"')),
-           (ToolFormat("<|python_tag|>"), ToolFormat(""))),
+           (ToolFormat("<|python_tag|>", "", (JSONCall(), PythonCall(), _JSON_IN_TAG)),
+            ToolFormat(""))),
 )  # fmt: skip

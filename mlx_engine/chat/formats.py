@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_engine.chat.answer_format import AnswerFormat, ReasoningFormat, ToolFormat
 from mlx_engine.chat.families import FAMILIES, REASONING, Family
+from mlx_engine.chat.response_template import format_of
 from mlx_engine.errors import InvalidRequest
 
 __all__ = ["AnswerFormat", "ReasoningFormat", "ToolFormat", "choose_format"]
@@ -38,6 +39,10 @@ def choose_format(
     Raises:
         InvalidRequest: an option names no format.
     """
+    if response_template and tool_format is None and reasoning_format is None:
+        described = format_of(response_template)
+        if described is not None:
+            return described
     found = _by_template(template_text(template), frozenset(special_tokens))
     if tool_format is not None:
         found = _with_calls(found, tool_format)
@@ -64,6 +69,8 @@ def template_text(template: str | Mapping[str, str] | Sequence[Any] | None) -> s
 @lru_cache(maxsize=64)
 def _by_template(template: str, tokens: frozenset[str]) -> AnswerFormat:
     family = next((each for each in FAMILIES if _shows(each, template)), None)
+    if family is None and "tools" in template:  # and does not write a call out
+        family = next((each for each in FAMILIES if _shows(each, tokens)), None)
     reasoning = REASONING.get(family.reasoning) if family else None
     if reasoning is None:
         reasoning = next(
@@ -82,8 +89,8 @@ def _of(family: Family, reasoning: ReasoningFormat | None) -> AnswerFormat:
     )
 
 
-def _shows(family: Family, template: str) -> bool:
-    return any(all(mark in template for mark in group) for group in family.marks)
+def _shows(family: Family, where: str | frozenset[str]) -> bool:
+    return any(all(mark in where for mark in group) for group in family.marks)
 
 
 def _with_calls(found: AnswerFormat, option: object) -> AnswerFormat:

@@ -9,6 +9,7 @@ import regex
 from mlx_engine.chat.answer_format import AnswerFormat
 from mlx_engine.chat.answer_parts import AnswerParts
 from mlx_engine.chat.json_text import json_value
+from mlx_engine.chat.quoting import Quoting
 from mlx_engine.chat.source import Emit, Malformed, Match, Pattern, Steps
 
 _ROLE = r"<\|start\|>assistant\s{0,4}"
@@ -44,7 +45,12 @@ def read(parts: AnswerParts, form: AnswerFormat, prefix: str) -> Steps[None]:
         )
         if found is None:
             return
+        if not parts.in_reasoning and parts.quoting:
+            give(source.text[source.at])
+            source.at += 1
+            continue
         source.at = found.end()
+        parts.quoting = Quoting()
         if found["end"] is not None:
             give = _segment(parts, "final")
         elif found["text"] is not None:

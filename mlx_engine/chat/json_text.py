@@ -132,13 +132,12 @@ def json_string(source: Source, emit: Emit) -> Steps[None]:
         if char == "\\":
             yield from _escape(source, emit)
             continue
-        if char not in ('"',) and char > '"' and not "\ud800" <= char <= "\udfff":
-            continue
-        source.at += 1
         if char == '"':
+            source.at += 1
             emit('"')
             return
-        if char < " " or char > '"':
+        if char < " " or "\ud800" <= char <= "\udfff":
+            source.at += 1
             emit(escaped(char))
 
 

@@ -1,4 +1,4 @@
-"""What callers send -> what a model's chat template takes.
+"""Messages of callers -> what a model's chat template takes.
 
 An ``Entry`` is a message on its way, with the texts of the caller's messages that are in it. What
 changes nothing for a template that takes the caller's form is done always; all else only where
@@ -16,7 +16,7 @@ from typing import Any
 
 from mlx_engine.chat.probes import Probes
 
-_LEADING = ("system", "developer")
+LEADING = ("system", "developer")  # roles of those who instruct
 _SHORT = re.compile(r"[A-Za-z0-9]{9}")
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _BETWEEN = "\n\n"  # of texts that become one message
@@ -24,7 +24,7 @@ _BETWEEN = "\n\n"  # of texts that become one message
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What is done in another way than the traits of the template say, since it refused that.
+    """Ways that differ from what the traits of the template say, since it refused those.
 
     Attributes:
         strict: one system message, and no role twice.
@@ -66,6 +66,11 @@ class Entry:
     def role(self) -> str:
         """Role for the template."""
         return str(self.message["role"])
+
+    @property
+    def named(self) -> str:
+        """The numbers and roles of the caller's messages."""
+        return " and ".join(map(str, self.sources))
 
     @property
     def calls(self) -> list[dict[str, Any]]:
@@ -127,7 +132,7 @@ def adapt(
     _merge(found, traits, form)
     _give_reasoning(found, tuple(reasoning), traits)
     _give_arguments(found, traits, form)
-    _shorten_ids(found, traits)
+    _give_ids(found, traits)
     return found
 
 
@@ -190,13 +195,13 @@ def _place_system(found: Adapted, traits: Probes, form: Form) -> None:
     for entry in entries:
         if entry.role == "developer" and not traits.knows_developer:
             entry.message["role"] = "system"
-    if not any(entry.role in _LEADING for entry in entries):
+    if not any(entry.role in LEADING for entry in entries):
         return
-    count = next((n for n, e in enumerate(entries) if e.role not in _LEADING), len(entries))
+    count = next((n for n, e in enumerate(entries) if e.role not in LEADING), len(entries))
     leading, rest = entries[:count], entries[count:]
     stay: list[Entry] = []
     for entry, before, after in _neighbours(rest):
-        if entry.role not in _LEADING or (
+        if entry.role not in LEADING or (
             not form.strict and traits.takes_system_between(before, after)
         ):
             stay.append(entry)
@@ -217,16 +222,16 @@ def _neighbours(entries: list[Entry]) -> Iterator[tuple[Entry, str, str]]:
     role = ""
     for entry in reversed(entries):
         after.append(role)
-        role = role if entry.role in _LEADING else entry.role
+        role = role if entry.role in LEADING else entry.role
     before = ""
     for entry in entries:
         yield entry, before, after.pop()
-        before = before if entry.role in _LEADING else entry.role
+        before = before if entry.role in LEADING else entry.role
 
 
 def _before_user(found: Adapted, system: Entry, rest: list[Entry]) -> list[Entry]:
     """Have a system message in the first one of the user."""
-    which = " and ".join(map(str, system.sources))
+    which = system.named
     for n, entry in enumerate(rest):
         if entry.role == "user":
             found.note(f"{which}: stands in {entry.sources[0]}", "takes no system message")
@@ -314,21 +319,30 @@ def _give_arguments(found: Adapted, traits: Probes, form: Form) -> None:
         entry.message["tool_calls"] = calls
 
 
-def _shorten_ids(found: Adapted, traits: Probes) -> None:
-    if not any(entry.calls for entry in found.entries) or not traits.wants_short_ids:
+def _give_ids(found: Adapted, traits: Probes) -> None:
+    """Give calls and results the ids that a template wants; others keep theirs, or none."""
+    calls = [call for entry in found.entries for call in entry.calls]
+    if not calls:
+        return
+    short = traits.wants_short_ids
+    if not short and (all(call.get("id") for call in calls) or not traits.wants_ids):
         return
     answers: Iterator[dict[str, Any]] = iter(())
     for number, entry in enumerate(found.entries):
         if entry.calls:
             entry.message["tool_calls"] = [
-                {**call, "id": short_id(call.get("id") or f"{number}.{n}")}
+                {**call, "id": _id(call.get("id"), f"{number}.{n}", short)}
                 for n, call in enumerate(entry.calls)
             ]
             answers = iter(entry.message["tool_calls"])
         elif entry.role == "tool":
-            given = entry.message.get("tool_call_id")
-            call = next(answers, None)
-            entry.message["tool_call_id"] = short_id(given or (call or {"id": str(number)})["id"])
+            call = next(answers, {"id": str(number)})
+            given = entry.message.get("tool_call_id") or call["id"]
+            entry.message["tool_call_id"] = _id(given, "", short)
+
+
+def _id(given: str | None, place: str, short: bool) -> str:
+    return short_id(given or place) if short or not given else given
 
 
 def short_id(given: str) -> str:

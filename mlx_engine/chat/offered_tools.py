@@ -17,17 +17,20 @@ def completed(tools: Tools) -> Tools:
     return tools and [_completed(tool) for tool in tools]
 
 
-def check_shown(tools: list[dict[str, Any]], text: str, known: bool) -> list[str]:
+def check_shown(
+    tools: list[dict[str, Any]], text: str, known: bool, *, begun: bool = False
+) -> list[str]:
     """A note that names the tools which are not in a prompt, if there are any.
 
     Args:
         known: whether the template was seen to show tools.
+        begun: whether there are calls of tools in the conversation, which then goes on without.
 
     Raises:
         InvalidRequest: the template shows none.
     """
     hidden = [tool for tool in tools if not _is_in(text, tool, known)]
-    if len(hidden) == len(tools):
+    if len(hidden) == len(tools) and not begun:
         raise InvalidRequest(
             "tools",
             "this model's chat template does not show tools to it (some do only if there is a "

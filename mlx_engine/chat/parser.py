@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from mlx_engine.chat import harmony, tagged
+from mlx_engine.chat import harmony, response_template, tagged
 from mlx_engine.chat.answer_format import AnswerFormat
 from mlx_engine.chat.answer_parts import AnswerParts
 from mlx_engine.core.stream import Piece
@@ -36,8 +36,7 @@ class AnswerParser:
         parallel: bool = True,
     ) -> None:
         self._parts = AnswerParts(_schemas(tools or ()), parallel=parallel)
-        read = harmony.read if format.structure == "harmony" else tagged.read
-        self._steps = read(self._parts, format, prefix)
+        self._steps = _READERS[format.structure](self._parts, format, prefix)
         next(self._steps, None)
 
     @property
@@ -79,6 +78,13 @@ class AnswerParser:
                 found.append(Piece(key[0], "".join(piece.text for piece in each), key[1]))
         pieces.clear()
         return found
+
+
+_READERS = {
+    "tagged": tagged.read,
+    "harmony": harmony.read,
+    "response_template": response_template.read,
+}
 
 
 def _schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a chat template takes, found out by giving it tiny conversations with words to look for.
+"""Traits of a chat template, found out by giving it tiny conversations with words to look for.
 
 Each question is asked when a conversation needs to know, and once for a template, its variables,
 and whether there are tools.
@@ -132,6 +132,14 @@ class Probes:
         return self._takes(_of("user", 1), self._call(arguments), _result(2))
 
     @cached_property
+    def wants_ids(self) -> bool:
+        """Whether calls have to have ids."""
+        call, bare = self._call(self._word(0)), self._call(self._word(0), None)
+        return not self._takes(_of("user", 1), bare, _result(2, None)) and self._takes(
+            _of("user", 1), call, _result(2)
+        )
+
+    @cached_property
     def takes_calls_together(self) -> bool:
         """Whether it shows two calls of one message, or those of two no better."""
         one, other = (self._call(self._word(n), id) for n, id in ((0, _ID), (1, _OTHER_ID)))
@@ -233,13 +241,11 @@ class Probes:
         word = _WORDS[number]
         return {"text": word} if self.arguments == "mapping" else f'{{"text": "{word}"}}'
 
-    def _call(self, arguments: dict[str, str] | str, call_id: str = _ID) -> dict[str, Any]:
+    def _call(self, arguments: dict[str, str] | str, call_id: str | None = _ID) -> dict[str, Any]:
         function = {"name": _NAME, "arguments": arguments}
-        return {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"type": "function", "id": call_id, "function": function}],
-        }
+        given = {} if call_id is None else {"id": call_id}
+        call = {"type": "function", **given, "function": function}
+        return {"role": "assistant", "content": "", "tool_calls": [call]}
 
     def _render(self, *messages: dict[str, Any], generation: bool = True) -> str | None:
         return self._renderer.attempt(
@@ -258,13 +264,9 @@ def _of(role: str, number: int) -> dict[str, Any]:
     return {"role": role, "content": _WORDS[number]}
 
 
-def _result(number: int, call_id: str = _ID) -> dict[str, Any]:
-    return {
-        "role": "tool",
-        "name": _NAME,
-        "tool_call_id": call_id,
-        "content": _WORDS[number],
-    }
+def _result(number: int, call_id: str | None = _ID) -> dict[str, Any]:
+    given = {} if call_id is None else {"tool_call_id": call_id}
+    return {"role": "tool", "name": _NAME, **given, "content": _WORDS[number]}
 
 
 def _in_order(text: str, words: Any) -> bool:

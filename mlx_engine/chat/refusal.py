@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mlx_engine.chat.messages import Entry
+from mlx_engine.chat.messages import LEADING, Entry
 from mlx_engine.chat.renderer import Messages
 from mlx_engine.errors import InvalidRequest
 
@@ -25,14 +25,13 @@ def refusal(
     said = f"the model's chat template refuses it: {error}"
     if first >= len(messages) or not takes(messages[:first]):
         if len(messages) == 1:
-            return InvalidRequest("messages", f"{_named(entries[0])}: {said}")
+            return InvalidRequest("messages", f"{entries[0].named}: {said}")
+        early = next((e for e in entries[: first - 1] if e.role not in LEADING), None)
+        if early is not None and takes(messages[first - 1 : first]):
+            return InvalidRequest("messages", f"{early.named}: {said}")
         return InvalidRequest("messages", f"the model's chat template refuses them: {error}")
     taken, refused = first, len(messages)
     while refused - taken > 1:
         middle = (taken + refused) // 2
         taken, refused = (middle, refused) if takes(messages[:middle]) else (taken, middle)
-    return InvalidRequest("messages", f"{_named(entries[refused - 1])}: {said}")
-
-
-def _named(entry: Entry) -> str:
-    return " and ".join(map(str, entry.sources))
+    return InvalidRequest("messages", f"{entries[refused - 1].named}: {said}")

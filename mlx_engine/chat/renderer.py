@@ -11,6 +11,7 @@ from mlx_engine.chat.template_names import names_in, names_of
 from mlx_engine.core.stop import Interrupted, checkpoint
 
 _WORD = "ivory17"
+_OTHER_TOOLS = "xml_tools"  # the name by which SmolLM3 knows tools
 Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]] | None
 
@@ -79,6 +80,8 @@ class Renderer:
             "add_generation_prompt": generation,
             **variables,
         }
+        if tools and _OTHER_TOOLS not in given and _OTHER_TOOLS in self.names(tools=True):
+            given[_OTHER_TOOLS] = tools
         if self._function is not None:
             return str(self._function(messages, **given))
         if self._own is not None and self._thinking_name != "enable_thinking":

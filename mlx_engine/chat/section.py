@@ -15,6 +15,10 @@ from mlx_engine.chat.source import CutOff, Malformed, Pattern, Source, Steps
 _MOST_CUT_OFFS = 8  # calls that are read up to the end of an answer, in vain
 
 
+# Some put their calls into a block of code between the markers.
+_FENCE = r"```(?:json|python|tool_code|xml)?"
+
+
 @dataclass(frozen=True, slots=True)
 class Section:
     """A tool format, compiled.
@@ -43,7 +47,7 @@ def section(form: ToolFormat) -> Section:
     starts = "|".join(without_names(body.start) for body in bodies)
     if form.may_be_empty and form.close:
         starts += "|" + regex.escape(form.close)
-    opening = rf"(?=\s{{0,256}}(?:\[\s{{0,64}})?(?:{starts}))"
+    opening = rf"(?=\s{{0,256}}(?:{_FENCE}\s{{0,64}})?(?:\[\s{{0,64}})?(?:{starts}))"
     marked = [without_names(body.start) for body in bodies if body.is_marked]
     stops = [text for text in (form.open, form.close) if text]
     ends = [body.resume for body in bodies if body.resume]
@@ -73,6 +77,8 @@ def _bare(bodies: tuple[Body, ...]) -> str:
 def read_section(source: Source, calls: Calls, section: Section) -> Steps[None]:
     """Read the calls of a section, whose opening marker was read."""
     depth = count = 0
+    yield from source.skip_space()
+    fence = yield from source.read(compiled(rf"{_FENCE}(?=\s)"))
     while True:
         char = yield from source.skip_space()
         if section.close and (yield from source.read(section.close)):
@@ -90,6 +96,8 @@ def read_section(source: Source, calls: Calls, section: Section) -> Steps[None]:
             depth = 0
             if section.close is None:
                 break
+        elif fence and count and (yield from source.read(compiled("```"))):
+            fence = None
         elif char in (",", ";") and count and (depth or char == ";" or section.close):
             source.at += 1
         elif char and section.close and calls.is_open:
@@ -97,6 +105,9 @@ def read_section(source: Source, calls: Calls, section: Section) -> Steps[None]:
             calls.settle("text follows the call")
         else:
             break
+    if fence:
+        yield from source.skip_space()
+        yield from source.read(compiled("```"))
     calls.settle()
     if count:
         yield from source.skip_space()

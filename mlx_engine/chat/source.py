@@ -150,11 +150,11 @@ class Source:
 
     # Recording what a call is written as.
 
-    def record(self) -> None:
-        """Keep what is read from here on."""
+    def record(self, before: str = "") -> None:
+        """Keep what is read from here on, with what was before it."""
         self._recording = True
-        self._kept.clear()
-        self._kept_length = self._given = 0
+        self._kept = [before] if before else []
+        self._kept_length, self._given = len(before), 0
         self._start = self.at
 
     def so_far(self) -> str:

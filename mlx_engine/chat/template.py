@@ -163,16 +163,16 @@ class ChatTemplate:
     def _unseen(self, probes: Probes, adapted: Adapted, tools: Tools, text: str) -> list[str]:
         """Notes on what of the conversation and its tools does not show in the prompt."""
         notes: list[str] = []
+        calls = any(entry.calls for entry in adapted.entries)
         if tools:
             first = adapted.entries[0]
             known = "tools" in first.message or probes.shows_tools(first.role == "system")
-            notes += check_shown(tools, text, known)
+            notes += check_shown(tools, text, known, begun=calls)
             if not self.format.has_calls:
                 notes.append(
                     "tools: no format is known for this model's tool calls, which come as text; "
                     "the engine's option tool_format names one"
                 )
-        calls = any(entry.calls for entry in adapted.entries)
         shows = (probes.shows_calls, probes.shows_results) if calls else (True, True)
         if lost := missing(text, adapted.entries, *shows):
             notes.append(note_of(lost))
@@ -249,7 +249,7 @@ class ChatTemplate:
     def _end(
         self, prompt: ChatPrompt, probes: Probes, adapted: Adapted, text: str, begun: str
     ) -> tuple[str, int | None]:
-        """What is behind the last message, and where the generation prompt begins."""
+        """The text behind the last message, and where the generation prompt begins."""
         entries = adapted.entries
         goes_on = prompt.continue_final_message and len(entries) > 1
         last = entries[-2 if goes_on else -1]
@@ -266,7 +266,7 @@ class ChatTemplate:
             return text[-_TAIL:] if behind is None else text[behind:], end
         if not goes_on:
             return text, len(text)
-        if end is not None and text.startswith(begun[:end]):
+        if generation and end is not None and text.startswith(begun[:end]):
             return text[end:], len(text)
         behind = end_of(text[: len(text) - len(adapted.messages[-1]["content"])], last)
         return text[-_TAIL:] if behind is None else text[behind:], len(text)

@@ -14,8 +14,19 @@ from mlx_engine.core.stop import checkpoint
 from mlx_engine.generation.cache.kv_cache import Cache, make_kv_cache, quantize
 
 
+def settle(cache: Cache, config: ModelConfig) -> None:
+    """Have what a model was given into ``cache`` be there, in the form in which it is kept.
+
+    Within ``mx.stream(generation_stream)``, as what gave it.
+    """
+    quantize(cache, config)
+    # Without it the work would pile up unevaluated, and a cancel check mean nothing.
+    mx.eval([entry.state for entry in cache])
+    mx.clear_cache()
+
+
 def prefill_chunk(
-    run: Callable[..., object],
+    model: Callable[..., object],
     cache: Cache,
     tokens: Sequence[int],
     start: int,
@@ -25,15 +36,11 @@ def prefill_chunk(
     """Put ``tokens[start:end]`` into ``cache``, which holds those before.
 
     Args:
-        run: a model, or what runs it; called as ``run(tokens, cache=cache)`` with tokens of
-            shape (1, n).
+        model: called as ``model(tokens, cache=cache)`` with tokens of shape (1, n).
     """
     with mx.stream(generation_stream):
-        run(mx.array([tokens[start:end]]), cache=cache)
-        quantize(cache, config)
-        # Without it the work would pile up unevaluated, and a cancel check mean nothing.
-        mx.eval([entry.state for entry in cache])
-        mx.clear_cache()
+        model(mx.array([tokens[start:end]]), cache=cache)
+        settle(cache, config)
 
 
 def prefilled(model: nn.Module, config: ModelConfig, prompt: Sequence[int]) -> Cache:

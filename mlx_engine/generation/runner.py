@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+from mlx_lm.generate import generation_stream
 
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
@@ -22,7 +23,7 @@ from mlx_engine.generation.cache.prompt_cache import Hit, PromptCache
 from mlx_engine.generation.cache.snapshot import trimmable
 from mlx_engine.generation.cache.sparse_cache import SparseKVCache
 from mlx_engine.generation.memory import prompt_cache_limit, share_out
-from mlx_engine.generation.prefill import prefill_chunk
+from mlx_engine.generation.prefill import settle
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.sequence import Sequence
 from mlx_engine.generation.sparse.chunk_choice import join
@@ -145,8 +146,15 @@ class ModelRunner:
             end = min(end, sequence.stop)
         went = end - sequence.held
         if went:
-            run = partial(self._forward, prompt, sequence.drafter, starts=[sequence.held])
-            prefill_chunk(run, sequence.cache, prompt, sequence.held, end, self.config)
+            with mx.stream(generation_stream):
+                self._forward(
+                    prompt,
+                    sequence.drafter,
+                    mx.array([prompt[sequence.held : end]]),
+                    sequence.cache,
+                    starts=[sequence.held],
+                )
+                settle(sequence.cache, self.config)
             sequence.held = end
             request.progress(end)
         return went

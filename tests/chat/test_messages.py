@@ -288,6 +288,40 @@ def test_tools_show_in_a_system_message_where_they_show_only_there() -> None:
     assert caught.value.option == "tools"
 
 
+def test_a_conversation_with_calls_goes_on_where_neither_they_nor_tools_show() -> None:
+    template = loop(
+        "{%- if m.role in ['user', 'assistant'] %}{{ m.content }}{% endif %}", before=""
+    )
+    tools, lost = rendered(template, [HELLO, call(), result(), HELLO], [WEATHER]).notes[::2]
+    assert tools == "tools: this model's chat template does not show get_weather"
+    assert "number 1 ('assistant'): its call of get_weather" in lost
+    assert "number 2 ('tool'): its content" in lost
+
+
+def test_tools_are_given_by_the_other_name_that_is_read() -> None:
+    template = loop("{{ m.content }}", before="{{ xml_tools | tojson if xml_tools else '' }}")
+    assert "get_weather" in rendered(template, [HELLO], [WEATHER]).text
+    assert rendered(template, [HELLO]).text.startswith("Hello")
+
+
+def test_no_tools_are_none_where_the_template_needs_some() -> None:
+    assert "Hello there." in rendered(TEMPLATES["needs tools"], [HELLO]).text
+
+
+def test_ids_are_made_where_there_have_to_be_some() -> None:
+    template = loop("{{ m.content }}{% for c in m.tool_calls %}{{ c.id + ';' }}{% endfor %}")
+    assert ";Sunny" in rendered(template, [HELLO, call(call_id=None), result(call_id=None)]).text
+    assert "call_1;" in rendered(template, [HELLO, call(), result()]).text
+
+
+def test_calls_may_show_before_the_text_of_their_message() -> None:
+    template = loop(
+        "{%- for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ m.content }}"
+    )
+    said = {**call(), "content": "Let me look."}
+    assert rendered(template, [HELLO, said, result()], [WEATHER]).notes == ()
+
+
 def test_texts_are_given_in_parts_where_only_those_show() -> None:
     parts = loop(
         "{{ m.role }}:{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"

@@ -102,7 +102,7 @@ def test_thinking_that_cannot_be_had_is_refused_or_noted() -> None:
         rendered("{{ messages[0].content }}", [HELLO], thinking=True)
     assert caught.value.option == "thinking"
     assert rendered("{{ messages[0].content }}", [HELLO], thinking=False).notes == ()
-    always = loop("{{ m.content.split('</think>')[-1] }}", after="<think>\n")
+    always = loop("{{ m.content.split('</think>')[-1] }}", after="{{ '<think>\\n' }}")
     assert rendered(always, [HELLO], thinking=True).notes == ()
     (note,) = rendered(always, [HELLO], thinking=False).notes
     assert "cannot switch reasoning off" in note
@@ -137,7 +137,7 @@ def test_reasoning_alone_is_continued_open() -> None:
     thought = {"role": "assistant", "reasoning_content": "Let me see: "}
     found = rendered(THINKS, [HELLO, thought], continue_final_message=True)
     assert found.text.endswith("<|im_start|>assistant\n<think>\nLet me see: ")
-    opens = loop("{{ m.content.split('</think>')[-1] + ';' }}", after="<think>\n")
+    opens = loop("{{ m.content.split('</think>')[-1] + ';' }}", after="{{ '<think>\\n' }}")
     assert rendered(opens, [HELLO, thought], continue_final_message=True).text.endswith(
         "Hello there.;<think>\nLet me see: "
     )
@@ -212,7 +212,7 @@ def test_a_conversation_is_rendered_once(trait: str, monkeypatch: pytest.MonkeyP
     for talk in (*PLAIN.values(), *PLAIN.values()):
         rendered(tokenizer, talk, [WEATHER])
         assert counted.of("Hello there.") <= 1 + (trait == "parameters unlooked")
-        rendered(tokenizer, [*talk[:-1], ANSWER], [WEATHER], continue_final_message=True)
+        rendered(tokenizer, [*talk, ANSWER], [WEATHER], continue_final_message=True)
         assert counted.of("Hello there.") <= 2
     for talk in PLAIN.values():
         rendered(tokenizer, talk, [WEATHER])

@@ -173,17 +173,17 @@ async def test_a_long_prompt_joins_in_slices_between_the_steps_of_running_stream
     from mlx_engine.generation.decode_batch import DecodeBatch
 
     events: list[str] = []
-    prefill, step = runner.prefill_chunk, DecodeBatch.step
+    settle, step = runner.settle, DecodeBatch.step
 
     def noted_prefill(*args: Any) -> None:
         events.append("slice")
-        prefill(*args)
+        settle(*args)
 
     def noted_step(self: DecodeBatch) -> Any:
         events.append("step")
         return step(self)
 
-    monkeypatch.setattr(runner, "prefill_chunk", noted_prefill)
+    monkeypatch.setattr(runner, "settle", noted_prefill)
     monkeypatch.setattr(DecodeBatch, "step", noted_step)
     engine = BatchedEngine(tiny_path, prefill_step_size=128, max_decode_pause_ms=None)
     async with (
@@ -199,17 +199,17 @@ async def test_a_long_prompt_joins_in_slices_between_the_steps_of_running_stream
 
 
 async def test_the_pause_of_decode_bounds_the_slice(tiny_path: Path) -> None:
-    from mlx_engine.generation import runner
+    from mlx_engine.generation.runner import ModelRunner
 
     sizes: list[int] = []
-    original = runner.prefill_chunk
+    original = ModelRunner._forward
 
-    def noted(model: Any, cache: Any, tokens: Any, start: int, end: int, config: Any) -> None:
-        sizes.append(end - start)
-        original(model, cache, tokens, start, end, config)
+    def noted(self: Any, prompt: Any, drafter: Any, tokens: Any, *args: Any, **named: Any) -> None:
+        sizes.append(tokens.shape[1])
+        original(self, prompt, drafter, tokens, *args, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "prefill_chunk", noted)
+        patch.setattr(ModelRunner, "_forward", noted)
         async with BatchedEngine(tiny_path, max_decode_pause_ms=0, prompt_cache_bytes=0) as engine:
             await engine.generate(prompt_of(600), max_tokens=1)
             assert sizes == [512, 87], "nobody waits: as much as prefill_step_size"
