@@ -50,7 +50,7 @@ def decode(
 
 
 class _Hooks:
-    """What mlx_lm's step calls: for one answer, in the order of its tokens.
+    """Hooks of mlx_lm's step for one answer, called in the order of its tokens.
 
     Attributes:
         checks: of tokens that have not been given out yet: whether there was anything to choose

@@ -28,7 +28,7 @@ _ANCHOR = "a"  # a text in which no tokenizer sees the beginning or the end of o
 
 
 class ReasoningReader(Protocol):
-    """What reads the text of one answer, and tells where its reasoning is."""
+    """A reader of one answer's text, which tells where reasoning is."""
 
     @property
     def in_reasoning(self) -> bool:
