@@ -19,6 +19,8 @@ from mlx_engine import (
     SimpleEngine,
     install_signal_handlers,
 )
+from mlx_engine.questions import PromptQuestion
+from mlx_engine.requests import TextPrompt
 from mlx_engine.testing import FakeEngine, Gate
 
 USER = [{"role": "user", "content": "hi"}]
@@ -41,6 +43,11 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "generate": lambda e: e.generate("hi"),
     "chat": lambda e: e.chat(USER),
     "generate_batch": lambda e: e.generate_batch(["a", "b"]),
+    "count_tokens": lambda e: e.count_tokens("hi"),
+    "render_chat": lambda e: e.render_chat(USER),
+    "encode": lambda e: e.encode("hi"),
+    "decode": lambda e: e.decode([1]),
+    "answer": lambda e: e.answer(PromptQuestion("count_tokens", TextPrompt("hi"))),
     "save_prompt_cache": lambda e: e.save_prompt_cache("/tmp/x"),
     "load_prompt_cache": lambda e: e.load_prompt_cache("/tmp/x"),
     "run_blocking": lambda e: e.run_blocking(print),

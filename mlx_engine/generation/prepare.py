@@ -46,7 +46,7 @@ def prepare(request: Request, vocabulary: Vocabulary) -> None:
             vocab_size=vocabulary.vocab_size,
             xtc_special_tokens=(*vocabulary.newline_tokens, *sorted(vocabulary.eos)),
             budget=_budget(request, vocabulary, encoded),
-            token_text=token_texts(vocabulary.tokenizer),
+            token_text=None if params.logprobs is None else token_texts(vocabulary.tokenizer),
         ),
         stops if params.ignore_eos else vocabulary.eos | stops,
     )

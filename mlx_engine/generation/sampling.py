@@ -140,7 +140,7 @@ def make_sampling(
     vocab_size: int,
     xtc_special_tokens: Sequence[int] = (),
     budget: ReasoningBudget | None = None,
-    token_text: TokenText = _no_text,
+    token_text: TokenText | None = None,
 ) -> Sampling:
     """The sampler's options and the processors of one request. On the MLX thread.
 
@@ -173,7 +173,7 @@ def make_sampling(
         seed=params.seed,
     )
     own = [_made(p) if isinstance(p, str) else p for p in params.logits_processors]
-    return Sampling(options, (*processors, *own), budget, token_text)
+    return Sampling(options, (*processors, *own), budget, token_text or _no_text)
 
 
 def _made(name: str) -> LogitsProcessor:

@@ -210,6 +210,7 @@ class LinkedEngine(BaseEngine):
         return RemoteRequest(self._client, request, on_progress, request_id)
 
     async def answer(self, question: PromptQuestion) -> PromptFacts:
+        running_loop()
         self.check_running()
         client, number = self._client, self._client.new_number()
         entry = InFlight(client.lifecycle.new_id(question.subject))

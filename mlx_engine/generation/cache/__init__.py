@@ -9,8 +9,7 @@ Its files:
     rollback.py           rejected tokens taken back out
     snapshot.py           copies that share memory
     prompt_cache.py       KV caches of earlier prompts
-    prompt_index.py       their tokens, for other threads
-    stored_prompt.py      one of these prompts
+    stored_prompt.py      one of these prompts, and an index of them
     prompt_cache_file.py  all of them on disk
     layer_record.py       a layer there
     cached_model.py       a model with its prompt cache

@@ -10,7 +10,6 @@ import numpy as np
 
 from mlx_engine.cache_stats import PromptCacheLookup, PromptCacheStats
 from mlx_engine.generation.cache.kv_cache import Cache
-from mlx_engine.generation.cache.prompt_index import PromptIndex
 from mlx_engine.generation.cache.snapshot import (
     has_dropped,
     is_quantized,
@@ -22,6 +21,7 @@ from mlx_engine.generation.cache.stored_prompt import (
     SMALLEST_HIT,
     Entry,
     Mark,
+    PromptIndex,
     Tokens,
     common_prefix,
 )

@@ -355,6 +355,7 @@ class EngineManager(BaseEngine):
         self._prototype.check_strategies(prefill, decode)
 
     async def answer(self, question: PromptQuestion) -> PromptFacts:
+        running_loop()
         with self._work(question.subject) as work:
             return await answered(question, work, self._replicas)
 
