@@ -15,6 +15,7 @@ Its files:
     engine/        where the event loop and the MLX thread meet
     generation/    requests: synchronous from here on, on the MLX thread
     models/        where models come from
+    chat/          conversations <-> text, and no MLX
     core/          asyncio and threads, and no MLX
     requests.py    what a caller asks of an engine
     config.py      how an engine is set up
