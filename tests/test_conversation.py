@@ -109,7 +109,8 @@ def test_options_have_defaults() -> None:
     assert prompt == ChatPrompt.of([USER])
     assert (prompt.tool_choice, prompt.parallel_tool_calls) == ("auto", True)
     assert (prompt.thinking, prompt.max_reasoning_tokens) == (None, None)
-    assert ChatPrompt.of([USER], [{"name": "f"}], tool_choice="none").offered is None
+    tool = {"type": "function", "function": {"name": "f"}}
+    assert ChatPrompt.of([USER], [tool], tool_choice="none").offered is None
 
 
 def test_what_is_too_large_is_refused_by_the_limits_name() -> None:
