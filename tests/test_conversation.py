@@ -109,7 +109,8 @@ def test_options_have_defaults() -> None:
     assert prompt == ChatPrompt.of([USER])
     assert (prompt.tool_choice, prompt.parallel_tool_calls) == ("auto", True)
     assert (prompt.thinking, prompt.max_reasoning_tokens) == (None, None)
-    assert ChatPrompt.of([USER], [{"function": {"name": "f"}}], tool_choice="none").offered is None
+    tool = {"type": "function", "function": {"name": "f"}}
+    assert ChatPrompt.of([USER], [tool], tool_choice="none").offered is None
 
 
 def test_what_is_too_large_is_refused_by_the_limits_name() -> None:
@@ -130,7 +131,7 @@ def test_what_is_too_large_is_refused_by_the_limits_name() -> None:
         with pytest.raises(InvalidRequest, match=rf"RequestLimits\.{name}"):
             ChatPrompt.of(messages, limits=limits)
     with pytest.raises(InvalidRequest, match=r"tools: .*RequestLimits\.tools"):
-        ChatPrompt.of([USER], [{"function": {"name": "f"}}] * 2, limits=limits)
+        ChatPrompt.of([USER], [{"name": "f"}] * 2, limits=limits)
     with pytest.raises(InvalidRequest, match=r"stop: .*RequestLimits\.stop_characters"):
         limits.params(None, {"stop": "x" * 8_000_000})
     with pytest.raises(InvalidRequest, match=r"stop: .*RequestLimits\.stop\)"):

@@ -3,15 +3,31 @@ text. No MLX here.
 
 Its files:
 
-    template.py        the chat template of a model: a conversation -> a prompt
-    attempts.py        the ways in which it may take a conversation
-    messages.py        what callers send -> what templates take
-    probes.py          what a template takes, found out with tiny conversations
-    renderer.py        the template itself, or a function in the place of one
-    template_names.py  the variables that templates read
-    switches.py        those of them that switch reasoning
-    offered_tools.py   tools as templates take them, and whether they show
-    continuation.py    a last message that is left open
-    shown.py           whether all that was sent shows in the prompt
-    refusal.py         the error for what a template refuses
+    template.py           the chat template of a model: a conversation -> a prompt
+    attempts.py           the ways in which it may take a conversation
+    messages.py           what callers send -> what templates take
+    probes.py             what a template takes, found out with tiny conversations
+    renderer.py           the template itself, or a function in the place of one
+    template_names.py     the variables that templates read
+    switches.py           those of them that switch reasoning
+    offered_tools.py      tools as templates take them, and whether they show
+    continuation.py       a last message that is left open
+    shown.py              whether all that was sent shows in the prompt
+    refusal.py            the error for what a template refuses
+    formats.py            the format of a model's answers, chosen by its template or an option
+    families.py           the table: how each family writes calls and reasoning
+    answer_format.py      the values in it
+    parser.py             text -> content, reasoning and calls, as a stream
+    tagged.py             answers that are text with markers in it
+    harmony.py            answers that are a row of messages
+    response_template.py  answers as a model describes them itself
+    section.py            calls between markers, one after the other
+    bodies.py             how one call is written
+    calls.py              calls as they are made: deltas, and whole ones
+    answer_parts.py       the parts of an answer so far
+    schema.py             bare text cast by a tool's schema
+    literal.py            values as Python and Gemma write them
+    json_text.py          values as JSON writes them
+    quoting.py            code in Markdown, where a marker is a quotation
+    source.py             the text so far, and a place in it
 """

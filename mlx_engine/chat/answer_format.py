@@ -33,7 +33,7 @@ _BARE = {**_BODIES, "json": (BARE_JSON,), "python": (BARE_PYTHON,)}
 
 @dataclass(frozen=True, slots=True)
 class ReasoningFormat:
-    """What reasoning stands between.
+    """The markers around reasoning.
 
     Attributes:
         open: its beginning, unless the prompt ends with it.
@@ -48,7 +48,7 @@ class ReasoningFormat:
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """What tool calls stand between, and how each is written.
+    """The markers around tool calls, and how each call is written.
 
     Attributes:
         open: what begins a call, or a section of calls. Empty if nothing does: then an answer

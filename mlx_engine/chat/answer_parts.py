@@ -1,4 +1,4 @@
-"""What an answer is made of, as it is read."""
+"""The parts of an answer, as it is read."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import regex
 
@@ -289,14 +289,16 @@ class TaggedCall:
             types = frozenset({"string"})
         if self.newlines and (yield from source.peek()) == "\n":
             source.at += 1
+        known = calls.schema.get("properties")
+        names = tuple(known) if isinstance(known, Mapping) else ()
         parts: list[str] = []
         is_text = types == {"string"}
         if is_text:
             calls.add('"')
         found = yield from source.find(
-            self._stop(key, calls.schema, False),
+            _value_end(self, key, names, False),
             (lambda text: calls.add(escaped(text))) if is_text else parts.append,
-            self._stop(key, calls.schema, True),
+            _value_end(self, key, names, True),
         )
         if found is None:
             raise CutOff
@@ -307,30 +309,33 @@ class TaggedCall:
             calls.wrong(f"argument {key!r}: {error}")
             calls.add("null")
 
-    def _stop(self, key: str, schema: Mapping[str, Any], ended: bool) -> Pattern:
-        """Where a value ends: a tag counts if what may be behind it is."""
-        newline = r"\n?" if self.newlines else ""
-        follow = [self.argument.replace("{key}", _KEY), *self.after]
-        if self.end:
-            follow.append(literally(self.end))
-        behind = "|".join(without_names(each) for each in follow)
-        close = newline + regex.escape(self.close.replace("{key}", key))
-        each = [rf"{close}(?=\s{{0,256}}(?:{behind}))"]
-        if ended:
-            each.append(rf"{close}(?=\s*\Z)")
-        if self.newlines:  # the tag itself is missing
-            each.append(rf"\n(?=\s{{0,64}}(?:{self._other_argument(schema)}))")
-            if self.end and self.after:
-                ends = "|".join(self.after)
-                each.append(rf"\n(?={literally(self.end)}\s{{0,64}}(?:{ends}))")
-        return compiled("|".join(each))
 
-    def _other_argument(self, schema: Mapping[str, Any]) -> str:
-        """The beginning of an argument that the tool has, without named groups."""
-        known = schema.get("properties")
-        names = [key for key in known if isinstance(key, str)] if isinstance(known, Mapping) else []
-        keys = f"(?:{'|'.join(map(regex.escape, names))})" if names else _KEY
-        return without_names(self.argument.replace("{key}", keys))
+@lru_cache(maxsize=512)
+def _value_end(body: TaggedCall, key: str, names: tuple[str, ...], ended: bool) -> Pattern:
+    """Where a value ends: a tag counts if what may be behind it is.
+
+    Args:
+        body: how the call is written.
+        key: the argument's name.
+        names: of all arguments that the tool has.
+        ended: no more text will come.
+    """
+    newline = r"\n?" if body.newlines else ""
+    follow = [body.argument.replace("{key}", _KEY), *body.after]
+    if body.end:
+        follow.append(literally(body.end))
+    behind = "|".join(map(without_names, follow))
+    close = newline + literally(body.close.replace("{key}", key))
+    each = [rf"{close}(?=\s{{0,256}}(?:{behind}))"]
+    if ended:
+        each.append(rf"{close}(?=\s*\Z)")
+    if body.newlines:  # the tag itself is missing
+        keys = f"(?:{'|'.join(literally(str(name)) for name in names)})" if names else _KEY
+        argument = without_names(body.argument.replace("{key}", keys))
+        each.append(rf"\n(?=\s{{0,64}}(?:{argument}))")
+        if body.end and body.after:
+            each.append(rf"\n(?={literally(body.end)}\s{{0,64}}(?:{'|'.join(body.after)}))")
+    return regex.compile("|".join(each), regex.DOTALL)
 
 
 def without_names(pattern: str) -> str:

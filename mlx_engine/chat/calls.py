@@ -13,6 +13,7 @@ from mlx_engine.core.stream import Piece
 from mlx_engine.outputs import ToolCall, ToolCallDelta
 
 _ID_CHARACTERS = string.ascii_letters + string.digits
+_ID_LENGTH = 9
 _LONGEST_NAME = 256
 
 NOT_AN_OBJECT = "the arguments are no object"
@@ -20,7 +21,11 @@ NOT_AN_OBJECT = "the arguments are no object"
 
 def new_id() -> str:
     """Nine letters and digits, which every family's template takes."""
-    return "".join(secrets.choice(_ID_CHARACTERS) for _ in range(9))
+    number, characters = secrets.randbelow(len(_ID_CHARACTERS) ** _ID_LENGTH), list[str]()
+    for _ in range(_ID_LENGTH):
+        number, rest = divmod(number, len(_ID_CHARACTERS))
+        characters.append(_ID_CHARACTERS[rest])
+    return "".join(characters)
 
 
 class Calls:

@@ -25,7 +25,7 @@ _START = "<|start|>assistant"
 
 @lru_cache(maxsize=4)
 def header(calls: bool, ended: bool) -> Pattern:
-    """What ends the text of a message: its end, unless between backticks, or another's header."""
+    """Markers that end a message's text: its end, unless in backticks, or another's header."""
     behind = "(?!`)" if ended else "(?=[^`])"
     every = [rf"(?P<end>(?<!`){_END}|{_END}{behind})", _TEXT, *([_CALL] if calls else [])]
     return regex.compile("|".join(every))
@@ -61,7 +61,7 @@ def read(parts: AnswerParts, form: AnswerFormat, prefix: str) -> Steps[None]:
 
 
 def _begun(parts: AnswerParts, prefix: str) -> Emit:
-    """What takes the text of the message that the prompt ends with."""
+    """The taker of the text of the message that the prompt ends with."""
     begun = prefix[prefix.rfind(_START) :] if _START in prefix else ""
     found = header(calls=False, ended=True).match(begun)
     if found is not None:

@@ -135,7 +135,7 @@ def _parser() -> Any:
             super().__init__(spec, prefix=prefix)
 
         def events(self, text: str, *, ended: bool) -> list[dict[str, Any]]:
-            """What happens in this text."""
+            """The events of this text."""
             found: list[dict[str, Any]] = []
             self._buffer += text
             self._process(found, eos=ended)

@@ -21,6 +21,8 @@ Emit = Callable[[str], object]
 Pattern = Any
 Match = Any
 
+_WINDOW = 4096  # characters; more than any pattern for a place matches
+
 _SPACE = re.compile(r"\s*")
 
 
@@ -93,7 +95,11 @@ class Source:
     def look(self, pattern: Pattern) -> Steps[Match | None]:
         """The pattern's match here, not read yet."""
         while True:
-            found = pattern.match(self.text, self.at, partial=not self.ended)
+            # A pattern with a text that it must have is looked for in all that is given.
+            window = self.at + _WINDOW
+            found = pattern.match(self.text, self.at, window, partial=True)
+            if found is not None and found.partial:
+                found = pattern.match(self.text, self.at, partial=not self.ended)
             if found is None or not found.partial:
                 return found
             yield
@@ -158,7 +164,7 @@ class Source:
         self._start = self.at
 
     def so_far(self) -> str:
-        """What was read since then."""
+        """The text that was read since then."""
         return "".join((*self._kept, self.text[self._start : self.at]))
 
     def stop_recording(self) -> None:
@@ -167,7 +173,7 @@ class Source:
         self._kept.clear()
 
     def fresh(self) -> str:
-        """What was read since the recording began, or since this was asked for."""
+        """The text that was read since the recording began, or since this was asked for."""
         length = self._kept_length + self.at - self._start
         missing, self._given = length - self._given, max(length, self._given)
         if missing <= 0:

@@ -54,7 +54,7 @@ def _reasoning(parts: AnswerParts, form: ReasoningFormat, prefix: str) -> Steps[
 def _markers(
     sections: tuple[Section, ...], drop: tuple[str, ...], stray: str | None, ended: bool
 ) -> Pattern:
-    """What may end a run of content: a group for each section, and one for what is dropped."""
+    """Markers that may end a run of content: a group a section, and one for what is dropped."""
     every = [
         rf"(?P<s{index}>{each.opening})" for index, each in enumerate(sections) if each.bare is None
     ]

@@ -18,6 +18,7 @@ from mlx_engine.outputs import ToolCall
 class Answer:
     content: str
     reasoning: str
+    text: str  # both, in the order in which they came
     calls: tuple[ToolCall, ...]
     streamed: tuple[tuple[Any, ...], ...]  # the calls, as their deltas tell
 
@@ -42,6 +43,7 @@ def parse(
     answer = Answer(
         "".join(piece.text for piece in pieces if piece.segment == "content"),
         "".join(piece.text for piece in pieces if piece.segment == "reasoning"),
+        "".join(piece.text for piece in pieces if piece.segment != "tool_call"),
         parser.calls,
         _streamed(pieces),
     )
