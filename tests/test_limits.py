@@ -209,6 +209,7 @@ def test_integers_that_nobody_writes_out_are_refused() -> None:
         FakeEngine().stream_chat([user(), calling({"n": 10**5000})])
 
 
+@pytest.mark.anyio
 async def test_an_integer_that_a_model_has_written_out_stays_text() -> None:
     async with FakeEngine() as engine:
         shown = await engine.render_chat([user(), calling('{"n": ' + "9" * 5000 + "}")])
