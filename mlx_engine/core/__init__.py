@@ -2,7 +2,7 @@
 
 Its files:
 
-    request.py      a request at work
+    request.py      a request at work, and when it came how far
     scheduler.py    waiting -> running; the one way to the MLX thread
     admission.py    queue limits and counters
     in_flight.py    the registry of what is in flight
@@ -13,7 +13,7 @@ Its files:
     work.py         pieces of work: PendingWork, ThreadJob
     drain.py        waiting to the end, whatever happens to whoever waits
     stop.py         checkpoints: where work that should stop does
-    wakeup.py       waking event loops from other threads
+    wakeup.py       the running event loop, and waking others
     stream.py       GenerationStream: thread -> loop; no MLX from here on
     bridge.py       to and from other threads
     preparer.py     threads that make prompts into tokens before their turn
@@ -21,8 +21,6 @@ Its files:
     threads.py      starting one, or saying why not
     ranked.py       a heap to be left anywhere
     counters.py     what is counted on the MLX thread
-    timer.py        when a request came how far
     log.py          what engines do, for whoever listens
-    event_loop.py   asyncio's, or an error that says so
     forks.py        what a fork has not got
 """

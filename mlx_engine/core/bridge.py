@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from mlx_engine.core.drain import wait_shielded
-from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.threads import Start
+from mlx_engine.core.wakeup import running_loop
 from mlx_engine.core.work import ThreadJob
 from mlx_engine.errors import EngineDead
 from mlx_engine.outputs import Progress, ProgressCallback

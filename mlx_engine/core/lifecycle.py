@@ -11,10 +11,10 @@ from functools import partial
 
 from mlx_engine.checks import number_or_none
 from mlx_engine.core.drain import clean_up, finish
-from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.forks import NO_FORK, tell_after_fork
 from mlx_engine.core.in_flight import InFlight, InFlightRegistry
 from mlx_engine.core.log import LOG
+from mlx_engine.core.wakeup import running_loop
 from mlx_engine.errors import EngineDead, EngineNotStarted, EngineStopped
 from mlx_engine.outputs import EngineState, ShutdownReport
 

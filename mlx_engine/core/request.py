@@ -12,9 +12,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
 from mlx_engine.core.bridge import in_this_loop
-from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.stream import Emit
-from mlx_engine.core.timer import RequestTimer
+from mlx_engine.core.wakeup import running_loop
 from mlx_engine.errors import (
     ContextLengthExceeded,
     GenerationError,
@@ -27,6 +26,7 @@ from mlx_engine.outputs import (
     GenerationResult,
     Progress,
     ProgressCallback,
+    Timings,
     ToolCall,
 )
 from mlx_engine.requests import GenerationRequest
@@ -45,6 +45,33 @@ def final_reason(
 
 
 Serve = Callable[[Any], Awaitable[GenerationResult]]
+
+
+class RequestTimer:
+    """Moments of a request, by ``time.perf_counter``; 0 has not come."""
+
+    def __init__(self) -> None:
+        self.submitted = time.perf_counter()
+        self.started = 0.0
+        self.prefilled = 0.0
+        self.first_token = 0.0
+        self.last_token = 0.0
+        self.ended = 0.0
+
+    def timings(self, prefilled_tokens: int, completion_tokens: int) -> Timings:
+        """Durations between them; of a request that is not over, until now."""
+        end = self.ended or time.perf_counter()
+        prefill = self.prefilled - self.started if self.prefilled else 0.0
+        decode = self.last_token - self.first_token
+        return Timings(
+            queued=(self.started or end) - self.submitted,
+            prefill=prefill,
+            time_to_first_token=self.first_token - self.submitted if self.first_token else 0.0,
+            decode=decode,
+            total=end - self.submitted,
+            prompt_tokens_per_second=prefilled_tokens / prefill if prefill else 0.0,
+            tokens_per_second=(completion_tokens - 1) / decode if decode else 0.0,
+        )
 
 
 class ActiveRequest(abc.ABC):

@@ -12,9 +12,8 @@ from types import TracebackType
 from typing import NamedTuple, Protocol
 
 from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
-from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.log import logged
-from mlx_engine.core.wakeup import wake
+from mlx_engine.core.wakeup import running_loop, wake
 from mlx_engine.errors import StreamClosed, StreamConsumed
 from mlx_engine.outputs import (
     FinishReason,

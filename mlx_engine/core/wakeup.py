@@ -1,4 +1,4 @@
-"""Waking event loops from other threads."""
+"""Event loops of those who wait: the running one, and how others are woken from any thread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,20 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mlx_engine.core.event_loop import running_loop
+
+def running_loop() -> asyncio.AbstractEventLoop:
+    """The running event loop.
+
+    Raises:
+        RuntimeError: there is none, or it is another library's, as under anyio on trio.
+    """
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            "mlx_engine needs a running asyncio event loop: await it within asyncio.run(), or, "
+            "with anyio, on the backend 'asyncio' rather than 'trio'"
+        ) from None
 
 
 def wake(future: asyncio.Future[None]) -> None:

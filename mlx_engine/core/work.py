@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from mlx_engine.core.event_loop import running_loop
-from mlx_engine.core.wakeup import set_done, wake
+from mlx_engine.core.wakeup import running_loop, set_done, wake
 
 T = TypeVar("T")
 

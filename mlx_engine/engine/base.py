@@ -17,9 +17,9 @@ from typing import Any, Literal, Self, TypeVar, Unpack
 from mlx_engine.checks import checked_path, shown
 from mlx_engine.config import QueueConfig
 from mlx_engine.core.drain import clean_up
-from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.log import logged
 from mlx_engine.core.stream import GenerationStream, Producer
+from mlx_engine.core.wakeup import running_loop
 from mlx_engine.engine.interface import Engine
 from mlx_engine.engine.many import at_once, in_order, made_once, params_for_each
 from mlx_engine.errors import InvalidRequest, MLXEngineError

@@ -17,12 +17,12 @@ from mlx_engine.checks import shown
 from mlx_engine.config import QueueConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.drain import clean_up, finish, is_destroyed
-from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.lifecycle import Lifecycle
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.scheduler import Scheduler
 from mlx_engine.core.stop import Interrupted
+from mlx_engine.core.wakeup import running_loop
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
 from mlx_engine.outputs import (

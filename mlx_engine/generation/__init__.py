@@ -19,7 +19,6 @@ Its files:
     memory.py            memory for KV caches, and for whom it is enough
     cache/               KV caches, of requests and of earlier prompts
     prefill.py           tokens of a prompt into a KV cache
-    decode.py            one token after another
     prompt.py            prompts and chats -> token ids
     tokenize.py          text -> token ids, and no further than the context goes
     chat_places.py       where the turns of a chat begin and end in its prompt

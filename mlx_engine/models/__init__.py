@@ -14,7 +14,6 @@ Its files:
     detokenizer.py         tokens -> text as the tokenizer decodes it, tried at load
     token_text.py          single tokens -> text
     fast_decoder.py        the decoder of a fast tokenizer, step by step
-    decode_stages.py       these steps
     window_detokenizer.py  text from tokens with nothing known but ``decode``
     split.py               a model as trunk and head
     mtp_heads.py           the model's own MTP head

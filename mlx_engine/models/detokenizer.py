@@ -21,8 +21,15 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import decoders
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mlx_engine.models.decode_stages import CLEAN_UP, ByteFallback, Replace, Stage
-from mlx_engine.models.fast_decoder import MakeStage, TokenStrings, stages_of
+from mlx_engine.models.fast_decoder import (
+    CLEAN_UP,
+    ByteFallback,
+    MakeStage,
+    Replace,
+    Stage,
+    TokenStrings,
+    stages_of,
+)
 from mlx_engine.models.window_detokenizer import Whole, Window
 
 _log = logging.getLogger("mlx_engine.models")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from mlx_engine.models.decode_stages import REPLACEMENT
+from mlx_engine.models.fast_decoder import REPLACEMENT
 
 _CONTEXT = 8  # tokens that are decoded again with each new one; a window has some more
 _LONGEST = 8 * _CONTEXT  # tokens in a window that cannot be moved on well

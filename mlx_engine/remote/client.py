@@ -13,11 +13,11 @@ from typing import Any
 
 from mlx_engine.core.bridge import in_this_loop
 from mlx_engine.core.drain import clean_up, finish, is_destroyed
-from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.forks import tell_after_fork
 from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.lifecycle import Lifecycle, checked_timeout
 from mlx_engine.core.stream import Emit
+from mlx_engine.core.wakeup import running_loop
 from mlx_engine.core.work import PendingWork
 from mlx_engine.errors import EngineDead, EngineNotRunning, EngineStopped, MLXEngineError
 from mlx_engine.outputs import EngineState, ProgressCallback, ShutdownReport

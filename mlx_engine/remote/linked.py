@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.checks import shown
-from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.in_flight import InFlight
+from mlx_engine.core.wakeup import running_loop
 from mlx_engine.engine.base import BaseEngine, checked_callback
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import (

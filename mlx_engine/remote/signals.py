@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Sequence
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.lifecycle import checked_timeout
+from mlx_engine.core.wakeup import running_loop
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)

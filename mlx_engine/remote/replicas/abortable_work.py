@@ -9,10 +9,9 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from mlx_engine.core.drain import wait_shielded
-from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.lifecycle import Lifecycle
-from mlx_engine.core.wakeup import wake
+from mlx_engine.core.wakeup import running_loop, wake
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.remote.replicas.tasks import cancel, look_at
 

@@ -15,10 +15,10 @@ from typing import Any, Self, TypeVar, Unpack
 from mlx_engine.checks import integer, shown
 from mlx_engine.config import BatchedOptions, EngineKind, QueueConfig, spelled_out
 from mlx_engine.core.drain import clean_up
-from mlx_engine.core.event_loop import running_loop
 from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.lifecycle import Lifecycle, checked_timeout
 from mlx_engine.core.stream import Producer
+from mlx_engine.core.wakeup import running_loop
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
 from mlx_engine.outputs import EngineState, EngineStats, ProgressCallback, ShutdownReport
