@@ -93,12 +93,49 @@ def _referred(reference: str, root: Mapping[str, Any]) -> Any:
     return found
 
 
+def argument_schema(
+    name: str, schema: Mapping[str, Any], root: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The schema of a member of an object; empty if it does not tell.
+
+    Args:
+        name: of the member.
+        schema: of the object.
+        root: the schema in which references are looked up.
+    """
+    objects = _choices(schema, root, [_MOST_STEPS])
+    for each in objects:
+        known = each.get("properties")
+        if isinstance(known, Mapping) and isinstance(found := known.get(name), Mapping):
+            return found
+    others = (each.get("additionalProperties") for each in objects)
+    return next((each for each in others if isinstance(each, Mapping)), {})
+
+
+def item_schema(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of the items of a list; empty if it does not tell."""
+    every = (each.get("items") for each in _choices(schema, root, [_MOST_STEPS]))
+    return next((each for each in every if isinstance(each, Mapping)), {})
+
+
+def _choices(schema: Any, root: Mapping[str, Any], steps: list[int]) -> list[Mapping[str, Any]]:
+    """A schema, or what it refers to, and those that it is made of."""
+    steps[0] -= 1
+    if not isinstance(schema, Mapping) or steps[0] < 0:
+        return []
+    if isinstance(reference := schema.get("$ref"), str):
+        return _choices(_referred(reference, root), root, steps)
+    found = [schema]
+    for union in ("anyOf", "oneOf", "allOf"):
+        if isinstance(parts := schema.get(union), list):
+            for part in parts:
+                found += _choices(part, root, steps)
+    return found
+
+
 def argument_types(name: str, schema: Mapping[str, Any]) -> frozenset[str]:
     """The types of a tool's argument; none if its schema does not tell."""
-    properties = schema.get("properties")
-    if isinstance(properties, Mapping) and name in properties:
-        return types_of(properties[name], schema)
-    return types_of(schema.get("additionalProperties"), schema)
+    return types_of(argument_schema(name, schema, schema), schema)
 
 
 def cast(text: str, types: Iterable[str]) -> str:
