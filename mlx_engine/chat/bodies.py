@@ -277,7 +277,7 @@ class CodeCall:
     """
 
     end: str = r"(?!)"
-    start: str = r"(?=[^\s{\[])"
+    start: str = r"(?=[^\s{\[>])"  # no code begins with the others
     resume: str = ""
     is_marked: bool = False
 

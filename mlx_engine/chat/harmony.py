@@ -13,9 +13,9 @@ from mlx_engine.chat.json_text import json_value
 from mlx_engine.chat.quoting import Quoting
 from mlx_engine.chat.source import Emit, Malformed, Match, Pattern, Steps
 
-_PART = (
-    r"\s{0,4}(?:to=(?P<to>[\w.\-]{1,256})|<\|channel\|>(?P<channel>analysis|commentary|final)\b"
-    r"|<\|constrain\|>\s{0,4}[\w\-/]{1,32}|[\w\-/]{1,32})"
+_PART = (  # atomic: no part is read in more than one way
+    r"(?>\s{0,4}to=(?P<to>[\w.\-]{1,256})|\s{0,4}<\|channel\|>(?P<channel>analysis|commentary|final)\b"
+    r"|\s{0,4}<\|constrain\|>\s{0,4}[\w\-/]{1,32}|\s{1,4}[\w\-/]{1,32})"
 )
 _HEADER = (
     rf"(?P<header>(?:<\|start\|>assistant|(?=\s{{0,4}}(?:to=[\w.\-]{{1,256}}\s{{0,4}})?<\|channel\|>))"

@@ -14,6 +14,8 @@ from mlx_engine.chat.source import Malformed
 
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+# What may be a text as well is a number only as JSON writes it: 007 and +1 are texts.
+_JSON_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _BOOLEANS = {"true": True, "True": True, "false": False, "False": False}
 _NULLS = ("null", "None")
 _ANY = frozenset[str]()
@@ -150,8 +152,10 @@ def cast(text: str, types: Iterable[str]) -> str:
         return "null"
     if "boolean" in types and value in _BOOLEANS:
         return json.dumps(_BOOLEANS[value])
-    if types & {"integer", "number"} and (number := _number(value, "number" in types)):
-        return number
+    is_number = "string" not in types or _JSON_NUMBER.fullmatch(value)
+    if types & {"integer", "number"} and is_number:
+        if number := _number(value, "number" in types):
+            return number
     if types & {"object", "array"} and (found := _container(value, types)):
         return found
     if "string" in types:
@@ -200,5 +204,6 @@ def _untyped(text: str) -> str:
         return "null"
     if value in _BOOLEANS:
         return json.dumps(_BOOLEANS[value])
-    found = _number(value, True) or _container(value, frozenset({"object", "array"}))
+    number = _number(value, True) if _JSON_NUMBER.fullmatch(value) else None
+    found = number or _container(value, frozenset({"object", "array"}))
     return found or quoted(text)

@@ -24,12 +24,13 @@ def ends_with_calls(parts: AnswerParts, section: Section) -> Steps[bool]:
         next(steps, None)
         trial.pieces.clear()
         behind = trial.source.text[trial.source.at :].strip()
-        if source.ended or (behind and not trial.is_reading):
+        are_right = all(call.ok for call in trial.calls.done)
+        if source.ended or not are_right or (behind and not trial.is_reading):
             break
         yield
     source.rewind()
     source.stop_recording()
-    if not behind and any(call.ok for call in trial.calls.done):
+    if not behind and are_right and trial.calls.done:
         return True
     parts.reasoning(source.text[source.at])
     source.at += 1
