@@ -16,13 +16,17 @@ Its files:
     refusal.py            the error for what a template refuses
     formats.py            the format of a model's answers, chosen by its template or an option
     families.py           the table: how each family writes calls and reasoning
+    family_calls.py       one call of each
     answer_format.py      the values in it
     parser.py             text -> content, reasoning and calls, as a stream
     tagged.py             answers that are text with markers in it
+    unclosed.py           calls in reasoning that is not closed
     harmony.py            answers that are a row of messages
     response_template.py  answers as a model describes them itself
     section.py            calls between markers, one after the other
     bodies.py             how one call is written
+    tagged_call.py        with its arguments between tags
+    elements.py           lists and objects in them
     calls.py              calls as they are made: deltas, and whole ones
     answer_parts.py       the parts of an answer so far
     schema.py             bare text cast by a tool's schema

@@ -11,8 +11,8 @@ from mlx_engine.chat.bodies import (
     Body,
     JSONCall,
     PythonCall,
-    TaggedCall,
 )
+from mlx_engine.chat.tagged_call import TaggedCall
 
 _BODIES: dict[str, tuple[Body, ...]] = {
     "json": (JSONCall(),),
@@ -39,11 +39,13 @@ class ReasoningFormat:
         open: its beginning, unless the prompt ends with it.
         close: its end.
         end: all that is written to end it early and go on with the answer; ``close`` if empty.
+        others: markers of what follows it, which end it too.
     """
 
     open: str
     close: str
     end: str = ""
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +59,14 @@ class ToolFormat:
         body: ``"json"`` (``{"name": "f", "arguments": {}}``, one or a list of them), ``"python"``
             (``[f(a=1)]``), ``"xml"`` (``<function=f><parameter=a>1</parameter></function>``).
         may_be_empty: there may be no call between the two.
+        only_with: names of tools of which the request must have one.
     """
 
     open: str
     close: str = ""
     body: Literal["json", "python", "xml"] | tuple[Body, ...] = "json"
     may_be_empty: bool = False
+    only_with: tuple[str, ...] = ()
 
     @property
     def bodies(self) -> tuple[Body, ...]:

@@ -26,6 +26,7 @@ class AnswerParts:
         self.quoting = Quoting()
         self.in_reasoning = False
         self.reasoning_over = False  # no more of it can come
+        self.is_reading = True  # calls, of which more may come
 
     @property
     def has_tools(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,8 +13,7 @@ import regex
 from mlx_engine.chat.calls import Calls
 from mlx_engine.chat.json_text import escaped, json_string, json_value, normalized, parse, quoted
 from mlx_engine.chat.literal import PYTHON, Dialect, literal
-from mlx_engine.chat.schema import argument_types, cast
-from mlx_engine.chat.source import CutOff, Malformed, Pattern, Source, Steps
+from mlx_engine.chat.source import Malformed, Pattern, Source, Steps
 
 
 class Body(Protocol):
@@ -53,7 +53,6 @@ def literally(text: str) -> str:
     return str(regex.escape(text))
 
 
-_KEY = r"(?P<key>[^<>\n\"]{1,256})"
 _COLON = r"\s{0,64}:"
 _NAMES = ("name", "tool_name", "function")
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
@@ -66,9 +65,11 @@ class JSONCall:
 
     Attributes:
         late_id: the model's id may come behind the arguments, which wait for it.
+        none: names by which a model says that it calls nothing.
     """
 
     late_id: bool = False
+    none: tuple[str, ...] = ()
     start: str = r'\{\s{0,64}"'
     resume: str = (
         r'\}\s{0,64},?\s{0,64}(?=\{\s{0,64}"(?:name|function|tool_name|type|tool_call_id)")'
@@ -80,7 +81,10 @@ class JSONCall:
         state = _Parts(calls, self.late_id)
         yield from _members(source, state)
         state.end()
-        calls.complete()
+        if state.name in self.none and state.name not in calls.tools:
+            calls.drop()
+        else:
+            calls.complete()
 
 
 class _Parts:
@@ -179,6 +183,7 @@ class HeadedCall:
         start: a pattern of what a call begins with; without one, the head.
         tail: a pattern of what may follow the arguments.
         end: the last marker of a call.
+        entities: the name is written with XML's entities.
         dialect: in which the arguments are written; ``None`` is JSON.
     """
 
@@ -187,6 +192,7 @@ class HeadedCall:
     tail: str = ""
     end: str = ""
     is_marked: bool = False
+    entities: bool = False
     dialect: Dialect | None = None
 
     def __post_init__(self) -> None:
@@ -201,7 +207,8 @@ class HeadedCall:
         """Read a call that was opened."""
         found = yield from source.expect(compiled(self.head), "a name")
         groups = found.groupdict()
-        calls.begin(groups["name"].strip(), groups.get("id"))
+        name = groups["name"].strip()
+        calls.begin(html.unescape(name) if self.entities else name, groups.get("id"))
         if groups.get("wrong"):
             calls.wrong(f"{groups['wrong']!r} does not belong to a name")
         char = yield from source.skip_space()
@@ -220,122 +227,6 @@ class HeadedCall:
             yield from source.skip_space()
             yield from source.read(compiled(literally(self.end)))
         calls.complete()
-
-
-@dataclass(frozen=True, slots=True)
-class TaggedCall:
-    """A head with the name, and each argument between tags of its own.
-
-    Attributes:
-        head: a pattern with the group ``name``.
-        argument: a pattern of what is before a value, with ``{key}`` for the argument's name, and
-            perhaps a group ``type``.
-        close: what is behind a value; ``{key}`` is the argument's name.
-        end: what a call ends with.
-        tail: a pattern of what may stand behind that.
-        start: a pattern of what a call begins with; without one, the head.
-        after: patterns of what may follow a call whose end is missing.
-        newlines: a newline before and behind a value is none of it.
-    """
-
-    head: str
-    argument: str
-    close: str
-    end: str = ""
-    tail: str = ""
-    start: str = ""
-    after: tuple[str, ...] = ()
-    newlines: bool = False
-    is_marked: bool = False
-    string_types: tuple[str, ...] = ("string", "true")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "start", self.start or self.head)
-
-    @property
-    def resume(self) -> str:
-        """A pattern of where reading goes on after a malformed call."""
-        return literally(self.end)
-
-    def read(self, source: Source, calls: Calls) -> Steps[None]:
-        """Read a call that was opened."""
-        found = yield from source.expect(compiled(self.head), "a name")
-        calls.begin(found["name"].strip().strip("\"'"))
-        argument = compiled(self.argument.replace("{key}", _KEY))
-        separator = "{"
-        while True:
-            char = yield from source.skip_space()
-            found = yield from source.read(argument)
-            if found is None:
-                break
-            calls.add(separator + quoted(found["key"].strip().strip("\"'")) + ": ")
-            separator = ", "
-            yield from self._value(source, calls, found)
-        calls.add("}" if separator == ", " else "{}")
-        if self.end and not (yield from source.read(compiled(literally(self.end)))):
-            after = compiled("|".join(self.after) or r"(?!)")
-            if char == "" or (yield from source.look(after)) is None:
-                source.fail("an argument or the end of the call")
-        if self.tail:
-            yield from source.skip_space()
-            yield from source.read(compiled(self.tail))
-        calls.complete()
-
-    def _value(self, source: Source, calls: Calls, head: regex.Match[str]) -> Steps[None]:
-        key = head["key"].strip().strip("\"'")
-        told = head.groupdict().get("type")
-        types = argument_types(key, calls.schema)
-        if told in self.string_types and (not types or "string" in types):
-            types = frozenset({"string"})
-        if self.newlines and (yield from source.peek()) == "\n":
-            source.at += 1
-        known = calls.schema.get("properties")
-        names = tuple(known) if isinstance(known, Mapping) else ()
-        parts: list[str] = []
-        is_text = types == {"string"}
-        if is_text:
-            calls.add('"')
-        found = yield from source.find(
-            _value_end(self, key, names, False),
-            (lambda text: calls.add(escaped(text))) if is_text else parts.append,
-            _value_end(self, key, names, True),
-        )
-        if found is None:
-            raise CutOff
-        source.at = found.end()
-        try:
-            calls.add('"' if is_text else cast("".join(parts), types))
-        except Malformed as error:
-            calls.wrong(f"argument {key!r}: {error}")
-            calls.add("null")
-
-
-@lru_cache(maxsize=512)
-def _value_end(body: TaggedCall, key: str, names: tuple[str, ...], ended: bool) -> Pattern:
-    """Where a value ends: a tag counts if what may be behind it is.
-
-    Args:
-        body: how the call is written.
-        key: the argument's name.
-        names: of all arguments that the tool has.
-        ended: no more text will come.
-    """
-    newline = r"\n?" if body.newlines else ""
-    follow = [body.argument.replace("{key}", _KEY), *body.after]
-    if body.end:
-        follow.append(literally(body.end))
-    behind = "|".join(map(without_names, follow))
-    close = newline + literally(body.close.replace("{key}", key))
-    each = [rf"{close}(?=\s{{0,256}}(?:{behind}))"]
-    if ended:
-        each.append(rf"{close}(?=\s*\Z)")
-    if body.newlines:  # the tag itself is missing
-        keys = f"(?:{'|'.join(literally(str(name)) for name in names)})" if names else _KEY
-        argument = without_names(body.argument.replace("{key}", keys))
-        each.append(rf"\n(?=\s{{0,64}}(?:{argument}))")
-        if body.end and body.after:
-            each.append(rf"\n(?={literally(body.end)}\s{{0,64}}(?:{'|'.join(body.after)}))")
-    return regex.compile("|".join(each), regex.DOTALL)
 
 
 def without_names(pattern: str) -> str:
@@ -371,6 +262,40 @@ class PythonCall:
         source.at += 1
         calls.add("}" if separator == ", " else "{}")
         calls.complete()
+
+
+# What runs code, by the names that requests give it.
+RUNS_CODE = ("python", "code_interpreter", "ipython")
+
+
+@dataclass(frozen=True, slots=True)
+class CodeCall:
+    """Code for the tool that runs it, up to a marker or the end of the answer.
+
+    Attributes:
+        end: a pattern of what the code ends before.
+    """
+
+    end: str = r"(?!)"
+    start: str = r"(?=[^\s{\[>])"  # no code begins with the others
+    resume: str = ""
+    is_marked: bool = False
+
+    def read(self, source: Source, calls: Calls) -> Steps[None]:
+        """Read a call that was opened."""
+        calls.begin(next((name for name in RUNS_CODE if name in calls.tools), ""))
+        yield from code_argument(source, calls, compiled(self.end))
+        calls.complete()
+
+
+def code_argument(source: Source, calls: Calls, end: Pattern) -> Steps[None]:
+    """Read code up to its end, as the argument of the tool that runs it."""
+    known = calls.schema.get("properties")
+    keys = tuple(known) if isinstance(known, Mapping) else ()
+    key = "code" if "code" in keys or not keys else str(keys[0])
+    calls.add(f'{{{quoted(key)}: "')
+    yield from source.find(end, lambda text: calls.add(escaped(text)))
+    calls.add('"}')
 
 
 _KIND = r'"type"\s{0,16}:\s{0,16}"function"\s{0,16},\s{0,64}'

@@ -120,6 +120,12 @@ class Calls:
             self._give()
         self._raw = self._source.so_far()
 
+    def drop(self) -> None:
+        """Forget the open call, which is none; of an unknown tool, so that nothing was given."""
+        self.is_open = False
+        self._source.stop_recording()
+        self._clear()
+
     def flush(self) -> None:
         """Give out what was added since the last time."""
         if self._begun and self._fresh and self._error is None:

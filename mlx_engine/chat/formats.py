@@ -74,13 +74,17 @@ def _by_template(template: str, tokens: frozenset[str]) -> AnswerFormat:
     reasoning = REASONING.get(family.reasoning) if family else None
     if reasoning is None:
         reasoning = next(
-            (each for each in REASONING.values()
-             if each.close in template or each.close.replace("\n", "\\n") in template), None
+            (each for name, each in REASONING.items()
+             if _has(each.close, template) and (name == "think" or _has(each.open, template))), None
         )  # fmt: skip
     if family is None:
         name = "text" if reasoning else "none"
         return AnswerFormat(name, "template" if reasoning else "none", reasoning)
     return _of(family, reasoning)
+
+
+def _has(marker: str, template: str) -> bool:
+    return marker in template or marker.replace("\n", "\\n") in template
 
 
 def _of(family: Family, reasoning: ReasoningFormat | None) -> AnswerFormat:

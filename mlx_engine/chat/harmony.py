@@ -8,27 +8,29 @@ import regex
 
 from mlx_engine.chat.answer_format import AnswerFormat
 from mlx_engine.chat.answer_parts import AnswerParts
+from mlx_engine.chat.bodies import RUNS_CODE, code_argument
 from mlx_engine.chat.json_text import json_value
 from mlx_engine.chat.quoting import Quoting
 from mlx_engine.chat.source import Emit, Malformed, Match, Pattern, Steps
 
-_ROLE = r"<\|start\|>assistant\s{0,4}"
-_TO = r"to=(?P<to>[\w.\-]{1,256})\s{0,4}"
-_KIND = r"(?:(?:<\|constrain\|>\s{0,4})?[\w\-/]{1,32}\s{0,4})?"
-_CHANNEL = r"<\|channel\|>(?P<channel>analysis|commentary|final)\s{0,4}"
-_BODY = r"<\|message\|>"
-_TEXT = rf"(?P<text>(?:{_ROLE})?{_CHANNEL}{_KIND}{_BODY}|{_ROLE}{_BODY})"
-_CALL = rf"(?P<call>(?:{_ROLE})?(?:\s{{0,4}}{_TO}{_CHANNEL}{_KIND}|{_CHANNEL}{_TO}{_KIND}){_BODY})"
+_PART = (  # atomic: no part is read in more than one way
+    r"(?>\s{0,4}to=(?P<to>[\w.\-]{1,256})|\s{0,4}<\|channel\|>(?P<channel>analysis|commentary|final)\b"
+    r"|\s{0,4}<\|constrain\|>\s{0,4}[\w\-/]{1,32}|\s{1,4}[\w\-/]{1,32})"
+)
+_HEADER = (
+    rf"(?P<header>(?:<\|start\|>assistant|(?=\s{{0,4}}(?:to=[\w.\-]{{1,256}}\s{{0,4}})?<\|channel\|>))"
+    rf"(?:{_PART}){{0,8}}\s{{0,4}}<\|message\|>)"
+)
 _END = r"<\|(?:end|return|call)\|>"
 _START = "<|start|>assistant"
+_NO_TOOL = (None, "assistant", "user", "all")
 
 
-@lru_cache(maxsize=4)
-def header(calls: bool, ended: bool) -> Pattern:
+@lru_cache(maxsize=2)
+def header(ended: bool) -> Pattern:
     """Markers that end a message's text: its end, unless in backticks, or another's header."""
     behind = "(?!`)" if ended else "(?=[^`])"
-    every = [rf"(?P<end>(?<!`){_END}|{_END}{behind})", _TEXT, *([_CALL] if calls else [])]
-    return regex.compile("|".join(every))
+    return regex.compile(rf"(?P<end>(?<!`){_END}|{_END}{behind})|{_HEADER}")
 
 
 _BEHIND_CALL: Pattern = regex.compile(_END)
@@ -40,9 +42,7 @@ def read(parts: AnswerParts, form: AnswerFormat, prefix: str) -> Steps[None]:
     source = parts.source
     give = _begun(parts, prefix)
     while True:
-        found = yield from source.find(
-            header(parts.has_tools, False), give, header(parts.has_tools, True)
-        )
+        found = yield from source.find(header(ended=False), give, header(ended=True))
         if found is None:
             return
         if not parts.in_reasoning and parts.quoting:
@@ -53,17 +53,17 @@ def read(parts: AnswerParts, form: AnswerFormat, prefix: str) -> Steps[None]:
         parts.quoting = Quoting()
         if found["end"] is not None:
             give = _segment(parts, "final")
-        elif found["text"] is not None:
-            give = _segment(parts, found["channel"] or "final")
-        else:
+        elif parts.has_tools and found["to"] not in _NO_TOOL:
             yield from _call(parts, found)
             give = _segment(parts, "final")
+        else:
+            give = _segment(parts, found["channel"] or "final")
 
 
 def _begun(parts: AnswerParts, prefix: str) -> Emit:
     """The taker of the text of the message that the prompt ends with."""
     begun = prefix[prefix.rfind(_START) :] if _START in prefix else ""
-    found = header(calls=False, ended=True).match(begun)
+    found = header(ended=True).match(begun)
     if found is not None:
         return _segment(parts, found["channel"] or "final")
     if "<|channel|>" in begun and "<|message|>" not in begun:
@@ -81,10 +81,14 @@ def _call(parts: AnswerParts, found: Match) -> Steps[None]:
     source, calls = parts.source, parts.calls
     parts.in_reasoning = False
     calls.open()
-    calls.begin(found["to"].removeprefix("functions."))
+    name = found["to"].removeprefix("functions.")
+    calls.begin(name)
     error = None
     try:
-        yield from json_value(source, calls.add)
+        if (yield from source.skip_space()) != "{" and name in RUNS_CODE:
+            yield from code_argument(source, calls, _NO_CALL)
+        else:
+            yield from json_value(source, calls.add)
         calls.complete()
         char = yield from source.skip_space()
         if char and (yield from source.look(_NO_CALL)) is None:

@@ -14,6 +14,8 @@ from mlx_engine.chat.source import Malformed
 
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+# What may be a text as well is a number only as JSON writes it: 007 and +1 are texts.
+_JSON_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _BOOLEANS = {"true": True, "True": True, "false": False, "False": False}
 _NULLS = ("null", "None")
 _ANY = frozenset[str]()
@@ -93,12 +95,49 @@ def _referred(reference: str, root: Mapping[str, Any]) -> Any:
     return found
 
 
+def argument_schema(
+    name: str, schema: Mapping[str, Any], root: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The schema of a member of an object; empty if it does not tell.
+
+    Args:
+        name: of the member.
+        schema: of the object.
+        root: the schema in which references are looked up.
+    """
+    objects = _choices(schema, root, [_MOST_STEPS])
+    for each in objects:
+        known = each.get("properties")
+        if isinstance(known, Mapping) and isinstance(found := known.get(name), Mapping):
+            return found
+    others = (each.get("additionalProperties") for each in objects)
+    return next((each for each in others if isinstance(each, Mapping)), {})
+
+
+def item_schema(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of the items of a list; empty if it does not tell."""
+    every = (each.get("items") for each in _choices(schema, root, [_MOST_STEPS]))
+    return next((each for each in every if isinstance(each, Mapping)), {})
+
+
+def _choices(schema: Any, root: Mapping[str, Any], steps: list[int]) -> list[Mapping[str, Any]]:
+    """A schema, or what it refers to, and those that it is made of."""
+    steps[0] -= 1
+    if not isinstance(schema, Mapping) or steps[0] < 0:
+        return []
+    if isinstance(reference := schema.get("$ref"), str):
+        return _choices(_referred(reference, root), root, steps)
+    found = [schema]
+    for union in ("anyOf", "oneOf", "allOf"):
+        if isinstance(parts := schema.get(union), list):
+            for part in parts:
+                found += _choices(part, root, steps)
+    return found
+
+
 def argument_types(name: str, schema: Mapping[str, Any]) -> frozenset[str]:
     """The types of a tool's argument; none if its schema does not tell."""
-    properties = schema.get("properties")
-    if isinstance(properties, Mapping) and name in properties:
-        return types_of(properties[name], schema)
-    return types_of(schema.get("additionalProperties"), schema)
+    return types_of(argument_schema(name, schema, schema), schema)
 
 
 def cast(text: str, types: Iterable[str]) -> str:
@@ -113,8 +152,10 @@ def cast(text: str, types: Iterable[str]) -> str:
         return "null"
     if "boolean" in types and value in _BOOLEANS:
         return json.dumps(_BOOLEANS[value])
-    if types & {"integer", "number"} and (number := _number(value, "number" in types)):
-        return number
+    is_number = "string" not in types or _JSON_NUMBER.fullmatch(value)
+    if types & {"integer", "number"} and is_number:
+        if number := _number(value, "number" in types):
+            return number
     if types & {"object", "array"} and (found := _container(value, types)):
         return found
     if "string" in types:
@@ -163,5 +204,6 @@ def _untyped(text: str) -> str:
         return "null"
     if value in _BOOLEANS:
         return json.dumps(_BOOLEANS[value])
-    found = _number(value, True) or _container(value, frozenset({"object", "array"}))
+    number = _number(value, True) if _JSON_NUMBER.fullmatch(value) else None
+    found = number or _container(value, frozenset({"object", "array"}))
     return found or quoted(text)

@@ -167,6 +167,11 @@ class Source:
         """The text that was read since then."""
         return "".join((*self._kept, self.text[self._start : self.at]))
 
+    def put_back(self, text: str) -> None:
+        """Have this text before what is read next."""
+        self.text = text + self.text[self.at :]
+        self.at = self._start = 0
+
     def stop_recording(self) -> None:
         """Keep no more of it."""
         self._recording = False

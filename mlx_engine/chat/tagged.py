@@ -11,43 +11,93 @@ from mlx_engine.chat.answer_parts import AnswerParts
 from mlx_engine.chat.bodies import compiled
 from mlx_engine.chat.section import Section, read_section, section
 from mlx_engine.chat.source import Pattern, Steps
+from mlx_engine.chat.unclosed import ends_with_calls
+
+_MOST_TRIALS = 8  # places in reasoning that are looked at for calls
 
 
 def read(parts: AnswerParts, form: AnswerFormat, prefix: str) -> Steps[None]:
     """Read a whole answer."""
     stray = None
+    sections = tuple(
+        section(each)
+        for each in form.calls
+        if parts.has_tools
+        and (not each.only_with or any(name in parts.calls.tools for name in each.only_with))
+    )
     if form.reasoning is not None:
-        had_some = yield from _reasoning(parts, form.reasoning, prefix)
+        had_some = yield from _reasoning(parts, form.reasoning, prefix, sections)
         stray = None if had_some else form.reasoning.close
     parts.reasoning_over = True
-    sections = tuple(map(section, form.calls)) if parts.has_tools else ()
+    yield from _begun(parts, form, prefix, _markers(sections, form.drop, None, False))
     yield from _content(parts, sections, form.drop, stray)
 
 
-def _reasoning(parts: AnswerParts, form: ReasoningFormat, prefix: str) -> Steps[bool]:
+def _begun(parts: AnswerParts, form: AnswerFormat, prefix: str, markers: Pattern) -> Steps[None]:
+    """Read a marker whose beginning is the end of the prompt, as if the model had written all."""
+    source = parts.source
+    begun = next((each.open for each in form.calls if each.open and prefix.endswith(each.open)), "")
+    if not begun:
+        return
+    yield from source.peek()
+    source.put_back(begun)
+    if (yield from source.look(markers)) is None:
+        source.at += len(begun)
+
+
+def _reasoning(
+    parts: AnswerParts, form: ReasoningFormat, prefix: str, sections: tuple[Section, ...]
+) -> Steps[bool]:
     """Read the reasoning at the beginning of an answer, and tell whether there was any."""
     source = parts.source
-    opened, closed = prefix.find(form.open), prefix.rfind(form.close)
+    opening = form.open.rstrip("\n")
+    opened, closed = prefix.find(opening), prefix.rfind(form.close)
     parts.in_reasoning = opened >= 0 and closed < opened
     if not parts.in_reasoning and closed >= 0:
         return False
-    opening = compiled(rf"(\s{{0,256}}){regex.escape(form.open)}")
-    found = yield from source.read(opening)  # some open it once more
+    # Some open it once more.
+    found = yield from source.read(compiled(rf"(\s{{0,256}}){regex.escape(opening)}"))
     if found is not None:
         parts.reasoning(found[1])
+        if opening != form.open and (yield from source.peek()) == "\n":
+            source.at += 1
     elif not parts.in_reasoning:
         return False
     parts.in_reasoning = True
-    marker = regex.escape(form.close)  # unless it stands between backticks
-    found = yield from source.find(
-        compiled(rf"(?<!`){marker}|{marker}(?=[^`])"),
-        parts.reasoning,
-        compiled(rf"(?<!`){marker}|{marker}(?!`)"),
-    )
-    if found is not None:
-        source.at = found.end()
-        parts.in_reasoning = False
+    trials = 0
+    while True:
+        looked = sections if trials < _MOST_TRIALS else ()
+        found = yield from source.find(
+            _closing(form, looked, False), parts.reasoning, _closing(form, looked, True)
+        )
+        if found is None:
+            break
+        if found.lastgroup in ("close", "other"):
+            source.at = found.end() if found.lastgroup == "close" else source.at
+            parts.in_reasoning = False
+            break
+        trials += 1
+        if (yield from ends_with_calls(parts, sections[int(found.lastgroup[1:])])):
+            parts.in_reasoning = False
+            break
     return True
+
+
+@lru_cache(maxsize=128)
+def _closing(form: ReasoningFormat, sections: tuple[Section, ...], ended: bool) -> Pattern:
+    """What may end reasoning: its marker, unless that stands between backticks, and calls."""
+    marker, behind = regex.escape(form.close), "(?!`)" if ended else "(?=[^`])"
+    every = [rf"(?P<close>(?<!`){marker}|{marker}{behind})"]
+    if form.others:
+        every.append(rf"(?P<other>{'|'.join(map(regex.escape, form.others))})")
+    return compiled("|".join(every + _openings(sections)))
+
+
+def _openings(sections: tuple[Section, ...]) -> list[str]:
+    """The beginnings of calls that have markers, a group a section."""
+    return [
+        rf"(?P<s{index}>{each.opening})" for index, each in enumerate(sections) if each.bare is None
+    ]
 
 
 @lru_cache(maxsize=128)
@@ -55,9 +105,7 @@ def _markers(
     sections: tuple[Section, ...], drop: tuple[str, ...], stray: str | None, ended: bool
 ) -> Pattern:
     """Markers that may end a run of content: a group a section, and one for what is dropped."""
-    every = [
-        rf"(?P<s{index}>{each.opening})" for index, each in enumerate(sections) if each.bare is None
-    ]
+    every = _openings(sections)
     if drop:
         every.append(rf"(?P<drop>{'|'.join(map(regex.escape, drop))})")
     if stray:  # alone on its line

@@ -34,7 +34,7 @@ _DESCRIBED = {
         ("<|start|>assistant<|channel|>final<|message|>", "harmony", "<|channel|>"),
         ("[AVAILABLE_TOOLS] [TOOL_CALLS] [THINK][/THINK]", "mistral", "[THINK]"),
         ("<|start_header_id|> <|python_tag|>", "llama-3", None),
-        ("]<]minimax[>[ <tool_call>", "minimax-m3", None),
+        ("]<]minimax[>[ <tool_call>", "minimax-m3", "<mm:think>"),
         ("<minimax:tool_call> <invoke>", "minimax-m2", None),
         ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json", "deepseek-r1", None),
         ("<｜tool▁call▁begin｜>f<｜tool▁sep｜>", "deepseek-v3.1", None),

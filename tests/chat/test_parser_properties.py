@@ -82,10 +82,11 @@ def test_without_tools_all_text_but_the_markers_is_content_or_reasoning(
     form, text, prefix = answer
     found = parse(form, text, None, prefix)
     assert not found.calls
-    reasoning = [form.reasoning.open, form.reasoning.close] if form.reasoning else []
+    opens = form.reasoning.open if form.reasoning else ""
+    reasoning = [opens, opens.rstrip("\n"), form.reasoning.close] if form.reasoning else []
     gone = "|".join(re.escape(marker) for marker in [*form.drop, *reasoning]) or "(?!)"
     if form.structure == "harmony":
-        gone = harmony_header(calls=False, ended=True).pattern
+        gone = harmony_header(ended=True).pattern
     assert _is_text_less(text, found.text, gone)
 
 

@@ -143,6 +143,28 @@ WRITERS: dict[str, Write] = {
         "</steptml:parameter>", "</steptml:invoke>"), "<｜tool_call_end｜>",
         around="<｜tool_calls_begin｜>{}<｜tool_calls_end｜>"),
     "hunyuan": together("<tool_calls>[", _object, "]</tool_calls>"),
+    "hunyuan-3": together("<tool_calls:opensource>\n", tags(
+        "<tool_call:opensource>NAME<tool_sep:opensource>\n",
+        "<arg_key:opensource>KEY</arg_key:opensource>\n<arg_value:opensource>",
+        "</arg_value:opensource>\n", "</tool_call:opensource>\n"),
+        "</tool_calls:opensource>", ""),
+    "apriel": together("<tool_calls>[", _object, "]</tool_calls>"),
+    "ernie": each("<tool_call>\n", _object, "\n</tool_call>", join="\n"),
+    "solar-open": each("<|tool_call:begin|>", headed(
+        "<|tool_call:name|>NAME<|tool_call:args|>"), "<|tool_call:end|>",
+        around="<|begin|>assistant<|tool_calls|>{}<|calls|>"),
+    "olmo-3": together("<function_calls>\n", _python, "\n</function_calls>", "\n"),
+    "internlm": each("<|action_start|><|plugin|>\n", lambda call: _object(
+        call, arguments="parameters"), "<|action_end|>"),
+    "gigachat-3": each("<|message_sep|>\n\nfunction call<|role_sep|>\n", _object, ""),
+    "gigachat-3.1": each("<|function_call|>", _object, ""),
+    "firefunction": together(" functools[", _object, "]"),
+    "functionary-3.1": each("", headed("<function=NAME>", "</function>"), ""),
+    "functionary-3.2": each(">>>", headed("NAME\n"), ""),
+    "muse": each(" to=", tags(
+        'NAME<|message|><atem:function_calls>\n<atem:invoke name="NAME">\n',
+        '<atem:parameter name="KEY">', "</atem:parameter>\n",
+        "</atem:invoke>\n</atem:function_calls>"), "<|eom|>", join="<|start|>assistant"),
     "muse-spark": together("<atem:function_calls>\n", tags(
         '<atem:invoke name="NAME">\n', '<atem:parameter name="KEY">', "</atem:parameter>\n",
         "</atem:invoke>\n"), "</atem:function_calls>", ""),

@@ -1,0 +1,179 @@
+"""Calls whose arguments stand between tags of their own."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from mlx_engine.chat.bodies import compiled, literally, without_names
+from mlx_engine.chat.calls import Calls
+from mlx_engine.chat.elements import elements
+from mlx_engine.chat.json_text import escaped, quoted
+from mlx_engine.chat.schema import argument_schema, cast, types_of
+from mlx_engine.chat.source import CutOff, Malformed, Match, Pattern, Source, Steps
+
+_KEY = r"(?P<key>[^<>\n\"]{1,256})"
+_CDATA = r"(?P<cdata><!\[CDATA\[)?"
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedCall:
+    """A head with the name, and each argument between tags of its own.
+
+    Attributes:
+        head: a pattern with the group ``name``.
+        argument: a pattern of what is before a value, with ``{key}`` for the argument's name, and
+            perhaps a group ``type``.
+        close: what is behind a value; ``{key}`` is the argument's name.
+        end: what a call ends with.
+        tail: a pattern of what may stand behind that.
+        start: a pattern of what a call begins with; without one, the head.
+        after: patterns of what may follow a call whose end is missing.
+        newlines: a newline before a value is none of it, nor is one behind it then.
+        string_types: what the group ``type`` may be for a string.
+        cdata: a value may be written as a section of character data.
+        entities: names of tools and arguments are written with XML's entities.
+        element: what the tags of lists and objects in a value begin with, if they have tags.
+    """
+
+    head: str
+    argument: str
+    close: str
+    end: str = ""
+    tail: str = ""
+    start: str = ""
+    after: tuple[str, ...] = ()
+    newlines: bool = False
+    is_marked: bool = False
+    string_types: tuple[str, ...] = ("string", "true")
+    cdata: bool = False
+    entities: bool = False
+    element: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", self.start or self.head)
+
+    @property
+    def resume(self) -> str:
+        """A pattern of where reading goes on after a malformed call."""
+        return literally(self.end)
+
+    def read(self, source: Source, calls: Calls) -> Steps[None]:
+        """Read a call that was opened."""
+        found = yield from source.expect(compiled(self.head), "a name")
+        calls.begin(self._name(found["name"]))
+        behind = _CDATA if self.cdata else ""
+        argument = compiled(self.argument.replace("{key}", _KEY) + behind)
+        separator = "{"
+        while True:
+            char = yield from source.skip_space()
+            found = yield from source.read(argument)
+            if found is None:
+                break
+            calls.add(separator + quoted(self._name(found["key"])) + ": ")
+            separator = ", "
+            yield from self._value(source, calls, found)
+        calls.add("}" if separator == ", " else "{}")
+        if self.end and not (yield from source.read(compiled(literally(self.end)))):
+            after = compiled("|".join(self.after) or r"(?!)")
+            if char == "" or (yield from source.look(after)) is None:
+                source.fail("an argument or the end of the call")
+        if self.tail:
+            yield from source.skip_space()
+            yield from source.read(compiled(self.tail))
+        calls.complete()
+
+    def _name(self, written: str) -> str:
+        name = written.strip().strip("\"'")
+        return html.unescape(name) if self.entities else name
+
+    def _value(self, source: Source, calls: Calls, head: Match) -> Steps[None]:
+        schema = argument_schema(self._name(head["key"]), calls.schema, calls.schema)
+        types = types_of(schema, calls.schema)
+        told = head.groupdict().get("type")
+        if told in self.string_types and (not types or "string" in types):
+            types = frozenset({"string"})
+        stripped = self.newlines and (yield from source.peek()) == "\n"
+        source.at += stripped
+        has_elements = self.element and types != {"string"}
+        if has_elements and (yield from elements(source, calls, self.element, schema)):
+            yield from source.skip_space()
+            close = literally(self.close.replace("{key}", head["key"]))
+            yield from source.expect(compiled(close), "the end of a value")
+            return
+        end = _value_ends(self, head, calls.schema, stripped)
+        yield from self._text(source, calls, types, end, head["key"])
+
+    def _text(
+        self,
+        source: Source,
+        calls: Calls,
+        types: frozenset[str],
+        ends: tuple[Pattern, Pattern],
+        key: str,
+    ) -> Steps[None]:
+        """Read a value that is written as text, up to where it ends."""
+        parts: list[str] = []
+        is_text = types == {"string"}
+        if is_text:
+            calls.add('"')
+        found = yield from source.find(
+            ends[0],
+            (lambda text: calls.add(escaped(text))) if is_text else parts.append,
+            ends[1],
+        )
+        if found is None:
+            raise CutOff
+        source.at = found.end()
+        try:
+            calls.add('"' if is_text else cast("".join(parts), types))
+        except Malformed as error:
+            calls.wrong(f"argument {key!r}: {error}")
+            calls.add("null")
+
+
+def _value_ends(
+    body: TaggedCall, head: Match, schema: Mapping[str, Any], stripped: bool
+) -> tuple[Pattern, Pattern]:
+    """Where a value ends, while more text may come and when it will not."""
+    if head.groupdict().get("cdata"):
+        end = compiled(literally("]]>") + r"\s{0,64}" + literally(body.close))
+        return end, end
+    known = schema.get("properties")
+    names = tuple(map(str, known)) if isinstance(known, Mapping) else ()
+    before, last = (_value_end(body, head["key"], names, stripped, end) for end in (False, True))
+    return before, last
+
+
+@lru_cache(maxsize=512)
+def _value_end(
+    body: TaggedCall, key: str, names: tuple[str, ...], stripped: bool, ended: bool
+) -> Pattern:
+    """Where a value ends: a tag counts if what may be behind it is.
+
+    Args:
+        body: how the call is written.
+        key: the argument's name, as it is written.
+        names: of all arguments that the tool has.
+        stripped: a newline behind the value is none of it.
+        ended: no more text will come.
+    """
+    newline = r"\n?" if stripped else ""
+    follow = [body.argument.replace("{key}", _KEY), *body.after]
+    if body.end:
+        follow.append(literally(body.end))
+    behind = "|".join(map(without_names, follow))
+    close = newline + literally(body.close.replace("{key}", key))
+    each = [rf"{close}(?=\s{{0,256}}(?:{behind}))"]
+    if ended:
+        each.append(rf"{close}(?=\s*\Z)")
+    if body.newlines:  # the tag itself is missing
+        keys = f"(?:{'|'.join(map(literally, names))})" if names else _KEY
+        argument = without_names(body.argument.replace("{key}", keys))
+        each.append(rf"\n(?=\s{{0,64}}(?:{argument}))")
+        if body.end and body.after:
+            each.append(rf"\n(?={literally(body.end)}\s{{0,64}}(?:{'|'.join(body.after)}))")
+    return compiled("|".join(each))
