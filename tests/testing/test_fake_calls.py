@@ -178,6 +178,8 @@ async def test_a_model_without_tools_or_reasoning() -> None:
         assert (engine.supports_tools, engine.supports_reasoning) == (False, False)
         with pytest.raises(InvalidRequest, match=r"^tools: "):
             await engine.chat(USER, tools=TOOLS)
+        with pytest.raises(InvalidRequest, match=r"^thinking: .* has no reasoning"):
+            await engine.chat(USER, thinking=True)
         with pytest.raises(GenerationError, match="supports_reasoning is False"):
             await engine.chat(USER)
 
@@ -267,3 +269,11 @@ async def test_text_raises_what_the_stream_raises() -> None:
         assert await anext(texts) == "a"
         with pytest.raises(GenerationError, match="boom"):
             await anext(texts)
+
+
+@pytest.mark.parametrize(
+    "calls", ["weather", ToolCall("weather"), [("weather", {"a": {1}})], [("weather", "{}")], [5]]
+)
+def test_calls_of_a_script_are_checked(calls: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"^tool_calls: "):
+        FakeAnswer(tool_calls=calls)
