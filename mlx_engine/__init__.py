@@ -88,7 +88,7 @@ if TYPE_CHECKING:
     from mlx_engine.remote.serving.host import EngineHost
     from mlx_engine.remote.signals import SignalHandlers, install_signal_handlers
     from mlx_engine.remote.wire.heartbeat import Watchdog
-    from mlx_engine.requests import Message
+    from mlx_engine.requests import Message, ToolChoice
     from mlx_engine.strategies import MTP, Decode, DraftModel, EngineDefault, SpecPrefill
 
 __version__ = "0.1.0"
@@ -153,6 +153,7 @@ __all__ = [
     "TokenLogprob",
     "ToolCall",
     "ToolCallDelta",
+    "ToolChoice",
     "ToolFormat",
     "Usage",
     "Watchdog",
@@ -236,7 +237,10 @@ _HOMES = {
         "install_signal_handlers",
     ),
     "mlx_engine.remote.wire.heartbeat": ("Watchdog",),
-    "mlx_engine.requests": ("Message",),
+    "mlx_engine.requests": (
+        "Message",
+        "ToolChoice",
+    ),
     "mlx_engine.strategies": (
         "MTP",
         "Decode",

@@ -64,18 +64,33 @@ def checked_messages(messages: object, limits: RequestLimits) -> list[dict[str, 
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise InvalidRequest(
-            "messages", "must be a list of messages such as {'role': 'user', 'content': 'Hi'}"
+            "messages", "must be a list of messages, as in [{'role': 'user', 'content': 'Hi'}]"
         )
     if not messages:
         raise InvalidRequest("messages", "must not be empty")
     limits.check("messages", "messages", len(messages), "messages")
     messages = [one.message() if isinstance(one, GenerationResult) else one for one in messages]
-    limits.check_values("messages", "text_characters", messages)
+    _check_values(messages, limits)
     copies = [_message(index, message, limits) for index, message in enumerate(messages)]
     if any(copy.get("tool_calls") or copy["role"] == "tool" for copy in copies):
         # With arguments that came as JSON, and results that became JSON.
-        limits.check_values("messages", "text_characters", copies)
+        _check_values(copies, limits)
     return copies
+
+
+def _check_values(messages: list[Any], limits: RequestLimits) -> None:
+    """Look at all of them, and name the message that is wrong by itself, if one is."""
+    option, limit = "messages", "text_characters"
+    try:
+        limits.check_values(option, limit, messages)
+    except InvalidRequest:
+        for index, message in enumerate(messages):
+            role = message.get("role") if isinstance(message, Mapping) else None
+            which = (
+                f"number {index} ({shown(role)})" if isinstance(role, str) else f"number {index}"
+            )
+            limits.check_values(option, limit, message, of=which)
+        raise
 
 
 def checked_tools(tools: object, limits: RequestLimits) -> list[dict[str, Any]] | None:
@@ -87,7 +102,7 @@ def checked_tools(tools: object, limits: RequestLimits) -> list[dict[str, Any]] 
     if tools is None:
         return None
     if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence):
-        raise InvalidRequest("tools", "must be a list of tool descriptions (JSON schema)")
+        raise InvalidRequest("tools", "must be a list of tools, as in [{'type': 'function', ...}]")
     limits.check("tools", "tools", len(tools), "tools")
     tools = list(tools)
     limits.check_values("tools", "tool_characters", tools)

@@ -140,7 +140,8 @@ class GenerationChunk:
         segment: which part of the answer the text belongs to.
         logprobs: one entry a token, if asked for.
         finish_reason: set on the last chunk only.
-        tool_call: what the chunk adds to a tool call; its text then is the model's own.
+        tool_call: what the chunk adds to a tool call, which may be nothing; its text then is the
+            model's own. Set in each chunk of the segment ``tool_call``, and in no other.
     """
 
     text: str

@@ -49,19 +49,24 @@ class PromptFacts:
 
 def is_chat(prompt: object) -> bool:
     """Whether a prompt is meant as messages, and not as text or token ids."""
+    if isinstance(prompt, Mapping | GenerationResult):  # no list, and the error says so
+        return True
     if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence) or not len(prompt):
         return False
     return isinstance(prompt[0], Mapping | GenerationResult)
 
 
-def check_plain(tools: object, chat_template_kwargs: object) -> None:
+def check_plain(**options: object) -> None:
     """See that nothing of a chat is asked for with a plain prompt.
+
+    Args:
+        options: of a chat, as they were given.
 
     Raises:
         InvalidRequest: something is.
     """
-    for option, value in (("tools", tools), ("chat_template_kwargs", chat_template_kwargs)):
-        if value:
+    for option, value in options.items():
+        if value or (option == "thinking" and value is not None):
             raise InvalidRequest(option, "is for messages, and this is a plain prompt")
 
 

@@ -113,6 +113,17 @@ def test_options_have_defaults() -> None:
     assert ChatPrompt.of([USER], [tool], tool_choice="none").offered is None
 
 
+@pytest.mark.parametrize(
+    "content", ["a\udcff", 10**5000, "x" * 1001], ids=["half", "digits", "long"]
+)
+def test_a_message_that_is_wrong_by_itself_is_named(content: Any) -> None:
+    limits = RequestLimits(text_characters=1000)
+    with pytest.raises(InvalidRequest, match=r"^messages: number 1 \('tool'\) "):
+        ChatPrompt.of([USER, {"role": "tool", "content": content}], limits=limits)
+    with pytest.raises(InvalidRequest, match=r"^messages: has at least 12\d\d characters"):
+        ChatPrompt.of([{"role": "user", "content": "x" * 400}] * 3, limits=limits)
+
+
 def test_what_is_too_large_is_refused_by_the_limits_name() -> None:
     limits = RequestLimits(text_characters=100, tool_calls=2, messages=5, tools=1)
     deep: Any = []

@@ -162,7 +162,7 @@ class Calls:
         self._fresh.clear()
         if self._begun and not arguments and error is None:
             if text:  # the rest of what the model wrote, which adds nothing
-                self._pieces.append(Piece("tool_call", text))
+                self._pieces.append(Piece("tool_call", text, ToolCallDelta(len(self.done))))
             return
         given = None
         if not self._begun:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 from mlx_engine.checks import checked_path, shown
 from mlx_engine.config import QueueConfig
@@ -40,7 +40,14 @@ from mlx_engine.questions import (
     text_to_encode,
     tokens_to_decode,
 )
-from mlx_engine.requests import ChatPrompt, GenerationRequest, Message, TextPrompt, checked_priority
+from mlx_engine.requests import (
+    ChatPrompt,
+    GenerationRequest,
+    Message,
+    TextPrompt,
+    ToolChoice,
+    checked_priority,
+)
 from mlx_engine.strategies import EngineDefault, SpecPrefill
 
 T = TypeVar("T")
@@ -162,7 +169,7 @@ class BaseEngine(Engine, abc.ABC):
         params: SamplingParams | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: Literal["auto", "none"] = "auto",
+        tool_choice: ToolChoice = "auto",
         parallel_tool_calls: bool = True,
         thinking: bool | None = None,
         max_reasoning_tokens: int | None = None,
@@ -198,7 +205,7 @@ class BaseEngine(Engine, abc.ABC):
         params: SamplingParams | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: Literal["auto", "none"] = "auto",
+        tool_choice: ToolChoice = "auto",
         parallel_tool_calls: bool = True,
         thinking: bool | None = None,
         max_reasoning_tokens: int | None = None,
@@ -231,7 +238,7 @@ class BaseEngine(Engine, abc.ABC):
         prompt: str | Sequence[int] | Sequence[Message | Mapping[str, Any] | GenerationResult],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: Literal["auto", "none"] = "auto",
+        tool_choice: ToolChoice = "auto",
         thinking: bool | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -249,7 +256,13 @@ class BaseEngine(Engine, abc.ABC):
                 continue_final_message=continue_final_message,
             )
         else:
-            check_plain(tools, chat_template_kwargs)
+            check_plain(
+                tools=tools,
+                tool_choice=tool_choice != "auto",
+                thinking=thinking,
+                continue_final_message=continue_final_message,
+                chat_template_kwargs=chat_template_kwargs,
+            )
             source = TextPrompt.of(prompt, self.limits)
         return (await self.answer(PromptQuestion("count_tokens", source))).count
 
@@ -258,7 +271,7 @@ class BaseEngine(Engine, abc.ABC):
         messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: Literal["auto", "none"] = "auto",
+        tool_choice: ToolChoice = "auto",
         thinking: bool | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,

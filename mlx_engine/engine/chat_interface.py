@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, Unpack
+from typing import Any, Protocol, Unpack
 
 from mlx_engine.core.stream import GenerationStream
 from mlx_engine.outputs import GenerationResult, ProgressCallback, RenderedChat
 from mlx_engine.params import SamplingOptions, SamplingParams
-from mlx_engine.requests import Message
+from mlx_engine.requests import Message, ToolChoice
 from mlx_engine.strategies import EngineDefault, SpecPrefill
 
 
@@ -56,7 +56,7 @@ class ChatEngine(Protocol):
         params: SamplingParams | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: Literal["auto", "none"] = "auto",
+        tool_choice: ToolChoice = "auto",
         parallel_tool_calls: bool = True,
         thinking: bool | None = None,
         max_reasoning_tokens: int | None = None,
@@ -103,7 +103,7 @@ class ChatEngine(Protocol):
         params: SamplingParams | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: Literal["auto", "none"] = "auto",
+        tool_choice: ToolChoice = "auto",
         parallel_tool_calls: bool = True,
         thinking: bool | None = None,
         max_reasoning_tokens: int | None = None,
@@ -123,7 +123,7 @@ class ChatEngine(Protocol):
         prompt: str | Sequence[int] | Sequence[Message | Mapping[str, Any] | GenerationResult],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: Literal["auto", "none"] = "auto",
+        tool_choice: ToolChoice = "auto",
         thinking: bool | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -153,7 +153,7 @@ class ChatEngine(Protocol):
         messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: Literal["auto", "none"] = "auto",
+        tool_choice: ToolChoice = "auto",
         thinking: bool | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,

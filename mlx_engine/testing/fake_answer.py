@@ -51,7 +51,7 @@ class FakeAnswer:
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", _pieces("text", self.text))
         object.__setattr__(self, "reasoning", _pieces("reasoning", self.reasoning))
-        object.__setattr__(self, "tool_calls", tuple(map(_call, self.tool_calls)))
+        object.__setattr__(self, "tool_calls", _calls(self.tool_calls))
         choice("finish_reason", self.finish_reason, ("stop", "length"))
 
     @classmethod
@@ -139,14 +139,25 @@ def _pieces(option: str, given: object) -> tuple[Piece, ...]:
     return tuple(given)
 
 
+def _calls(given: object) -> tuple[ToolCall, ...]:
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise InvalidRequest("tool_calls", f"must be a list of calls, not {shown(given)}")
+    return tuple(map(_call, given))
+
+
 def _call(given: object) -> ToolCall:
-    match given:
-        case ToolCall():
-            made = raw_call(given.name, given.arguments) if given.ok else ""
-            return given if given.raw else replace(given, raw=made)
-        case (str() as name, Mapping() as arguments):
-            plain = dict(arguments)
-            return ToolCall(name, plain, raw_call(name, plain))
+    try:
+        match given:
+            case ToolCall():
+                made = raw_call(given.name, given.arguments) if given.ok else ""
+                return given if given.raw else replace(given, raw=made)
+            case (str() as name, Mapping() as arguments):
+                plain = dict(arguments)
+                return ToolCall(name, plain, raw_call(name, plain))
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(
+            "tool_calls", f"arguments must have a form in JSON, not {shown(given)} ({error})"
+        ) from error
     raise InvalidRequest(
         "tool_calls", f"each must be (name, arguments) or a ToolCall, not {shown(given)}"
     )

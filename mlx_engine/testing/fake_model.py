@@ -174,8 +174,12 @@ class FakeModel:
         return PromptFacts(len(tokens), text, tuple(tokens), cached)
 
     def _check_source(self, source: TextPrompt | ChatPrompt) -> None:
-        if isinstance(source, ChatPrompt) and source.offered and not self._supports_tools:
+        if not isinstance(source, ChatPrompt):
+            return
+        if source.offered and not self._supports_tools:
             raise InvalidRequest("tools", "this model's chat template does not show tools to it")
+        if source.thinking and not self._supports_reasoning:
+            raise InvalidRequest("thinking", "this model's chat template has no reasoning")
 
     def prepare(self, request: ScriptedRequest) -> MLXEngineError | None:
         """Count the tokens of its prompt; the error if that fails. On any thread."""

@@ -133,18 +133,20 @@ class ScriptedRequest(ActiveRequest):
             self._finish("stop", token, [])
             return True
         pieces = self._text.add("tool_call", piece.text)
+        delta, begun = piece.delta, self._open or ToolCall(id=piece.delta.id or "")
         if self._text.stopped:
-            return self._took(token, pieces, "stop")
-        begun = self._open or ToolCall(piece.delta.name or "", id=piece.delta.id or "")
-        self._open = replace(begun, raw=begun.raw + piece.text)
-        if piece.call is not None:
+            self._open, delta = begun, ToolCallDelta(delta.index, delta.id)
+        else:
+            name = begun.name or delta.name or ""
+            self._open = replace(begun, name=name, raw=begun.raw + piece.text)
+        if piece.call is not None and not self._text.stopped:
             self._calls.append(piece.call)
             self._open = None
         if pieces and pieces[-1].segment == "tool_call":
-            pieces[-1] = pieces[-1]._replace(call=piece.delta)
+            pieces[-1] = pieces[-1]._replace(call=delta)
         else:
-            pieces.append(Piece("tool_call", "", piece.delta))
-        return self._took(token, pieces, None)
+            pieces.append(Piece("tool_call", "", delta))
+        return self._took(token, pieces, "stop" if self._text.stopped else None)
 
     def take_end(self) -> bool:
         """Take the end of the sequence; whether the answer is complete with it."""
@@ -190,7 +192,7 @@ class ScriptedRequest(ActiveRequest):
             self._keep(token)
         pieces = pieces + self._text.finish()
         if self._open is not None:
-            error = "it is not complete: the answer ended within it"
+            error = "the call was cut off"
             pieces.append(Piece("tool_call", "", ToolCallDelta(self.calls, error=error)))
             self._calls.append(replace(self._open, error=error))
         reason = final_reason(reason, self._calls, by_string=self._text.stopped)
@@ -208,7 +210,14 @@ class ScriptedRequest(ActiveRequest):
             return
         tokens = () if token is None else (token,)
         logprobs = tuple(map(self._logprob, tokens)) if self.wants_logprobs else ()
-        emit_pieces(self._emit, pieces, tokens, logprobs, reason)
+        emit_pieces(self._emit, list(map(self._with_delta, pieces)), tokens, logprobs, reason)
+
+    def _with_delta(self, piece: Piece) -> Piece:
+        """The piece; text of a call that was held back has a delta too, which adds nothing."""
+        if piece.segment != "tool_call" or piece.call is not None:
+            return piece
+        index = self.calls if self._open is not None else self.calls - 1
+        return piece._replace(call=ToolCallDelta(index))
 
     def _logprob(self, token: int) -> TokenLogprob:
         """Log-probability of a token: what is scripted is certain."""

@@ -81,6 +81,8 @@ def check(answer: Answer, pieces: Sequence[Piece]) -> None:
             assert call.arguments == {}
     assert len({call.id for call in answer.calls}) == len(answer.calls)
     assert all(piece.text or piece.call for piece in pieces), "a piece has something"
+    for piece in pieces:
+        assert (piece.segment == "tool_call") == (piece.call is not None)
 
 
 def _no_constant(name: str) -> None:

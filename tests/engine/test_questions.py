@@ -216,6 +216,13 @@ async def test_what_a_tokenizer_raises_is_an_error_of_ours(engine: BaseEngine) -
 
 REFUSED: dict[str, tuple[str, Ask]] = {
     "text and tools": ("tools", lambda e: e.count_tokens("a", tools=[TOOL])),
+    "text and a choice": ("tool_choice", lambda e: e.count_tokens("a", tool_choice="none")),
+    "text and thinking": ("thinking", lambda e: e.count_tokens("a", thinking=False)),
+    "text to continue": (
+        "continue_final_message",
+        lambda e: e.count_tokens("a", continue_final_message=True),
+    ),
+    "one message": ("messages", lambda e: e.count_tokens(USER[0])),  # type: ignore[arg-type]
     "an empty prompt": ("prompt", lambda e: e.count_tokens("")),
     "no prompt": ("prompt", lambda e: e.count_tokens(5)),  # type: ignore[arg-type]
     "a token that is none": ("prompt", lambda e: e.count_tokens([999_999])),

@@ -110,8 +110,8 @@ async def test_text_that_is_a_little_too_long_is_counted_in_tokens(engine: Simpl
 async def test_what_is_no_unicode_is_refused(engine: SimpleEngine) -> None:
     with pytest.raises(InvalidRequest, match="prompt: is not valid Unicode"):
         await engine.generate("a\udcff")
-    with pytest.raises(InvalidRequest, match="messages: is not valid Unicode"):
-        await engine.chat([{"role": "user", "content": "a\udcff"}])
+    with pytest.raises(InvalidRequest, match=r"number 1 \('user'\) is not valid Unicode"):
+        await engine.chat([*USER, {"role": "user", "content": "a\udcff"}])
 
 
 @pytest.mark.parametrize(

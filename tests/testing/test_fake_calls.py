@@ -111,6 +111,20 @@ async def test_a_stop_string_within_a_call_ends_the_answer() -> None:
     assert [call.ok for call in result.tool_calls] == [False]
 
 
+@pytest.mark.parametrize("stop", ['{"name', "Paris", "ris", '"}}', "never", "x}"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 99])
+async def test_each_chunk_of_a_call_has_a_delta(stop: str, count: int) -> None:
+    answer = FakeAnswer("Yes.", tool_calls=[("weather", {"city": "Paris"}), ("time", {})])
+    async with FakeEngine(answer) as engine:
+        chunks, result = await streamed(engine, stop=[stop], max_tokens=count)
+    for chunk in chunks:
+        assert (chunk.segment == "tool_call") == (chunk.tool_call is not None)
+    calls = put_together(chunks)
+    assert [(call["id"], call["name"] or "", call["error"]) for call in calls] == [
+        (call.id, call.name, call.error) for call in result.tool_calls
+    ]
+
+
 async def test_ids_are_unique_in_a_conversation() -> None:
     async with FakeEngine(FakeAnswer(tool_calls=[("time", {})])) as engine:
         results = [await engine.chat(USER, tools=TOOLS) for _ in range(5)]
@@ -164,6 +178,8 @@ async def test_a_model_without_tools_or_reasoning() -> None:
         assert (engine.supports_tools, engine.supports_reasoning) == (False, False)
         with pytest.raises(InvalidRequest, match=r"^tools: "):
             await engine.chat(USER, tools=TOOLS)
+        with pytest.raises(InvalidRequest, match=r"^thinking: .* has no reasoning"):
+            await engine.chat(USER, thinking=True)
         with pytest.raises(GenerationError, match="supports_reasoning is False"):
             await engine.chat(USER)
 
@@ -253,3 +269,11 @@ async def test_text_raises_what_the_stream_raises() -> None:
         assert await anext(texts) == "a"
         with pytest.raises(GenerationError, match="boom"):
             await anext(texts)
+
+
+@pytest.mark.parametrize(
+    "calls", ["weather", ToolCall("weather"), [("weather", {"a": {1}})], [("weather", "{}")], [5]]
+)
+def test_calls_of_a_script_are_checked(calls: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"^tool_calls: "):
+        FakeAnswer(tool_calls=calls)
