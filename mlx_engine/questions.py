@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from mlx_engine.checks import shown
 from mlx_engine.errors import InvalidRequest, rebuild
 from mlx_engine.limits import RequestLimits
 from mlx_engine.outputs import GenerationResult
-from mlx_engine.requests import ChatPrompt, TextPrompt
+from mlx_engine.requests import ChatPrompt, Message, TextPrompt
 
 Subject = Literal["count_tokens", "render_chat", "encode", "decode"]
 
@@ -47,21 +47,26 @@ class PromptFacts:
     notes: tuple[str, ...] = ()
 
 
-def is_chat(prompt: object) -> bool:
+def is_chat(
+    prompt: object,
+) -> TypeGuard[Sequence[Message | Mapping[str, Any] | GenerationResult]]:
     """Whether a prompt is meant as messages, and not as text or token ids."""
     if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence) or not len(prompt):
         return False
     return isinstance(prompt[0], Mapping | GenerationResult)
 
 
-def check_plain(tools: object, chat_template_kwargs: object) -> None:
+def check_plain(**wanted: bool) -> None:
     """See that nothing of a chat is asked for with a plain prompt.
+
+    Args:
+        wanted: whether something is, by option.
 
     Raises:
         InvalidRequest: something is.
     """
-    for option, value in (("tools", tools), ("chat_template_kwargs", chat_template_kwargs)):
-        if value:
+    for option, is_wanted in wanted.items():
+        if is_wanted:
             raise InvalidRequest(option, "is for messages, and this is a plain prompt")
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from mlx_engine import (
     InvalidRequest,
     ProcessEngine,
     ReasoningFormat,
+    SimpleEngine,
     TokenLogprob,
     ToolCall,
     ToolCallDelta,
@@ -146,6 +148,16 @@ def test_a_format_of_the_users_own_does_not_travel() -> None:
         ProcessEngine("demo", tool_format=ToolFormat("<call>", body=()))
     with pytest.raises(InvalidRequest, match=r"^tool_format: must be the name of a format"):
         ProcessEngine("demo", tool_format=5)
+
+
+@pytest.mark.parametrize("kind", [SimpleEngine, BatchedEngine, ProcessEngine])
+def test_a_format_that_does_not_exist_is_refused_before_anything_is_loaded(kind: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"^tool_format: .* did you mean hermes"):
+        kind("demo", tool_format="hermess")
+    with pytest.raises(InvalidRequest, match=r"^tool_format: a name or a format"):
+        kind("demo", tool_format=ReasoningFormat("<a>", "</a>"))
+    with pytest.raises(InvalidRequest, match=r"^reasoning_format: "):
+        kind("demo", reasoning_format="hermes")
 
 
 # A process
