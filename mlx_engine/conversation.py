@@ -51,7 +51,7 @@ ROLES = (
 _SPEECH = {"system", "developer", "user"}  # roles of which a message without content is none
 _TEXTS = {"text", "input_text", "output_text"}
 _MEDIA = {"image", "image_url", "input_image", "input_audio", "audio", "video", "video_url", "file"}
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"')
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # one without an end, too
 
 
 def checked_messages(messages: object, limits: RequestLimits) -> list[dict[str, Any]]:
@@ -71,7 +71,8 @@ def checked_messages(messages: object, limits: RequestLimits) -> list[dict[str, 
     limits.check("messages", "messages", len(messages), "messages")
     messages = [one.message() if isinstance(one, GenerationResult) else one for one in messages]
     _check_values(messages, limits)
-    copies = [_message(index, message, limits) for index, message in enumerate(messages)]
+    room = _Room(limits)
+    copies = [_message(index, message, limits, room) for index, message in enumerate(messages)]
     if any(copy.get("tool_calls") or copy["role"] == "tool" for copy in copies):
         # With arguments that came as JSON, and results that became JSON.
         _check_values(copies, limits)
@@ -142,7 +143,7 @@ def name_of_tool(tool: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _message(index: int, message: object, limits: RequestLimits) -> dict[str, Any]:
+def _message(index: int, message: object, limits: RequestLimits, room: _Room) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InvalidRequest(
             "messages", f"number {index} must be a mapping with a 'role', not {shown(message)}"
@@ -164,7 +165,7 @@ def _message(index: int, message: object, limits: RequestLimits) -> dict[str, An
     copy["content"] = _content(which, copy)
     if copy["role"] == "assistant":
         _take_reasoning(which, copy)
-    calls = _calls(which, copy, limits)
+    calls = _calls(which, copy, limits, room)
     if calls:
         copy["tool_calls"] = calls
     return copy
@@ -222,7 +223,9 @@ def _take_reasoning(which: str, message: dict[str, Any]) -> None:
         message["reasoning_content"] = text
 
 
-def _calls(which: str, message: dict[str, Any], limits: RequestLimits) -> list[dict[str, Any]]:
+def _calls(
+    which: str, message: dict[str, Any], limits: RequestLimits, room: _Room
+) -> list[dict[str, Any]]:
     calls = message.pop("tool_calls", None)
     function = message.pop("function_call", None)  # as OpenAI's API had it before tools
     if not calls and function is not None:
@@ -232,10 +235,10 @@ def _calls(which: str, message: dict[str, Any], limits: RequestLimits) -> list[d
     if not isinstance(calls, Sequence) or isinstance(calls, str | bytes):
         raise InvalidRequest("messages", f"{which}: 'tool_calls' must be a list")
     limits.check("messages", "tool_calls", len(calls), "tool calls", of=which)
-    return [_call(which, call, limits) for call in calls]
+    return [_call(which, call, limits, room) for call in calls]
 
 
-def _call(which: str, call: object, limits: RequestLimits) -> dict[str, Any]:
+def _call(which: str, call: object, limits: RequestLimits, room: _Room) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):
         raise InvalidRequest(
@@ -254,7 +257,8 @@ def _call(which: str, call: object, limits: RequestLimits) -> dict[str, Any]:
     copy = dict(function)
     arguments = copy.get("arguments")
     if isinstance(arguments, str):
-        copy["arguments"] = _from_json(which, arguments, limits)
+        room.take(which, arguments)
+        copy["arguments"] = _from_json(which, arguments)
     elif arguments is None:
         copy["arguments"] = {}
     elif not isinstance(arguments, Mapping):
@@ -267,12 +271,7 @@ def _call(which: str, call: object, limits: RequestLimits) -> dict[str, Any]:
     return {**kept, "function": copy}
 
 
-def _from_json(which: str, text: str, limits: RequestLimits) -> Any:
-    # As many values as there are of these, at most, and it costs next to nothing to count them.
-    if limits.values is not None and sum(map(text.count, ",[{")) > limits.values:
-        bare = _STRING.sub("", text)
-        count = sum(map(bare.count, ",[{"))
-        limits.check("messages", "values", count, "values", of=f"{which}: a tool call")
+def _from_json(which: str, text: str) -> Any:
     try:
         value = json.loads(text.strip() or "{}")
     except RecursionError as error:
@@ -284,3 +283,28 @@ def _from_json(which: str, text: str, limits: RequestLimits) -> Any:
     if value is None:
         return {}
     return value if isinstance(value, dict) else text
+
+
+class _Room:
+    """Room for the values in the arguments of all calls, counted before they are made."""
+
+    def __init__(self, limits: RequestLimits) -> None:
+        self._limits = limits
+        self._values = 0
+
+    def take(self, which: str, text: str) -> None:
+        """Take up what arguments need that come as JSON.
+
+        Raises:
+            InvalidRequest: there is no room.
+        """
+        if self._limits.values is None:
+            return
+        # At least as many values as there are of these outside of strings; and a string is a value,
+        # or the key of one, so that not all of a million have to be found.
+        left = max(0, self._limits.values - self._values)
+        bare, strings = _STRING.subn("", text, count=2 * left + 2)
+        others = sum(map(bare.count, ",[{")) - bare.count("[]") - bare.count("{}")
+        self._values += max(strings // 2, others)
+        of = f"{which}: with its tool calls, the conversation"
+        self._limits.check("messages", "values", self._values, "values", of=of, least=True)

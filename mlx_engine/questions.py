@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from mlx_engine.checks import shown
 from mlx_engine.errors import InvalidRequest, rebuild
 from mlx_engine.limits import RequestLimits
 from mlx_engine.outputs import GenerationResult
-from mlx_engine.requests import ChatPrompt, TextPrompt
+from mlx_engine.requests import ChatPrompt, Message, TextPrompt
 
 Subject = Literal["count_tokens", "render_chat", "encode", "decode"]
 
@@ -47,7 +47,9 @@ class PromptFacts:
     notes: tuple[str, ...] = ()
 
 
-def is_chat(prompt: object) -> bool:
+def is_chat(
+    prompt: object,
+) -> TypeGuard[Sequence[Message | Mapping[str, Any] | GenerationResult]]:
     """Whether a prompt is meant as messages, and not as text or token ids."""
     if isinstance(prompt, Mapping | GenerationResult):  # no list, and the error says so
         return True
@@ -56,17 +58,17 @@ def is_chat(prompt: object) -> bool:
     return isinstance(prompt[0], Mapping | GenerationResult)
 
 
-def check_plain(**options: object) -> None:
+def check_plain(**wanted: bool) -> None:
     """See that nothing of a chat is asked for with a plain prompt.
 
     Args:
-        options: of a chat, as they were given.
+        wanted: whether something is, by option.
 
     Raises:
         InvalidRequest: something is.
     """
-    for option, value in options.items():
-        if value or (option == "thinking" and value is not None):
+    for option, is_wanted in wanted.items():
+        if is_wanted:
             raise InvalidRequest(option, "is for messages, and this is a plain prompt")
 
 

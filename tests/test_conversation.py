@@ -147,3 +147,23 @@ def test_what_is_too_large_is_refused_by_the_limits_name() -> None:
         limits.params(None, {"stop": "x" * 8_000_000})
     with pytest.raises(InvalidRequest, match=r"stop: .*RequestLimits\.stop\)"):
         limits.params(SamplingParams(stop=["x"] * 100), {})
+
+
+def test_arguments_of_all_calls_are_counted_before_they_are_read() -> None:
+    """A client's megabytes cost their length, whatever is in them."""
+
+    def calling(*arguments: str) -> list[dict[str, Any]]:
+        calls = [{"function": {"name": "f", "arguments": text}} for text in arguments]
+        return [USER, {"role": "assistant", "tool_calls": calls}]
+
+    many = '{"a": [' + "0, " * 200_000 + "0]}"
+    for arguments in ((many, many), ('["a",' * 600_000,), ("[[],[" * 200_000,)):
+        with pytest.raises(InvalidRequest, match=r"number 1 .*RequestLimits\.values"):
+            ChatPrompt.of(calling(*arguments))
+    quoted = '{"a": "' + '\\",[{' * 100_000 + '"}'
+    (call,) = ChatPrompt.of(calling(quoted)).messages[1]["tool_calls"]
+    assert call["function"]["arguments"] == {"a": '",[{' * 100_000}
+    # Where each quotation mark could begin a string that has no end.
+    endless = '"\\' * 500_000 + "," * 300_000
+    (call,) = ChatPrompt.of(calling(endless)).messages[1]["tool_calls"]
+    assert call["function"]["arguments"] == endless

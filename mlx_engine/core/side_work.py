@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from mlx_engine.checks import LARGEST
 from mlx_engine.core.stop import Interrupted, checkpoint, stoppable
 from mlx_engine.core.work import PendingWork, Stage
 from mlx_engine.core.work_queue import WorkQueue
@@ -12,9 +13,13 @@ from mlx_engine.errors import GenerationError, MLXEngineError, describe, drop_fr
 
 T = TypeVar("T")
 
+_BEHIND = LARGEST + 1  # the priorities of all requests
+
 
 class SideWork(PendingWork[T]):
     """A function that a helper thread calls, and nothing else: it needs no MLX.
+
+    The threads prepare requests first: many questions must not keep those from their turns.
 
     Args:
         what: it does, for the error if it fails.
@@ -25,7 +30,7 @@ class SideWork(PendingWork[T]):
     def __init__(
         self, what: str, func: Callable[[], T], on_done: Callable[[PendingWork[Any]], None]
     ) -> None:
-        super().__init__(on_done=on_done)
+        super().__init__(on_done=on_done, priority=_BEHIND)
         self._what = what
         self._func: Callable[[], T] | None = func
 

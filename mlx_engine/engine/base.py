@@ -14,8 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
+from mlx_engine.chat.formats import choose_format
 from mlx_engine.checks import checked_path, shown
-from mlx_engine.config import QueueConfig
+from mlx_engine.config import EngineConfig, QueueConfig
 from mlx_engine.core.drain import clean_up
 from mlx_engine.core.log import logged
 from mlx_engine.core.stream import GenerationStream, Producer
@@ -247,7 +248,7 @@ class BaseEngine(Engine, abc.ABC):
         source: TextPrompt | ChatPrompt
         if is_chat(prompt):
             source = ChatPrompt.of(
-                prompt,  # type: ignore[arg-type]
+                prompt,
                 tools,
                 chat_template_kwargs,
                 self.limits,
@@ -257,11 +258,11 @@ class BaseEngine(Engine, abc.ABC):
             )
         else:
             check_plain(
-                tools=tools,
-                tool_choice=tool_choice != "auto",
-                thinking=thinking,
-                continue_final_message=continue_final_message,
-                chat_template_kwargs=chat_template_kwargs,
+                tools=bool(tools),
+                tool_choice=tool_choice not in ("auto", None),
+                thinking=thinking is not None,
+                continue_final_message=bool(continue_final_message),
+                chat_template_kwargs=bool(chat_template_kwargs),
             )
             source = TextPrompt.of(prompt, self.limits)
         return (await self.answer(PromptQuestion("count_tokens", source))).count
@@ -360,6 +361,13 @@ class BaseEngine(Engine, abc.ABC):
     @abc.abstractmethod
     async def _load_prompt_cache(self, path: Path) -> int:
         """See ``load_prompt_cache``."""
+
+
+def checked_formats(config: EngineConfig) -> EngineConfig:
+    """``config``, if there are the formats that it names; raises ``InvalidRequest`` if not."""
+    model = config.model
+    choose_format(None, tool_format=model.tool_format, reasoning_format=model.reasoning_format)
+    return config
 
 
 def checked_callback(on_progress: ProgressCallback | None) -> ProgressCallback | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from mlx_engine.config import EngineConfig
 from mlx_engine.core.bridge import in_this_loop, off_loop
 from mlx_engine.core.stop import Interrupted
-from mlx_engine.engine.base import checked_callback
+from mlx_engine.engine.base import checked_callback, checked_formats
 from mlx_engine.engine.in_process import InProcessEngine
 from mlx_engine.engine.late import import_mlx, mlx_is_imported
 from mlx_engine.engine.model_holder import ModelHolder
@@ -27,7 +27,7 @@ class LocalEngine(InProcessEngine):
     takes_priority = False
 
     def __init__(self, config: EngineConfig, on_progress: ProgressCallback | None) -> None:
-        self._config = config
+        self._config = checked_formats(config)
         self.limits = config.limits
         self._on_progress = checked_callback(on_progress)
         super().__init__(self._new_holder(), config.queue, config.model.model)

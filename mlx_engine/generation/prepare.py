@@ -11,7 +11,7 @@ from mlx_engine.generation.reasoning_budget import ReasoningBudget, ReasoningClo
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.sampling import check_sampling, make_sampling
 from mlx_engine.generation.text import TextAssembler
-from mlx_engine.models.token_text import token_texts
+from mlx_engine.models.token_text import TokenTexts
 from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.requests import ChatPrompt
 
@@ -46,7 +46,7 @@ def prepare(request: Request, vocabulary: Vocabulary) -> None:
             vocab_size=vocabulary.vocab_size,
             xtc_special_tokens=(*vocabulary.newline_tokens, *sorted(vocabulary.eos)),
             budget=_budget(request, vocabulary, encoded),
-            token_text=None if params.logprobs is None else token_texts(vocabulary.tokenizer),
+            token_text=None if params.logprobs is None else TokenTexts(vocabulary.tokenizer),
         ),
         stops if params.ignore_eos else vocabulary.eos | stops,
     )

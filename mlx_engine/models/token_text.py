@@ -13,12 +13,12 @@ class TokenTexts:
     """Texts of the tokens of one tokenizer, each as in the middle of a text.
 
     ``decode`` of one token takes it for the first of a text, and many tokenizers leave out the
-    space in front of that. Each text is made once.
+    space in front of that. Each text is made once for a tokenizer.
     """
 
     def __init__(self, tokenizer: TokenizerWrapper) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[int, str] = {}
+        self._known = _known.setdefault(tokenizer, {})
         self._before: list[int] = tokenizer.encode("a", add_special_tokens=False)
         self._start = self._text_of(self._before)
 
@@ -35,12 +35,5 @@ class TokenTexts:
         return "".join(map(detokenizer.add, tokens)) + detokenizer.finish()
 
 
-_texts: WeakKeyDictionary[TokenizerWrapper, TokenTexts] = WeakKeyDictionary()
-
-
-def token_texts(tokenizer: TokenizerWrapper) -> TokenTexts:
-    """The texts of this tokenizer's tokens."""
-    texts = _texts.get(tokenizer)
-    if texts is None:
-        texts = _texts[tokenizer] = TokenTexts(tokenizer)
-    return texts
+# Texts alone: what held the tokenizer here would keep it for ever.
+_known: WeakKeyDictionary[TokenizerWrapper, dict[int, str]] = WeakKeyDictionary()

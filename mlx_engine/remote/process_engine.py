@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Unpack
 
 from mlx_engine.config import BatchedOptions, EngineConfig, EngineKind, spelled_out
+from mlx_engine.engine.base import checked_formats
 from mlx_engine.outputs import ProgressCallback
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.links.link import Link
@@ -62,7 +63,7 @@ class ProcessEngine(LinkedEngine):
             InvalidRequest: an argument is of the wrong type, out of its range, contradicts
                 another one, or is not for this kind of engine.
         """
-        self._config = settled(EngineConfig.of(engine, model, options))
+        self._config = checked_formats(settled(EngineConfig.of(engine, model, options)))
         self.limits, self.queue_limits = self._config.limits, self._config.queue
         self.takes_priority = self._config.kind == "batched"
         super().__init__(name or f"engine-{next(_numbers)}", watchdog, on_progress)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 
 from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.stream import Emit
-from mlx_engine.outputs import GenerationChunk, GenerationResult, ProgressCallback, Timings, Usage
+from mlx_engine.outputs import (
+    GenerationChunk,
+    GenerationResult,
+    ProgressCallback,
+    Timings,
+    ToolCall,
+    Usage,
+)
 from mlx_engine.remote.calls import Call
 from mlx_engine.remote.client import Client
 from mlx_engine.remote.wire.values import check_processors, request_to_wire
@@ -82,7 +91,14 @@ class RemoteRequest:
             text = "".join(chunk.content for chunk in self._chunks)
             reasoning = "".join(chunk.reasoning for chunk in self._chunks)
             usage = Usage(prompt_tokens=0, completion_tokens=len(tokens))
-            partial = replace(NOTHING, text=text, reasoning=reasoning, tokens=tokens, usage=usage)
+            partial = replace(
+                NOTHING,
+                text=text,
+                reasoning=reasoning,
+                tool_calls=_calls_in(self._chunks),
+                tokens=tokens,
+                usage=usage,
+            )
         return replace(partial, request_id=self.request_id)
 
     def _emit_to(self, emit: Emit) -> Emit:
@@ -93,3 +109,24 @@ class RemoteRequest:
             emit(chunk)
 
         return emit_and_keep
+
+
+def _calls_in(chunks: Iterable[GenerationChunk]) -> tuple[ToolCall, ...]:
+    """The calls that chunks are of; none of them may be made, since any may be incomplete."""
+    calls: dict[int, ToolCall] = {}
+    texts: defaultdict[int, list[str]] = defaultdict(list)
+    index = 0
+    for chunk in chunks:
+        if chunk.segment != "tool_call":
+            continue
+        if (delta := chunk.tool_call) is not None:
+            index = delta.index
+            call = calls.get(index, ToolCall(error="the engine is gone, and the call may go on"))
+            calls[index] = replace(
+                call,
+                name=delta.name or call.name,
+                error=delta.error or call.error,
+                id=delta.id or call.id,
+            )
+        texts[index].append(chunk.text)
+    return tuple(replace(call, raw="".join(texts[number])) for number, call in calls.items())

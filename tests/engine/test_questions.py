@@ -46,6 +46,7 @@ class Standing:
 
     def __init__(self, engine: Any) -> None:
         self.inside = 0
+        self.texts: list[Any] = []  # in the order in which they came
         self.go = threading.Event()
         self._owner = engine._holder.vocabulary.tokenizer._tokenizer
         self._real = self._owner.encode
@@ -53,6 +54,7 @@ class Standing:
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         self.inside += 1
+        self.texts.append(args[0])
         assert self.go.wait(PATIENCE)
         return self._real(*args, **options)
 
@@ -167,6 +169,22 @@ async def test_one_that_waits_for_a_thread_leaves_at_once(engine: BaseEngine) ->
     finally:
         standing.restore()
     assert await asyncio.gather(*tasks[:2]) == [4, 4]
+
+
+async def test_requests_are_prepared_before_questions_are_answered(engine: BaseEngine) -> None:
+    """Or somebody's many questions would keep the requests of others from their turns."""
+    standing = Standing(engine)
+    try:
+        tasks = [asyncio.create_task(engine.count_tokens("Once")) for _ in range(3)]
+        await until(lambda: standing.inside == 2)
+        tasks.append(asyncio.create_task(engine.count_tokens("Again")))
+        request = asyncio.create_task(engine.generate("A request", max_tokens=1))
+        await until(lambda: engine.stats().waiting + engine.stats().running == 1)
+        standing.go.set()
+        await asyncio.gather(*tasks, request)
+    finally:
+        standing.restore()
+    assert standing.texts[:3] == ["Once", "Once", "A request"]
 
 
 async def test_a_shutdown_ends_them(engine: BaseEngine) -> None:

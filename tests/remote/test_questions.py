@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from mlx_engine import (
     InvalidRequest,
     ProcessEngine,
     ReasoningFormat,
+    SimpleEngine,
     TokenLogprob,
     ToolCall,
     ToolCallDelta,
@@ -27,8 +29,9 @@ from mlx_engine import (
 from mlx_engine.limits import DEFAULT_LIMITS
 from mlx_engine.params import SamplingParams
 from mlx_engine.questions import PromptFacts, PromptQuestion
+from mlx_engine.remote.client import Client
 from mlx_engine.remote.remote_engine import RemoteEngine
-from mlx_engine.remote.remote_request import NOTHING
+from mlx_engine.remote.remote_request import NOTHING, RemoteRequest
 from mlx_engine.remote.wire.messages import (
     Ask,
     Chunk,
@@ -146,6 +149,32 @@ def test_a_format_of_the_users_own_does_not_travel() -> None:
         ProcessEngine("demo", tool_format=ToolFormat("<call>", body=()))
     with pytest.raises(InvalidRequest, match=r"^tool_format: must be the name of a format"):
         ProcessEngine("demo", tool_format=5)
+
+
+@pytest.mark.parametrize("kind", [SimpleEngine, BatchedEngine, ProcessEngine])
+def test_a_format_that_does_not_exist_is_refused_before_anything_is_loaded(kind: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"^tool_format: .* did you mean hermes"):
+        kind("demo", tool_format="hermess")
+    with pytest.raises(InvalidRequest, match=r"^tool_format: a name or a format"):
+        kind("demo", tool_format=ReasoningFormat("<a>", "</a>"))
+    with pytest.raises(InvalidRequest, match=r"^reasoning_format: "):
+        kind("demo", reasoning_format="hermes")
+
+
+def test_calls_of_an_engine_that_is_gone_are_told_and_must_not_be_made() -> None:
+    asked = GenerationRequest(ChatPrompt.of(USER, [TOOL]), SamplingParams())
+    request = RemoteRequest(Client("x", None, 2**20), asked, None, "req-1")
+    emit = request._emit_to(lambda chunk: None)
+    emit(GenerationChunk("So.", (1,)))
+    emit(GenerationChunk("time", (2,), "tool_call", tool_call=ToolCallDelta(0, "a", "time")))
+    emit(GenerationChunk("{}", (3,), "tool_call", tool_call=ToolCallDelta(0, arguments="{}")))
+    emit(GenerationChunk(";", (4,), "tool_call"))
+    emit(GenerationChunk("x", (5,), "tool_call", tool_call=ToolCallDelta(1, "b", error="none")))
+    result = request.partial_result()
+    first, second = result.tool_calls
+    assert (first.name, first.id, first.raw, first.ok) == ("time", "a", "time{};", False)
+    assert (second.name, second.raw, second.error) == ("", "x", "none")
+    assert (result.text, result.tokens) == ("So.", (1, 2, 3, 4, 5))
 
 
 # A process

@@ -144,6 +144,8 @@ async def answered(
             if work.aborted:
                 raise
             replicas.ended(first.name, engine)
+            if isinstance(error, EngineDead):
+                engine.kill()  # if there is anything left of it: its exit has to follow
             attempts += 1
             if attempts == MAX_DEATHS:
                 raise _as_dead(error, first.name) from error.__cause__
