@@ -153,9 +153,9 @@ def cast(text: str, types: Iterable[str]) -> str:
     if "boolean" in types and value in _BOOLEANS:
         return json.dumps(_BOOLEANS[value])
     is_number = "string" not in types or _JSON_NUMBER.fullmatch(value)
-    if types & {"integer", "number"} and is_number:
-        if number := _number(value, "number" in types):
-            return number
+    numbers = types & {"integer", "number"}
+    if numbers and is_number and (number := _number(value, "number" in types)):
+        return number
     if types & {"object", "array"} and (found := _container(value, types)):
         return found
     if "string" in types:

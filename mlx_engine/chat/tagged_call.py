@@ -16,7 +16,7 @@ from mlx_engine.chat.schema import argument_schema, cast, types_of
 from mlx_engine.chat.source import CutOff, Malformed, Match, Pattern, Source, Steps
 
 _KEY = r"(?P<key>[^<>\n\"]{1,256})"
-_CDATA = r"(?P<cdata><!\[CDATA\[)?"
+_CDATA = compiled(r"<!\[CDATA\[")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,7 @@ class TaggedCall:
         """Read a call that was opened."""
         found = yield from source.expect(compiled(self.head), "a name")
         calls.begin(self._name(found["name"]))
-        behind = _CDATA if self.cdata else ""
-        argument = compiled(self.argument.replace("{key}", _KEY) + behind)
+        argument = compiled(self.argument.replace("{key}", _KEY))
         separator = "{"
         while True:
             char = yield from source.skip_space()
@@ -104,8 +103,12 @@ class TaggedCall:
             close = literally(self.close.replace("{key}", head["key"]))
             yield from source.expect(compiled(close), "the end of a value")
             return
-        end = _value_ends(self, head, calls.schema, stripped)
-        yield from self._text(source, calls, types, end, head["key"])
+        if self.cdata and (yield from source.read(_CDATA)):
+            end = compiled(literally("]]>") + r"\s{0,64}" + literally(self.close))
+            ends = end, end
+        else:
+            ends = _value_ends(self, head["key"], calls.schema, stripped)
+        yield from self._text(source, calls, types, ends, head["key"])
 
     def _text(
         self,
@@ -136,15 +139,12 @@ class TaggedCall:
 
 
 def _value_ends(
-    body: TaggedCall, head: Match, schema: Mapping[str, Any], stripped: bool
+    body: TaggedCall, key: str, schema: Mapping[str, Any], stripped: bool
 ) -> tuple[Pattern, Pattern]:
     """Where a value ends, while more text may come and when it will not."""
-    if head.groupdict().get("cdata"):
-        end = compiled(literally("]]>") + r"\s{0,64}" + literally(body.close))
-        return end, end
     known = schema.get("properties")
     names = tuple(map(str, known)) if isinstance(known, Mapping) else ()
-    before, last = (_value_end(body, head["key"], names, stripped, end) for end in (False, True))
+    before, last = (_value_end(body, key, names, stripped, end) for end in (False, True))
     return before, last
 
 
