@@ -277,12 +277,17 @@ class CodeCall:
     """
 
     end: str = r"(?!)"
-    start: str = r"(?=[^\s{\[>])"  # no code begins with the others
+    start: str = r"(?=[^\s{\[<>])"  # no code begins with the others
     resume: str = ""
     is_marked: bool = False
 
     def read(self, source: Source, calls: Calls) -> Steps[None]:
-        """Read a call that was opened."""
+        """Read a call that was opened; what calls another tool as a function is no code."""
+        function = PythonCall()
+        found = yield from source.look(compiled(function.start))
+        if found is not None and found.group()[:-1].removesuffix(".call") in calls.tools:
+            yield from function.read(source, calls)
+            return
         calls.begin(next((name for name in RUNS_CODE if name in calls.tools), ""))
         yield from code_argument(source, calls, compiled(self.end))
         calls.complete()

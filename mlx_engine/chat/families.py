@@ -91,6 +91,7 @@ REASONING: dict[str, ReasoningFormat] = {
     "solar-open": ReasoningFormat(
         "<|think|>", "<|end|>", "<|end|><|begin|>assistant<|content|>", ("<|begin|>assistant",)
     ),
+    "hyperclovax": ReasoningFormat("/think\n", "<|im_end|>", "<|im_end|>\n<|im_start|>assistant\n"),
     "muse": ReasoningFormat(
         " to=self<|message|>", "<|eom|>", "<|eom|><|start|>assistant to=user<|message|>"
     ),
@@ -163,6 +164,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("internlm", (("<|action_start|>",),),
            (ToolFormat("<|action_start|><|plugin|>", "<|action_end|>"),
             ToolFormat("<|action_start|> <|plugin|>", "<|action_end|>"))),
+    Family("hyperclovax", (("-> tool/function_call",),),
+           (ToolFormat(" -> tool/function_call\n"),), drop=("<|im_start|>assistant", "<|im_end|>"),
+           reasoning="hyperclovax"),
     Family("gigachat-3.1", (("<|function_call|>",),), (ToolFormat("<|function_call|>"),)),
     Family("gigachat-3", (("function call", "<|role_sep|>", "<|message_sep|>"),),
            (ToolFormat("<|message_sep|>\n\nfunction call<|role_sep|>\n"),)),
@@ -204,6 +208,7 @@ FAMILIES: tuple[Family, ...] = (
             ToolFormat("", "", "python"),
             ToolFormat(""))),
     Family("llama-3", (("<|python_tag|>",), ("<|start_header_id|>", '"parameters"')),
-           (ToolFormat("<|python_tag|>", "", (JSONCall(), PythonCall(), JSON_IN_TAG)), PYTHON_TAG,
+           (PYTHON_TAG, ToolFormat("<|python_tag|>", "", (JSONCall(), PythonCall(), JSON_IN_TAG)),
             ToolFormat(""))),
+    Family("xlam", (("tool_call_name", '"arguments"'),), (ToolFormat(""),)),
 )  # fmt: skip

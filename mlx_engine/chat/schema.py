@@ -47,7 +47,7 @@ def _types(schema: Any, root: Mapping[str, Any], steps: list[int]) -> set[str]:
         return _types(_referred(reference, root), root, steps)
     found: set[str] = set()
     declared = schema.get("type")
-    for name in [declared] if isinstance(declared, str) else declared or ():
+    for name in declared if isinstance(declared, list) else [declared]:
         if isinstance(name, str):
             found.add(_NAMES.get(name.lower(), name.lower()))
     for union in ("anyOf", "oneOf"):
@@ -153,8 +153,8 @@ def cast(text: str, types: Iterable[str]) -> str:
     if "boolean" in types and value in _BOOLEANS:
         return json.dumps(_BOOLEANS[value])
     is_number = "string" not in types or _JSON_NUMBER.fullmatch(value)
-    may_be_number = types & {"integer", "number"} and is_number
-    if may_be_number and (number := _number(value, "number" in types)):
+    numbers = types & {"integer", "number"}
+    if numbers and is_number and (number := _number(value, "number" in types)):
         return number
     if types & {"object", "array"} and (found := _container(value, types)):
         return found

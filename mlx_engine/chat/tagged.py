@@ -85,7 +85,7 @@ def _reasoning(
 
 @lru_cache(maxsize=128)
 def _closing(form: ReasoningFormat, sections: tuple[Section, ...], ended: bool) -> Pattern:
-    """What may end reasoning: its marker, unless that stands between backticks, and calls."""
+    """The ends that reasoning may have: its marker, not between backticks, and calls."""
     marker, behind = regex.escape(form.close), "(?!`)" if ended else "(?=[^`])"
     every = [rf"(?P<close>(?<!`){marker}|{marker}{behind})"]
     if form.others:

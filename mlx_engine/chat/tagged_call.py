@@ -6,7 +6,6 @@ import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from mlx_engine.chat.bodies import compiled, literally, without_names
 from mlx_engine.chat.calls import Calls
@@ -16,7 +15,7 @@ from mlx_engine.chat.schema import argument_schema, cast, types_of
 from mlx_engine.chat.source import CutOff, Malformed, Match, Pattern, Source, Steps
 
 _KEY = r"(?P<key>[^<>\n\"]{1,256})"
-_CDATA = r"(?P<cdata><!\[CDATA\[)?"
+_CDATA = compiled(r"<!\[CDATA\[")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +64,7 @@ class TaggedCall:
         """Read a call that was opened."""
         found = yield from source.expect(compiled(self.head), "a name")
         calls.begin(self._name(found["name"]))
-        behind = _CDATA if self.cdata else ""
-        argument = compiled(self.argument.replace("{key}", _KEY) + behind)
+        argument = compiled(self.argument.replace("{key}", _KEY))
         separator = "{"
         while True:
             char = yield from source.skip_space()
@@ -104,8 +102,22 @@ class TaggedCall:
             close = literally(self.close.replace("{key}", head["key"]))
             yield from source.expect(compiled(close), "the end of a value")
             return
-        end = _value_ends(self, head, calls.schema, stripped)
-        yield from self._text(source, calls, types, end, head["key"])
+        if self.cdata and (yield from source.read(_CDATA)):
+            end = compiled(literally("]]>") + r"\s{0,64}" + literally(self.close))
+            ends = end, end
+        else:
+            key = head["key"] if "{key}" in self.close else ""
+            before, last = (_value_end(self, key, stripped, ended) for ended in (False, True))
+            ends = before, last
+        yield from self._text(source, calls, types, ends, head["key"])
+
+    def _is_quoted(self, end: Match, calls: Calls) -> bool:
+        """Whether what looks like the next argument is none of the tool's, and so of the value."""
+        key = end.groupdict().get("next")
+        known = calls.schema.get("properties")
+        if key is None or not isinstance(known, Mapping) or not known:
+            return False
+        return self._name(key) not in known
 
     def _text(
         self,
@@ -120,11 +132,12 @@ class TaggedCall:
         is_text = types == {"string"}
         if is_text:
             calls.add('"')
-        found = yield from source.find(
-            ends[0],
-            (lambda text: calls.add(escaped(text))) if is_text else parts.append,
-            ends[1],
-        )
+        emit = (lambda text: calls.add(escaped(text))) if is_text else parts.append
+        found = yield from source.find(ends[0], emit, ends[1])
+        while found is not None and self._is_quoted(found, calls):
+            emit(source.text[source.at])
+            source.at += 1
+            found = yield from source.find(ends[0], emit, ends[1])
         if found is None:
             raise CutOff
         source.at = found.end()
@@ -135,29 +148,15 @@ class TaggedCall:
             calls.add("null")
 
 
-def _value_ends(
-    body: TaggedCall, head: Match, schema: Mapping[str, Any], stripped: bool
-) -> tuple[Pattern, Pattern]:
-    """Where a value ends, while more text may come and when it will not."""
-    if head.groupdict().get("cdata"):
-        end = compiled(literally("]]>") + r"\s{0,64}" + literally(body.close))
-        return end, end
-    known = schema.get("properties")
-    names = tuple(map(str, known)) if isinstance(known, Mapping) else ()
-    before, last = (_value_end(body, head["key"], names, stripped, end) for end in (False, True))
-    return before, last
-
-
 @lru_cache(maxsize=512)
-def _value_end(
-    body: TaggedCall, key: str, names: tuple[str, ...], stripped: bool, ended: bool
-) -> Pattern:
+def _value_end(body: TaggedCall, key: str, stripped: bool, ended: bool) -> Pattern:
     """Where a value ends: a tag counts if what may be behind it is.
+
+    Its group ``next`` is the name of the next argument, if the tag itself is missing.
 
     Args:
         body: how the call is written.
-        key: the argument's name, as it is written.
-        names: of all arguments that the tool has.
+        key: the argument's name, as it is written, if the tag has it.
         stripped: a newline behind the value is none of it.
         ended: no more text will come.
     """
@@ -171,8 +170,7 @@ def _value_end(
     if ended:
         each.append(rf"{close}(?=\s*\Z)")
     if body.newlines:  # the tag itself is missing
-        keys = f"(?:{'|'.join(map(literally, names))})" if names else _KEY
-        argument = without_names(body.argument.replace("{key}", keys))
+        argument = without_names(body.argument).replace("{key}", _KEY.replace("key", "next"))
         each.append(rf"\n(?=\s{{0,64}}(?:{argument}))")
         if body.end and body.after:
             each.append(rf"\n(?={literally(body.end)}\s{{0,64}}(?:{'|'.join(body.after)}))")

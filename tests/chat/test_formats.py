@@ -41,6 +41,15 @@ _DESCRIBED = {
         ("{% set dsml = '｜DSML｜' %}", "deepseek-v3.2", None),
         ("<|START_THINKING|><|START_ACTION|>", "command-a", "<|START_THINKING|>"),
         ("<|tool_call>call: <|channel>thought\\n<channel|>", "gemma-4", "<|channel>thought\n"),
+        ("<|START_ACTION|> Action: ```json", "command-a", "<|START_THINKING|>"),
+        ('Action:\\n```json "tool_name"', "command-r", None),
+        ('<tool_sep> <function name="f"><param name="a">', "minicpm-5", None),
+        ("<|assistant|> <|end|>", "none", None),  # no gpt-oss
+        ("[BEGIN FINAL RESPONSE] <tool_calls>", "apriel", "Here are"),
+        ("<|think|> <|tool_call:begin|> <|end|>", "solar-open", "<|think|>"),
+        (">>>all <|start_header_id|>", "functionary-3.2", None),
+        ("functools[", "firefunction", None),
+        ("<functions> <function_calls>", "olmo-3", None),
     ],
 )
 def test_a_template_shows_its_family(template: str, name: str, reasoning: str | None) -> None:

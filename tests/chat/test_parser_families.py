@@ -19,7 +19,7 @@ _TOOLS = [
 ]
 _PARIS = ("get_weather", {"city": "Paris", "days": 77})
 _TIME: tuple[str, dict[str, Any]] = ("get_time", {})
-_BARE = {"llama-3", "llama-4"}  # whose calls are an answer's beginning
+_BARE = {"llama-3", "llama-4", "xlam"}  # whose calls are an answer's beginning
 
 
 def _form(family: str) -> AnswerFormat:

@@ -156,6 +156,8 @@ WRITERS: dict[str, Write] = {
     "olmo-3": together("<function_calls>\n", _python, "\n</function_calls>", "\n"),
     "internlm": each("<|action_start|><|plugin|>\n", lambda call: _object(
         call, arguments="parameters"), "<|action_end|>"),
+    "hyperclovax": together(" -> tool/function_call\n[", _object, "]<|im_end|>"),
+    "xlam": together("[", _object, "]"),
     "gigachat-3": each("<|message_sep|>\n\nfunction call<|role_sep|>\n", _object, ""),
     "gigachat-3.1": each("<|function_call|>", _object, ""),
     "firefunction": together(" functools[", _object, "]"),
