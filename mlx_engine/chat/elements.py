@@ -56,7 +56,7 @@ def _element(
 ) -> Steps[None]:
     close = compiled(literally(f"{mark}</{key}>"))
     types = types_of(schema, calls.schema)
-    if types != {"string"} and (yield from elements(source, calls, mark, schema, depth + 1)):
+    if "string" not in types and (yield from elements(source, calls, mark, schema, depth + 1)):
         yield from source.skip_space()
         yield from source.expect(close, f"</{key}>")
         return

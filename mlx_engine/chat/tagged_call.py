@@ -96,7 +96,7 @@ class TaggedCall:
             types = frozenset({"string"})
         stripped = self.newlines and (yield from source.peek()) == "\n"
         source.at += stripped
-        has_elements = self.element and types != {"string"}
+        has_elements = self.element and "string" not in types
         if has_elements and (yield from elements(source, calls, self.element, schema)):
             yield from source.skip_space()
             close = literally(self.close.replace("{key}", head["key"]))

@@ -54,7 +54,7 @@ def _element(name: str, *inner: str) -> str:
         (_element("at", _element("x", "4")), {"at": {"x": 4}}),
         (_element("at") + _element("points"), {"at": {}, "points": []}),
         (_element("either", "  plain"), {"either": "  plain"}),
-        (_element("either", _element("tag", "p")), {"either": {"tag": "p"}}),
+        (_element("either", _element("tag", "p")), {"either": f"{_M3}<tag>p{_M3}</tag>"}),
         (_element("notes", _element("item", "1"), _element("item", "two")), {"notes": [1, "two"]}),
         (_element("points", _element("item", "1"), _element("x", "2")), "error"),
         (_element("at", _element("x", "four")), "error"),
