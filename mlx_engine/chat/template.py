@@ -236,15 +236,22 @@ class ChatTemplate:
                     "continue_final_message", f"the model's chat template refuses it: {error}"
                 ) from error
             thought = next((last[name] for name in attempts.fields if name in last), "")
-            if AnswerParser(self.format, None, begun[-_TAIL:]).in_reasoning:
-                close = self.format.reasoning_close() if last["content"] else ""
-                return f"{begun}{thought}{close}{last['content']}"
-            if thought and not last["content"]:
-                raise InvalidRequest(
-                    "continue_final_message",
-                    f"this model's chat template does not show the reasoning of {_last(adapted)}",
-                ) from error
-            return f"{begun}{last['content']}"
+            return self._behind_header(begun, str(thought), adapted)
+
+    def _behind_header(self, begun: str, thought: str, adapted: Adapted) -> str:
+        """The last message behind the header of an answer, as the family writes it."""
+        content = str(adapted.messages[-1]["content"])
+        form = self.format.reasoning
+        is_open = AnswerParser(self.format, None, begun[-_TAIL:]).in_reasoning
+        if not thought and not is_open:
+            return f"{begun}{content}"
+        if form is None:
+            raise InvalidRequest(
+                "continue_final_message",
+                f"this model's chat template does not show the reasoning of {_last(adapted)}",
+            )
+        close = self.format.reasoning_close() if content else ""
+        return f"{begun}{'' if is_open else form.open}{thought}{close}{content}"
 
     def _end(
         self, prompt: ChatPrompt, probes: Probes, adapted: Adapted, text: str, begun: str

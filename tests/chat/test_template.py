@@ -12,6 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_engine import InvalidRequest
 from mlx_engine.chat import template as chat_template
+from mlx_engine.chat.parser import AnswerParser
 from mlx_engine.chat.template import ChatTemplate, RenderedPrompt
 from mlx_engine.requests import ChatPrompt
 from tests.chat.test_messages import HELLO, WEATHER, call, rendered, result, system
@@ -144,6 +145,17 @@ def test_reasoning_alone_is_continued_open() -> None:
     with pytest.raises(InvalidRequest, match=r"number 1 \('assistant'\)") as caught:
         rendered("{{ messages[0].content }}", [HELLO, thought], continue_final_message=True)
     assert caught.value.option == "continue_final_message"
+
+
+def test_reasoning_that_the_template_drops_is_continued_in_the_familys_markers() -> None:
+    drops = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content.split('</think>')[-1] }};{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    thought = {"role": "assistant", "content": "", "reasoning_content": "I wonder "}
+    found = rendered(drops, [HELLO, thought], continue_final_message=True)
+    assert found.text.endswith("assistant:<think>I wonder ")
+    assert AnswerParser(found.format, None, found.prefix).in_reasoning
 
 
 def test_a_renderer_that_wants_reasoning_continues_behind_its_header() -> None:
