@@ -221,6 +221,15 @@ async def remote() -> AsyncIterator[RemoteEngine]:
         yield remote
 
 
+async def test_a_client_is_told_no_path_of_the_hosts_machine() -> None:
+    async with (
+        FakeEngine(model="/home/somebody/models/its-model") as engine,
+        hosted(engine) as host,
+        client(host) as remote,
+    ):
+        assert remote.model == "its-model"
+
+
 async def test_a_client_of_a_host_sees_all_of_it(remote: RemoteEngine) -> None:
     assert remote.model == "its-model"
     assert (remote.supports_tools, remote.supports_reasoning) == (True, True)

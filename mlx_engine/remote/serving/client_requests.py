@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -92,8 +93,11 @@ class ClientRequests:
     def welcome(self) -> Welcome:
         """The first answer: what the client should know of the engine."""
         engine = self._engine
+        model = engine.model
+        if model is not None and os.path.isabs(model):
+            model = os.path.basename(model)  # where this machine keeps it is nobody else's business
         return Welcome(
-            engine.model,
+            model,
             engine.has_chat_template,
             engine.supports_tools,
             engine.supports_reasoning,
