@@ -146,7 +146,7 @@ async def test_a_prompt_that_cannot_be_encoded_costs_its_own_request_only(
     assert others == expected
     assert isinstance(errors[0], InvalidRequest)
     assert isinstance(errors[1], InvalidRequest)
-    assert isinstance(errors[2], GenerationResult)
+    assert isinstance(errors[2], InvalidRequest)
 
 
 def fail_calls(*numbers: int, kind: str = "model") -> Callable[[str], None]:
