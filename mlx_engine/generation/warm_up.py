@@ -2,17 +2,23 @@
 
 MLX makes a program of what it runs for the first time: mlx_lm's models have functions that are
 compiled (on the CPU back end by a C++ compiler, seconds each), and Metal builds its kernels when
-they are first used, which are others for long inputs than for short ones.
+they are first used, which are others for long inputs than for short ones. What a chat template
+takes is found out by rendering small conversations.
 """
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
+from mlx_engine.chat.template import ChatTemplate
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.stop import checkpoint
+from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache.kv_cache import Cache, make_kv_cache, merge, quantize
 from mlx_engine.generation.prefill import may_pad, padded_prefill, prefilled
 from mlx_engine.generation.request import Request
@@ -23,12 +29,29 @@ from mlx_engine.generation.speculative.decoder import SpeculativeDecoder
 from mlx_engine.generation.speculative.depth import DepthChooser
 from mlx_engine.generation.speculative.setup import Speculation
 from mlx_engine.models.loading import LoadedModel
+from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.params import SamplingParams
-from mlx_engine.requests import GenerationRequest, TextPrompt
+from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt
 
 _LONG = 64  # tokens: enough for the kernels of long inputs, soon done by a large model
 _SHORT = 8  # tokens, where there are no such kernels: a CPU takes a tenth of a second for each
 _STEPS = 2
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "read",
+        "description": "Read a file.",
+        "parameters": {"type": "object", "properties": {"path": {"type": "string"}}},
+    },
+}
+_CALL = {"name": "read", "arguments": {"path": "a"}}
+_TALK: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is in a?"},
+    {"role": "assistant", "tool_calls": [{"id": "call00001", "function": _CALL}]},
+    {"role": "tool", "tool_call_id": "call00001", "content": "One line."},
+    {"role": "user", "content": "And in b?"},
+]
 _EVERYTHING = SamplingParams(  # with a seed: the global random state stays as it is
     temperature=0.7,
     top_p=0.9,
@@ -56,6 +79,7 @@ def warm_up(runner: ModelRunner, *, batched: bool) -> None:
         Exception: whatever MLX raises.
     """
     try:
+        _chats(runner.loaded.vocabulary)
         _alone(runner.loaded, runner.config)
         if batched:
             _together(runner.loaded, runner.config)
@@ -76,6 +100,22 @@ def _prompt(loaded: LoadedModel, config: ModelConfig, most: int | None = None) -
     room = most if loaded.context_length is None else loaded.context_length - _STEPS
     count = max(4, min(most, config.prefill_step_size + 1, room))
     return [1 + i % (loaded.vocab_size - 1) for i in range(count)]
+
+
+def _chats(vocabulary: Vocabulary) -> None:
+    if not vocabulary.tokenizer.has_chat_template:
+        return
+    template = ChatTemplate.of(vocabulary.tokenizer)
+    for talk, tools in (
+        (_TALK[1:2], None),
+        (_TALK[:2], None),
+        (_TALK[1:2], [_TOOL]),
+        (_TALK[1:4], [_TOOL]),
+        (_TALK, [_TOOL]),
+    ):
+        checkpoint()
+        with contextlib.suppress(InvalidRequest):  # it takes no tools, or no calls of them
+            template.render(ChatPrompt.of(talk, tools))
 
 
 def _alone(loaded: LoadedModel, config: ModelConfig) -> None:

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from mlx_engine import BaseEngine, BatchedEngine, DraftModel, EngineState, SimpleEngine
+from mlx_engine.chat.renderer import Renderer
 from mlx_engine.generation.warm_up import warm_up
 from tests.conftest import ROOT, cancel_inside
 from tests.engine.first_request import KINDS
@@ -42,6 +44,13 @@ async def test_first_requests_compile_nothing(hybrid: Path, tmp_path: Path, kind
         assert before > 3, "a model that compiles nothing proves nothing"
 
 
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "look", "parameters": {}}}
+TALK: list[dict[str, Any]] = [
+    {"role": "user", "content": "Where is it?"},
+    {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "look"}}]},
+    {"role": "tool", "tool_call_id": "1", "content": "Here."},
+]
+
 ENGINES: dict[str, Callable[[Path], BaseEngine]] = {
     "simple": SimpleEngine,
     "batched": BatchedEngine,
@@ -50,6 +59,25 @@ ENGINES: dict[str, Callable[[Path], BaseEngine]] = {
     "bounded": lambda model: SimpleEngine(model, max_kv_size=16),
     "draft": lambda model: BatchedEngine(model, decode=DraftModel(model, 2)),
 }
+
+
+async def test_a_first_chat_finds_out_nothing_about_its_template(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renders: list[object] = []
+    render = Renderer.render
+
+    def noted(self: Renderer, *args: Any, **named: Any) -> str:
+        renders.append(args)
+        return render(self, *args, **named)
+
+    monkeypatch.setattr(Renderer, "render", noted)
+    async with SimpleEngine(tiny_path) as engine:
+        assert renders
+        for messages, tools in ((TALK[:1], None), (TALK, [TOOL])):
+            renders.clear()
+            await engine.chat(messages, tools=tools, max_tokens=1)
+            assert len(renders) == 1
 
 
 @pytest.mark.parametrize("kind", ENGINES)
