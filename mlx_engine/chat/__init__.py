@@ -7,6 +7,7 @@ Its files:
     attempts.py           the ways in which it may take a conversation
     messages.py           what callers send -> what templates take
     probes.py             what a template takes, found out with tiny conversations
+    stand_ins.py          small variables for those
     renderer.py           the template itself, or a function in the place of one
     template_names.py     the variables that templates read
     switches.py           those of them that switch reasoning

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mlx_engine.chat.renderer import Tools
 from mlx_engine.conversation import name_of_tool
+from mlx_engine.core.stop import checkpoint
 from mlx_engine.errors import InvalidRequest
 
+_MOST = 2**28  # characters that are looked at; then the rest of the tools count as shown
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 
 
@@ -29,8 +32,18 @@ def check_shown(
     Raises:
         InvalidRequest: the template shows none.
     """
-    hidden = [tool for tool in tools if not _is_in(text, tool, known)]
-    if len(hidden) == len(tools) and not begun:
+    finder = _Finder(text)
+    hidden, shown = [], False
+    for tool in tools:
+        checkpoint()
+        if finder.has(_traces(tool, known)):
+            shown = True
+        elif finder.spent:
+            break
+        else:
+            hidden.append(tool)
+    # Where looking has come to an end, those that were looked at stand for the others.
+    if hidden and not shown and not begun:
         raise InvalidRequest(
             "tools",
             "this model's chat template does not show tools to it (some do only if there is a "
@@ -42,14 +55,55 @@ def check_shown(
     return [f"tools: this model's chat template does not show {names}"]
 
 
-def _is_in(text: str, tool: dict[str, Any], known: bool) -> bool:
+class _Finder:
+    """Looks for tools in a text: they stand together, so where one was found is looked first."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._near = 0  # the foremost place where one was found
+        self._found = False
+        self._left = _MOST
+
+    @property
+    def spent(self) -> bool:
+        """Whether as much was looked at as may be."""
+        return self._left <= 0
+
+    def has(self, strings: Iterable[str]) -> bool:
+        """Whether one of these is there, as far as it is still looked for."""
+        return any(self._find(string) for string in strings)
+
+    def _find(self, string: str) -> bool:
+        at = self._look(string, self._near, len(self._text))
+        if at < 0 and self._near:
+            at = self._look(string, 0, min(self._near + len(string), len(self._text)))
+        if at < 0:
+            return False
+        self._near = min(self._near, at) if self._found else at
+        self._found = True
+        return True
+
+    def _look(self, string: str, low: int, high: int) -> int:
+        if self.spent:
+            return -1
+        at = self._text.find(string, low, high)
+        self._left -= (high if at < 0 else at + len(string)) - low
+        return at
+
+
+def _traces(tool: dict[str, Any], known: bool) -> Iterator[str]:
+    """What of a tool is in a text that shows it: one of these."""
     function = tool.get("function", tool)
-    name = name_of_tool(tool) or ""
     if known or not isinstance(function, dict):
-        return name in text or json.dumps(name)[1:-1] in text
-    # A name may stand there as a word of the language; what it is for does not.
-    about = str(function.get("description") or "")
-    return bool(about) and (about in text or json.dumps(about, ensure_ascii=False)[1:-1] in text)
+        string, ascii_only = name_of_tool(tool) or "", True
+    else:
+        # A name may stand there as a word of the language; what it is for does not.
+        string, ascii_only = str(function.get("description") or ""), False
+        if not string:
+            return
+    yield string
+    if (escaped := json.dumps(string, ensure_ascii=ascii_only)[1:-1]) != string:
+        yield escaped
 
 
 def _completed(tool: dict[str, Any]) -> dict[str, Any]:

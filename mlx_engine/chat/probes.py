@@ -1,7 +1,7 @@
 """Traits of a chat template, found out by giving it tiny conversations with words to look for.
 
-Each question is asked when a conversation needs to know, and once for a template, its variables,
-and whether there are tools.
+Each question is asked when a conversation needs to know, and once for a template, variables that
+are alike, and whether there are tools.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Probes:
 
     Args:
         tools: whether the conversation has tools.
-        variables: for the template.
+        variables: for the template: small ones, that stand for all that are alike.
     """
 
     def __init__(self, renderer: Renderer, tools: bool, variables: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from collections import OrderedDict
@@ -21,12 +20,13 @@ from mlx_engine.chat.parser import AnswerParser
 from mlx_engine.chat.probes import Probes
 from mlx_engine.chat.renderer import Messages, Renderer, Tools
 from mlx_engine.chat.shown import end_of, missing, note_of
+from mlx_engine.chat.stand_ins import key_of, stand_ins
 from mlx_engine.chat.switches import switch_thinking
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.requests import ChatPrompt
 
-_VARIANTS = 32  # of tools or none, and variables, that are remembered for a template
+_VARIANTS = 32  # of tools or none, and of variables, that are remembered for a template
 _TAIL = 64  # characters in which a prompt's end is looked for where it cannot be told apart
 # Other names of reasoning, as an attribute of a message.
 _FIELDS = {
@@ -201,12 +201,14 @@ class ChatTemplate:
         return {**switched, **given}, notes + ([note] if note else [])
 
     def _probes(self, tools: bool, variables: Mapping[str, Any]) -> Probes:
-        key = tools, json.dumps(variables, sort_keys=True, default=repr)
+        """What is known of the template, with variables that are like these."""
+        alike = stand_ins(variables, self._renderer.source(tools))
+        key = tools, key_of(alike)
         with _lock:
             if key in self._variants:
                 self._variants.move_to_end(key)
                 return self._variants[key]
-            probes = self._variants[key] = Probes(self._renderer, tools, variables)
+            probes = self._variants[key] = Probes(self._renderer, tools, alike)
             while len(self._variants) > _VARIANTS:
                 self._variants.popitem(last=False)
         return probes

@@ -26,6 +26,9 @@ class Preparer(Generic[P]):
     Every eighth piece is the one that came first, whatever the ranks: it may be the one that gets
     the next place, and all others would wait for it.
 
+    Of work that waits elsewhere only one piece is done at a time, after all that may be done
+    first: there is always another thread for what waits in the queue.
+
     A thread begins when there is something to do, and ends when there is nothing for a moment. It
     holds no engine and no model meanwhile. What it does must need no MLX, and should look at
     ``checkpoint`` between its steps.
@@ -43,6 +46,8 @@ class Preparer(Generic[P]):
         self._changed = threading.Condition(threading.RLock())
         self._by_rank: Ranked[Preparing[P]] = Ranked()
         self._by_arrival: Ranked[Preparing[P]] = Ranked()
+        self._elsewhere: Ranked[Preparing[P]] = Ranked()  # in the order of arrival
+        self._one_elsewhere = False  # whether a thread has one of those
         self._taken = 0
         self._threads = 0  # that run, or are on their way
         self._idle = 0  # of them, that wait for something to do
@@ -54,8 +59,13 @@ class Preparer(Generic[P]):
             What gives up the thread that was started for it, if one was.
         """
         with self._changed:
-            self._by_rank.add(work.one.rank, work)
-            self._by_arrival.add(work.one.rank[1:], work)
+            if self._is_elsewhere(work):
+                self._elsewhere.add(work.one.rank[1:], work)
+                if self._one_elsewhere:
+                    return None  # the thread that has that one looks for the next
+            else:
+                self._by_rank.add(work.one.rank, work)
+                self._by_arrival.add(work.one.rank[1:], work)
             if self._idle:
                 self._idle -= 1
                 self._changed.notify()
@@ -76,13 +86,22 @@ class Preparer(Generic[P]):
         with self._changed:
             self._leave(work)
 
+    def _is_elsewhere(self, work: Preparing[P]) -> bool:
+        return work.queue is not self.queue
+
     def _leave(self, work: Preparing[P]) -> None:
         self._by_rank.discard(work.one.rank)
-        self._by_arrival.discard(work.one.rank[1:])
+        for order in (self._by_arrival, self._elsewhere):
+            order.discard(work.one.rank[1:])
 
     def _run(self) -> None:
         while (work := self._next()) is not None:
-            self._do(work)
+            try:
+                self._do(work)
+            finally:
+                if self._is_elsewhere(work):
+                    with self._changed:
+                        self._one_elsewhere = False
             del work  # or what it holds would live until the next one
 
     def _next(self) -> Preparing[P] | None:
@@ -93,11 +112,17 @@ class Preparer(Generic[P]):
                     return None
             self._taken += 1
             self._leave(work)
+            if self._is_elsewhere(work):
+                self._one_elsewhere = True
             return work
 
     def _first(self) -> Preparing[P] | None:
         oldest = self._taken % FAIR == FAIR - 1
-        return (self._by_arrival if oldest else self._by_rank).first()
+        here = (self._by_arrival if oldest else self._by_rank).first()
+        there = None if self._one_elsewhere else self._elsewhere.first()
+        if here is None or there is None:
+            return here or there
+        return there if oldest and there.one.rank[1:] < here.one.rank[1:] else here
 
     def _more_comes(self) -> bool:
         """Wait for something to do; whether there may be something. Under the lock."""
@@ -126,7 +151,7 @@ class Preparer(Generic[P]):
             if self._threads:
                 return
             left: list[Preparing[P]] = []
-            while (work := self._by_rank.first()) is not None:
+            while (work := self._by_rank.first() or self._elsewhere.first()) is not None:
                 self._leave(work)
                 left.append(work)
         for work in left:
@@ -144,7 +169,8 @@ class Preparing(Generic[P]):
         one: the work, which is not ready before.
         func: called once at most, on a thread of the preparer; what it returns is the error
             that the caller of the work gets.
-        queue: where the work waits; that of the preparer if there is none.
+        queue: where the work waits; that of the preparer if there is none. Of work in others
+            one piece is done at a time.
     """
 
     def __init__(

@@ -19,7 +19,8 @@ _BEHIND = LARGEST + 1  # the priorities of all requests
 class SideWork(PendingWork[T]):
     """A function that a helper thread calls, and nothing else: it needs no MLX.
 
-    The threads prepare requests first: many questions must not keep those from their turns.
+    The threads prepare requests first, and only one of them does such work at a time: many
+    questions, or long ones, must not keep requests from their turns.
 
     Args:
         what: it does, for the error if it fails.

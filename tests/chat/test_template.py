@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,10 +18,11 @@ from mlx_engine.chat.parser import AnswerParser
 from mlx_engine.chat.template import ChatTemplate, RenderedPrompt
 from mlx_engine.requests import ChatPrompt
 from tests.chat.test_messages import HELLO, WEATHER, call, rendered, result, system
-from tests.chat.traits import TEMPLATES, THINKS, loop, wrapped
+from tests.chat.traits import SAY, TEMPLATES, THINKS, TOOLS, loop, wrapped
 from tests.chat_models import TEMPLATE as REASONS
 from tests.tiny import CHAT_TEMPLATE
 
+LONG = "So it goes. " * 50
 ANSWER = {"role": "assistant", "content": "Hi."}
 PLAIN: dict[str, list[dict[str, Any]]] = {
     "user": [HELLO],
@@ -230,6 +233,58 @@ def test_a_conversation_is_rendered_once(trait: str, monkeypatch: pytest.MonkeyP
         rendered(tokenizer, talk, [WEATHER])
         assert len(counted.given) <= 2, "what the template takes is known by now"
         counted.given.clear()
+
+
+@pytest.mark.parametrize(
+    "of_request",
+    [
+        lambda n: {"documents": [{"title": f"Title {n}", "text": LONG} for _ in range(n)]},
+        lambda n: {"date": f"{n:02} Jul 2026", "now": 1_700_000_000 + n, "score": n / 7},
+        lambda n: {"notes": LONG * n},
+        lambda n: {"extra": {"more": {"rows": [[n, str(n)]] * n}}},
+    ],
+)
+def test_what_is_known_of_a_template_outlives_variables_that_change(
+    of_request: Callable[[int], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = "documents", "date", "now", "score", "notes", "extra"
+    template = loop(SAY, before="".join(f"{{{{ {name} or '' }}}}" for name in names) + TOOLS)
+    tokenizer = wrapped(template)
+    counted = Counted(tokenizer, monkeypatch)
+    for n in range(20, 60):
+        variables = of_request(n)
+        found = rendered(tokenizer, PLAIN["calls"], [WEATHER], template_kwargs=variables)
+        assert found.text == by_transformers(
+            tokenizer, named(PLAIN["calls"]), [WEATHER], **variables
+        )
+        tiny = counted.given if n == 20 else counted.given[:-2]
+        assert n == 20 or not tiny, "what the template takes is known by now"
+        counted.given.clear()
+    variants = ChatTemplate.of(tokenizer)._variants
+    assert sum(len(key) for _, key in variants) < 1000
+
+
+def test_variables_by_which_a_template_branches_are_told_apart() -> None:
+    after = (
+        "{% if mode == 'deep7' %}A{% elif mode %}B{% else %}C{% endif %}"
+        "{% if documents %}D{% endif %}{% if budget == 512 %}E{% elif budget %}F{% endif %}"
+    )
+    asked = "{% if add_generation_prompt %}" + after + "{% endif %}"
+    tokenizer = wrapped(loop(SAY, after=asked))
+    for mode, m in (("deep7", "A"), ("deep8", "B"), ("", "C"), (True, "B"), (None, "C")):
+        for documents, d in (([], ""), ([{"text": "a"}], "D"), (None, "")):
+            for budget, b in ((512, "E"), (513, "F"), (0, ""), (0.0, ""), (-1, "F")):
+                given = {"mode": mode, "documents": documents, "budget": budget}
+                found = rendered(tokenizer, [HELLO], template_kwargs=given)
+                assert found.prefix == m + d + b
+
+
+def test_objects_of_a_type_are_alike() -> None:
+    tokenizer = wrapped(loop(SAY, before="{{ day }}"))
+    for year in range(1990, 2026):
+        given = {"day": datetime.date(year, 1, 1), "unread": object()}
+        rendered(tokenizer, [system("Be brief."), HELLO], template_kwargs=given)
+    assert len(ChatTemplate.of(tokenizer)._variants) <= 3
 
 
 def test_what_is_known_of_a_template_goes_with_it_and_with_its_tokenizer() -> None:

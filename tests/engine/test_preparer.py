@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 import weakref
@@ -86,6 +87,41 @@ async def test_a_thread_that_goes_on_holds_nothing_of_what_it_did_before(
     assert refs[1]() is not None
     steps[1].set()
     await until(lambda: refs[1]() is None)
+
+
+@pytest.mark.parametrize("threads_end", [True, False])
+async def test_work_that_waits_elsewhere_is_done_one_piece_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, threads_end: bool
+) -> None:
+    monkeypatch.setattr(preparer, "_LINGER", 0.0 if threads_end else 60.0)
+    here, elsewhere = (
+        SimpleNamespace(take_to_prepare=lambda _: True, left=lambda *_: None) for _ in range(2)
+    )
+    preparing: Preparer[Any] = Preparer(here)  # type: ignore[arg-type]
+    inside, most, done = 0, 0, [0, 0]
+
+    def work(place: int) -> None:
+        nonlocal inside, most
+        inside += place
+        most = max(most, inside)
+        threading.Event().wait(0.001)
+        inside -= place
+        done[place] += 1
+
+    for _ in range(3):
+        for n in range(40):
+            place = n % 4 != 0
+            queue = elsewhere if place else here
+            func = functools.partial(work, place)
+            Preparing(preparing, PendingWork(attended=False), func, queue).begin()  # type: ignore[arg-type]
+        await until(lambda: not preparing._elsewhere and not preparing._by_rank)
+    await until(lambda: done == [30, 90])
+    assert most == 1
+    monkeypatch.setattr(preparer, "_LINGER", 0.0)
+    with preparing._changed:
+        preparing._idle = 0
+        preparing._changed.notify_all()
+    await until(lambda: preparing._threads == 0)
 
 
 async def test_a_thread_waits_a_moment_for_the_next_prompt(
