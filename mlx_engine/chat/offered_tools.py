@@ -92,7 +92,7 @@ class _Finder:
 
 
 def _traces(tool: dict[str, Any], known: bool) -> Iterator[str]:
-    """What of a tool is in a text that shows it: one of these."""
+    """Strings of which a text that shows a tool has one."""
     function = tool.get("function", tool)
     if known or not isinstance(function, dict):
         string, ascii_only = name_of_tool(tool) or "", True
