@@ -201,7 +201,7 @@ class ChatTemplate:
         return {**switched, **given}, notes + ([note] if note else [])
 
     def _probes(self, tools: bool, variables: Mapping[str, Any]) -> Probes:
-        """What is known of the template, with variables that are like these."""
+        """Traits of the template, with variables that are like these."""
         alike = stand_ins(variables, self._renderer.source(tools))
         key = tools, key_of(alike)
         with _lock:
