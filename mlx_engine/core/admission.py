@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from mlx_engine.config import QueueConfig
 from mlx_engine.core.in_flight import InFlight
@@ -15,7 +15,10 @@ from mlx_engine.core.work_queue import WorkQueue
 from mlx_engine.errors import EngineBusy
 from mlx_engine.outputs import GenerationResult
 
-_FIRST_GUESS = 1.0  # seconds that a request takes, before any has been seen
+_Kind = Literal["requests", "questions"]
+
+# Seconds that one takes, before any has been seen.
+_FIRST_GUESS: dict[_Kind, float] = {"requests": 1.0, "questions": 0.1}
 _LOOK = 0.01  # seconds, at least, between two looks at work that is being prepared
 _SMOOTHING = 0.2  # weight of the newest request in the average
 
@@ -28,7 +31,7 @@ class Admission:
         self._in_flight = lifecycle.in_flight
         self._limits = limits
         self._finished = self._cancelled = self._failed = self._rejected = 0
-        self._seconds_per_request = _FIRST_GUESS
+        self._seconds = dict(_FIRST_GUESS)
 
     @contextmanager
     def enter(
@@ -50,11 +53,30 @@ class Admission:
             return
         with self._in_flight.lock:
             self._lifecycle.check_running()
-            self._check_room(queue)
+            self._check_room(queue, "requests")
             self._in_flight.add(entry)
+        with self._waits(work, queue, "requests"):
+            yield
+
+    @contextmanager
+    def ask(self, entry: InFlight, work: PendingWork[Any], queue: WorkQueue[Any]) -> Iterator[None]:
+        """As ``enter``, for a question: the limits are those of requests, in a line of its own.
+
+        Neither is counted in the other's line: requests wait for turns, and questions take none.
+        """
+        entry.waits_in(queue, work)
+        with self._in_flight.lock:
+            self._lifecycle.check_running()
+            self._check_room(queue, "questions")
+            self._in_flight.add(entry)
+        with self._waits(work, queue, "questions"):
+            yield
+
+    @contextmanager
+    def _waits(self, work: PendingWork[Any], queue: WorkQueue[Any], kind: _Kind) -> Iterator[None]:
         timers: list[asyncio.TimerHandle] = []  # one or none
         if self._limits.max_wait:
-            self._limit_wait(timers, work, queue)
+            self._limit_wait(timers, work, queue, kind)
         try:
             yield
         finally:
@@ -64,8 +86,17 @@ class Admission:
     def over(self, entry: InFlight, work: PendingWork[Any]) -> None:
         """The work is over: count it, and take it out of flight. From any thread."""
         with self._in_flight.lock:
-            if self._in_flight.remove(entry) and entry.counted:
+            if not self._in_flight.remove(entry):
+                return
+            if entry.counted:
                 self._count(work)
+                self._note_seconds(work, "requests")
+
+    def answered(self, entry: InFlight, work: PendingWork[Any]) -> None:
+        """As ``over``, for a question."""
+        with self._in_flight.lock:
+            if self._in_flight.remove(entry):
+                self._note_seconds(work, "questions")
 
     def counts(self) -> dict[str, int]:
         """The fields of ``EngineStats`` that tell of requests."""
@@ -80,44 +111,53 @@ class Admission:
                 "rejected": self._rejected,
             }
 
-    def _waiting(self, queue: WorkQueue[Any]) -> int:
-        inside = [one.work for one in self._in_flight if one.counted and one.queue is queue]
+    def _waiting(self, queue: WorkQueue[Any], kind: _Kind) -> int:
+        counted = kind == "requests"
+        inside = [
+            one.work for one in self._in_flight if one.counted is counted and one.queue is queue
+        ]
         return sum(work is not None and work.waiting for work in inside)
 
-    def _check_room(self, queue: WorkQueue[Any]) -> None:
+    def _check_room(self, queue: WorkQueue[Any], kind: _Kind) -> None:
         if self._limits.queue_limit is None and self._limits.max_wait != 0:
             return
-        inside, limit = self._waiting(queue), self._limits.queue_limit
+        inside, limit = self._waiting(queue, kind), self._limits.queue_limit
         waiting = max(0, inside - queue.free)
         full = limit is not None and waiting >= limit
         busy = inside >= max(1, queue.free) or queue.busy
         if (full or self._limits.max_wait == 0) and busy:
-            self._rejected += 1
+            self._rejected += kind == "requests"
             why = f"queue_limit={limit}" if full else "max_wait=0"
-            raise self._busy(f"{waiting} requests are waiting ({why})", waiting, queue)
+            raise self._busy(f"{waiting} {kind} are waiting ({why})", waiting, queue, kind)
 
     def _limit_wait(
-        self, timers: list[asyncio.TimerHandle], work: PendingWork[Any], queue: WorkQueue[Any]
+        self,
+        timers: list[asyncio.TimerHandle],
+        work: PendingWork[Any],
+        queue: WorkQueue[Any],
+        kind: _Kind,
     ) -> None:
         assert self._limits.max_wait is not None
         seconds = self._limits.max_wait if not timers else max(self._limits.max_wait, _LOOK)
         loop = asyncio.get_running_loop()
-        timers[:] = [loop.call_later(seconds, self._expire, timers, work, queue)]
+        timers[:] = [loop.call_later(seconds, self._expire, timers, work, queue, kind)]
 
     def _expire(
-        self, timers: list[asyncio.TimerHandle], work: PendingWork[Any], queue: WorkQueue[Any]
+        self,
+        timers: list[asyncio.TimerHandle],
+        work: PendingWork[Any],
+        queue: WorkQueue[Any],
+        kind: _Kind,
     ) -> None:
         if work.preparing:  # that is work, not waiting
-            self._limit_wait(timers, work, queue)
+            self._limit_wait(timers, work, queue, kind)
             return
         waiting = queue.waiting_with(work)  # many may expire at once: nothing is counted here
-        error = self._busy(
-            f"the request has waited for {self._limits.max_wait} s (max_wait)", waiting, queue
-        )
-        queue.expire(work, error)
+        message = f"the {kind[:-1]} has waited for {self._limits.max_wait} s (max_wait)"
+        queue.expire(work, self._busy(message, waiting, queue, kind))
 
-    def _busy(self, message: str, waiting: int, queue: WorkQueue[Any]) -> EngineBusy:
-        retry_after = self._seconds_per_request * (waiting + 1) / queue.width
+    def _busy(self, message: str, waiting: int, queue: WorkQueue[Any], kind: _Kind) -> EngineBusy:
+        retry_after = self._seconds[kind] * (waiting + 1) / queue.width
         return EngineBusy(
             f"{message}; try again in about {retry_after:.1f} s", retry_after=retry_after
         )
@@ -134,6 +174,8 @@ class Admission:
             self._failed += 1
         else:
             self._finished += 1
+
+    def _note_seconds(self, work: PendingWork[Any], kind: _Kind) -> None:
         if work.ended:
             seconds = work.ended - work.started
-            self._seconds_per_request += _SMOOTHING * (seconds - self._seconds_per_request)
+            self._seconds[kind] += _SMOOTHING * (seconds - self._seconds[kind])

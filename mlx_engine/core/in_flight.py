@@ -22,7 +22,8 @@ class InFlight:
 
     Args:
         request_id: its name.
-        counted: whether queue limits apply to it, and ``stats()`` counts it.
+        counted: whether it is in line with the requests: queue limits apply to it, and
+            ``stats()`` counts it.
         reported: whether a shutdown reports on it: it is a request, whose name its caller knows.
         abortable: whether a shutdown may abort it; else it does not wait for it either.
         loop: the event loop without which it would never end; ``None`` if another thread ends it.

@@ -76,15 +76,14 @@ class Scheduler(abc.ABC, Generic[R]):
 
         Raises:
             EngineNotStarted, EngineStopped, EngineDead: by the engine's state.
+            EngineBusy: too many others wait already, or it has waited too long.
             GenerationError: ``func`` has raised what is no error of ours.
         """
         entry = InFlight(self._lifecycle.new_id(name))
-        work = SideWork(name, func, functools.partial(self.admission.over, entry))
-        entry.waits_in(self._beside, work)
-        self._lifecycle.admit(entry)
-        return await self._beside.run(  # type: ignore[no-any-return]
-            work, Preparing(self._preparer, work, work.do, self._beside)
-        )
+        work = SideWork(name, func, functools.partial(self.admission.answered, entry))
+        preparing = Preparing(self._preparer, work, work.do, self._beside)
+        with self.admission.ask(entry, work, self._beside):
+            return await self._beside.run(work, preparing)  # type: ignore[no-any-return]
 
     async def run_blocking_serialized(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -42,6 +43,7 @@ class SideWork(PendingWork[T]):
         try:
             with stoppable(lambda: self.cancelled or self.orphaned):
                 checkpoint()
+                self.started = time.perf_counter()
                 self.value = func()
         except Interrupted:
             pass  # nobody wants it any more
@@ -53,6 +55,8 @@ class SideWork(PendingWork[T]):
             failed = GenerationError(f"{self._what} failed: {describe(error)}")
             failed.__cause__ = error
             return failed
+        finally:
+            self.ended = time.perf_counter() if self.started else 0.0
         return None
 
     def announce(self) -> None:
@@ -71,8 +75,8 @@ class SideQueue(WorkQueue[SideWork[Any]]):
 
     @property
     def free(self) -> int:
-        """0: none of it is taken up."""
-        return 0
+        """1: one is done at a time; of those in the queue, one is or will be next."""
+        return 1
 
     def _enter(self, one: SideWork[Any]) -> None:
         with self._changed:

@@ -131,7 +131,9 @@ class ChatEngine(Protocol):
         """Count the tokens that a prompt would have: ``usage.prompt_tokens`` of its answer.
 
         It waits for no turn, in whatever the engine is at work: the prompt is made into tokens
-        on a helper thread, as those of requests are.
+        on a helper thread, as those of requests are. One such question is answered at a time;
+        ``queue_limit`` and ``max_wait`` are for those that wait too, apart from requests: as
+        many may wait, for as long.
 
         Args:
             prompt: text, token ids, or the messages of a chat; the rest as in ``chat``.
@@ -143,7 +145,8 @@ class ChatEngine(Protocol):
             InvalidRequest: the prompt is not acceptable.
             ContextLengthExceeded: it is more than four times as long as the model's context.
             GenerationError: the tokenizer failed.
-            EngineBusy: an engine elsewhere, or whoever hosts it, has too much under way.
+            EngineBusy: too many questions wait already, or this one has waited too long; or an
+                engine elsewhere, or whoever hosts it, has too much under way.
             EngineNotStarted, EngineStopped, EngineDead: by the engine's state.
         """
 

@@ -65,9 +65,9 @@ class SimpleEngine(LocalEngine):
                 ``None`` decodes one token after another. In ``BatchedEngine`` it is for
                 requests that are alone at the time.
             queue_limit: requests that may wait for their turn before ``EngineBusy`` is
-                raised; ``None`` is no limit.
+                raised, and as many questions, such as ``count_tokens``; ``None`` is no limit.
             max_wait: seconds that a request may wait for its turn before ``EngineBusy`` is
-                raised; ``None`` is no limit.
+                raised, and a question; ``None`` is no limit.
             limits: how large a request may be; see ``RequestLimits``.
 
         Raises:

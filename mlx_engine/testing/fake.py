@@ -88,8 +88,10 @@ class FakeEngine(InProcessEngine):
             supports_tools: whether chats may have tools.
             supports_reasoning: whether answers may have reasoning.
             context_length: tokens that prompt and answer may have together.
-            queue_limit: requests that may wait for their turn before ``EngineBusy`` is raised.
-            max_wait: seconds that a request may wait for its turn before ``EngineBusy`` is raised.
+            queue_limit: requests that may wait for their turn before ``EngineBusy`` is raised,
+                and as many questions, such as ``count_tokens``.
+            max_wait: seconds that a request, or a question, may wait before ``EngineBusy`` is
+                raised.
             limits: how large a request may be; see ``RequestLimits``.
             on_progress: told of the load, in the event loop that starts the engine.
 
