@@ -240,7 +240,9 @@ class BaseEngine(Engine, abc.ABC):
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
         thinking: bool | None = None,
+        max_reasoning_tokens: int | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> int:
@@ -253,14 +255,18 @@ class BaseEngine(Engine, abc.ABC):
                 chat_template_kwargs,
                 self.limits,
                 tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
                 thinking=thinking,
+                max_reasoning_tokens=max_reasoning_tokens,
                 continue_final_message=continue_final_message,
             )
         else:
             check_plain(
                 tools=bool(tools),
                 tool_choice=tool_choice not in ("auto", None),
+                parallel_tool_calls=parallel_tool_calls not in (True, None),
                 thinking=thinking is not None,
+                max_reasoning_tokens=max_reasoning_tokens is not None,
                 continue_final_message=bool(continue_final_message),
                 chat_template_kwargs=bool(chat_template_kwargs),
             )
@@ -273,7 +279,9 @@ class BaseEngine(Engine, abc.ABC):
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
         thinking: bool | None = None,
+        max_reasoning_tokens: int | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> RenderedChat:
@@ -284,7 +292,9 @@ class BaseEngine(Engine, abc.ABC):
             chat_template_kwargs,
             self.limits,
             tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
             thinking=thinking,
+            max_reasoning_tokens=max_reasoning_tokens,
             continue_final_message=continue_final_message,
         )
         facts = await self.answer(PromptQuestion("render_chat", source))

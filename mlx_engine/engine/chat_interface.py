@@ -124,7 +124,9 @@ class ChatEngine(Protocol):
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
         thinking: bool | None = None,
+        max_reasoning_tokens: int | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> int:
@@ -136,7 +138,8 @@ class ChatEngine(Protocol):
         many may wait, for as long.
 
         Args:
-            prompt: text, token ids, or the messages of a chat; the rest as in ``chat``.
+            prompt: text, token ids, or the messages of a chat; the rest as in ``chat``, also what
+                has no part in the prompt.
 
         Cancellation: what waits for a thread leaves at once. What is being done stops between
         two steps, rendering and tokenizing; ``CancelledError`` is raised then.
@@ -157,7 +160,9 @@ class ChatEngine(Protocol):
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
         thinking: bool | None = None,
+        max_reasoning_tokens: int | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> RenderedChat:

@@ -70,7 +70,11 @@ async def test_the_count_is_that_of_the_request(engine: BaseEngine) -> None:
     for prompt in ("Once upon a time", [1, 2, 3]):
         result = await engine.generate(prompt, max_tokens=1)
         assert await engine.count_tokens(prompt) == result.usage.prompt_tokens
-    for options in ({}, {"tools": [TOOL]}, {"chat_template_kwargs": {"enable_thinking": "open"}}):
+    for options in (
+        {},
+        {"tools": [TOOL], "parallel_tool_calls": False},
+        {"chat_template_kwargs": {"enable_thinking": "open"}, "max_reasoning_tokens": 9},
+    ):
         result = await engine.chat(USER, max_tokens=1, **options)  # type: ignore[arg-type]
         assert await engine.count_tokens(USER, **options) == result.usage.prompt_tokens  # type: ignore[arg-type]
         chat = await engine.render_chat(USER, **options)  # type: ignore[arg-type]
@@ -255,6 +259,14 @@ REFUSED: dict[str, tuple[str, Ask]] = {
     "text and tools": ("tools", lambda e: e.count_tokens("a", tools=[TOOL])),
     "text and a choice": ("tool_choice", lambda e: e.count_tokens("a", tool_choice="none")),
     "text and thinking": ("thinking", lambda e: e.count_tokens("a", thinking=False)),
+    "text and one call": (
+        "parallel_tool_calls",
+        lambda e: e.count_tokens("a", parallel_tool_calls=False),
+    ),
+    "text and a budget": (
+        "max_reasoning_tokens",
+        lambda e: e.count_tokens("a", max_reasoning_tokens=5),
+    ),
     "text to continue": (
         "continue_final_message",
         lambda e: e.count_tokens("a", continue_final_message=True),
