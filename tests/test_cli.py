@@ -173,6 +173,16 @@ def test_an_option_out_of_range_is_a_usage_error_with_its_name() -> None:
     assert re.fullmatch(r"mlx-engine: error: argument --top-p: must be [^\n]*\n", errors)
 
 
+def test_options_of_chats_reach_the_engine(tiny_path: Path) -> None:
+    line = ("generate", "hello", "--model", str(tiny_path), "--max-tokens", "2", "--json")
+    code, output, _ = finish(*line, "--no-thinking")
+    assert code == 0
+    assert any("thinking" in note for note in json.loads(output)["notes"]), output
+    code, _, errors = finish(*line, "--max-reasoning-tokens", "-3")
+    assert code == 2
+    assert "argument --max-reasoning-tokens: must be" in errors
+
+
 def test_a_missing_model_is_one_line_and_exit_code_1() -> None:
     code, output, errors = finish("generate", "hello", "--model", "./there/is/none")
     assert (code, output) == (1, "")
@@ -396,6 +406,9 @@ def test_the_options_of_the_fast_paths_become_strategies() -> None:
         ("generate x --logit-bias 3", "--logit-bias"),
         ("generate x --max-tokens lots", "--max-tokens"),
         ("generate x --raw --system s", "--system"),
+        ("generate x --raw --no-thinking", "--thinking"),
+        ("generate x --raw --max-reasoning-tokens 3", "--max-reasoning-tokens"),
+        ("chat --max-reasoning-tokens few", "--max-reasoning-tokens"),
         ("generate x --logprobs 1", "--logprobs"),
         ("chat --logprobs 1", "--logprobs"),
         ("generate x --tempe 1", "--tempe"),

@@ -11,14 +11,16 @@ import argparse
 import asyncio
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 
 from mlx_engine.cli import interrupts
-from mlx_engine.cli.options import engine_options, sampling_params
+from mlx_engine.cli.options import chat_options, engine_options, sampling_params
 from mlx_engine.cli.output import AnswerPrinter, ProgressBar, print_answer, remark, say
+from mlx_engine.core.stream import GenerationStream
 from mlx_engine.engine.simple import SimpleEngine
 from mlx_engine.errors import ContextLengthExceeded, GenerationError
 from mlx_engine.outputs import GenerationResult
-from mlx_engine.params import SamplingParams
 
 try:
     import readline  # noqa: F401 - input() then edits lines and has a history
@@ -43,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         try:
             # Ctrl-C between an answer and the next prompt belongs to neither.
             with interrupts.on_ctrl_c(interrupts.do_nothing):
-                _talk(Conversation(engine, params, args.system, bar), runner, args.verbose)
+                stream = partial(engine.stream_chat, params=params, **chat_options(args))
+                _talk(Conversation(stream, args.system, bar), runner, args.verbose)
         finally:
             runner.run(engine.stop())
     return 0
@@ -86,15 +89,19 @@ def _read_line(prompt: str) -> str | None:
 class Conversation:
     """Messages to and fro.
 
+    Args:
+        stream: the engine's ``stream_chat``, with all options.
+        system: message, apart from the turns.
+        bar: told of the prefill.
+
     Attributes:
         turns: messages of user and assistant, in turn; the system message is kept apart.
     """
 
     def __init__(
-        self, engine: SimpleEngine, params: SamplingParams, system: str | None, bar: ProgressBar
+        self, stream: Callable[..., GenerationStream], system: str | None, bar: ProgressBar
     ) -> None:
-        self._engine = engine
-        self._params = params
+        self._stream = stream
         self._bar = bar
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self.turns: list[Message] = []
@@ -129,7 +136,7 @@ class Conversation:
         before = self.turns
         while True:
             messages = [*self._system, *self.turns, question]
-            stream = self._engine.stream_chat(messages, self._params, on_progress=self._bar)
+            stream = self._stream(messages, on_progress=self._bar)
             try:
                 return await print_answer(stream, printer)
             except ContextLengthExceeded:

@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 
 from mlx_engine.cli import interrupts
-from mlx_engine.cli.options import engine_options, sampling_params
+from mlx_engine.cli.options import chat_options, engine_options, sampling_params
 from mlx_engine.cli.output import AnswerPrinter, ProgressBar, print_answer, remark, say
 from mlx_engine.core.stream import GenerationStream
 from mlx_engine.engine.simple import SimpleEngine
@@ -61,7 +61,7 @@ def _chat(
     messages = [{"role": "user", "content": args.prompt.rstrip("\n")}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
-    return engine.stream_chat(messages, params, on_progress=bar)
+    return engine.stream_chat(messages, params, on_progress=bar, **chat_options(args))
 
 
 async def _answer(

@@ -40,8 +40,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command == "generate":
-        if args.raw and args.system is not None:
-            parser.error("argument --system: not allowed with --raw, which sends no messages")
+        for option in ("system", *chat_options(args)) if args.raw else ():
+            if vars(args)[option] is not None:
+                flag = flag_of(option)
+                parser.error(f"argument {flag}: not allowed with --raw, which sends no messages")
         if "logprobs" in args and not args.json:
             parser.error("argument --logprobs: needs --json, which shows them")
     if args.command == "host" and args.engine == "simple":
@@ -65,6 +67,12 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     if "logit_bias" in options:
         options["logit_bias"] = dict(options["logit_bias"])
     return SamplingParams(**options)
+
+
+def chat_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of ``stream_chat`` that were given."""
+    given = vars(args)
+    return {name: given[name] for name in ("thinking", "max_reasoning_tokens") if name in given}
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def spelled(error: InvalidRequest) -> str:
     kinds = (SamplingParams, ModelConfig, QueueConfig, BatchConfig)
     names = {field.name for kind in kinds for field in fields(kind)} | {*SPELLINGS}
     names |= {"num_draft_tokens", "q_bits", "q_group_size", "seconds", "only", "max_clients"}
-    names |= {"cache_folder"}
+    names |= {"cache_folder", "thinking", "max_reasoning_tokens"}
     message = str(error)
     if error.option not in names:
         return message
@@ -164,6 +172,19 @@ def _add_talk(command: argparse.ArgumentParser) -> None:
     """Add the options that ``generate`` and ``chat`` have in common."""
     command.add_argument("--model", metavar="MODEL", default=DEMO_MODEL, help=_MODEL_HELP)
     command.add_argument("--system", metavar="TEXT", help="system message")
+    command.add_argument(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="switch reasoning on or off, where the model has such a switch",
+    )
+    command.add_argument(
+        "--max-reasoning-tokens",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="close the reasoning after N tokens, and go on with the answer",
+    )
     command.add_argument(
         "--verbose", action="store_true", help="print statistics to standard error"
     )
