@@ -13,6 +13,8 @@ from mlx_engine.chat.bodies import (
     PythonCall,
 )
 from mlx_engine.chat.tagged_call import TaggedCall
+from mlx_engine.checks import shown
+from mlx_engine.errors import InvalidRequest
 
 _BODIES: dict[str, tuple[Body, ...]] = {
     "json": (JSONCall(),),
@@ -45,6 +47,14 @@ class ReasoningFormat:
     open: str
     close: str
     end: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("open", "close", "end"):
+            if not isinstance(given := getattr(self, name), str):
+                raise InvalidRequest("reasoning_format", f"{name} must be text, not {shown(given)}")
+        if not self.close:
+            raise InvalidRequest("reasoning_format", "close must not be empty")
+
     others: tuple[str, ...] = ()
 
 
@@ -67,6 +77,15 @@ class ToolFormat:
     body: Literal["json", "python", "xml"] | tuple[Body, ...] = "json"
     may_be_empty: bool = False
     only_with: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("open", "close"):
+            if not isinstance(given := getattr(self, name), str):
+                raise InvalidRequest("tool_format", f"{name} must be text, not {shown(given)}")
+        if isinstance(self.body, str) and self.body not in _BODIES:
+            known = ", ".join(map(repr, _BODIES))
+            raise InvalidRequest("tool_format", f"body must be one of {known}, not {self.body!r}")
+        object.__setattr__(self, "only_with", tuple(self.only_with))  # the wire makes it a list
 
     @property
     def bodies(self) -> tuple[Body, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from mlx_engine.chat.formats import ReasoningFormat, ToolFormat, choose_format
@@ -134,3 +136,21 @@ def test_a_description_that_is_none_is_not_used() -> None:
     assert choose_format("[TOOL_CALLS]", response_template={"fields": 3}).name == "mistral"
     named = choose_format(None, response_template=_DESCRIBED, tool_format="hermes")
     assert named.name == "hermes"
+
+
+@pytest.mark.parametrize(
+    ("make", "option", "words"),
+    [
+        (lambda: ToolFormat(5), "tool_format", "open must be text"),  # type: ignore[arg-type]
+        (lambda: ToolFormat("<c>", None), "tool_format", "close must be text"),  # type: ignore[arg-type]
+        (lambda: ToolFormat("<c>", body="yaml"), "tool_format", "body must be one of 'json'"),  # type: ignore[arg-type]
+        (lambda: ReasoningFormat("<t>", 1), "reasoning_format", "close must be text"),  # type: ignore[arg-type]
+        (lambda: ReasoningFormat("<t>", ""), "reasoning_format", "must not be empty"),
+    ],
+)
+def test_a_format_of_ones_own_is_checked(
+    make: Callable[[], object], option: str, words: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        make()
+    assert caught.value.option == option
