@@ -2,6 +2,7 @@
 
     python -m benchmarks                   all of them, quickly; --full takes two hours
     python -m benchmarks.overhead          what streaming costs over raw mlx_lm
+    python -m benchmarks.chat_streams      what taking a chat's answer apart costs
     python -m benchmarks.throughput        tokens/s of 1 to 32 requests at once, against mlx_lm's
     python -m benchmarks.cancel_latency    how soon a cancelled request is out of the way
     python -m benchmarks.timeline          one cancellation, moment by moment
@@ -32,6 +33,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # In the order in which ``python -m benchmarks`` runs them.
 NAMES = (
     "overhead",
+    "chat_streams",
     "throughput",
     "cancel_latency",
     "timeline",

@@ -56,9 +56,12 @@ class AnswerParser:
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that this text completes."""
+        source = self._parts.source
+        if source.passes(text):
+            return self._taken()
         if not text:
             return []
-        self._parts.source.add(text)
+        source.add(text)
         return self._go_on()
 
     def finish(self) -> list[Piece]:
@@ -69,6 +72,9 @@ class AnswerParser:
     def _go_on(self) -> list[Piece]:
         next(self._steps, None)
         self._parts.calls.flush()
+        return self._taken()
+
+    def _taken(self) -> list[Piece]:
         pieces = self._parts.pieces
         if len(pieces) < 2:
             found = pieces.copy()

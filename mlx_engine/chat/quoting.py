@@ -21,6 +21,9 @@ class Quoting:
 
     def feed(self, text: str) -> None:
         """Take the next part of the text."""
+        if "`" not in text and "\n" not in text:
+            self._plain(text)
+            return
         at = 0
         for event in _EVENTS.finditer(text):
             self._plain(text[at : event.start()])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator
+from functools import lru_cache
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -22,6 +23,8 @@ Pattern = Any
 Match = Any
 
 _WINDOW = 4096  # characters; more than any pattern for a place matches
+
+_MOST_KNOWN = 4096  # characters
 
 _SPACE = re.compile(r"\s*")
 
@@ -37,6 +40,38 @@ class CutOff(Malformed):
         super().__init__("the call was cut off")
 
 
+class _Plain:
+    """The characters with which no match of a pattern begins, as far as they were met."""
+
+    __slots__ = ("_begins", "_pattern", "_plain")
+
+    def __init__(self, pattern: Pattern) -> None:
+        self._pattern = pattern
+        self._plain: set[str] = set()
+        self._begins: set[str] = set()
+
+    def has(self, text: str) -> bool:
+        """Whether the text has such characters only."""
+        if self._plain.issuperset(text):
+            return True
+        if not self._begins.isdisjoint(text):
+            return False
+        return all(char in self._plain or self._is_plain(char) for char in text)
+
+    def _is_plain(self, char: str) -> bool:
+        """Whether no match begins with a character that was not met before."""
+        plain = self._pattern.match(char, partial=True) is None
+        known = self._plain if plain else self._begins
+        if len(known) < _MOST_KNOWN:
+            known.add(char)
+        return plain
+
+
+@lru_cache(maxsize=256)
+def _plain(pattern: Pattern) -> _Plain:
+    return _Plain(pattern)
+
+
 class Source:
     """Text that comes in parts, and the place up to which it was read.
 
@@ -49,12 +84,23 @@ class Source:
         ended: no more will come.
     """
 
-    __slots__ = ("_given", "_kept", "_kept_length", "_recording", "_start", "at", "ended", "text")
+    __slots__ = (
+        "_given",
+        "_kept",
+        "_kept_length",
+        "_passing",
+        "_recording",
+        "_start",
+        "at",
+        "ended",
+        "text",
+    )
 
     def __init__(self) -> None:
         self.text = ""
         self.at = 0
         self.ended = False
+        self._passing: tuple[_Plain, Emit] | None = None  # while all is read, and a match awaited
         self._recording = False
         self._kept: list[str] = []
         self._kept_length = 0
@@ -70,6 +116,20 @@ class Source:
         self.text = self.text[start:] + text
         self.at -= start
         self._start = self.at
+
+    def passes(self, text: str) -> bool:
+        """Emit the next part, if what is looked for cannot begin in it; else it is not taken.
+
+        Most of an answer is such text, for which nothing has to be searched.
+        """
+        if self._passing is None or self._recording or not text:
+            return False
+        plain, emit = self._passing
+        if not plain.has(text):
+            return False
+        self.text, self.at = text[-1], 1
+        emit(text)
+        return True
 
     # Reading: each of these waits until it can tell.
 
@@ -152,7 +212,9 @@ class Source:
                 return found
             if self.ended:
                 return None
+            self._passing = (_plain(pattern), emit) if found is None else None
             yield
+            self._passing = None
 
     # Recording what a call is written as.
 

@@ -112,6 +112,14 @@ def test_plain_text_is_content_at_once(family: Family) -> None:
     assert not answer.calls
 
 
+@pytest.mark.parametrize("cut", range(1, 8))
+@pytest.mark.parametrize("form", _FORMATS, ids=lambda form: form.structure)
+def test_what_came_before_a_marker_counts_when_it_was_plain(form: AnswerFormat, cut: int) -> None:
+    closing = form.reasoning.close if form.reasoning is not None else "</think>"
+    text = f"one `{closing}` two{closing}\nthree\n{closing}\nfour ``{closing}"
+    assert told(parse(form, cuts(text, cut), _TOOLS)) == told(parse(form, text, _TOOLS))
+
+
 def test_deep_json_is_an_error_and_no_recursion() -> None:
     form = choose_format(None, tool_format="hermes", reasoning_format="none")
     deep = "[" * 100_000
