@@ -40,7 +40,8 @@ class Campaign:
         self._faults.disarm()
         self._calls = dict(self._faults.calls)
         assert not [a for a in self.expected if isinstance(a, BaseException)], self.expected
-        assert await self._done() == self.expected  # from the prompt cache, too
+        again = await self._done()  # from the prompt cache, too
+        assert again == self.expected, f"at the second time {again}, not {self.expected}"
 
     def targets(self, turn: int) -> list[tuple[str, int]]:
         """Calls to fail: of each hook one, in each case another one; or all of them."""
