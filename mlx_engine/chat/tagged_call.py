@@ -96,6 +96,11 @@ class TaggedCall:
             types = frozenset({"string"})
         stripped = self.newlines and (yield from source.peek()) == "\n"
         source.at += stripped
+        if calls.literal:
+            end = "\n" * stripped + self.close.replace("{key}", head["key"])
+            found = compiled(literally(end))
+            yield from self._text(source, calls, types, (found, found), head["key"])
+            return
         has_elements = self.element and "string" not in types
         if has_elements and (yield from elements(source, calls, self.element, schema)):
             yield from source.skip_space()
