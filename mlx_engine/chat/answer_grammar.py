@@ -97,7 +97,7 @@ class _Writer:
 
     def _place(self, form: ReasoningFormat, prefix: str) -> None:
         opened, closed = prefix.find(form.open.rstrip("\n")), prefix.rfind(form.close)
-        self._in_reasoning = bool(form.open) and opened >= 0 and closed < opened
+        self._in_reasoning = opened >= 0 and closed < opened
         if closed >= 0 and not self._in_reasoning:
             self._reasoning = None
             self._rest = prefix[closed + len(form.close) :]

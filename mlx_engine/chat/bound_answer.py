@@ -27,7 +27,7 @@ class BoundAnswer:
         heads: without a trigger, what the first may begin with.
         begun: the trigger, if the prompt ends with it.
         is_free: there may be text, which is not bound, in the place of calls and between them.
-        drop: markers around such text.
+        drop: markers around such text, and between calls.
     """
 
     lark: str

@@ -59,9 +59,8 @@ def _reasoning(parts: AnswerParts, bound: BoundAnswer) -> Steps[bool]:
 def _content(parts: AnswerParts, bound: BoundAnswer, *, calls: bool) -> Steps[None]:
     """Read the rest, with calls in it or without."""
     source = parts.source
-    drop = bound.drop if bound.is_free else ()
     every = [f"(?P<call>{literally(bound.trigger)})"] if calls else []
-    every += [f"(?P<drop>{'|'.join(map(literally, drop))})"] if drop else []
+    every += [f"(?P<drop>{'|'.join(map(literally, bound.drop))})"] if bound.drop else []
     markers = compiled("|".join(every) or r"(?!)")
     while (found := (yield from source.find(markers, parts.content))) is not None:
         if found.lastgroup == "drop":

@@ -13,7 +13,7 @@ from mlx_engine.chat.lark import Lark
 from mlx_engine.chat.schema import types_of
 from mlx_engine.chat.tagged_call import TaggedCall
 from mlx_engine.chat.tagged_grammar import tagged_value
-from mlx_engine.chat.tool_schemas import NOTES, OfferedTool, properties_of
+from mlx_engine.chat.tool_schemas import NOTES, OfferedTool, names_of, properties_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,20 @@ class CallGrammar:
         if self.frame.arguments == "json":
             return self.lark.rule(tool.json_rule({"type": "object"} if free else tool.schema))
         if self.frame.arguments == "gemma":
-            return gemma_value(self.lark, tool, tool.schema, self.frame.end)
+            return gemma_value(self.lark, tool, None if free else tool.schema, self.frame.end)
         write = self._tag if self.frame.arguments == "tags" else self._keyword
-        items = [(write(tool, key, schema), must) for key, schema, must in properties_of(tool)]
         separator = '", "' if self.frame.arguments == "python" else ""
+        if free:
+            return self._any_of([write(tool, key, {}) for key in names_of(tool)], separator)
+        items = [(write(tool, key, schema), must) for key, schema, must in properties_of(tool)]
         return self.lark.members(items, separator)
+
+    def _any_of(self, items: list[str], separator: str) -> str:
+        """Any of these, in any order."""
+        if not items:
+            return '""'
+        each = self.lark.any_of(items)
+        return self.lark.rule(f"({each} ({separator} {each})*)?")
 
     def _keyword(self, tool: OfferedTool, key: str, schema: Mapping[str, Any]) -> str:
         value = self.lark.rule(tool.json_rule(tool.within(schema)))

@@ -14,16 +14,17 @@ from mlx_engine.chat.tool_schemas import OfferedTool, alternatives_of, members_o
 _WORDS = {"boolean": '("true" | "false")', "null": '"null"'}
 
 
-def gemma_value(lark: Lark, tool: OfferedTool, schema: Mapping[str, Any], quote: str) -> str:
+def gemma_value(lark: Lark, tool: OfferedTool, schema: Mapping[str, Any] | None, quote: str) -> str:
     """A rule for a value that a schema allows.
 
     Args:
         lark: gets it.
         tool: whose argument it is.
-        schema: of the value.
+        schema: of the value; ``None`` for any object.
         quote: what a string begins and ends with.
     """
-    return _Values(lark, tool, quote).rule(schema)
+    values = _Values(lark, tool, quote)
+    return values.free() if schema is None else values.rule(schema)
 
 
 class _Values:
@@ -45,7 +46,7 @@ class _Values:
         for each in self._parts(schema):
             listed = [each["const"]] if "const" in each else each.get("enum")
             if isinstance(listed, list):
-                found += [self._lark.literal(self._written(value)) for value in listed]
+                found += [self._written(value) for value in listed]
                 continue
             types = types_of(each, self._tool.schema)
             for name in sorted(types) or ["any"]:
@@ -70,7 +71,7 @@ class _Values:
         if name == "object":
             return self._object(schema)
         if name == "any":
-            return self.rule(_ANYTHING)
+            return self._any()
         return self._lark.rule(self._tool.json_rule(self._tool.within({**schema, "type": name})))
 
     def _list(self, schema: Mapping[str, Any]) -> str:
@@ -92,14 +93,37 @@ class _Values:
         return f'"{{" {self._lark.members(items, chr(34) + "," + chr(34))} "}}"'
 
     def _written(self, value: Any) -> str:
+        """The expression for just this value."""
+        spelled, quote = self._lark.spelled, self._lark.literal(self._quote)
         if isinstance(value, str):
-            return self._quote + value + self._quote
+            if self._quote in value:
+                raise self._tool.refused(f"{value!r} cannot be written in this model's format")
+            return f"{quote} {spelled(value)} {quote}"
         if isinstance(value, Mapping):
-            items = (f"{key}:{self._written(item)}" for key, item in value.items())
-            return "{" + ",".join(items) + "}"
-        if isinstance(value, list):
-            return "[" + ",".join(map(self._written, value)) + "]"
-        return json.dumps(value)
+            items = [f"{spelled(f'{key}:')} {self._written(item)}" for key, item in value.items()]
+        elif isinstance(value, list):
+            items = [self._written(item) for item in value]
+        else:
+            return spelled(json.dumps(value))
+        open_, close = ('"["', '"]"') if isinstance(value, list) else ('"{"', '"}"')
+        return " ".join([open_, ' "," '.join(items), close])
+
+    def anything(self) -> str:
+        """A rule for any value."""
+        return self.rule({})
+
+    def _any(self) -> str:
+        each = self.anything()
+        member = self._lark.rule(f"{self._lark.terminal(_KEY)} {each}")
+        scalars = [self._of_type(name, {}) for name in ("string", "number", "boolean", "null")]
+        lists = [f'"{a}" ({item} ("," {item})*)? "{b}"' for a, item, b in
+                 (("[", each, "]"), ("{", member, "}"))]  # fmt: skip
+        return self._lark.any_of([*scalars, *lists])
+
+    def free(self) -> str:
+        """A rule for any object."""
+        member = self._lark.rule(f"{self._lark.terminal(_KEY)} {self.anything()}")
+        return self._lark.rule(f'"{{" ({member} ("," {member})*)? "}}"')
 
 
-_ANYTHING = {"type": ["string", "number", "boolean", "null"]}
+_KEY = r"/[A-Za-z_][\w\-]{0,63}:/"

@@ -67,6 +67,10 @@ class Lark:
         parts = [self._part(part) for part in self._split(text)]
         return " ".join(parts) or '""'
 
+    def spelled(self, text: str) -> str:
+        """An expression for just this text, in which no special token is."""
+        return json.dumps(text, ensure_ascii=False)
+
     def any_of(self, choices: Sequence[str]) -> str:
         """A rule that matches what one of these does."""
         return self.rule(" | ".join(choices))
@@ -109,7 +113,7 @@ class Lark:
     def _part(self, part: str) -> str:
         if part in self._special:
             return f"<[{self._special[part]}]>"
-        return json.dumps(part, ensure_ascii=False)
+        return self.spelled(part)
 
     def template(self, text: str, **values: str) -> str:
         """An expression for the text of a frame, with values in their places."""

@@ -76,7 +76,7 @@ def _enumerate(
         text = value if is_text else json.dumps(value, ensure_ascii=False)
         if _read(text, types) != json.dumps(value) or close in text + close[:-1]:
             raise tool.refused(f"{value!r} cannot be told from other values in this model's format")
-        rule = lark.literal(text)
+        rule = lark.spelled(text)
         if is_text:
             found.texts.append(f"{rule} {lark.literal(close)}" if text else lark.literal(close))
         else:

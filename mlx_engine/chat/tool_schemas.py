@@ -111,6 +111,12 @@ def properties_of(tool: OfferedTool) -> list[tuple[str, Mapping[str, Any], bool]
     return members_of(tool, tool.schema)
 
 
+def names_of(tool: OfferedTool) -> list[str]:
+    """The names of a tool's arguments, as far as its schema tells them."""
+    known = tool.schema.get("properties")
+    return [str(name) for name in known] if isinstance(known, Mapping) else []
+
+
 def members_of(
     tool: OfferedTool, schema: Mapping[str, Any]
 ) -> list[tuple[str, Mapping[str, Any], bool]]:
