@@ -10,6 +10,7 @@ from mlx_engine.chat.bound_answer import GAP, BoundAnswer
 from mlx_engine.chat.call_grammar import CallGrammar
 from mlx_engine.chat.frames import CONTENT, ContentFrame, Frame, frame_of
 from mlx_engine.chat.lark import Lark, literally
+from mlx_engine.chat.name_check import check_names
 from mlx_engine.chat.tool_schemas import OfferedTool, offered_tools
 from mlx_engine.constraints import AnyJSON, Constraint, JSONSchema
 from mlx_engine.errors import InvalidRequest
@@ -40,6 +41,7 @@ def bound_answer(
     Raises:
         InvalidRequest: it cannot be bound so.
     """
+    form = form.bound_as or form
     offered = offered_tools(tools or ())
     if constraint is not None and tool_choice not in ("auto", "none"):
         raise InvalidRequest(
@@ -133,6 +135,7 @@ class _Writer:
                 "option tool_format names another one",
             )
         frame, reads = found
+        check_names(frame, reads, tools)
         lark = self._lark
         grammar = CallGrammar(lark, frame, reads, required)
         trigger = _trigger(frame, reads)

@@ -94,6 +94,12 @@ class RenderedPrompt:
         )
         return replace(self, bound=bound)
 
+    def reasoning_close(self) -> str:
+        """The text that ends reasoning so that the answer goes on; empty if there is none."""
+        if self.bound is not None:
+            return self.bound.reasoning_close()
+        return self.format.reasoning_close()
+
     def parser(self) -> AnswerParser:
         """A parser for an answer to it."""
         return AnswerParser(
