@@ -128,6 +128,12 @@ def _bound(
     return found
 
 
+@cache
+def _required(family: str) -> BoundAnswer:
+    """The answer that most tests look at."""
+    return _bound(family)
+
+
 def _written(family: str, calls: Sequence[Call]) -> str:
     """Calls as the answer to a prompt without reasoning has them, without what ends the answer."""
     text = WRITERS[family](calls)
@@ -177,7 +183,7 @@ def test_every_family_of_the_table_has_a_frame() -> None:
 @pytest.mark.parametrize("special", [False, True])
 @each_family
 def test_calls_as_a_family_writes_them_are_let_through_and_read(family: str, special: bool) -> None:
-    bound = _bound(family, special=special)
+    bound = _bound(family, special=True) if special else _required(family)
     for calls in _ANSWERS[: 1 if family == "harmony" else None]:
         text = _written(family, calls)
         assert _verdict(family, bound, text, special) == "complete", text
@@ -188,7 +194,7 @@ def test_calls_as_a_family_writes_them_are_let_through_and_read(family: str, spe
 
 @each_family
 def test_wrong_calls_and_text_are_refused(family: str) -> None:
-    bound = _bound(family)
+    bound = _required(family)
     for call in _WRONG:
         assert _verdict(family, bound, _written(family, [call])) != "complete", call
     for text in ("", "Hello.", _written(family, [_PARIS])[:-2], _written(family, [_PARIS]) + "."):
@@ -197,7 +203,7 @@ def test_wrong_calls_and_text_are_refused(family: str) -> None:
 
 @each_family
 def test_a_named_tool_is_called_once_and_no_other(family: str) -> None:
-    bound = _bound(family, choice=_NAMED)
+    bound = _bound(family, choice=_NAMED, tools=TOOLS[:2])
     assert _verdict(family, bound, _written(family, [_PARIS])) == "complete"
     for calls in ([_TIME], [_PARIS, _PARIS], [_PARIS, _TIME]):
         assert _verdict(family, bound, _written(family, calls)) != "complete"
@@ -205,14 +211,14 @@ def test_a_named_tool_is_called_once_and_no_other(family: str) -> None:
 
 @each_family
 def test_without_parallel_calls_there_is_one(family: str) -> None:
-    bound = _bound(family, parallel=False)
+    bound = _bound(family, parallel=False, tools=TOOLS[:2])
     assert _verdict(family, bound, _written(family, [_TIME])) == "complete"
     assert _verdict(family, bound, _written(family, [_PARIS, _TIME])) != "complete"
 
 
 @each_family
 def test_reasoning_comes_before_calls_and_ends_at_the_first_closer(family: str) -> None:
-    bound = _bound(family)
+    bound = _required(family)
     close = bound.reasoning.close if bound.reasoning else ""
     call = _written(family, [_TIME])
     thought = f"plan `{call}`" if close not in call else "plan"
@@ -229,7 +235,7 @@ def test_reasoning_comes_before_calls_and_ends_at_the_first_closer(family: str) 
 
 @each_family
 def test_with_a_strict_tool_text_is_free_and_calls_are_bound(family: str) -> None:
-    bound = _bound(family, choice="auto")
+    bound = _bound(family, choice="auto", tools=[TOOLS[0], TOOLS[4]])
     opening = bound.openings[0] if bound.openings else ""
     call, find = _written(family, [_PARIS]), _written(family, [_FIND])
     for text in ("Hello, <b> {1} [x] `y`.", ""):
@@ -246,33 +252,26 @@ def test_with_a_strict_tool_text_is_free_and_calls_are_bound(family: str) -> Non
         wrongs.append(("get_tide", {}))
     for wrong in wrongs:
         assert _verdict(family, bound, mixed + _written(family, [wrong])) != "complete", wrong
-
-
-@each_family
-def test_arguments_of_tools_that_are_not_strict_are_free(family: str) -> None:
-    bound = _bound(family, choice="auto")
-    text = _written(family, [("get_weather", {"days": 100})])
-    assert _verdict(family, bound, text) == "complete"
-    assert _calls(_parse(family, bound, text)) == [("get_weather", {"days": 100})]
+    loose = ("get_weather", {"days": 100})  # which is not strict
+    assert _verdict(family, bound, _written(family, [loose])) == "complete"
+    assert _calls(_parse(family, bound, _written(family, [loose]))) == [loose]
 
 
 @pytest.mark.parametrize("special", [False, True])
 @each_family
 def test_content_behind_reasoning_is_what_a_constraint_says(family: str, special: bool) -> None:
-    schema = JSONSchema({"type": "object", "properties": {"a": {"type": "string"}},
-                         "required": ["a"], "additionalProperties": False})  # fmt: skip
-    value = '{"a": "</think> <tool_call> <|end|> [x"}'
-    for constraint, content in ((schema, value), (Choice([" abc", "d"]), " abc")):
-        bound = _bound(family, constraint=constraint, choice="auto", special=special)
-        opening = bound.openings[0] if bound.openings else ""
-        thought = "plan `</b>`"
-        for before, reasoning in ((_reasoned(family, bound, thought), thought), (opening, "")):
-            tokens = _tokens(family, special)
-            ids = tokens.encode(before) + tokens.spell(content)
-            assert verdict(tokens, bound.lark, ids) == "complete", before + content
-            answer = _parse(family, bound, before + content)
-            assert (answer.reasoning.strip(), answer.content) == (reasoning, content)
-            assert verdict(tokens, bound.lark, [*ids, *tokens.spell("x")]) != "complete"
+    schema = {"type": "object", "properties": {"a": _TEXT}, "required": ["a"]}
+    constraint: Constraint = Choice([" abc", "d"]) if special else JSONSchema(schema)
+    content = " abc" if special else '{"a": "</think> <tool_call> <|end|> [x"}'
+    bound = _bound(family, constraint=constraint, choice="auto", special=special)
+    opening, thought = bound.openings[0] if bound.openings else "", "plan `</b>`"
+    tokens = _tokens(family, special)
+    for before, reasoning in ((_reasoned(family, bound, thought), thought), (opening, "")):
+        ids = tokens.encode(before) + tokens.spell(content)
+        assert verdict(tokens, bound.lark, ids) == "complete", before + content
+        assert verdict(tokens, bound.lark, [*ids, *tokens.spell("x")]) != "complete"
+        answer = _parse(family, bound, before + content)
+        assert (answer.reasoning.strip(), answer.content) == (reasoning, content)
 
 
 @pytest.mark.parametrize("spelled", [False, True])
@@ -318,18 +317,21 @@ def test_what_a_grammar_lets_through_is_read_as_calls_that_validate(
     family: str, choice: str
 ) -> None:
     tools = TOOLS if choice == "required" else [_strict(tool) for tool in TOOLS]
-    bound = _bound(family, tools=tools, choice=choice, special=choice == "auto")
-    tokens = _tokens(family, choice == "auto")
-    for seed in range(2):
-        text = walk(tokens, bound.lark, random.Random(f"{family}{seed}"), _markers(family))
-        if text is None:
-            continue
-        answer = parse(_form(family), text, tools, bound=bound)
-        assert answer.calls or choice == "auto"
-        assert choice == "auto" or answer.content == ""
-        for call in answer.calls:
-            assert call.ok, (call.error, text)
-            jsonschema.validate(call.arguments, _SCHEMAS[call.name])
+    special = choice == "auto"
+    bound = (
+        _bound(family, tools=tools, choice="auto", special=True) if special else _required(family)
+    )
+    text = walk(_tokens(family, special), bound.lark, random.Random(family), _markers(family))
+    if text is not None:
+        _check(parse(_form(family), text, tools, bound=bound), text, choice)
+
+
+def _check(answer: Answer, text: str, choice: str) -> None:
+    """Its calls are right, and if there must be some, nothing else is there."""
+    assert choice == "auto" or (answer.calls and answer.content == "")
+    for call in answer.calls:
+        assert call.ok, (call.error, text)
+        jsonschema.validate(call.arguments, _SCHEMAS[call.name])
 
 
 def _strict(tool: Mapping[str, Any]) -> dict[str, Any]:
@@ -358,16 +360,13 @@ def test_a_format_of_ones_own_has_a_frame(own: str, choice: str) -> None:
                          parallel=True, special={})  # fmt: skip
     assert bound is not None
     called = 0
-    for seed in range(6):
+    for seed in range(4):
         text = walk(_tokens(), bound.lark, random.Random(seed), ["[done]", _OWN[own].open or "["])
         if text is None:
             continue
         answer = parse(form, text, tools, bound=bound)
-        assert answer.calls or choice == "auto"
+        _check(answer, text, choice)
         called += len(answer.calls)
-        for call in answer.calls:
-            assert call.ok, (call.error, text)
-            jsonschema.validate(call.arguments, _SCHEMAS[call.name])
     assert called or not bound.trigger
 
 

@@ -49,14 +49,17 @@ class ByteTokens:
             for text, id in self.fast.get_added_vocab().items()
             if self.trie.is_special_token(id) and id != self.end
         }
+        self._matchers: dict[str, LLMatcher] = {}
         self._byte = [0] * 256
         for id in range(256):  # of which one is a byte that is nothing to the trie
             self._byte[self.trie.decode_bytes([id])[0] if self.trie.decode_bytes([id]) else 0] = id
 
     def matcher(self, lark: str) -> LLMatcher:
-        found = LLMatcher(self.trie, LLMatcher.grammar_from_lark(lark), log_level=0)
-        assert not found.is_error(), f"{found.get_error()[:300]}\n{lark}"
-        return found
+        if lark not in self._matchers:
+            found = LLMatcher(self.trie, LLMatcher.grammar_from_lark(lark), log_level=0)
+            assert not found.is_error(), f"{found.get_error()[:300]}\n{lark}"
+            self._matchers[lark] = found
+        return self._matchers[lark].deep_copy()
 
     def encode(self, text: str) -> list[int]:
         return list(self.fast.encode(text, add_special_tokens=False))
