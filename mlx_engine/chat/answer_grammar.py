@@ -139,7 +139,9 @@ class _Writer:
         lark = self._lark
         grammar = CallGrammar(lark, frame, reads, required)
         trigger = _trigger(frame, reads)
-        behind = grammar.behind(trigger, tools, many=parallel)
+        # Text may follow calls that nothing ends, so that another has a marker of its own.
+        many = parallel and (required or not trigger or bool(frame.close))
+        behind = grammar.behind(trigger, tools, many=many)
         begun = trigger if trigger and self._rest.endswith(trigger) else ""
         marker = f"{lark.literal(trigger)} " if trigger and not begun else ""
         spaced = not frame.turn and not trigger[:1].isspace()

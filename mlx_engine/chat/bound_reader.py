@@ -84,7 +84,7 @@ def _content(parts: AnswerParts, bound: BoundAnswer, *, calls: bool) -> Steps[No
         assert bound.calls is not None
         each = section(bound.calls)
         yield from source.read(each.marker)
-        yield from read_section(source, parts.calls, each)
+        yield from read_section(source, parts.calls, each, single=bound.is_free)
 
 
 def _all(parts: AnswerParts, emit: Emit) -> Steps[None]:
