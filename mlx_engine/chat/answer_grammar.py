@@ -41,21 +41,30 @@ def bound_answer(
     Raises:
         InvalidRequest: it cannot be bound so.
     """
-    form = form.bound_as or form
-    offered = offered_tools(tools or ())
-    if constraint is not None and tool_choice not in ("auto", "none"):
+    if not is_bound(constraint, tools, tool_choice):
+        return None
+    writer = _Writer(form.bound_as or form, prefix, special)
+    if tool_choice in ("auto", "none"):
+        if constraint is not None:
+            return writer.content(constraint)
+        return writer.calls(offered_tools(tools or ()), parallel, required=False)
+    if constraint is not None:
         raise InvalidRequest(
             "constraint", "is for content, and there is none where tool_choice asks for calls"
         )
-    writer = _Writer(form, prefix, special)
-    if constraint is not None:
-        return writer.content(constraint)
-    if tool_choice not in ("auto", "none"):
-        chosen, many = _chosen(offered, tool_choice)
-        return writer.calls(chosen, parallel and many, required=True)
-    if tool_choice == "auto" and any(tool.strict for tool in offered):
-        return writer.calls(offered, parallel, required=False)
-    return None
+    chosen, many = _chosen(offered_tools(tools or ()), tool_choice)
+    return writer.calls(chosen, parallel and many, required=True)
+
+
+def is_bound(
+    constraint: Constraint | None,
+    tools: Sequence[Mapping[str, Any]] | None,
+    tool_choice: str | Mapping[str, Any],
+) -> bool:
+    """Whether anything binds an answer; see ``bound_answer``."""
+    if constraint is not None or tool_choice not in ("auto", "none"):
+        return True
+    return tool_choice == "auto" and any(tool.strict for tool in offered_tools(tools or ()))
 
 
 def _chosen(
