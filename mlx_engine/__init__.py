@@ -27,6 +27,7 @@ Its files:
     outputs.py       what engines give back
     cache_stats.py   what they tell of a prompt cache
     checks.py        numbers and paths that callers give
+    signatures.py    how functions with such options are shown
     errors.py        every exception, as a tree
     guide/           what users read, by ``mlx-engine help``
 """
@@ -88,7 +89,13 @@ if TYPE_CHECKING:
     from mlx_engine.remote.serving.host import EngineHost
     from mlx_engine.remote.signals import SignalHandlers, install_signal_handlers
     from mlx_engine.remote.wire.heartbeat import Watchdog
-    from mlx_engine.requests import Message, ToolChoice
+    from mlx_engine.requests import (
+        ChatOptions,
+        ChatRequestOptions,
+        Message,
+        RequestOptions,
+        ToolChoice,
+    )
     from mlx_engine.strategies import MTP, Decode, DraftModel, EngineDefault, SpecPrefill
 
 __version__ = "0.1.0"
@@ -98,6 +105,8 @@ __all__ = [
     "BaseEngine",
     "BatchedEngine",
     "BatchedOptions",
+    "ChatOptions",
+    "ChatRequestOptions",
     "ContextLengthExceeded",
     "Decode",
     "DraftModel",
@@ -139,6 +148,7 @@ __all__ = [
     "ReplicaInfo",
     "ReplicaState",
     "RequestLimits",
+    "RequestOptions",
     "RestartPolicy",
     "SamplingOptions",
     "SamplingParams",
@@ -238,7 +248,10 @@ _HOMES = {
     ),
     "mlx_engine.remote.wire.heartbeat": ("Watchdog",),
     "mlx_engine.requests": (
+        "ChatOptions",
+        "ChatRequestOptions",
         "Message",
+        "RequestOptions",
         "ToolChoice",
     ),
     "mlx_engine.strategies": (

@@ -15,11 +15,11 @@ from mlx_engine.outputs import (
     EngineState,
     EngineStats,
     GenerationResult,
-    ProgressCallback,
     ShutdownReport,
 )
-from mlx_engine.params import SamplingOptions, SamplingParams
-from mlx_engine.strategies import EngineDefault, SpecPrefill
+from mlx_engine.params import SamplingParams
+from mlx_engine.requests import ALL_DEFAULTS, RequestOptions
+from mlx_engine.signatures import spelled_out
 
 T = TypeVar("T")
 
@@ -96,16 +96,12 @@ class Engine(ChatEngine, Protocol):
     ) -> None: ...
 
     @abc.abstractmethod
+    @spelled_out(RequestOptions, ALL_DEFAULTS)
     async def generate(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        prefill: SpecPrefill | EngineDefault | None = "default",
-        decode: EngineDefault | None = "default",
-        on_progress: ProgressCallback | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> GenerationResult:
         """Continue ``prompt``, and give the whole answer.
 
@@ -130,16 +126,12 @@ class Engine(ChatEngine, Protocol):
         """
 
     @abc.abstractmethod
+    @spelled_out(RequestOptions, ALL_DEFAULTS)
     def stream_generate(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        prefill: SpecPrefill | EngineDefault | None = "default",
-        decode: EngineDefault | None = "default",
-        on_progress: ProgressCallback | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> GenerationStream:
         """Continue ``prompt`` as a stream; arguments and errors are those of ``generate``.
 
@@ -149,16 +141,12 @@ class Engine(ChatEngine, Protocol):
         """
 
     @abc.abstractmethod
+    @spelled_out(RequestOptions, ALL_DEFAULTS)
     async def generate_batch(
         self,
         prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams | None] | None = None,
-        *,
-        priority: int = 0,
-        prefill: SpecPrefill | EngineDefault | None = "default",
-        decode: EngineDefault | None = "default",
-        on_progress: ProgressCallback | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> list[GenerationResult | MLXEngineError]:
         """Continue many prompts, as many at once as the engine can.
 
