@@ -24,6 +24,7 @@ Its files:
     strategies.py    how prompts are prefilled, and answers decoded
     limits.py        how large a request may be
     params.py        the options of one request
+    constraints.py   what an answer must be
     outputs.py       what engines give back
     cache_stats.py   what they tell of a prompt cache
     checks.py        numbers and paths that callers give
@@ -40,6 +41,14 @@ if TYPE_CHECKING:
     from mlx_engine.cache_stats import PromptCacheLookup, PromptCacheStats
     from mlx_engine.chat.answer_format import ReasoningFormat, ToolFormat
     from mlx_engine.config import BatchedOptions, EngineKind, EngineOptions
+    from mlx_engine.constraints import (
+        AnyJSON,
+        Choice,
+        Constraint,
+        Grammar,
+        JSONSchema,
+        Regex,
+    )
     from mlx_engine.core.stream import GenerationStream
     from mlx_engine.engine.base import BaseEngine
     from mlx_engine.engine.batched import BatchedEngine
@@ -102,11 +111,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MTP",
+    "AnyJSON",
     "BaseEngine",
     "BatchedEngine",
     "BatchedOptions",
     "ChatOptions",
     "ChatRequestOptions",
+    "Choice",
+    "Constraint",
     "ContextLengthExceeded",
     "Decode",
     "DraftModel",
@@ -130,8 +142,10 @@ __all__ = [
     "GenerationError",
     "GenerationResult",
     "GenerationStream",
+    "Grammar",
     "Health",
     "InvalidRequest",
+    "JSONSchema",
     "LogitsProcessor",
     "MLXEngineError",
     "Message",
@@ -143,6 +157,7 @@ __all__ = [
     "PromptCacheStats",
     "RayEngine",
     "ReasoningFormat",
+    "Regex",
     "RemoteEngine",
     "RenderedChat",
     "ReplicaInfo",
@@ -184,6 +199,14 @@ _HOMES = {
         "BatchedOptions",
         "EngineKind",
         "EngineOptions",
+    ),
+    "mlx_engine.constraints": (
+        "AnyJSON",
+        "Choice",
+        "Constraint",
+        "Grammar",
+        "JSONSchema",
+        "Regex",
     ),
     "mlx_engine.core.stream": ("GenerationStream",),
     "mlx_engine.engine.base": ("BaseEngine",),
