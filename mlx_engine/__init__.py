@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         InvalidRequest,
         MLXEngineError,
         ModelLoadError,
+        OutputInvalid,
         StreamClosed,
         StreamConsumed,
     )
@@ -150,6 +151,7 @@ __all__ = [
     "MLXEngineError",
     "Message",
     "ModelLoadError",
+    "OutputInvalid",
     "ProcessEngine",
     "Progress",
     "ProgressCallback",
@@ -224,6 +226,7 @@ _HOMES = {
         "InvalidRequest",
         "MLXEngineError",
         "ModelLoadError",
+        "OutputInvalid",
         "StreamClosed",
         "StreamConsumed",
     ),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 from mlx_engine.checks import shown
-from mlx_engine.errors import InvalidRequest, rebuild
+from mlx_engine.errors import InvalidRequest, renamed
 from mlx_engine.limits import RequestLimits
 from mlx_engine.outputs import GenerationResult
 from mlx_engine.requests import ALL_DEFAULTS, ChatOptions, ChatPrompt, Message, TextPrompt
@@ -101,11 +101,3 @@ def tokens_to_decode(tokens: Any, limits: RequestLimits) -> TextPrompt | None:
         ) from error
     except InvalidRequest as error:
         raise renamed(error, "tokens") from error
-
-
-def renamed(error: InvalidRequest, option: str) -> InvalidRequest:
-    """The same error about an option that its caller knows under another name."""
-    message = f"{option}: {str(error).removeprefix(f'{error.option}: ')}"
-    made = rebuild(type(error), message, {**vars(error), "option": option})
-    assert isinstance(made, InvalidRequest)
-    return made

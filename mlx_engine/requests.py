@@ -37,6 +37,7 @@ class AnswerOptions(TypedDict, total=False):
     make one answer; ``Engine.generate`` explains them.
     """
 
+    output: Any
     priority: int
     prefill: SpecPrefill | EngineDefault | None
     decode: EngineDefault | None
@@ -61,6 +62,7 @@ CHAT_DEFAULTS: ChatOptions = {
     "chat_template_kwargs": None,
 }
 ANSWER_DEFAULTS: AnswerOptions = {
+    "output": None,
     "priority": 0,
     "prefill": "default",
     "decode": "default",
@@ -206,24 +208,15 @@ def chat_prompt(
 
 
 def generation_request(
-    source: TextPrompt | ChatPrompt,
-    params: SamplingParams | None,
-    options: RequestOptions,
-    limits: RequestLimits,
+    source: TextPrompt | ChatPrompt, params: SamplingParams, options: RequestOptions
 ) -> GenerationRequest:
-    """What a caller asks of an engine; ``options`` of a chat are in ``source`` already.
+    """What a caller asks of an engine.
 
     Raises:
         InvalidRequest: an option is not acceptable.
     """
     given = {**ANSWER_DEFAULTS, **those_of(AnswerOptions, options)}
-    return GenerationRequest(
-        source,
-        limits.params(params, those_of(SamplingOptions, options)),
-        given["priority"],
-        given["prefill"],
-        given["decode"],
-    )
+    return GenerationRequest(source, params, given["priority"], given["prefill"], given["decode"])
 
 
 def check_known(options: Iterable[str], kind: type[Any]) -> None:

@@ -19,11 +19,12 @@ from mlx_engine.checks import checked_path, shown
 from mlx_engine.config import EngineConfig, QueueConfig
 from mlx_engine.core.drain import clean_up
 from mlx_engine.core.log import logged
-from mlx_engine.core.stream import GenerationStream, Producer
+from mlx_engine.core.stream import GenerationStream, PartialAnswer, Producer
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.engine.interface import Engine
 from mlx_engine.engine.many import at_once, in_order, made_once, params_for_each
-from mlx_engine.errors import InvalidRequest, MLXEngineError
+from mlx_engine.engine.typed import OutputType, TypedWork, as_output, partial_answer
+from mlx_engine.errors import InvalidRequest, MLXEngineError, renamed
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import (
     GenerationResult,
@@ -37,7 +38,6 @@ from mlx_engine.questions import (
     PromptQuestion,
     check_plain,
     is_chat,
-    renamed,
     text_to_encode,
     tokens_to_decode,
 )
@@ -62,6 +62,7 @@ from mlx_engine.signatures import spelled_out
 from mlx_engine.strategies import EngineDefault, SpecPrefill
 
 T = TypeVar("T")
+Work = tuple[Producer, PartialAnswer | None]
 
 
 class BaseEngine(Engine, abc.ABC):
@@ -146,7 +147,7 @@ class BaseEngine(Engine, abc.ABC):
         **options: Unpack[RequestOptions],
     ) -> GenerationResult:
         running_loop()
-        work = self._submit_text(prompt, params, options)
+        work, _ = self._text_work(prompt, params, options)
         return await logged(work.request_id, work.run(None))
 
     @spelled_out(RequestOptions, ALL_DEFAULTS)
@@ -156,7 +157,7 @@ class BaseEngine(Engine, abc.ABC):
         params: SamplingParams | None = None,
         **options: Unpack[RequestOptions],
     ) -> GenerationStream:
-        return GenerationStream(self._submit_text(prompt, params, options))
+        return GenerationStream(*self._text_work(prompt, params, options))
 
     @spelled_out(ChatRequestOptions, ALL_DEFAULTS)
     async def chat(
@@ -166,7 +167,7 @@ class BaseEngine(Engine, abc.ABC):
         **options: Unpack[ChatRequestOptions],
     ) -> GenerationResult:
         running_loop()
-        work = self._submit_chat(messages, params, options)
+        work, _ = self._chat_work(messages, params, options)
         return await logged(work.request_id, work.run(None))
 
     @spelled_out(ChatRequestOptions, ALL_DEFAULTS)
@@ -176,31 +177,45 @@ class BaseEngine(Engine, abc.ABC):
         params: SamplingParams | None = None,
         **options: Unpack[ChatRequestOptions],
     ) -> GenerationStream:
-        return GenerationStream(self._submit_chat(messages, params, options))
+        return GenerationStream(*self._chat_work(messages, params, options))
 
-    def _submit_text(
+    def _text_work(
         self, prompt: object, params: SamplingParams | None, options: RequestOptions
-    ) -> Producer:
+    ) -> Work:
         check_known(options, RequestOptions)
-        return self._submit(TextPrompt.of(prompt, self.limits), params, options)
+        return self._work_on(TextPrompt.of(prompt, self.limits), params, options)
 
-    def _submit_chat(
+    def _chat_work(
         self,
         messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
         params: SamplingParams | None,
         options: ChatRequestOptions,
-    ) -> Producer:
+    ) -> Work:
         check_known(options, ChatRequestOptions)
-        return self._submit(chat_prompt(messages, options, self.limits), params, options)
+        return self._work_on(chat_prompt(messages, options, self.limits), params, options)
 
-    def _submit(
+    def _work_on(
         self,
         source: TextPrompt | ChatPrompt,
         params: SamplingParams | None,
         options: RequestOptions,
-    ) -> Producer:
-        request = generation_request(source, params, options, self.limits)
-        return self.submit(request, checked_callback(options.get("on_progress")))
+    ) -> Work:
+        output = OutputType.of(options.get("output"))
+        chosen = self._sampling(output, params, those_of(SamplingOptions, options))
+        work = self.submit(
+            generation_request(source, chosen, options),
+            checked_callback(options.get("on_progress")),
+        )
+        partial = partial_answer(chosen.constraint)
+        return work if output is None else TypedWork(work, output), partial
+
+    def _sampling(
+        self, output: OutputType | None, params: SamplingParams | None, options: Mapping[str, Any]
+    ) -> SamplingParams:
+        if output is None:
+            return self.limits.params(params, options)
+        with as_output():
+            return self.limits.params(params, output.options(params, options))
 
     @spelled_out(ChatOptions, ALL_DEFAULTS)
     async def count_tokens(
@@ -268,7 +283,8 @@ class BaseEngine(Engine, abc.ABC):
         asked = params_for_each(prompts, params)
         self.check_running()
         sampling = those_of(SamplingOptions, options)
-        each = await made_once(asked, lambda own: self.limits.params(own, sampling))
+        given["output"] = output = OutputType.of(given["output"])
+        each = await made_once(asked, lambda own: self._sampling(output, own, sampling))
 
         async def one(prompt: str | Sequence[int], own: SamplingParams) -> GenerationResult:
             return await self.generate(prompt, own, **given)

@@ -63,6 +63,7 @@ class ChatEngine(Protocol):
             messages: mappings with ``role`` and ``content``, as in OpenAI's API; see ``Message``.
                 An earlier result stands for its ``message()``.
             params: sampling parameters.
+            output: as in ``generate``; ``parsed`` is ``None`` where the answer has calls instead.
             tools: descriptions of the tools that the model may call, as in OpenAI's API.
             tool_choice: ``"none"`` does not show the tools to the model.
             parallel_tool_calls: ``False`` takes the first call of an answer alone; others have an

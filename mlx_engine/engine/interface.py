@@ -108,6 +108,11 @@ class Engine(ChatEngine, Protocol):
         Args:
             prompt: text, or token ids.
             params: sampling parameters.
+            output: what the answer is to be, and ``result.parsed`` is: a class with fields (a
+                pydantic model, a dataclass, a ``TypedDict``, a ``msgspec.Struct``), a
+                ``TypeAdapter`` of pydantic's, or a JSON schema, of which ``parsed`` is plain
+                data. It stands for ``constraint=JSONSchema(...)``, and puts nothing into the
+                prompt. Objects of a class have its fields and no others.
             priority: lower goes first; 0 is all that ``SimpleEngine`` takes.
             prefill: ``None`` prefills all of this prompt; ``SpecPrefill(...)`` changes what
                 an engine keeps that has been made with one.
@@ -123,6 +128,7 @@ class Engine(ChatEngine, Protocol):
             EngineBusy: the queue or wait limit is reached.
             EngineNotStarted, EngineStopped, EngineDead: by the engine's state.
             GenerationError: this request failed; others go on.
+            OutputInvalid: a validator of ``output`` refused the answer, which is in the error.
         """
 
     @abc.abstractmethod
@@ -153,6 +159,7 @@ class Engine(ChatEngine, Protocol):
         Args:
             prompts: texts, or lists of token ids.
             params: sampling parameters of all, or a list with those of each.
+            output: as in ``generate``, for all.
             priority: lower goes first; 0 is all that ``SimpleEngine`` takes.
             prefill: as in ``generate``, for all.
             decode: as in ``generate``, for all.

@@ -220,7 +220,7 @@ async def test_unknown_options_name_the_closest(engine: SimpleEngine) -> None:
         await engine.chat(USER, tool_choise="none")  # type: ignore[call-arg]
     with pytest.raises(InvalidRequest, match="did you mean 'priority'"):
         await engine.generate_batch(["hi"], prioritiy=1)  # type: ignore[call-arg]
-    with pytest.raises(InvalidRequest, match="^temperature: there is no such option"):
+    with pytest.raises(InvalidRequest, match=r"^temperature: there is no such option"):
         await engine.count_tokens(USER, temperature=1.0)  # type: ignore[call-arg]
 
 

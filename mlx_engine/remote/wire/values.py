@@ -243,7 +243,7 @@ def result_from_wire(done: Done) -> GenerationResult:
         replace(call, arguments=given)
         for call, given in zip(done.result.tool_calls, done.arguments, strict=True)
     )
-    return replace(done.result, tool_calls=calls)
+    return replace(done.result, tool_calls=calls, parsed=None)  # that is made where it is asked for
 
 
 def _constraint_from_wire(value: object, limits: RequestLimits) -> Any:
