@@ -210,7 +210,7 @@ def chat_prompt(
 def generation_request(
     source: TextPrompt | ChatPrompt, params: SamplingParams, options: RequestOptions
 ) -> GenerationRequest:
-    """What a caller asks of an engine.
+    """The request of these parts.
 
     Raises:
         InvalidRequest: an option is not acceptable.
@@ -235,7 +235,7 @@ def check_known(options: Iterable[str], kind: type[Any]) -> None:
 
 
 def those_of(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Of some options those that a ``TypedDict`` has."""
+    """Those options that a ``TypedDict`` has."""
     return {name: options[name] for name in kind.__annotations__ if name in options}
 
 

@@ -49,7 +49,7 @@ class PartialJSON:
 
     @property
     def value(self) -> Any:
-        """What can be read so far; ``None`` as long as that is nothing."""
+        """The value so far; ``None`` as long as nothing can be read."""
         if self._new:
             self._text = "".join((self._text[self._at :], *self._new))
             self._at = 0
@@ -90,7 +90,7 @@ class PartialJSON:
         return True
 
     def _first(self) -> bool:
-        """What comes behind an opening bracket."""
+        """The first member or item, or the end."""
         if not (char := self._next_char()):
             return False
         if char == self._closing:
@@ -117,7 +117,7 @@ class PartialJSON:
         return True
 
     def _between(self) -> bool:
-        """What comes behind a value."""
+        """A comma or the end, behind a value."""
         if not (char := self._next_char()):
             return False
         if not self._open:
@@ -187,7 +187,7 @@ class PartialJSON:
         return self._put(container)
 
     def _break(self) -> bool:
-        """It is no JSON, or none that is read."""
+        """The end of reading: it is no JSON, or none that is read."""
         self._last, self._step = self._so_far(), self._ended
         return True
 

@@ -53,7 +53,7 @@ class PartialAnswer(Protocol):
 
     @property
     def value(self) -> Any:
-        """What can be read so far; ``None`` as long as that is nothing."""
+        """The value so far; ``None`` as long as nothing can be read."""
 
 
 class _Outcome:
@@ -118,8 +118,8 @@ class GenerationStream:
 
     @property
     def partial(self) -> Any:
-        """What can be read of a structured answer in the chunks that were read so far, as plain
-        data: for a UI that fills in. ``None`` as long as that is nothing.
+        """A structured answer as far as the chunks that were read tell it, as plain data: for a
+        UI that fills in. ``None`` as long as there is nothing.
 
         Texts grow; what may still change, such as a number that goes on, is not there yet. Each
         is a value of its own, but what is complete in one is the same object in the next: do not

@@ -133,7 +133,7 @@ class TypedWork:
 
 @contextmanager
 def as_output() -> Iterator[None]:
-    """What is wrong with the constraint is told of ``output``, of which it is made."""
+    """A border: errors of ``constraint`` become those of ``output``, of which it is made."""
     try:
         yield
     except InvalidRequest as error:
