@@ -235,7 +235,7 @@ def check_known(options: Iterable[str], kind: type[Any]) -> None:
 
 
 def those_of(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those options that a ``TypedDict`` has."""
+    """Options among these that a ``TypedDict`` has."""
     return {name: options[name] for name in kind.__annotations__ if name in options}
 
 
