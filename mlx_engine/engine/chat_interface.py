@@ -63,9 +63,11 @@ class ChatEngine(Protocol):
             messages: mappings with ``role`` and ``content``, as in OpenAI's API; see ``Message``.
                 An earlier result stands for its ``message()``.
             params: sampling parameters.
-            output: as in ``generate``; ``parsed`` is ``None`` where the answer has calls instead.
+            output: as in ``generate``; such an answer has no calls.
             tools: descriptions of the tools that the model may call, as in OpenAI's API.
-            tool_choice: ``"none"`` does not show the tools to the model.
+            tool_choice: ``"none"`` does not show the tools to the model, ``"required"`` lets it
+                answer with calls alone, and ``{"type": "function", "function": {"name": ...}}``
+                with one of this tool.
             parallel_tool_calls: ``False`` takes the first call of an answer alone; others have an
                 ``error``.
             thinking: whether the model should think aloud first; ``None`` is what its chat

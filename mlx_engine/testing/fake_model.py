@@ -25,7 +25,6 @@ from mlx_engine.requests import ChatPrompt, TextPrompt
 from mlx_engine.testing.fake_answer import Answers, checked_answers, choose
 from mlx_engine.testing.fake_cache import FakePromptCache
 from mlx_engine.testing.fake_call import pieces_of
-from mlx_engine.testing.fake_constraint import check_bound
 from mlx_engine.testing.fake_gate import Gate
 from mlx_engine.testing.fake_prompt import encode, render
 from mlx_engine.testing.fake_tokens import TokenTexts
@@ -213,12 +212,9 @@ class FakeModel:
 
     def _steps(self, request: ScriptedRequest) -> Iterator[float | None]:
         answer = choose(self._answers, request.shown)
-        answer.check(request.asked.source)
+        answer.check(request.asked.source, request.asked.params.constraint)
         if answer.reasoning and not self._supports_reasoning:
             raise ValueError("reasoning is scripted, but supports_reasoning is False")
-        constraint = request.asked.params.constraint
-        if constraint is not None and not answer.tool_calls:
-            check_bound(constraint, answer.text, answer.finish_reason == "stop")
         for _, _, seconds in _slices(self._prefill_seconds):
             self.counters.step("prefill")
             self.counters.prefill_seconds += seconds

@@ -299,11 +299,15 @@ async def test_nothing_is_made_of_a_cancelled_answer() -> None:
             await task
 
 
-async def test_calls_may_come_instead() -> None:
+async def test_of_calls_nothing_is_made() -> None:
+    """None are made where an answer is bound; an engine of an application's own may do it."""
     async with answering("", tool_calls=[("look", {})]) as engine:
-        result = await engine.chat(USER, tools=TOOLS, output=Plain)
-        assert (result.parsed, result.finish_reason) == (None, "tool_calls")
-        assert result.notes == ("there is no parsed output: the answer has tool calls",)
+        result = await engine.chat(USER, tools=TOOLS)
+    plain = OutputType.of(Plain)
+    assert plain is not None
+    result = plain.parsed(result)
+    assert (result.parsed, result.finish_reason) == (None, "tool_calls")
+    assert result.notes == ("there is no parsed output: the answer has tool calls",)
 
 
 async def test_reasoning_is_not_part_of_it() -> None:
