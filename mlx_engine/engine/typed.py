@@ -34,6 +34,7 @@ _RECORDS = (
     msgspec.inspect.TypedDictType,
 )
 _CLASSES = 64  # of which the schema is remembered
+_LONGEST = 400  # characters of an error of theirs
 # Keywords whose parts add up, so that none of them can say that there is nothing else.
 _ADDING = ("allOf", "anyOf", "oneOf", "if", "$ref", "patternProperties", "unevaluatedProperties")
 
@@ -168,9 +169,11 @@ def _of_class(output: Any) -> OutputType:
     except InvalidRequest:
         raise
     except Exception as error:  # code of the caller's class, or a type that has no schema
+        why = " ".join(describe(error).split())
         raise InvalidRequest(
             "output",
-            f"no JSON schema can be made of {shown(output)} ({describe(error)}); {_INSTEAD}",
+            f"no JSON schema can be made of {shown(output)} ({why:.{_LONGEST}}); where types of one "
+            "library are in those of another, pydantic.TypeAdapter(...) may make one",
         ) from error
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlx_engine.cli import generate
 from mlx_engine.cli.options import parse, sampling_params, spelled
 from mlx_engine.constraints import Choice, Grammar, JSONSchema, Regex
 from mlx_engine.errors import InvalidRequest
@@ -64,3 +67,21 @@ def test_a_file_without_a_schema_is_told_as_that(file: Path, text: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         constraint("--schema", str(file))
     assert spelled(caught.value).startswith("argument --schema: ")
+
+
+def test_the_answer_is_bound(tiny_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["generate", "Well?", "--model", str(tiny_path), "--raw"]
+    assert generate.run(parse([*line, "--choice", "yes", "--choice", "no"])) == 0
+    assert capsys.readouterr().out in ("yes\n", "no\n")
+    assert generate.run(parse([*line, "--regex", "[0-9]{3}", "--json"])) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert re.fullmatch("[0-9]{3}", result["text"])
+    assert result["finish_reason"] == "stop"
+
+
+def test_what_cannot_be_enforced_is_told_of_the_argument(tiny_path: Path, file: Path) -> None:
+    file.write_text("start: nothing")
+    line = ["generate", "Well?", "--model", str(tiny_path), "--grammar", str(file)]
+    with pytest.raises(InvalidRequest) as caught:
+        generate.run(parse(line))
+    assert spelled(caught.value).startswith("argument --grammar: ")

@@ -9,7 +9,7 @@ import pickle
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import msgspec
 import pydantic
@@ -357,6 +357,31 @@ def test_what_json_cannot_tell_is_not_taken_for_a_cut() -> None:
     assert node.parsed(replace(result, text='{"v": 1, "next": {"v": 2}}')).parsed == Node(
         1, Node(2)
     )
+
+
+@dataclass
+class Parcel:
+    size: Literal["S", "M", "L"]
+    count: Annotated[int, msgspec.Meta(ge=1, le=99)]
+    paid: bool = False
+
+
+async def test_a_model_that_knows_nothing_fills_it_in(engine: BaseEngine) -> None:
+    """A random one, at temperature 1."""
+    prompts = [f"parcel {n}" for n in range(4)]
+    options: dict[str, Any] = {"temperature": 1.0, "max_tokens": 200}
+    for result in await engine.generate_batch(prompts, output=Parcel, seed=1, **options):
+        assert isinstance(result, GenerationResult)
+        assert result.finish_reason == "stop"
+        assert isinstance(parcel := result.parsed, Parcel)
+        assert parcel.size in "SML"
+        assert 1 <= parcel.count <= 99
+    async with engine.stream_chat(
+        USER, output=Parcel, max_reasoning_tokens=4, seed=1, **options
+    ) as stream:
+        partials = [stream.partial async for _ in stream]
+    assert isinstance(stream.result.parsed, Parcel)
+    assert partials[-1] == json.loads(stream.result.text)
 
 
 def _result() -> GenerationResult:
