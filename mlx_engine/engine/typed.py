@@ -172,8 +172,8 @@ def _of_class(output: Any) -> OutputType:
         why = " ".join(describe(error).split())
         raise InvalidRequest(
             "output",
-            f"no JSON schema can be made of {shown(output)} ({why:.{_LONGEST}}); where types of one "
-            "library are in those of another, pydantic.TypeAdapter(...) may make one",
+            f"no JSON schema can be made of {shown(output)} ({why:.{_LONGEST}}); where types of "
+            "one library are in those of another, pydantic.TypeAdapter(...) may make one",
         ) from error
 
 
