@@ -161,7 +161,7 @@ async def ask(engine: Engine) -> None:
     await engine.generate("Hi", max_token=5)  # error: call-arg
     await engine.generat("Hi")  # error: attr-defined
     await engine.chat([{"role": "user"}, 5])  # error: list-item
-    await engine.chat([{"role": "user"}], tool_choice="required")  # error: arg-type
+    await engine.chat([{"role": "user"}], tool_choice="sometimes")  # error: arg-type
     await engine.count_tokens(5)  # error: arg-type
 
 

@@ -200,13 +200,13 @@ class BaseEngine(Engine, abc.ABC):
         params: SamplingParams | None,
         options: RequestOptions,
     ) -> Work:
-        output = OutputType.of(options.get("output"))
+        output = None if (given := options.get("output")) is None else OutputType.of(given)
         chosen = self._sampling(output, params, those_of(SamplingOptions, options))
         work = self.submit(
             generation_request(source, chosen, options),
             checked_callback(options.get("on_progress")),
         )
-        partial = partial_answer(chosen.constraint)
+        partial = None if chosen.constraint is None else partial_answer(chosen.constraint)
         return work if output is None else TypedWork(work, output), partial
 
     def _sampling(
@@ -283,7 +283,8 @@ class BaseEngine(Engine, abc.ABC):
         asked = params_for_each(prompts, params)
         self.check_running()
         sampling = those_of(SamplingOptions, options)
-        given["output"] = output = OutputType.of(given["output"])
+        output = None if given["output"] is None else OutputType.of(given["output"])
+        given["output"] = output
         each = await made_once(asked, lambda own: self._sampling(output, own, sampling))
 
         async def one(prompt: str | Sequence[int], own: SamplingParams) -> GenerationResult:

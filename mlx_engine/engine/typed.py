@@ -54,13 +54,13 @@ class OutputType:
     read: Callable[[str], Any]
 
     @classmethod
-    def of(cls, output: Any) -> OutputType | None:
-        """The type that a caller has given as ``output``; ``None`` if it is ``None``.
+    def of(cls, output: Any) -> OutputType:
+        """The type that a caller has given as ``output``.
 
         Raises:
             InvalidRequest: there is no schema of it, or it is no type with fields.
         """
-        if output is None or isinstance(output, OutputType):
+        if isinstance(output, OutputType):
             return output
         with as_output():
             if isinstance(output, Mapping):
@@ -143,7 +143,7 @@ def as_output() -> Iterator[None]:
         raise renamed(error, "output") from error
 
 
-def partial_answer(constraint: Constraint | None) -> PartialJSON | None:
+def partial_answer(constraint: Constraint) -> PartialJSON | None:
     """A reader of an answer that is still being made; ``None`` if it need not be JSON."""
     return PartialJSON() if isinstance(constraint, JSONSchema | AnyJSON) else None
 

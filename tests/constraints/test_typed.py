@@ -183,7 +183,6 @@ async def test_an_answer_is_of_the_type(
 @pytest.mark.parametrize("name", TYPES)
 def test_a_type_is_its_schema(name: str) -> None:
     found = OutputType.of(TYPES[name][0])
-    assert found is not None
     assert found.read(TEXT) == TYPES[name][1]
     assert OutputType.of(found) is found
     if name not in ("JSON schema", "pydantic adapter"):
@@ -195,12 +194,8 @@ def test_a_type_is_its_schema(name: str) -> None:
 
 def test_schemas_of_the_callers_own_are_as_they_are() -> None:
     found = OutputType.of(SCHEMA)
-    assert found is not None
     assert found.constraint == JSONSchema(SCHEMA)
-    for output in (Open, Node):
-        known = OutputType.of(output)
-        assert known is not None
-    assert OutputType.of(Open).constraint.schema["additionalProperties"] is True  # type: ignore[index,union-attr]
+    assert '"additionalProperties": true' in OutputType.of(Open).constraint.text
 
 
 @pytest.mark.parametrize(
@@ -304,7 +299,6 @@ async def test_of_calls_nothing_is_made() -> None:
     async with answering("", tool_calls=[("look", {})]) as engine:
         result = await engine.chat(USER, tools=TOOLS)
     plain = OutputType.of(Plain)
-    assert plain is not None
     result = plain.parsed(result)
     assert (result.parsed, result.finish_reason) == (None, "tool_calls")
     assert result.notes == ("there is no parsed output: the answer has tool calls",)
@@ -344,16 +338,13 @@ async def test_a_validator_that_refuses_an_answer_is_told_with_the_answer(
 def test_what_json_cannot_tell_is_not_taken_for_a_cut() -> None:
     """A number too large for the type is a whole answer all the same."""
     plain = OutputType.of(Plain)
-    assert plain is not None
     result = replace(_result(), text='{"name": "a", "price": 1e999, "tags": []}')
     with pytest.raises(OutputInvalid):
         plain.parsed(result)
     deep = OutputType.of({"type": "array"})
-    assert deep is not None
     with pytest.raises(OutputInvalid, match="RecursionError"):
         deep.parsed(replace(result, text="[" * 100_000 + "]" * 100_000))
     node = OutputType.of(Node)
-    assert node is not None
     assert node.parsed(replace(result, text='{"v": 1, "next": {"v": 2}}')).parsed == Node(
         1, Node(2)
     )
@@ -376,9 +367,8 @@ async def test_a_model_that_knows_nothing_fills_it_in(engine: BaseEngine) -> Non
         assert isinstance(parcel := result.parsed, Parcel)
         assert parcel.size in "SML"
         assert 1 <= parcel.count <= 99
-    async with engine.stream_chat(
-        USER, output=Parcel, max_reasoning_tokens=4, seed=1, **options
-    ) as stream:
+    options |= {"seed": 1, "max_reasoning_tokens": 4}
+    async with engine.stream_chat(USER, output=Parcel, **options) as stream:
         partials = [stream.partial async for _ in stream]
     assert isinstance(stream.result.parsed, Parcel)
     assert partials[-1] == json.loads(stream.result.text)
