@@ -24,9 +24,11 @@ Its files:
     strategies.py    how prompts are prefilled, and answers decoded
     limits.py        how large a request may be
     params.py        the options of one request
+    constraints.py   what an answer must be
     outputs.py       what engines give back
     cache_stats.py   what they tell of a prompt cache
     checks.py        numbers and paths that callers give
+    signatures.py    how functions with such options are shown
     errors.py        every exception, as a tree
     guide/           what users read, by ``mlx-engine help``
 """
@@ -39,6 +41,14 @@ if TYPE_CHECKING:
     from mlx_engine.cache_stats import PromptCacheLookup, PromptCacheStats
     from mlx_engine.chat.answer_format import ReasoningFormat, ToolFormat
     from mlx_engine.config import BatchedOptions, EngineKind, EngineOptions
+    from mlx_engine.constraints import (
+        AnyJSON,
+        Choice,
+        Constraint,
+        Grammar,
+        JSONSchema,
+        Regex,
+    )
     from mlx_engine.core.stream import GenerationStream
     from mlx_engine.engine.base import BaseEngine
     from mlx_engine.engine.batched import BatchedEngine
@@ -55,6 +65,7 @@ if TYPE_CHECKING:
         InvalidRequest,
         MLXEngineError,
         ModelLoadError,
+        OutputInvalid,
         StreamClosed,
         StreamConsumed,
     )
@@ -88,16 +99,27 @@ if TYPE_CHECKING:
     from mlx_engine.remote.serving.host import EngineHost
     from mlx_engine.remote.signals import SignalHandlers, install_signal_handlers
     from mlx_engine.remote.wire.heartbeat import Watchdog
-    from mlx_engine.requests import Message, ToolChoice
+    from mlx_engine.requests import (
+        ChatOptions,
+        ChatRequestOptions,
+        Message,
+        RequestOptions,
+        ToolChoice,
+    )
     from mlx_engine.strategies import MTP, Decode, DraftModel, EngineDefault, SpecPrefill
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MTP",
+    "AnyJSON",
     "BaseEngine",
     "BatchedEngine",
     "BatchedOptions",
+    "ChatOptions",
+    "ChatRequestOptions",
+    "Choice",
+    "Constraint",
     "ContextLengthExceeded",
     "Decode",
     "DraftModel",
@@ -121,12 +143,15 @@ __all__ = [
     "GenerationError",
     "GenerationResult",
     "GenerationStream",
+    "Grammar",
     "Health",
     "InvalidRequest",
+    "JSONSchema",
     "LogitsProcessor",
     "MLXEngineError",
     "Message",
     "ModelLoadError",
+    "OutputInvalid",
     "ProcessEngine",
     "Progress",
     "ProgressCallback",
@@ -134,11 +159,13 @@ __all__ = [
     "PromptCacheStats",
     "RayEngine",
     "ReasoningFormat",
+    "Regex",
     "RemoteEngine",
     "RenderedChat",
     "ReplicaInfo",
     "ReplicaState",
     "RequestLimits",
+    "RequestOptions",
     "RestartPolicy",
     "SamplingOptions",
     "SamplingParams",
@@ -175,6 +202,14 @@ _HOMES = {
         "EngineKind",
         "EngineOptions",
     ),
+    "mlx_engine.constraints": (
+        "AnyJSON",
+        "Choice",
+        "Constraint",
+        "Grammar",
+        "JSONSchema",
+        "Regex",
+    ),
     "mlx_engine.core.stream": ("GenerationStream",),
     "mlx_engine.engine.base": ("BaseEngine",),
     "mlx_engine.engine.batched": ("BatchedEngine",),
@@ -191,6 +226,7 @@ _HOMES = {
         "InvalidRequest",
         "MLXEngineError",
         "ModelLoadError",
+        "OutputInvalid",
         "StreamClosed",
         "StreamConsumed",
     ),
@@ -238,7 +274,10 @@ _HOMES = {
     ),
     "mlx_engine.remote.wire.heartbeat": ("Watchdog",),
     "mlx_engine.requests": (
+        "ChatOptions",
+        "ChatRequestOptions",
         "Message",
+        "RequestOptions",
         "ToolChoice",
     ),
     "mlx_engine.strategies": (

@@ -9,11 +9,10 @@ the constructors of ``SimpleEngine`` and ``BatchedEngine`` explain them.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 from mlx_engine.checks import (
     check_options,
@@ -35,8 +34,6 @@ from mlx_engine.strategies import Decode, SpecPrefill, Strategies
 
 DEMO_MODEL = "demo"
 EngineKind = Literal["simple", "batched"]
-
-F = TypeVar("F", bound=Callable[..., object])
 
 
 class EngineOptions(TypedDict, total=False):
@@ -260,10 +257,10 @@ class EngineConfig:
         for name in options:
             if name in others:
                 raise InvalidRequest(name, "is for batched engines only")
-            if name not in _DEFAULTS:
-                known = [one for one in (*_DEFAULTS, "on_progress") if one not in others]
+            if name not in DEFAULTS:
+                known = [one for one in (*DEFAULTS, "on_progress") if one not in others]
                 raise unknown_option(name, known, f" of a {kind} engine")
-        given: dict[str, Any] = {**_DEFAULTS, **options, "model": model}
+        given: dict[str, Any] = {**DEFAULTS, **options, "model": model}
         return cls(
             kind=kind,
             model=ModelConfig(**_those_of(ModelConfig, given)),
@@ -277,7 +274,7 @@ class EngineConfig:
         """Keyword arguments that make the same engine of its model: those not at their defaults."""
         parts = (self, self.model, self.strategies, self.queue, self.batch)
         values = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
-        return {name: values[name] for name, own in _DEFAULTS.items() if values[name] != own}
+        return {name: values[name] for name, own in DEFAULTS.items() if values[name] != own}
 
 
 def _those_of(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,29 +282,9 @@ def _those_of(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _OF_A_BATCH = {field.name for field in fields(BatchConfig)}
-_DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     field.name: field.default
     for kind in (ModelConfig, Strategies, QueueConfig, BatchConfig)
     for field in fields(kind)
     if field.default is not MISSING
 } | {"limits": DEFAULT_LIMITS}
-
-
-def spelled_out(options: type[Any]) -> Callable[[F], F]:
-    """A decorator for functions with ``**options: Unpack[...]``, which type checkers and editors
-    read: ``inspect.signature``, ``help`` and notebooks see each option and its default as well.
-    """
-
-    def decorate(function: F) -> F:
-        signature = inspect.signature(function)
-        own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
-        each = [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS[name], annotation=hint
-            )
-            for name, hint in get_type_hints(options).items()
-        ]
-        function.__signature__ = signature.replace(parameters=[*own, *each])  # type: ignore[attr-defined]
-        return function
-
-    return decorate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_engine.checks import shown
@@ -16,22 +16,27 @@ class JSONSchema:
     """JSON that a schema allows.
 
     Attributes:
-        schema: a JSON schema; ``True`` allows any JSON.
+        schema: a JSON schema, or its text; ``True`` allows any JSON. It is copied.
+        text: the schema as JSON.
 
     Raises:
         InvalidRequest: it is not one, or not JSON.
     """
 
-    schema: Mapping[str, Any] | bool
+    schema: Mapping[str, Any] | bool | str = field(compare=False)
+    text: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schema, Mapping | bool):
+        schema = json.loads(self.schema) if isinstance(self.schema, str) else self.schema
+        if not isinstance(schema, Mapping | bool):
             raise InvalidRequest("constraint", f"must be a JSON schema, not {shown(self.schema)}")
+        object.__setattr__(self, "text", json.dumps(schema))
+        object.__setattr__(self, "schema", json.loads(self.text))
 
     @property
     def rule(self) -> str:
         """The right-hand side of a rule in a Lark grammar, as llguidance reads them."""
-        return f"%json {json.dumps(self.schema)}"
+        return f"%json {self.text}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,7 @@ class Regex:
     @property
     def rule(self) -> str:
         """See ``JSONSchema.rule``."""
-        return f"%regex {json.dumps(self.pattern)}"  # to be made right
+        return f"/{self.pattern}/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +81,13 @@ class Choice:
 
     options: Sequence[str]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", tuple(self.options))
+
     @property
     def rule(self) -> str:
         """See ``JSONSchema.rule``."""
-        return " | ".join(json.dumps(each) for each in self.options)
+        return " | ".join(json.dumps(each, ensure_ascii=False) for each in self.options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +101,18 @@ class AnyJSON:
 
 
 Constraint = JSONSchema | Regex | Grammar | Choice | AnyJSON
+
+
+def checked_constraint(name: str, value: object) -> Constraint | None:
+    """``value``, if it is a constraint or ``None``.
+
+    Raises:
+        InvalidRequest: it is not.
+    """
+    if value is not None and not isinstance(value, Constraint):
+        raise InvalidRequest(
+            name,
+            "must be JSONSchema(...), Regex(...), Grammar(...), Choice(...) or AnyJSON(), "
+            f"not {shown(value)}",
+        )
+    return value

@@ -10,6 +10,7 @@ MLXEngineError
 │   ├── EngineStopped              draining or stopped
 │   └── EngineDead                 its thread or process is gone
 ├── GenerationError                this request failed inside MLX or in a processor
+│   └── OutputInvalid              the answer is complete, and the caller's type refuses it
 ├── StreamClosed                   the stream was closed before this was asked of it
 └── StreamConsumed                 a stream is read once
 
@@ -20,7 +21,7 @@ raised ``from`` the original. ``asyncio.CancelledError`` is never wrapped.
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 E = TypeVar("E", bound=BaseException)
 
@@ -137,6 +138,22 @@ class GenerationError(MLXEngineError):
     """This request failed inside MLX, in a logits processor or in the tokenizer."""
 
 
+class OutputInvalid(GenerationError):
+    """The answer is complete and as its schema says, but the type of ``output=`` refuses it: by a
+    validator of its own, for example, of which no schema tells.
+
+    Attributes:
+        result: the answer, a ``GenerationResult``; its ``parsed`` is ``None``.
+    """
+
+    def __init__(self, message: str, *, result: Any) -> None:
+        super().__init__(message)
+        self.result = result
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return rebuild, (type(self), str(self), self.__dict__.copy())
+
+
 class StreamClosed(MLXEngineError):
     """The stream was closed or cancelled before it had what was asked of it."""
 
@@ -151,6 +168,14 @@ def rebuild(kind: type[MLXEngineError], message: str, state: dict[str, object]) 
     error.args = (message,)
     error.__dict__.update(state)
     return error
+
+
+def renamed(error: InvalidRequest, option: str) -> InvalidRequest:
+    """The same error about an option that its caller knows under another name."""
+    message = f"{option}: {str(error).removeprefix(f'{error.option}: ')}"
+    made = rebuild(type(error), message, {**vars(error), "option": option})
+    assert isinstance(made, InvalidRequest)
+    return made
 
 
 def describe(error: BaseException) -> str:

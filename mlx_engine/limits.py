@@ -35,6 +35,8 @@ class RequestLimits:
     ``stop_token_ids``      1,024      token ids that end the answer
     ``logit_bias``          16,384     token ids with a bias
     ``logits_processors``   64         functions or names of functions
+    ``constraint_characters`` 262,144  characters of a constraint: of a schema as JSON, a regular
+                                       expression, a grammar, or all choices together
     ``prompt_tokens``       2,097,152  token ids of a prompt
     ``text_characters``     16,777,216 characters of a prompt, or of all messages together,
                                        past tool calls and names included
@@ -60,6 +62,7 @@ class RequestLimits:
     stop_token_ids: int | None = 1_024
     logit_bias: int | None = 16_384
     logits_processors: int | None = 64
+    constraint_characters: int | None = 2**18
     prompt_tokens: int | None = 2**21
     text_characters: int | None = 2**24
     messages: int | None = 10_000

@@ -239,6 +239,8 @@ class GenerationResult:
         logprobs: one entry a token, if asked for.
         notes: what was done in another way than asked, one sentence each.
         request_id: the engine's name for the request.
+        parsed: what ``output=`` has asked for, made of ``text``; ``None`` without it, and where
+            the answer was cut or has calls instead, as ``notes`` says then.
     """
 
     text: str
@@ -251,6 +253,7 @@ class GenerationResult:
     logprobs: tuple[TokenLogprob, ...] = ()
     notes: tuple[str, ...] = ()
     request_id: str = ""
+    parsed: Any = None
 
     def message(self) -> Any:
         """The answer as a message, to be appended to the messages of the chat.

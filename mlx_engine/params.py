@@ -18,6 +18,7 @@ from mlx_engine.checks import (
     shown,
     unknown_option,
 )
+from mlx_engine.constraints import Constraint, checked_constraint
 from mlx_engine.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class SamplingOptions(TypedDict, total=False):
     ignore_eos: bool | None
     logprobs: int | None
     logits_processors: Sequence[LogitsProcessor | str] | None
+    constraint: Constraint | None
 
 
 def _temperature(name: str, value: object) -> float:
@@ -147,6 +149,10 @@ class SamplingParams:
             ``"package.module:function"``, which is imported where the model is; a class is
             instantiated for each request. The next step is begun before the answer is known
             to end: it may be called once more, with the last token.
+        constraint: what the answer must be: ``JSONSchema``, ``Regex``, ``Grammar``, ``Choice`` or
+            ``AnyJSON``. Tokens that would break it are never chosen, whatever the other options
+            are; processors are called before it acts. The answer ends where it is complete: there
+            alone it may, and where nothing may follow it must, ``ignore_eos`` or not.
 
     Raises:
         InvalidRequest: a value is of the wrong type or out of range.
@@ -188,6 +194,7 @@ class SamplingParams:
     ignore_eos: Annotated[bool, option(flag, "go on after the end of the answer")] = False
     logprobs: Annotated[int | None, option(integer_or_none, low=0, high=MAX_TOP_LOGPROBS)] = None
     logits_processors: Annotated[Sequence[LogitsProcessor | str], option(_logits_processors)] = ()
+    constraint: Annotated[Constraint | None, option(checked_constraint)] = None
 
     def __post_init__(self) -> None:
         for name, default in _DEFAULTS.items():

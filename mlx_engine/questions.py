@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 from mlx_engine.checks import shown
-from mlx_engine.errors import InvalidRequest, rebuild
+from mlx_engine.errors import InvalidRequest, renamed
 from mlx_engine.limits import RequestLimits
 from mlx_engine.outputs import GenerationResult
-from mlx_engine.requests import ChatPrompt, Message, TextPrompt
+from mlx_engine.requests import ALL_DEFAULTS, ChatOptions, ChatPrompt, Message, TextPrompt
 
 Subject = Literal["count_tokens", "render_chat", "encode", "decode"]
 
@@ -58,17 +58,15 @@ def is_chat(
     return isinstance(prompt[0], Mapping | GenerationResult)
 
 
-def check_plain(**wanted: bool) -> None:
+def check_plain(options: ChatOptions) -> None:
     """See that nothing of a chat is asked for with a plain prompt.
-
-    Args:
-        wanted: whether something is, by option.
 
     Raises:
         InvalidRequest: something is.
     """
-    for option, is_wanted in wanted.items():
-        if is_wanted:
+    for option, value in options.items():
+        nothing = value is None or value == ALL_DEFAULTS[option] or value in ((), [], {})
+        if not nothing:
             raise InvalidRequest(option, "is for messages, and this is a plain prompt")
 
 
@@ -103,11 +101,3 @@ def tokens_to_decode(tokens: Any, limits: RequestLimits) -> TextPrompt | None:
         ) from error
     except InvalidRequest as error:
         raise renamed(error, "tokens") from error
-
-
-def renamed(error: InvalidRequest, option: str) -> InvalidRequest:
-    """The same error about an option that its caller knows under another name."""
-    message = f"{option}: {str(error).removeprefix(f'{error.option}: ')}"
-    made = rebuild(type(error), message, {**vars(error), "option": option})
-    assert isinstance(made, InvalidRequest)
-    return made

@@ -2,21 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict
 
-from mlx_engine.checks import LARGEST, flag, integer, integer_or_none, shown
+from mlx_engine.checks import LARGEST, flag, integer, integer_or_none, shown, unknown_option
 from mlx_engine.conversation import Message as Message
 from mlx_engine.conversation import checked_messages, checked_tools, name_of_tool
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
-from mlx_engine.outputs import GenerationResult
-from mlx_engine.params import SamplingParams
+from mlx_engine.outputs import GenerationResult, ProgressCallback
+from mlx_engine.params import SamplingOptions, SamplingParams
 from mlx_engine.strategies import EngineDefault, SpecPrefill
 
 # A mapping names the one tool to call: {"type": "function", "function": {"name": "f"}}.
 ToolChoice = Literal["auto", "none", "required"] | Mapping[str, Any]
+
+
+class ChatOptions(TypedDict, total=False):
+    """Keyword arguments that are about a chat, of ``chat``, ``stream_chat``, ``count_tokens`` and
+    ``render_chat``; ``Engine.chat`` explains them.
+    """
+
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: ToolChoice
+    parallel_tool_calls: bool
+    thinking: bool | None
+    max_reasoning_tokens: int | None
+    continue_final_message: bool
+    chat_template_kwargs: Mapping[str, Any] | None
+
+
+class AnswerOptions(TypedDict, total=False):
+    """Keyword arguments that are about how an answer is made, of ``generate_batch`` and all that
+    make one answer; ``Engine.generate`` explains them.
+    """
+
+    output: Any
+    priority: int
+    prefill: SpecPrefill | EngineDefault | None
+    decode: EngineDefault | None
+    on_progress: ProgressCallback | None
+
+
+class RequestOptions(AnswerOptions, SamplingOptions, total=False):
+    """All keyword arguments of ``generate``, ``stream_generate`` and ``generate_batch``."""
+
+
+class ChatRequestOptions(ChatOptions, RequestOptions, total=False):
+    """All keyword arguments of ``chat`` and ``stream_chat``."""
+
+
+CHAT_DEFAULTS: ChatOptions = {
+    "tools": None,
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "thinking": None,
+    "max_reasoning_tokens": None,
+    "continue_final_message": False,
+    "chat_template_kwargs": None,
+}
+ANSWER_DEFAULTS: AnswerOptions = {
+    "output": None,
+    "priority": 0,
+    "prefill": "default",
+    "decode": "default",
+    "on_progress": None,
+}
+ALL_DEFAULTS: Mapping[str, Any] = {**CHAT_DEFAULTS, **ANSWER_DEFAULTS}
 
 
 class TokenIds(list[int]):
@@ -139,6 +192,53 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "priority", checked_priority(self.priority))
+
+
+def chat_prompt(
+    messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
+    options: ChatOptions,
+    limits: RequestLimits,
+) -> ChatPrompt:
+    """The chat that a caller has given; others of his options are left alone.
+
+    Raises:
+        InvalidRequest: it is not acceptable.
+    """
+    given = those_of(ChatOptions, options)
+    tools, template_kwargs = given.pop("tools", None), given.pop("chat_template_kwargs", None)
+    return ChatPrompt.of(messages, tools, template_kwargs, limits, **given)
+
+
+def generation_request(
+    source: TextPrompt | ChatPrompt, params: SamplingParams, options: RequestOptions
+) -> GenerationRequest:
+    """The request of these parts.
+
+    Raises:
+        InvalidRequest: an option is not acceptable.
+    """
+    given = {**ANSWER_DEFAULTS, **those_of(AnswerOptions, options)}
+    return GenerationRequest(source, params, given["priority"], given["prefill"], given["decode"])
+
+
+def check_known(options: Iterable[str], kind: type[Any]) -> None:
+    """See that there are such options.
+
+    Args:
+        kind: the ``TypedDict`` that has them.
+
+    Raises:
+        InvalidRequest: one is unknown; the message names the closest one that exists.
+    """
+    known = kind.__annotations__
+    for name in options:
+        if name not in known:
+            raise unknown_option(name, known)
+
+
+def those_of(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options among these that a ``TypedDict`` has."""
+    return {name: options[name] for name in kind.__annotations__ if name in options}
 
 
 def checked_priority(priority: int, taken: bool = True) -> int:

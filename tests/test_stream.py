@@ -20,7 +20,7 @@ from mlx_engine import (
     StreamClosed,
     StreamConsumed,
 )
-from mlx_engine.core import stream as stream_module
+from mlx_engine.core import channel as channel_module
 from mlx_engine.core.mlx_thread import mlx_thread
 from tests.conftest import other_tasks, settled
 from tests.guard import Gate
@@ -249,7 +249,7 @@ async def test_a_reader_of_a_backlog_lets_others_in(
     most: int,
 ) -> None:
     """Every so many chunks, or sooner if what is done with each takes that many seconds."""
-    monkeypatch.setattr(stream_module, "_SOME", chunks)
+    monkeypatch.setattr(channel_module, "_SOME", chunks)
     stream = await backlog(engine)
     in_a_row = [0]
 
@@ -274,7 +274,7 @@ async def test_a_reader_of_a_backlog_lets_others_in(
 async def test_a_reader_of_a_backlog_hears_that_it_was_cancelled_and_no_token_is_lost(
     engine: SimpleEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_module, "_SOME", 5)
+    monkeypatch.setattr(channel_module, "_SOME", 5)
     stream = await backlog(engine)
     read = 0
 
@@ -295,7 +295,7 @@ async def test_a_reader_of_a_backlog_hears_that_it_was_cancelled_and_no_token_is
 async def test_a_shielded_read_of_a_backlog_loses_no_chunk(
     engine: SimpleEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_module, "_SOME", 1)  # each read gives way
+    monkeypatch.setattr(channel_module, "_SOME", 1)  # each read gives way
     stream = await backlog(engine)
     chunks = []
     for _ in range(10):

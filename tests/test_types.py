@@ -24,10 +24,13 @@ from tests.conftest import ROOT
 from tests.waiting import PATIENCE
 
 RIGHT = """
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from mlx_engine import (
     BatchedEngine,
+    ChatRequestOptions,
+    Choice,
+    Constraint,
     Decode,
     DraftModel,
     Engine,
@@ -56,6 +59,18 @@ def engines() -> list[Engine]:
     ray: Engine = RayEngine("demo")
     manager: Engine = EngineManager("demo", replicas=2)
     return [simple, batched, process, remote, ray, manager]
+
+
+class Order(TypedDict):
+    number: int
+
+
+class Wrapped:
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    async def chat(self, text: str, **options: Unpack[ChatRequestOptions]) -> GenerationResult:
+        return await self.engine.chat([{"role": "user", "content": text}], **options)
 
 
 class Remembering:
@@ -95,6 +110,13 @@ async def talk(engine: Engine) -> None:
     print(await engine.decode(await engine.encode("x")), count, engine.model, engine.supports_tools)
     default: EngineDefault = "default"
     await engine.generate("Hi", decode=default)
+    await engine.chat(messages, output=Order, constraint=None)
+    bound: Constraint = Choice(["yes", "no"])
+    await engine.generate("Hi", constraint=bound)
+    async with engine.stream_generate("Hi", output={"type": "object"}) as filling:
+        print(filling.partial, [filling.partial async for _ in filling])
+    order: Order = (await engine.generate("Hi", output=Order)).parsed
+    print(order["number"])
     if engine.state is EngineState.RUNNING and engine.stats().state == "running":
         await engine.stop()
 
@@ -139,7 +161,7 @@ async def ask(engine: Engine) -> None:
     await engine.generate("Hi", max_token=5)  # error: call-arg
     await engine.generat("Hi")  # error: attr-defined
     await engine.chat([{"role": "user"}, 5])  # error: list-item
-    await engine.chat([{"role": "user"}], tool_choice="required")  # error: arg-type
+    await engine.chat([{"role": "user"}], tool_choice="sometimes")  # error: arg-type
     await engine.count_tokens(5)  # error: arg-type
 
 
@@ -252,9 +274,11 @@ OPEN = {
 # What applications do not name: what is made, or said, for them.
 INNER = {
     "Body",
+    "Channel",
     "Drains",
     "GenerationRequest",
     "LocalEngine",
+    "PartialAnswer",
     "Phase",
     "Producer",
     "QueueConfig",

@@ -44,6 +44,7 @@ Its files:
     schema.py             bare text cast by a tool's schema
     literal.py            values as Python and Gemma write them
     json_text.py          values as JSON writes them
+    partial_json.py       and as far as it is written
     quoting.py            code in Markdown, where a marker is a quotation
     source.py             the text so far, and a place in it
 """

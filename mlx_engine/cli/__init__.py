@@ -18,6 +18,7 @@ Its files:
     options.py           the arguments
     flags.py             arguments out of the fields of the library's values
     sampling_options.py  those that say how tokens are chosen
+    constraint.py        and what the answer must be
     values.py            their values, out of their text
     generate.py          a command: one answer
     chat.py              a command: a conversation

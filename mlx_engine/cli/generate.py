@@ -9,11 +9,12 @@ import sys
 from dataclasses import asdict
 
 from mlx_engine.cli import interrupts
+from mlx_engine.cli.constraint import constraint_option
 from mlx_engine.cli.options import chat_options, engine_options, sampling_params
 from mlx_engine.cli.output import AnswerPrinter, ProgressBar, print_answer, remark, say
 from mlx_engine.core.stream import GenerationStream
 from mlx_engine.engine.simple import SimpleEngine
-from mlx_engine.errors import InvalidRequest
+from mlx_engine.errors import InvalidRequest, renamed
 from mlx_engine.outputs import GenerationResult
 from mlx_engine.params import SamplingParams
 
@@ -26,8 +27,13 @@ def run(args: argparse.Namespace) -> int:
     if not args.prompt.strip():
         raise InvalidRequest("PROMPT", "must not be empty")
     bar = ProgressBar()
-    with asyncio.Runner() as runner:
-        result = interrupts.run(runner, _generate(args, params, bar))
+    try:
+        with asyncio.Runner() as runner:
+            result = interrupts.run(runner, _generate(args, params, bar))
+    except InvalidRequest as error:
+        if error.option != "constraint" or (option := constraint_option(args)) is None:
+            raise
+        raise renamed(error, option) from error
     if args.json:
         json.dump(asdict(result), sys.stdout, ensure_ascii=False, default=str)
         sys.stdout.write("\n")

@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from mlx_engine import __version__
+from mlx_engine.cli.constraint import add_constraints, constraint_of
 from mlx_engine.cli.flags import SPELLINGS, add_flags, flag_of, option_group
 from mlx_engine.cli.sampling_options import sampling_options
 from mlx_engine.cli.values import count_or_auto, number_or_none, request_limit, topic
@@ -66,7 +67,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     options = _given(args, SamplingParams)
     if "logit_bias" in options:
         options["logit_bias"] = dict(options["logit_bias"])
-    return SamplingParams(**options)
+    return SamplingParams(**options, constraint=constraint_of(args))
 
 
 def chat_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -101,6 +102,7 @@ def spelled(error: InvalidRequest) -> str:
     names = {field.name for kind in kinds for field in fields(kind)} | {*SPELLINGS}
     names |= {"num_draft_tokens", "q_bits", "q_group_size", "seconds", "only", "max_clients"}
     names |= {"cache_folder", "thinking", "max_reasoning_tokens"}
+    names |= {"schema", "regex", "grammar", "choice"}
     message = str(error)
     if error.option not in names:
         return message
@@ -154,6 +156,7 @@ def _add_generate(commands: Commands, options: list[argparse.ArgumentParser]) ->
         default=argparse.SUPPRESS,
         help="report log-probabilities of each token and of the N best ones; needs --json",
     )
+    add_constraints(command)
     _add_talk(command)
 
 

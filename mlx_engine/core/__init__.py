@@ -15,6 +15,7 @@ Its files:
     stop.py         checkpoints: where work that should stop does
     wakeup.py       the running event loop, and waking others
     stream.py       GenerationStream: thread -> loop; no MLX from here on
+    channel.py      its chunks on their way
     bridge.py       to and from other threads
     preparer.py     threads that make prompts into tokens before their turn
     side_work.py    what those threads do besides, without a turn on the MLX thread

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import warnings
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from mlx_engine.core.channel import Channel
 from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
 from mlx_engine.core.log import logged
-from mlx_engine.core.wakeup import running_loop, wake
-from mlx_engine.errors import StreamClosed, StreamConsumed
+from mlx_engine.core.wakeup import running_loop
+from mlx_engine.errors import InvalidRequest, StreamClosed, StreamConsumed
 from mlx_engine.outputs import (
     FinishReason,
     GenerationChunk,
@@ -25,11 +24,6 @@ from mlx_engine.outputs import (
 )
 
 Emit = Callable[[GenerationChunk], None]
-
-# A reader of chunks that are there already gives way to others in its event loop, and hears that it
-# was cancelled, after so many of them or so many seconds.
-_SOME = 64
-_WHILE = 0.005
 
 
 class Producer(Protocol):
@@ -51,75 +45,15 @@ class Producer(Protocol):
         """The result so far, once the work has been cancelled and is over."""
 
 
-class _Channel:
-    """Chunks on their way from the MLX thread to the event loop.
+class PartialAnswer(Protocol):
+    """A structured answer as far as it can be read; it never raises."""
 
-    The buffer has no bound of its own: a request makes at most ``max_tokens`` chunks, and a
-    slow reader must not keep the MLX thread from other requests. The loop is woken only
-    when the reader sleeps.
+    def add(self, text: str) -> None:
+        """Take the next piece of its text."""
 
-    No lock, since all Python that runs in the loop keeps the MLX thread from its own: the
-    reader first announces that it sleeps and then looks once more, the writer first appends
-    and then looks for a sleeper. So one of the two always sees the other, and whoever takes
-    the sleeper out of its deque wakes that one.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._sleepers: deque[asyncio.Future[None]] = deque()  # one or none
-        self._ended = False
-        self.chunks: deque[GenerationChunk] = deque()
-        self.pushed = False
-        self._read = 0  # chunks since the reader last gave way
-        self._until = loop.time() + _WHILE  # when it is to do so, at the latest
-
-    def is_others_turn(self) -> bool:
-        """Whether the reader has had the event loop to itself for so long that it gives way."""
-        self._read += 1
-        if self._read < _SOME and self._loop.time() < self._until:
-            return False
-        self._give_way()
-        return True
-
-    def _give_way(self) -> None:
-        self._read, self._until = 0, self._loop.time() + _WHILE
-
-    def push(self, chunk: GenerationChunk) -> None:
-        """From any thread."""
-        self.chunks.append(chunk)
-        self.pushed = True
-        self._rouse()
-
-    def end(self) -> None:
-        """No more chunks will come."""
-        self._ended = True
-        self._rouse()
-
-    async def get(self) -> GenerationChunk | None:
-        """The next chunk; ``None`` after the last one. Cancelling it loses no chunk."""
-        while True:
-            if self._sleepers:
-                raise StreamConsumed("another task is reading this stream")
-            sleeper: asyncio.Future[None] = self._loop.create_future()
-            self._sleepers.append(sleeper)
-            try:
-                if not self.chunks and not self._ended:
-                    await sleeper
-                    self._give_way()
-            finally:
-                with contextlib.suppress(ValueError):  # the writer has it
-                    self._sleepers.remove(sleeper)
-            if self.chunks:
-                return self.chunks.popleft()
-            if self._ended:
-                return None
-
-    def _rouse(self) -> None:
-        try:
-            sleeper = self._sleepers.pop()
-        except IndexError:
-            return
-        wake(sleeper)
+    @property
+    def value(self) -> Any:
+        """The value so far; ``None`` as long as nothing can be read."""
 
 
 class _Outcome:
@@ -149,11 +83,12 @@ class GenerationStream:
     and go on reading afterwards, put ``asyncio.shield`` around a task that reads.
     """
 
-    def __init__(self, producer: Producer) -> None:
+    def __init__(self, producer: Producer, partial: PartialAnswer | None = None) -> None:
         self._producer = producer
+        self._partial = partial
         self._outcome = _Outcome()
         self._task: asyncio.Task[None] | None = None
-        self._channel: _Channel | None = None
+        self._channel: Channel | None = None
         self._iterated = False
         self._closed = False
 
@@ -180,6 +115,26 @@ class GenerationStream:
         raise asyncio.InvalidStateError(
             "the answer is still being made: read the stream to its end, or close it, first"
         )
+
+    @property
+    def partial(self) -> Any:
+        """A structured answer as far as the chunks that were read tell it, as plain data: for a
+        UI that fills in. ``None`` as long as there is nothing.
+
+        Texts grow; what may still change, such as a number that goes on, is not there yet. Each
+        is a value of its own, but what is complete in one is the same object in the next: do not
+        change it. ``result.parsed`` is the whole.
+
+        Raises:
+            InvalidRequest: the answer is not bound to be JSON.
+        """
+        if self._partial is None:
+            raise InvalidRequest(
+                "output",
+                "stream.partial is of answers that are JSON: ask for one with output=..., or with "
+                "constraint=JSONSchema(...) or AnyJSON()",
+            )
+        return self._partial.value
 
     def cancel(self) -> None:
         """Ask the request to stop, from any thread; returns at once.
@@ -264,24 +219,29 @@ class GenerationStream:
                 if channel.is_others_turn():
                     await asyncio.sleep(0)
                 if channel.chunks:
-                    return channel.chunks.popleft()
+                    return self._read(channel.chunks.popleft())
             chunk = await channel.get()
         except asyncio.CancelledError as cancelled:
             await clean_up(cancelled, self.aclose)
             raise
         if chunk is not None:
-            return chunk
+            return self._read(chunk)
         if self._outcome.error is not None:
             raise self._outcome.error.with_traceback(None)
         raise StopAsyncIteration
 
-    def _start(self) -> _Channel:
+    def _read(self, chunk: GenerationChunk) -> GenerationChunk:
+        if self._partial is not None:
+            self._partial.add(chunk.content)
+        return chunk
+
+    def _start(self) -> Channel:
         if self._channel is not None:
             return self._channel
         if self._closed:
             raise StreamClosed("the stream has been closed and cannot be started any more")
         loop = running_loop()
-        channel = self._channel = _Channel(loop)
+        channel = self._channel = Channel(loop)
         # The task knows the channel, not the stream: a dropped stream must become garbage. What
         # the task waits for is held by whoever does it, and holds the task.
         self._task = loop.create_task(
@@ -321,7 +281,7 @@ class _Texts:
         return content
 
 
-async def _produce(producer: Producer, channel: _Channel, outcome: _Outcome) -> None:
+async def _produce(producer: Producer, channel: Channel, outcome: _Outcome) -> None:
     """The task behind a stream. It keeps errors for the reader and never raises."""
     try:
         outcome.result = await logged(producer.request_id, producer.run(channel.push))
@@ -337,7 +297,7 @@ async def _produce(producer: Producer, channel: _Channel, outcome: _Outcome) -> 
 
 
 def _ended(
-    producer: Producer, channel: _Channel, outcome: _Outcome, task: asyncio.Task[None]
+    producer: Producer, channel: Channel, outcome: _Outcome, task: asyncio.Task[None]
 ) -> None:
     """The task is over, perhaps without ever having begun."""
     if outcome.result is None and outcome.error is None:

@@ -19,11 +19,12 @@ from mlx_engine.checks import checked_path, shown
 from mlx_engine.config import EngineConfig, QueueConfig
 from mlx_engine.core.drain import clean_up
 from mlx_engine.core.log import logged
-from mlx_engine.core.stream import GenerationStream, Producer
+from mlx_engine.core.stream import GenerationStream, PartialAnswer, Producer
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.engine.interface import Engine
 from mlx_engine.engine.many import at_once, in_order, made_once, params_for_each
-from mlx_engine.errors import InvalidRequest, MLXEngineError
+from mlx_engine.engine.typed import OutputType, TypedWork, as_output, partial_answer
+from mlx_engine.errors import InvalidRequest, MLXEngineError, renamed
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import (
     GenerationResult,
@@ -37,21 +38,31 @@ from mlx_engine.questions import (
     PromptQuestion,
     check_plain,
     is_chat,
-    renamed,
     text_to_encode,
     tokens_to_decode,
 )
 from mlx_engine.requests import (
+    ALL_DEFAULTS,
+    ANSWER_DEFAULTS,
+    AnswerOptions,
+    ChatOptions,
     ChatPrompt,
+    ChatRequestOptions,
     GenerationRequest,
     Message,
+    RequestOptions,
     TextPrompt,
-    ToolChoice,
+    chat_prompt,
+    check_known,
     checked_priority,
+    generation_request,
+    those_of,
 )
+from mlx_engine.signatures import spelled_out
 from mlx_engine.strategies import EngineDefault, SpecPrefill
 
 T = TypeVar("T")
+Work = tuple[Producer, PartialAnswer | None]
 
 
 class BaseEngine(Engine, abc.ABC):
@@ -128,175 +139,109 @@ class BaseEngine(Engine, abc.ABC):
         home = self._entered_in or asyncio._get_running_loop()
         await clean_up(exc, self.stop, home)
 
+    @spelled_out(RequestOptions, ALL_DEFAULTS)
     async def generate(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        prefill: SpecPrefill | EngineDefault | None = "default",
-        decode: EngineDefault | None = "default",
-        on_progress: ProgressCallback | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> GenerationResult:
         running_loop()
-        source = TextPrompt.of(prompt, self.limits)
-        ask = GenerationRequest(
-            source, self.limits.params(params, options), priority, prefill, decode
-        )
-        producer = self.submit(ask, checked_callback(on_progress))
-        return await logged(producer.request_id, producer.run(None))
+        work, _ = self._text_work(prompt, params, options)
+        return await logged(work.request_id, work.run(None))
 
+    @spelled_out(RequestOptions, ALL_DEFAULTS)
     def stream_generate(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        prefill: SpecPrefill | EngineDefault | None = "default",
-        decode: EngineDefault | None = "default",
-        on_progress: ProgressCallback | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> GenerationStream:
-        source = TextPrompt.of(prompt, self.limits)
-        ask = GenerationRequest(
-            source, self.limits.params(params, options), priority, prefill, decode
-        )
-        return GenerationStream(self.submit(ask, checked_callback(on_progress)))
+        return GenerationStream(*self._text_work(prompt, params, options))
 
+    @spelled_out(ChatRequestOptions, ALL_DEFAULTS)
     async def chat(
         self,
         messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
         params: SamplingParams | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: ToolChoice = "auto",
-        parallel_tool_calls: bool = True,
-        thinking: bool | None = None,
-        max_reasoning_tokens: int | None = None,
-        continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        priority: int = 0,
-        prefill: SpecPrefill | EngineDefault | None = "default",
-        decode: EngineDefault | None = "default",
-        on_progress: ProgressCallback | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[ChatRequestOptions],
     ) -> GenerationResult:
         running_loop()
-        source = ChatPrompt.of(
-            messages,
-            tools,
-            chat_template_kwargs,
-            self.limits,
-            tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls,
-            thinking=thinking,
-            max_reasoning_tokens=max_reasoning_tokens,
-            continue_final_message=continue_final_message,
-        )
-        ask = GenerationRequest(
-            source, self.limits.params(params, options), priority, prefill, decode
-        )
-        producer = self.submit(ask, checked_callback(on_progress))
-        return await logged(producer.request_id, producer.run(None))
+        work, _ = self._chat_work(messages, params, options)
+        return await logged(work.request_id, work.run(None))
 
+    @spelled_out(ChatRequestOptions, ALL_DEFAULTS)
     def stream_chat(
         self,
         messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
         params: SamplingParams | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: ToolChoice = "auto",
-        parallel_tool_calls: bool = True,
-        thinking: bool | None = None,
-        max_reasoning_tokens: int | None = None,
-        continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        priority: int = 0,
-        prefill: SpecPrefill | EngineDefault | None = "default",
-        decode: EngineDefault | None = "default",
-        on_progress: ProgressCallback | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[ChatRequestOptions],
     ) -> GenerationStream:
-        source = ChatPrompt.of(
-            messages,
-            tools,
-            chat_template_kwargs,
-            self.limits,
-            tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls,
-            thinking=thinking,
-            max_reasoning_tokens=max_reasoning_tokens,
-            continue_final_message=continue_final_message,
-        )
-        ask = GenerationRequest(
-            source, self.limits.params(params, options), priority, prefill, decode
-        )
-        return GenerationStream(self.submit(ask, checked_callback(on_progress)))
+        return GenerationStream(*self._chat_work(messages, params, options))
 
+    def _text_work(
+        self, prompt: object, params: SamplingParams | None, options: RequestOptions
+    ) -> Work:
+        check_known(options, RequestOptions)
+        return self._work_on(TextPrompt.of(prompt, self.limits), params, options)
+
+    def _chat_work(
+        self,
+        messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
+        params: SamplingParams | None,
+        options: ChatRequestOptions,
+    ) -> Work:
+        check_known(options, ChatRequestOptions)
+        return self._work_on(chat_prompt(messages, options, self.limits), params, options)
+
+    def _work_on(
+        self,
+        source: TextPrompt | ChatPrompt,
+        params: SamplingParams | None,
+        options: RequestOptions,
+    ) -> Work:
+        output = None if (given := options.get("output")) is None else OutputType.of(given)
+        chosen = self._sampling(output, params, those_of(SamplingOptions, options))
+        work = self.submit(
+            generation_request(source, chosen, options),
+            checked_callback(options.get("on_progress")),
+        )
+        partial = None if chosen.constraint is None else partial_answer(chosen.constraint)
+        return work if output is None else TypedWork(work, output), partial
+
+    def _sampling(
+        self, output: OutputType | None, params: SamplingParams | None, options: Mapping[str, Any]
+    ) -> SamplingParams:
+        if output is None:
+            return self.limits.params(params, options)
+        with as_output():
+            return self.limits.params(params, output.options(params, options))
+
+    @spelled_out(ChatOptions, ALL_DEFAULTS)
     async def count_tokens(
         self,
         prompt: str | Sequence[int] | Sequence[Message | Mapping[str, Any] | GenerationResult],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: ToolChoice = "auto",
-        parallel_tool_calls: bool = True,
-        thinking: bool | None = None,
-        max_reasoning_tokens: int | None = None,
-        continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[ChatOptions],
     ) -> int:
         running_loop()
+        check_known(options, ChatOptions)
         source: TextPrompt | ChatPrompt
         if is_chat(prompt):
-            source = ChatPrompt.of(
-                prompt,
-                tools,
-                chat_template_kwargs,
-                self.limits,
-                tool_choice=tool_choice,
-                parallel_tool_calls=parallel_tool_calls,
-                thinking=thinking,
-                max_reasoning_tokens=max_reasoning_tokens,
-                continue_final_message=continue_final_message,
-            )
+            source = chat_prompt(prompt, options, self.limits)
         else:
-            check_plain(
-                tools=bool(tools),
-                tool_choice=tool_choice not in ("auto", None),
-                parallel_tool_calls=parallel_tool_calls not in (True, None),
-                thinking=thinking is not None,
-                max_reasoning_tokens=max_reasoning_tokens is not None,
-                continue_final_message=bool(continue_final_message),
-                chat_template_kwargs=bool(chat_template_kwargs),
-            )
+            check_plain(options)
             source = TextPrompt.of(prompt, self.limits)
         return (await self.answer(PromptQuestion("count_tokens", source))).count
 
+    @spelled_out(ChatOptions, ALL_DEFAULTS)
     async def render_chat(
         self,
         messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: ToolChoice = "auto",
-        parallel_tool_calls: bool = True,
-        thinking: bool | None = None,
-        max_reasoning_tokens: int | None = None,
-        continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[ChatOptions],
     ) -> RenderedChat:
         running_loop()
-        source = ChatPrompt.of(
-            messages,
-            tools,
-            chat_template_kwargs,
-            self.limits,
-            tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls,
-            thinking=thinking,
-            max_reasoning_tokens=max_reasoning_tokens,
-            continue_final_message=continue_final_message,
-        )
+        check_known(options, ChatOptions)
+        source = chat_prompt(messages, options, self.limits)
         facts = await self.answer(PromptQuestion("render_chat", source))
         return RenderedChat(facts.text, facts.tokens, facts.cached_tokens, facts.notes)
 
@@ -322,28 +267,28 @@ class BaseEngine(Engine, abc.ABC):
             raise renamed(error, "tokens") from error
         return facts.text
 
+    @spelled_out(RequestOptions, ALL_DEFAULTS)
     async def generate_batch(
         self,
         prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams | None] | None = None,
-        *,
-        priority: int = 0,
-        prefill: SpecPrefill | EngineDefault | None = "default",
-        decode: EngineDefault | None = "default",
-        on_progress: ProgressCallback | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> list[GenerationResult | MLXEngineError]:
         running_loop()
-        checked_priority(priority, self.takes_priority)
-        self.check_strategies(prefill, decode)
-        given = params_for_each(prompts, params)
+        check_known(options, RequestOptions)
+        given: dict[str, Any] = {**ANSWER_DEFAULTS, **those_of(AnswerOptions, options)}
+        on_progress = given.pop("on_progress")
+        checked_priority(given["priority"], self.takes_priority)
+        self.check_strategies(given["prefill"], given["decode"])
+        asked = params_for_each(prompts, params)
         self.check_running()
-        each = await made_once(given, lambda own: self.limits.params(own, options))
+        sampling = those_of(SamplingOptions, options)
+        output = None if given["output"] is None else OutputType.of(given["output"])
+        given["output"] = output
+        each = await made_once(asked, lambda own: self._sampling(output, own, sampling))
 
         async def one(prompt: str | Sequence[int], own: SamplingParams) -> GenerationResult:
-            return await self.generate(
-                prompt, own, priority=priority, prefill=prefill, decode=decode
-            )
+            return await self.generate(prompt, own, **given)
 
         calls = [functools.partial(one, *pair) for pair in zip(prompts, each, strict=True)]
         return await in_order(

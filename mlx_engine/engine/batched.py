@@ -6,12 +6,13 @@ import functools
 import os
 from typing import Unpack
 
-from mlx_engine.config import BatchedOptions, EngineConfig, spelled_out
+from mlx_engine.config import DEFAULTS, BatchedOptions, EngineConfig
 from mlx_engine.core.scheduler import BatchScheduler
 from mlx_engine.engine.batch_holder import BatchHolder
 from mlx_engine.engine.local import LocalEngine
 from mlx_engine.generation.request import Request
 from mlx_engine.outputs import ProgressCallback
+from mlx_engine.signatures import spelled_out
 
 
 class BatchedEngine(LocalEngine):
@@ -25,7 +26,7 @@ class BatchedEngine(LocalEngine):
     _holder: BatchHolder
     takes_priority = True
 
-    @spelled_out(BatchedOptions)
+    @spelled_out(BatchedOptions, DEFAULTS)
     def __init__(
         self,
         model: str | os.PathLike[str],

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Unpack
 
 from mlx_engine.core.stream import GenerationStream
-from mlx_engine.outputs import GenerationResult, ProgressCallback, RenderedChat
-from mlx_engine.params import SamplingOptions, SamplingParams
-from mlx_engine.requests import Message, ToolChoice
-from mlx_engine.strategies import EngineDefault, SpecPrefill
+from mlx_engine.outputs import GenerationResult, RenderedChat
+from mlx_engine.params import SamplingParams
+from mlx_engine.requests import ALL_DEFAULTS, ChatOptions, ChatRequestOptions, Message
+from mlx_engine.signatures import spelled_out
 
 
 class ChatEngine(Protocol):
@@ -50,23 +50,12 @@ class ChatEngine(Protocol):
         """
 
     @abc.abstractmethod
+    @spelled_out(ChatRequestOptions, ALL_DEFAULTS)
     async def chat(
         self,
         messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
         params: SamplingParams | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: ToolChoice = "auto",
-        parallel_tool_calls: bool = True,
-        thinking: bool | None = None,
-        max_reasoning_tokens: int | None = None,
-        continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        priority: int = 0,
-        prefill: SpecPrefill | EngineDefault | None = "default",
-        decode: EngineDefault | None = "default",
-        on_progress: ProgressCallback | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[ChatRequestOptions],
     ) -> GenerationResult:
         """Answer a conversation in the model's chat template.
 
@@ -74,8 +63,11 @@ class ChatEngine(Protocol):
             messages: mappings with ``role`` and ``content``, as in OpenAI's API; see ``Message``.
                 An earlier result stands for its ``message()``.
             params: sampling parameters.
+            output: as in ``generate``; such an answer has no calls.
             tools: descriptions of the tools that the model may call, as in OpenAI's API.
-            tool_choice: ``"none"`` does not show the tools to the model.
+            tool_choice: ``"none"`` does not show the tools to the model, ``"required"`` lets it
+                answer with calls alone, and ``{"type": "function", "function": {"name": ...}}``
+                with one of this tool.
             parallel_tool_calls: ``False`` takes the first call of an answer alone; others have an
                 ``error``.
             thinking: whether the model should think aloud first; ``None`` is what its chat
@@ -97,38 +89,21 @@ class ChatEngine(Protocol):
         """
 
     @abc.abstractmethod
+    @spelled_out(ChatRequestOptions, ALL_DEFAULTS)
     def stream_chat(
         self,
         messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
         params: SamplingParams | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: ToolChoice = "auto",
-        parallel_tool_calls: bool = True,
-        thinking: bool | None = None,
-        max_reasoning_tokens: int | None = None,
-        continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        priority: int = 0,
-        prefill: SpecPrefill | EngineDefault | None = "default",
-        decode: EngineDefault | None = "default",
-        on_progress: ProgressCallback | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[ChatRequestOptions],
     ) -> GenerationStream:
         """Answer a conversation as a stream; arguments and errors are those of ``chat``."""
 
     @abc.abstractmethod
+    @spelled_out(ChatOptions, ALL_DEFAULTS)
     async def count_tokens(
         self,
         prompt: str | Sequence[int] | Sequence[Message | Mapping[str, Any] | GenerationResult],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: ToolChoice = "auto",
-        parallel_tool_calls: bool = True,
-        thinking: bool | None = None,
-        max_reasoning_tokens: int | None = None,
-        continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[ChatOptions],
     ) -> int:
         """Count the tokens that a prompt would have: ``usage.prompt_tokens`` of its answer.
 
@@ -154,17 +129,11 @@ class ChatEngine(Protocol):
         """
 
     @abc.abstractmethod
+    @spelled_out(ChatOptions, ALL_DEFAULTS)
     async def render_chat(
         self,
         messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: ToolChoice = "auto",
-        parallel_tool_calls: bool = True,
-        thinking: bool | None = None,
-        max_reasoning_tokens: int | None = None,
-        continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[ChatOptions],
     ) -> RenderedChat:
         """Put a conversation into the model's chat template, and show what comes out: the
         prompt's text and tokens, and how many of them the prompt cache has now.

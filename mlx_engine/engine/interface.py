@@ -15,11 +15,11 @@ from mlx_engine.outputs import (
     EngineState,
     EngineStats,
     GenerationResult,
-    ProgressCallback,
     ShutdownReport,
 )
-from mlx_engine.params import SamplingOptions, SamplingParams
-from mlx_engine.strategies import EngineDefault, SpecPrefill
+from mlx_engine.params import SamplingParams
+from mlx_engine.requests import ALL_DEFAULTS, RequestOptions
+from mlx_engine.signatures import spelled_out
 
 T = TypeVar("T")
 
@@ -96,22 +96,23 @@ class Engine(ChatEngine, Protocol):
     ) -> None: ...
 
     @abc.abstractmethod
+    @spelled_out(RequestOptions, ALL_DEFAULTS)
     async def generate(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        prefill: SpecPrefill | EngineDefault | None = "default",
-        decode: EngineDefault | None = "default",
-        on_progress: ProgressCallback | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> GenerationResult:
         """Continue ``prompt``, and give the whole answer.
 
         Args:
             prompt: text, or token ids.
             params: sampling parameters.
+            output: what the answer is to be, and ``result.parsed`` is: a class with fields (a
+                pydantic model, a dataclass, a ``TypedDict``, a ``msgspec.Struct``), a
+                ``TypeAdapter`` of pydantic's, or a JSON schema, of which ``parsed`` is plain
+                data. It stands for ``constraint=JSONSchema(...)``, and puts nothing into the
+                prompt. Objects of a class have its fields and no others.
             priority: lower goes first; 0 is all that ``SimpleEngine`` takes.
             prefill: ``None`` prefills all of this prompt; ``SpecPrefill(...)`` changes what
                 an engine keeps that has been made with one.
@@ -127,19 +128,16 @@ class Engine(ChatEngine, Protocol):
             EngineBusy: the queue or wait limit is reached.
             EngineNotStarted, EngineStopped, EngineDead: by the engine's state.
             GenerationError: this request failed; others go on.
+            OutputInvalid: a validator of ``output`` refused the answer, which is in the error.
         """
 
     @abc.abstractmethod
+    @spelled_out(RequestOptions, ALL_DEFAULTS)
     def stream_generate(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        prefill: SpecPrefill | EngineDefault | None = "default",
-        decode: EngineDefault | None = "default",
-        on_progress: ProgressCallback | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> GenerationStream:
         """Continue ``prompt`` as a stream; arguments and errors are those of ``generate``.
 
@@ -149,22 +147,19 @@ class Engine(ChatEngine, Protocol):
         """
 
     @abc.abstractmethod
+    @spelled_out(RequestOptions, ALL_DEFAULTS)
     async def generate_batch(
         self,
         prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams | None] | None = None,
-        *,
-        priority: int = 0,
-        prefill: SpecPrefill | EngineDefault | None = "default",
-        decode: EngineDefault | None = "default",
-        on_progress: ProgressCallback | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> list[GenerationResult | MLXEngineError]:
         """Continue many prompts, as many at once as the engine can.
 
         Args:
             prompts: texts, or lists of token ids.
             params: sampling parameters of all, or a list with those of each.
+            output: as in ``generate``, for all.
             priority: lower goes first; 0 is all that ``SimpleEngine`` takes.
             prefill: as in ``generate``, for all.
             decode: as in ``generate``, for all.

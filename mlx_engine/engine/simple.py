@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from typing import Unpack
 
-from mlx_engine.config import EngineConfig, EngineOptions, spelled_out
+from mlx_engine.config import DEFAULTS, EngineConfig, EngineOptions
 from mlx_engine.core.scheduler import SimpleScheduler
 from mlx_engine.engine.local import LocalEngine
 from mlx_engine.engine.model_holder import ModelHolder
 from mlx_engine.generation.request import Request
 from mlx_engine.outputs import ProgressCallback
+from mlx_engine.signatures import spelled_out
 
 
 class SimpleEngine(LocalEngine):
@@ -20,7 +21,7 @@ class SimpleEngine(LocalEngine):
     prompt is made into tokens before, on another thread.
     """
 
-    @spelled_out(EngineOptions)
+    @spelled_out(EngineOptions, DEFAULTS)
     def __init__(
         self,
         model: str | os.PathLike[str],

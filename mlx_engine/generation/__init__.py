@@ -24,6 +24,7 @@ Its files:
     chat_places.py       where the turns of a chat begin and end in its prompt
     sampling.py          options -> sampler and logits processors
     reasoning_budget.py  tokens that reasoning may use, and what closes it then
+    constraint.py        tokens that may come next, by the grammar of an answer
     sampler.py           log-probabilities -> tokens, all rows at once
     text.py              tokens -> text: characters, stop strings
     string_search.py     the first of several strings in a text that comes in parts

@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
 from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes, merge
+from mlx_engine.generation.constraint import empty_masks, fill_all, masked
 from mlx_engine.generation.reasoning_budget import only
 from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.sampler import Sampler
@@ -28,7 +29,7 @@ class DecodeBatch:
     """Sequences and their joint KV cache. On the MLX thread.
 
     A single sequence keeps the cache that it has, which is what decoding alone uses, and decodes
-    with its drafter if it has one; two and more are merged into mlx_lm's batch caches.
+    with proposals if anything makes some; two and more are merged into mlx_lm's batch caches.
     """
 
     def __init__(self, runner: ModelRunner) -> None:
@@ -94,12 +95,12 @@ class DecodeBatch:
         """Hand the next forward to MLX, then give each sequence's token of the one before.
 
         A sequence that has just joined has none yet, nor has one whose ``fault`` is set. A single
-        sequence with a drafter may get several.
+        sequence for which tokens are proposed may get several.
 
         Raises:
             Exception: MLX failed; nothing in the batch can be used any more.
         """
-        if len(self.sequences) == 1 and self.sequences[0].drafter is not None:
+        if len(self.sequences) == 1 and self.sequences[0].speculates:
             return self._step_alone(self.sequences[0])
         inputs, sums = self._inputs, self._sums
         logprobs = [each.logprobs for each in self.sequences]
@@ -176,6 +177,8 @@ class DecodeBatch:
                 for i, each in enumerate(self.sequences)
             ]
             logits = only(forced, logits)
+        if any(each.grammar is not None for each in self.sequences):
+            logits = self._constrained(inputs, logits)
         self._sums = mx.logsumexp(logits, axis=-1, keepdims=True)
         logprobs = logits - self._sums
         self._inputs = self._sample(logprobs)
@@ -187,6 +190,24 @@ class DecodeBatch:
                 sequence.logprobs = logprobs[i]
                 wanted.append(sequence.logprobs)
         mx.async_eval(self._inputs, self._sums, wanted)  # type: ignore[no-untyped-call]
+
+    def _constrained(self, inputs: mx.array, logits: mx.array) -> mx.array:
+        """Logits without the tokens that the sequences' constraints do not allow.
+
+        The model computes while the masks are made, for which only the step before is waited.
+        """
+        mx.async_eval(logits)  # type: ignore[no-untyped-call]
+        tokens = cast("list[int]", inputs.tolist())
+        states = [
+            None if _is_last(each) else each.follow(token)
+            for each, token in zip(self.sequences, tokens, strict=True)
+        ]
+        words = empty_masks(len(states), logits)
+        fill_all(words, states)
+        for sequence, state in zip(self.sequences, states, strict=True):
+            if state is not None:
+                sequence.fault = sequence.fault or state.fault
+        return masked(logits, words)
 
     def _sample(self, logprobs: mx.array) -> mx.array:
         """Token ids of shape (rows,)."""

@@ -6,6 +6,7 @@ import functools
 
 from mlx_engine.core.stop import checkpoint, stoppable
 from mlx_engine.errors import InvalidRequest
+from mlx_engine.generation.constraint import GrammarState
 from mlx_engine.generation.prompt import Encoded, encode
 from mlx_engine.generation.reasoning_budget import ReasoningBudget, ReasoningClose
 from mlx_engine.generation.request import Request
@@ -34,6 +35,7 @@ def prepare(request: Request, vocabulary: Vocabulary) -> None:
     request.fit(vocabulary.context_length)
     check_sampling(params, vocabulary.vocab_size)
     stops = frozenset(params.stop_token_ids)
+    grammar = _grammar(request, vocabulary)
     request.prepared(
         TextAssembler(
             vocabulary.tokenizer,
@@ -46,10 +48,26 @@ def prepare(request: Request, vocabulary: Vocabulary) -> None:
             vocab_size=vocabulary.vocab_size,
             xtc_special_tokens=(*vocabulary.newline_tokens, *sorted(vocabulary.eos)),
             budget=_budget(request, vocabulary, encoded),
+            grammar=grammar,
             token_text=None if params.logprobs is None else TokenTexts(vocabulary.tokenizer),
         ),
-        stops if params.ignore_eos else vocabulary.eos | stops,
+        stops if params.ignore_eos and grammar is None else vocabulary.eos | stops,
     )
+
+
+def _grammar(request: Request, vocabulary: Vocabulary) -> GrammarState | None:
+    """Where the answer is in what binds it; ``None`` if nothing does.
+
+    Raises:
+        InvalidRequest: a constraint cannot be compiled.
+        Interrupted: the request was cancelled meanwhile.
+    """
+    params = request.asked.params
+    if params.constraint is None:
+        return None
+    with stoppable(lambda: request.should_stop):
+        compiled = vocabulary.grammars.compile(f"start: {params.constraint.rule}")
+    return GrammarState(compiled, request.tokens, goes_on=params.ignore_eos)
 
 
 def _budget(request: Request, vocabulary: Vocabulary, encoded: Encoded) -> ReasoningBudget | None:

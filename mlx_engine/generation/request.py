@@ -173,6 +173,12 @@ class Request(ActiveRequest):
                 "an infinite logit, or -inf for every token); let them exclude tokens with -inf, "
                 "and never all of them"
             )
+        if self.sampling is not None and self.sampling.grammar is not None:
+            return GenerationError(
+                f"{self.request_id} failed: none of the tokens that its constraint does allow can "
+                "be sampled: all were excluded by logits processors, logit_bias or the end of "
+                "reasoning (max_reasoning_tokens), or the model's logits are NaN"
+            )
         advice = "check its files, or convert it to bfloat16 or float32"
         if self.sampling is not None and self.sampling.processors:
             advice += "; or a logit_bias or a penalty of this request is too large for it"

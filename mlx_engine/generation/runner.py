@@ -11,6 +11,8 @@ from mlx_lm.generate import generation_stream
 
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
+from mlx_engine.core.stop import Interrupted, stoppable
+from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache import prompt_cache_file
 from mlx_engine.generation.cache.cached_model import CachedModel
 from mlx_engine.generation.cache.kv_cache import (
@@ -29,8 +31,11 @@ from mlx_engine.generation.sequence import Sequence
 from mlx_engine.generation.sparse.chunk_choice import join
 from mlx_engine.generation.sparse.specprefill import SparsePrefill
 from mlx_engine.generation.speculative.decoder import Pending, SpeculativeDecoder
+from mlx_engine.generation.speculative.depth import DepthChooser
 from mlx_engine.generation.speculative.drafter import Drafter
+from mlx_engine.generation.speculative.forward import Forward
 from mlx_engine.generation.strategy_runtime import StrategyRuntime
+from mlx_engine.generation.trials.rollback import check_rollback
 from mlx_engine.models.loading import LoadedModel
 from mlx_engine.strategies import Strategies
 
@@ -85,6 +90,7 @@ class ModelRunner:
         self.prompt_cache = cache
         self.footprint = target.footprint
         self.strategies = StrategyRuntime.of(strategies, target, others)
+        self._verifies = True if self.strategies.speculation is not None else None  # once tried
         limit = prompt_cache_limit(config)
         share_out(limit, [(cache, target.footprint), *self.strategies.side_caches])
 
@@ -109,6 +115,7 @@ class ModelRunner:
         if asked.decode is not None and strategies.speculation is not None:
             sequence.drafter = strategies.speculation.make_drafter()
             sequence.drafter.begin(prompt, hit.cached)
+        sequence.forces = sequence.grammar is not None and self._can_verify(request)
         sequence.cache = cache
         if asked.prefill is None or strategies.sparse is None:
             return
@@ -205,23 +212,33 @@ class ModelRunner:
     def speculative_decoder(
         self, sequence: Sequence, cache: Cache, pending: Pending | None = None
     ) -> SpeculativeDecoder:
-        """The decoder of a sequence that has a drafter.
+        """The decoder of a sequence for which tokens are proposed.
 
         Args:
             pending: the sequence's next token, if it has been sampled already.
         """
         speculation = self.strategies.speculation
-        assert speculation is not None
-        assert sequence.drafter is not None
+        if sequence.drafter is None or speculation is None:
+            forward, chooser = Forward(self.loaded.model), DepthChooser(0)
+        else:
+            forward, chooser = speculation.forward, speculation.chooser
         return SpeculativeDecoder(
-            sequence.request,
-            speculation.forward,
-            cache,
-            sequence.drafter,
-            speculation.chooser,
-            self.counters,
-            pending,
+            sequence.request, forward, cache, sequence.drafter, chooser, self.counters, pending
         )
+
+    def _can_verify(self, request: Request) -> bool:
+        """Whether the model can verify proposals, which is tried when some come first."""
+        if self._verifies is None:
+            try:
+                with stoppable(lambda: request.should_stop):
+                    check_rollback(self.loaded.model, self.config)
+            except Interrupted:  # its next look at that ends the request
+                return False
+            except InvalidRequest:
+                self._verifies = False
+            else:
+                self._verifies = True
+        return self._verifies
 
     def _places(self, request: Request, hit: Hit) -> tuple[int, ...]:
         """Places where the cache of a request is to be stored on its way, ascending."""

@@ -16,6 +16,7 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_engine.core.work import call_in
 from mlx_engine.errors import InvalidRequest, describe
+from mlx_engine.generation.constraint import GrammarState
 from mlx_engine.generation.reasoning_budget import ReasoningBudget
 from mlx_engine.generation.sampler import Sampler, SamplerOptions
 from mlx_engine.outputs import TokenLogprob
@@ -29,15 +30,17 @@ def _no_text(token: int) -> str:
 
 
 class Sampling:
-    """Logits to the next token: processors first, then what is forced, then the sampler.
+    """Logits to the next token: processors first, then what reasoning is bound to, then what the
+    answer is, then the sampler.
 
     Attributes:
         options: how it is sampled, alone or as a row among others.
         processors: functions of the tokens so far and logits of shape (1, vocabulary).
         budget: of its reasoning; ``None`` is without limit.
+        grammar: where its answer is in its grammar; ``None`` if it has none.
 
     Args:
-        options, processors, budget: the same.
+        options, processors, budget, grammar: the same.
         token_text: gives the text of a token.
     """
 
@@ -46,11 +49,13 @@ class Sampling:
         options: SamplerOptions,
         processors: Sequence[LogitsProcessor] = (),
         budget: ReasoningBudget | None = None,
+        grammar: GrammarState | None = None,
         token_text: TokenText = _no_text,
     ) -> None:
         self.options = options
         self.processors = tuple(processors)
         self.budget = budget
+        self.grammar = grammar
         self._token_text = token_text
 
     def sample(self, logprobs: mx.array, position: int) -> mx.array:
@@ -140,6 +145,7 @@ def make_sampling(
     vocab_size: int,
     xtc_special_tokens: Sequence[int] = (),
     budget: ReasoningBudget | None = None,
+    grammar: GrammarState | None = None,
     token_text: TokenText | None = None,
 ) -> Sampling:
     """The sampler's options and the processors of one request. On the MLX thread.
@@ -150,6 +156,7 @@ def make_sampling(
         xtc_special_tokens: ids that XTC never excludes (newline and end of sequence, as in
             mlx-lm).
         budget: of its reasoning.
+        grammar: of its answer.
         token_text: gives the text of a token, for log-probabilities.
 
     Raises:
@@ -173,7 +180,7 @@ def make_sampling(
         seed=params.seed,
     )
     own = [_made(p) if isinstance(p, str) else p for p in params.logits_processors]
-    return Sampling(options, (*processors, *own), budget, token_text or _no_text)
+    return Sampling(options, (*processors, *own), budget, grammar, token_text or _no_text)
 
 
 def _made(name: str) -> LogitsProcessor:

@@ -8,6 +8,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import TokenBuffer
 
 from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes
+from mlx_engine.generation.constraint import GrammarState
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.sparse.specprefill import SparsePrefill
 from mlx_engine.generation.speculative.drafter import Drafter
@@ -25,9 +26,11 @@ class Sequence:
         cached: of which the prompt cache had these.
         places: numbers of tokens after which its cache is to be stored, on the way; ascending.
         alone: whether its prefill must not be shared with others.
-        fault: what its logits processor or sampler raised, or that there was nothing to sample.
+        fault: what its logits processor, constraint or sampler raised, or that there was nothing
+            to sample.
         sparse: what leaves out parts of its prompt, if anything does.
         drafter: what proposes tokens for it, if anything does.
+        forces: whether what its constraint leaves no choice about is proposed.
         batched: tokens that it got in steps with others.
     """
 
@@ -44,6 +47,8 @@ class Sequence:
         self.options = request.sampling.options
         self.processors = request.sampling.processors
         self.budget = request.sampling.budget
+        self.grammar = request.sampling.grammar
+        self.forces = False
         self.logprobs: mx.array | None = None  # of its next token
         self.new = True  # the token that goes in next is the prompt's last, or was told before
         self.batched = 0
@@ -80,6 +85,11 @@ class Sequence:
     def has_own(self) -> bool:
         """Whether the caller has given it logits processors."""
         return self.request.context is not None
+
+    @property
+    def speculates(self) -> bool:
+        """Whether anything proposes tokens for it, while it decodes by itself."""
+        return self.drafter is not None or self.forces
 
     @property
     def in_cache(self) -> list[int]:
@@ -137,3 +147,19 @@ class Sequence:
                 raise
             self.fault = error
             return None
+
+    def follow(self, token: int) -> GrammarState | None:
+        """The state of its constraint where its next token is to be chosen; ``None`` if it has
+        none. A fault is kept, there and here.
+
+        Args:
+            token: the one that goes into the model with this step.
+        """
+        if self.grammar is None:
+            return None
+        place = self.held + 1 - len(self.request.prompt)
+        try:
+            self.grammar.go(place, [token])
+        except BaseException as error:  # noqa: BLE001 - the border to the matcher
+            self.fault = error
+        return self.grammar

@@ -132,7 +132,7 @@ def _steps(runner: ModelRunner, sequence: Sequence) -> Generator[list[Emitted], 
     """
     request = sequence.request
     assert sequence.cache is not None
-    if sequence.drafter is None:
+    if not sequence.speculates:
         sequence.held = len(request.prompt)
         try:
             for step in decode(runner.loaded.model, sequence.cache, request, runner.config):
@@ -207,7 +207,8 @@ class _Hooks:
     @property
     def processes(self) -> bool:
         """Whether logits are changed."""
-        return bool(self._sampling.processors) or self._sampling.budget is not None
+        sampling = self._sampling
+        return bool(sampling.processors or sampling.budget or sampling.grammar)
 
     def process(self, tokens: mx.array, logits: mx.array) -> mx.array:
         """Logits of shape (1, vocabulary) as the request wants them."""
@@ -219,6 +220,8 @@ class _Hooks:
             logits = self._request.process(mx.concatenate([self._history, tokens]), logits)
         if self._sampling.budget is not None:
             logits = self._sampling.budget.apply(logits, self._place, self._latest)
+        if self._sampling.grammar is not None:
+            logits = self._sampling.grammar.apply(logits, self._place, self._latest)
         return logits
 
     def sample(self, logprobs: mx.array) -> mx.array:

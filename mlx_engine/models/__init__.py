@@ -5,6 +5,7 @@ Its files:
     loading.py             the only mlx_lm.load
     info.py                facts from the files
     vocabulary.py          all of a model that needs no MLX
+    grammar.py             constraints -> what follows an answer token by token
     demo.py                the embedded default: fetched once, converted
     gguf_demo.py           its file, as a folder that mlx-lm loads
     hub.py                 downloads from the Hugging Face Hub

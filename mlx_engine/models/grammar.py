@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.hf import from_tokenizer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_engine.errors import InvalidRequest
-
-if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +55,6 @@ class Grammars:
             InvalidRequest: it is no grammar, or too large.
             Interrupted: the work was told to stop.
         """
-        from llguidance import LLMatcher
-        from llguidance.hf import from_tokenizer
-
         if self._trie is None:
             fast = self._tokenizer._tokenizer
             self._trie = from_tokenizer(fast, self._vocab_size, sorted(self._ends))

@@ -24,6 +24,7 @@ from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import InvalidRequest, MLXEngineError, ModelLoadError
 from mlx_engine.models import demo, hub
 from mlx_engine.models.detokenizer import SAMPLE_TEXT, make_detokenizer, mend_decoder
+from mlx_engine.models.grammar import Grammars
 from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.outputs import Progress, ProgressCallback
 
@@ -143,13 +144,15 @@ def load_model(
         raise ModelLoadError(f"{source}: {_explain(error, config)}") from error
     # Metal only, elsewhere it does nothing: lets the weights stay resident.
     maybe_set_recommended_wired_limit()
+    eos, size = frozenset(tokenizer.eos_token_ids), vocab_size(model_config, tokenizer)
     vocabulary = Vocabulary(
         tokenizer=tokenizer,
-        eos=frozenset(tokenizer.eos_token_ids),
-        vocab_size=vocab_size(model_config, tokenizer),
+        eos=eos,
+        vocab_size=size,
         context_length=config.context_length or context_length(model_config),
         longest_token=max(map(len, tokenizer.get_vocab()), default=1),
         newline_tokens=tuple(tokenizer.encode("\n", add_special_tokens=False)),
+        grammars=Grammars(tokenizer, size, eos),
         answer_format=answer_format(config, tokenizer),
         cuttable=all(_cuttable(entry) for entry in make_prompt_cache(model)),
     )

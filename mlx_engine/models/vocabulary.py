@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_engine.chat.answer_format import AnswerFormat
+from mlx_engine.models.grammar import Grammars
 
 _ALL_IS_TEXT = AnswerFormat()
 
@@ -25,6 +26,7 @@ class Vocabulary:
             no limit.
         longest_token: characters of the longest token.
         newline_tokens: what the tokenizer makes of a line break.
+        grammars: what compiles constraints for it.
         answer_format: how it marks reasoning and writes calls of tools.
         cuttable: whether the model's KV caches can be cut back to any number of tokens, at any
             length.
@@ -36,5 +38,6 @@ class Vocabulary:
     context_length: int | None
     longest_token: int
     newline_tokens: tuple[int, ...]
+    grammars: Grammars
     answer_format: AnswerFormat = _ALL_IS_TEXT
     cuttable: bool = True

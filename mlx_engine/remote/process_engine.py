@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Unpack
 
-from mlx_engine.config import BatchedOptions, EngineConfig, EngineKind, spelled_out
+from mlx_engine.config import DEFAULTS, BatchedOptions, EngineConfig, EngineKind
 from mlx_engine.engine.base import checked_formats
 from mlx_engine.outputs import ProgressCallback
 from mlx_engine.remote.linked import LinkedEngine
@@ -18,6 +18,7 @@ from mlx_engine.remote.links.process_link import ProcessLink
 from mlx_engine.remote.wire.heartbeat import HEARTBEAT_INTERVAL, Watchdog
 from mlx_engine.remote.wire.messages import Configure, Hello, encode_strictly
 from mlx_engine.remote.wire.options import options_to_wire, settled
+from mlx_engine.signatures import spelled_out
 from mlx_engine.strategies import EngineDefault, SpecPrefill
 
 _numbers = itertools.count(1)
@@ -38,7 +39,7 @@ class ProcessEngine(LinkedEngine):
     their names, ``"package.module:function"``.
     """
 
-    @spelled_out(BatchedOptions)
+    @spelled_out(BatchedOptions, DEFAULTS)
     def __init__(
         self,
         model: str | os.PathLike[str],

@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
-from mlx_engine.config import BatchedOptions, EngineKind, spelled_out
+from mlx_engine.config import DEFAULTS, BatchedOptions, EngineKind
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import ProgressCallback
 from mlx_engine.remote.links.link import Link
 from mlx_engine.remote.links.ray_link import RayLink
 from mlx_engine.remote.process_engine import ProcessEngine
 from mlx_engine.remote.wire.heartbeat import Watchdog
+from mlx_engine.signatures import spelled_out
 
 
 class RayEngine(ProcessEngine):
@@ -28,7 +29,7 @@ class RayEngine(ProcessEngine):
     options, ``start()`` raises ``MLXEngineError``.
     """
 
-    @spelled_out(BatchedOptions)
+    @spelled_out(BatchedOptions, DEFAULTS)
     def __init__(
         self,
         model: str | os.PathLike[str],

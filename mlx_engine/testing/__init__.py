@@ -10,6 +10,7 @@ Its files:
     fake_request.py      what it was asked
     fake_prompt.py       prompts -> tokens
     fake_call.py         tool calls of a script -> tokens
+    fake_constraint.py   whether they keep to what the request allows
     fake_text.py         pieces of an answer -> text
     fake_cache.py        its prompt cache
     player.py            what it does on the MLX thread

@@ -41,7 +41,8 @@ class FakeEngine(InProcessEngine):
     ``context_length`` are honoured, and tokens of earlier prompts and answers are counted as
     cached. Messages and tools are checked as those of other engines are; calls and reasoning come
     as deltas and segments, as from them; a script that no model could follow, such as a call
-    without tools, fails its request (``GenerationError``). What else changes how tokens
+    without tools, or an answer that breaks the request's ``constraint`` or ``output``, fails its
+    request (``GenerationError``). What else changes how tokens
     are chosen (temperature, penalties, ``logit_bias``, ``seed``, ...) has no effect;
     ``logits_processors`` and ``prefill=SpecPrefill(...)`` are refused.
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal
 
 from mlx_engine.checks import choice, shown
+from mlx_engine.constraints import Constraint
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import Segment, ToolCall
 from mlx_engine.requests import ChatPrompt, TextPrompt
 from mlx_engine.testing.fake_call import raw_call
+from mlx_engine.testing.fake_constraint import check_calls, check_content
 from mlx_engine.testing.fake_gate import Gate
 from mlx_engine.testing.fake_request import FakeRequest
 from mlx_engine.testing.fake_tokens import words
@@ -59,12 +62,31 @@ class FakeAnswer:
         """An answer from its text or pieces."""
         return answer if isinstance(answer, FakeAnswer) else cls(answer)  # type: ignore[arg-type]
 
-    def check(self, source: TextPrompt | ChatPrompt) -> None:
+    def check(self, source: TextPrompt | ChatPrompt, constraint: Constraint | None = None) -> None:
         """See that a model could give this answer.
 
         Raises:
+            InvalidRequest: the constraint cannot be followed.
             ValueError: none could: it is a mistake of the script.
         """
+        self._check_calls(source)
+        text, whole = self._content()
+        if isinstance(source, ChatPrompt):
+            check_calls(self.tool_calls, bool(text), whole, source)  # type: ignore[arg-type]
+        if constraint is None:
+            return
+        if self.tool_calls:
+            raise ValueError("tool calls are scripted, but the request's constraint allows none")
+        check_content(constraint, text, whole)
+
+    def _content(self) -> tuple[str, bool]:
+        """Its text as far as it is made, and whether the answer comes to its own end."""
+        made = list(takewhile(lambda piece: not isinstance(piece, Exception), self.text))
+        ends = len(made) == len(self.text) and self.finish_reason == "stop"
+        whole = ends and not any(isinstance(piece, Exception) for piece in self.reasoning)
+        return "".join(piece for piece in made if isinstance(piece, str)), whole
+
+    def _check_calls(self, source: TextPrompt | ChatPrompt) -> None:
         if not (self.reasoning or self.tool_calls):
             return
         if not isinstance(source, ChatPrompt):

@@ -212,7 +212,7 @@ class FakeModel:
 
     def _steps(self, request: ScriptedRequest) -> Iterator[float | None]:
         answer = choose(self._answers, request.shown)
-        answer.check(request.asked.source)
+        answer.check(request.asked.source, request.asked.params.constraint)
         if answer.reasoning and not self._supports_reasoning:
             raise ValueError("reasoning is scripted, but supports_reasoning is False")
         for _, _, seconds in _slices(self._prefill_seconds):

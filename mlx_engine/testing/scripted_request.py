@@ -150,7 +150,8 @@ class ScriptedRequest(ActiveRequest):
 
     def take_end(self) -> bool:
         """Take the end of the sequence; whether the answer is complete with it."""
-        stops = not self._params.ignore_eos or END in self._params.stop_token_ids
+        params = self._params
+        stops = not params.ignore_eos or END in params.stop_token_ids or params.constraint
         return self._took(END, [], "stop" if stops else None)
 
     def end(self, reason: FinishReason) -> None:

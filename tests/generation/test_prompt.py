@@ -216,6 +216,12 @@ async def test_unknown_options_name_the_closest(engine: SimpleEngine) -> None:
         await engine.generate("hi", temprature=1.0)  # type: ignore[call-arg]
     with pytest.raises(InvalidRequest, match="did you mean 'max_tokens'"):
         engine.stream_chat(USER, max_token=1)  # type: ignore[call-arg]
+    with pytest.raises(InvalidRequest, match="did you mean 'tool_choice'"):
+        await engine.chat(USER, tool_choise="none")  # type: ignore[call-arg]
+    with pytest.raises(InvalidRequest, match="did you mean 'priority'"):
+        await engine.generate_batch(["hi"], prioritiy=1)  # type: ignore[call-arg]
+    with pytest.raises(InvalidRequest, match=r"^temperature: there is no such option"):
+        await engine.count_tokens(USER, temperature=1.0)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(

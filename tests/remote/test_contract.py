@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pytest
@@ -18,11 +18,13 @@ import pytest
 from mlx_engine import (
     BaseEngine,
     BatchedEngine,
+    Choice,
     DraftModel,
     EngineStopped,
     GenerationChunk,
     GenerationError,
     GenerationResult,
+    Grammar,
     MLXEngineError,
     ProcessEngine,
     SamplingParams,
@@ -43,6 +45,11 @@ NAMED = "tests.remote.processors:"
 _NO_TIME = Timings(0, 0, 0, 0, 0, 0, 0)
 
 Outcome = Callable[[BaseEngine], Awaitable[Any]]
+
+
+class Flag(TypedDict):
+    is_set: bool
+    side: Literal["left", "right"]
 
 
 @pytest.fixture(scope="module", params=["simple", "batched"])
@@ -107,6 +114,16 @@ OUTCOMES: dict[str, Outcome] = {
     "a batch with a fault": lambda e: e.generate_batch(
         ["a", [999_999], "c"], [None, None, SamplingParams(seed=1, temperature=1)], max_tokens=9
     ),
+    "an answer of a type": lambda e: e.generate(
+        "a", output=Flag, max_tokens=99, temperature=1, seed=4
+    ),
+    "a streamed answer of a type": lambda e: streamed(
+        e, prompt="a", output=Flag, max_tokens=99, temperature=1, seed=5
+    ),
+    "a cut answer of a type": lambda e: e.chat(USER, output=Flag, max_tokens=3),
+    "one of some texts": lambda e: e.generate("a", constraint=Choice(["yes", "no"])),
+    "a schema that is none": lambda e: e.generate("a", output={"type": "strin"}),
+    "a grammar that is none": lambda e: e.generate("a", constraint=Grammar("start: nothing")),
     "opting out": lambda e: e.generate("a", prefill=None, decode=None, max_tokens=3),
     # errors
     "a token that is none": lambda e: e.generate([999_999]),

@@ -18,9 +18,9 @@ from typing import Any
 
 from mlx_engine.chat.renderer import Renderer
 from mlx_engine.core import bridge, preparer
-from mlx_engine.core import stream as streams
 from mlx_engine.core.admission import Admission
 from mlx_engine.core.batch_queue import BatchQueue
+from mlx_engine.core.channel import Channel
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.request import ActiveRequest
 from mlx_engine.core.work import PendingWork, Stage, ThreadJob
@@ -46,7 +46,7 @@ _JOINTS = (
     (ThreadJob, "execute"),
     (PendingWork, "announce"),
     (Admission, "over"),
-    (streams._Channel, "push"),
+    (Channel, "push"),
     (BatchQueue, "take"),
     (BatchQueue, "end"),
     (WorkQueue, "refuse"),

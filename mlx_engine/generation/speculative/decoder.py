@@ -30,6 +30,7 @@ Emitted = tuple[int, mx.array | None]  # a token and its log-probabilities, if a
 # (``None``: there was), and its log-probabilities, if asked for.
 Pending = tuple[mx.array, mx.array | None, mx.array | None]
 
+_FORCED = 32  # tokens that a constraint forces and that are verified together, at most
 _LONGEST_REPLAY = 8  # tokens that go in again and again, where a cache cannot be trimmed
 
 
@@ -43,7 +44,7 @@ class SpeculativeDecoder:
         request: prepared; its tokens are to be given to it as they come.
         forward: of the model.
         cache: of the model, with all of the prompt but its last token in it.
-        drafter: proposes tokens.
+        drafter: proposes tokens; ``None`` if only the request's constraint does.
         chooser: says how many.
         counters: of proposals.
         pending: the next token, if it has been sampled already and not been read. All tokens
@@ -52,8 +53,8 @@ class SpeculativeDecoder:
     Attributes:
         held: tokens in the cache.
         tokens: the prompt and all that has come out.
-        fault: what a logits processor raised, or that there was nothing to sample, which
-            ``step`` has raised.
+        fault: what a logits processor or the constraint raised, or that there was nothing to
+            sample, which ``step`` has raised.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class SpeculativeDecoder:
         request: Request,
         forward: Forward,
         cache: Cache,
-        drafter: Drafter,
+        drafter: Drafter | None,
         chooser: DepthChooser,
         counters: EngineCounters,
         pending: Pending | None = None,
@@ -74,12 +75,13 @@ class SpeculativeDecoder:
         self._sampling = request.sampling
         self._forward = forward
         self._cache = cache
-        self._drafter: Drafter | None = drafter
+        self._drafter = drafter
         self._chooser = chooser
         self._counters = counters
         self._rollback = Rollback(cache)
         self._next = pending
         self._history: mx.array | None = None  # tokens, for processors
+        self._most_forced = _FORCED
         self._began = 0.0  # when the latest cycle began
         self._cycle: tuple[int, int] | None = None  # its depth, and how many were accepted
 
@@ -91,14 +93,18 @@ class SpeculativeDecoder:
         """
         self._time()
         left = self._left()
+        forced = self._forced(left - 1)
+        if forced and self._next is None:
+            return self._verify_forced(forced)
         depth = self._depth(left)
         first = len(self.tokens) == len(self._request.prompt)  # not to wait for the drafter
         if depth and self._next is None and not first:
             proposals = self._propose(depth)
             if proposals is not None:
-                return self._verify(proposals)
+                return self._verify_drafted(proposals, depth)
         self._cycle = None if depth else (0, 0)
-        return [self._plain(more=left > 1 and not depth)]
+        # What is forced behind the next token goes in together, once that is known.
+        return [self._plain(more=left > 1 and not depth and len(forced) < 2)]
 
     def _time(self) -> None:
         """Time the cycle before, until now, what its tokens were used for included."""
@@ -168,12 +174,15 @@ class SpeculativeDecoder:
     # verifying proposals
 
     def _propose(self, depth: int) -> mx.array | None:
-        """Proposals, of shape (depth,); ``None`` if the drafter only came closer to any."""
+        """Proposals, ``depth`` of them, or fewer if the next one may not come; ``None`` if the
+        drafter only came closer to any.
+        """
         drafter = self._drafter
         assert drafter is not None
         if (reason := drafter.ended(self.tokens)) is not None:
             self._go_on_without(reason)
             return None
+        place = len(self.tokens) - len(self._request.prompt)
         try:
             if drafter.catch_up(self.tokens) or not drafter.ready(self.tokens):
                 return None
@@ -182,6 +191,9 @@ class SpeculativeDecoder:
                 proposals = drafter.propose(self.tokens, depth, self._sample_draft)
                 # Computed while the rest is built.
                 mx.async_eval(proposals, self._history)  # type: ignore[no-untyped-call]
+            if self._sampling.grammar is not None:
+                known = cast("list[int]", proposals.tolist())
+                proposals = proposals[: self._sampling.grammar.allowed(place, known)]
         except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
             self._drafter_failed(error)
             return None
@@ -196,6 +208,37 @@ class SpeculativeDecoder:
     def _go_on_without(self, reason: str) -> None:
         self._drafter = None
         self._request.note(f"decoded one token at a time in the end: {reason}")
+
+    def _forced(self, most: int) -> list[int]:
+        """Tokens that the constraint forces, as far as they are to be proposed, of ``most``."""
+        grammar, most = self._sampling.grammar, min(most, self._most_forced)
+        if grammar is None or most < 1 or len(self.tokens) - self.held > _LONGEST_REPLAY:
+            return []
+        try:
+            return grammar.forced(len(self.tokens) - len(self._request.prompt))[:most]
+        except BaseException as error:
+            self.fault = error
+            raise
+
+    def _verify_forced(self, tokens: list[int]) -> list[Emitted]:
+        """Verify them; fewer are proposed from now on if the model writes the text in others."""
+        self._remember(mx.array(self.tokens[self.held :], dtype=mx.uint32))
+        emitted = self._verify(mx.array(tokens, dtype=mx.uint32))
+        accepted = len(emitted) - 1
+        if accepted < len(tokens):
+            self._most_forced = (self._most_forced + accepted) // 2
+        return emitted
+
+    def _verify_drafted(self, proposals: mx.array, asked: int) -> list[Emitted]:
+        """Verify what a drafter that was asked for so many has proposed, and learn from it."""
+        emitted = self._verify(proposals)
+        accepted = len(emitted) - 1
+        self._tell_drafter(accepted)
+        self._request.drafted(asked, accepted)
+        self._counters.draft_tokens += asked
+        self._counters.accepted_tokens += accepted
+        self._cycle = (asked, accepted)
+        return emitted
 
     def _verify(self, proposals: mx.array) -> list[Emitted]:
         place, depth = len(self.tokens) - len(self._request.prompt), proposals.size
@@ -214,11 +257,6 @@ class SpeculativeDecoder:
         self.tokens += chosen
         if hidden is not None:
             self._observe(start, hidden[: went_in - rejected])
-        self._verified(accepted)
-        self._request.drafted(depth, accepted)
-        self._counters.draft_tokens += depth
-        self._counters.accepted_tokens += accepted
-        self._cycle = (depth, accepted)
         wanted = self._request.wants_logprobs
         return [(token, logprobs[i] if wanted else None) for i, token in enumerate(chosen)]
 
@@ -255,7 +293,7 @@ class SpeculativeDecoder:
         if self._request.context is None:
             logits = self._processed(logits, proposals)
         place = len(self.tokens) - len(self._request.prompt) + len(proposals)
-        logits = self._limited(logits, place, proposals)
+        logits = self._limited(logits, place, proposals, drafted=True)
         return self._sampling.sample_at(_logprobs(logits), place).astype(mx.uint32)
 
     # what processors are shown
@@ -283,21 +321,28 @@ class SpeculativeDecoder:
             self.fault = error
             raise
 
-    def _limited(self, logits: mx.array, place: int, ahead: Sequence[mx.array]) -> mx.array:
-        """Logits of shape (n, vocabulary) within the budget of the request's reasoning.
+    def _limited(
+        self, logits: mx.array, place: int, ahead: Sequence[mx.array], *, drafted: bool = False
+    ) -> mx.array:
+        """Logits of shape (n, vocabulary) within the budget of the request's reasoning, and what
+        its constraint allows.
 
         Args:
             place: of the first of them in the answer.
             ahead: tokens before the last of them, those at least that have not come out.
+            drafted: whether these are a draft's.
         """
-        budget = self._sampling.budget
-        if budget is None:
-            return logits
+        budget, grammar = self._sampling.budget, self._sampling.grammar
         try:
-            return budget.apply(logits, place, ahead)
+            if budget is not None:
+                logits = budget.apply(logits, place, ahead)
+            if grammar is not None:
+                logits = grammar.apply(logits, place, ahead, drafted=drafted)
         except BaseException:
-            self.fault = budget.fault
+            faults = [each.fault for each in (budget, grammar) if each is not None]
+            self.fault = next((fault for fault in faults if fault is not None), None)
             raise
+        return logits
 
     # what the drafter is told
 
@@ -309,7 +354,7 @@ class SpeculativeDecoder:
         except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
             self._drafter_failed(error)
 
-    def _verified(self, accepted: int) -> None:
+    def _tell_drafter(self, accepted: int) -> None:
         if self._drafter is None:
             return
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 
 from mlx_engine.checks import integer, shown
-from mlx_engine.config import BatchedOptions, EngineKind, QueueConfig, spelled_out
+from mlx_engine.config import DEFAULTS, BatchedOptions, EngineKind, QueueConfig
 from mlx_engine.core.drain import clean_up
 from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.lifecycle import Lifecycle, checked_timeout
@@ -36,6 +36,7 @@ from mlx_engine.remote.replicas.tasks import all_results
 from mlx_engine.remote.replicas.waiting_room import BOUNDED, WaitingRoom, waiting_limits
 from mlx_engine.remote.wire.heartbeat import Watchdog
 from mlx_engine.requests import GenerationRequest
+from mlx_engine.signatures import spelled_out
 from mlx_engine.strategies import EngineDefault, SpecPrefill
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ class EngineManager(BaseEngine):
     one: the one in which it was started, and in which the replicas are watched.
     """
 
-    @spelled_out(BatchedOptions)
+    @spelled_out(BatchedOptions, DEFAULTS)
     def __init__(
         self,
         model: str | os.PathLike[str],
@@ -98,7 +99,7 @@ class EngineManager(BaseEngine):
         self._set_up(process, replicas, restart, waiting_limits(options))
 
     @classmethod
-    @spelled_out(BatchedOptions)
+    @spelled_out(BatchedOptions, DEFAULTS)
     def on_ray(
         cls,
         model: str | os.PathLike[str],

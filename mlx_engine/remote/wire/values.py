@@ -11,6 +11,7 @@ from typing import Any
 from mlx_engine import errors
 from mlx_engine.chat.answer_format import ReasoningFormat, ToolFormat
 from mlx_engine.checks import shown
+from mlx_engine.constraints import AnyJSON, Choice, Grammar, JSONSchema, Regex
 from mlx_engine.errors import GenerationError, InvalidRequest, MLXEngineError, describe
 from mlx_engine.limits import RequestLimits
 from mlx_engine.outputs import GenerationChunk, GenerationResult, ToolCall
@@ -32,6 +33,9 @@ from mlx_engine.strategies import MTP, DraftModel, SpecPrefill
 
 _KINDS = (DraftModel, MTP, SpecPrefill, RequestLimits, ToolFormat, ReasoningFormat)
 _CONFIGS: dict[str, type[Any]] = {kind.__name__: kind for kind in _KINDS}
+_CONSTRAINTS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (JSONSchema, Regex, Grammar, Choice, AnyJSON)
+}
 _UNWRITABLE = (TypeError, ValueError, OverflowError, RecursionError)
 
 
@@ -161,7 +165,10 @@ def request_from_wire(
         InvalidRequest: it is not acceptable.
     """
     source = _source_from_wire(message, limits)
-    params = limits.params(None, message.params)
+    given = dict(message.params)
+    if (constraint := given.get("constraint")) is not None:
+        given["constraint"] = _constraint_from_wire(constraint, limits)
+    params = limits.params(None, given)
     if params.logits_processors and not trusted:
         raise InvalidRequest(
             "logits_processors", "this engine does not import functions for its clients"
@@ -188,7 +195,9 @@ def _source_from_wire(message: Generate | Ask, limits: RequestLimits) -> TextPro
 
 def option_to_wire(value: Any) -> Any:
     """An option of an engine: strategies, limits and formats become a pair of name and fields."""
-    if isinstance(value, tuple(_CONFIGS.values())):
+    if isinstance(value, JSONSchema):
+        return [JSONSchema.__name__, {"schema": value.text}]  # integers of any size in it
+    if isinstance(value, (*_CONFIGS.values(), *_CONSTRAINTS.values())):
         return [type(value).__name__, _fields(value)]
     return os.fspath(value) if isinstance(value, os.PathLike) else simple(value)
 
@@ -234,7 +243,15 @@ def result_from_wire(done: Done) -> GenerationResult:
         replace(call, arguments=given)
         for call, given in zip(done.result.tool_calls, done.arguments, strict=True)
     )
-    return replace(done.result, tool_calls=calls)
+    return replace(done.result, tool_calls=calls, parsed=None)  # that is made where it is asked for
+
+
+def _constraint_from_wire(value: object, limits: RequestLimits) -> Any:
+    limits.check_values("constraint", "constraint_characters", value)
+    match value:
+        case [str(kind), dict(given)] if kind in _CONSTRAINTS:
+            return _made(_CONSTRAINTS[kind], "constraint", given)
+    raise InvalidRequest("constraint", f"is none: {shown(value)}")
 
 
 def option_from_wire(name: str, value: Any) -> Any:
