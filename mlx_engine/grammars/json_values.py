@@ -13,7 +13,7 @@ from mlx_engine.checks import shown
 from mlx_engine.grammars.problem import Place, problem
 
 DEEPEST = 100  # lists and mappings within each other
-MOST = 2**17  # values in all
+MOST = 2**16  # values in all
 
 _EXACT = 2**53  # integers up to it are doubles
 _DIGITS = 15  # of a number with a fraction, for which a double stands
