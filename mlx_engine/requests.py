@@ -8,14 +8,15 @@ from typing import Any, ClassVar, Literal
 
 from mlx_engine.checks import LARGEST, flag, integer, integer_or_none, shown
 from mlx_engine.conversation import Message as Message
-from mlx_engine.conversation import checked_messages, checked_tools
+from mlx_engine.conversation import checked_messages, checked_tools, name_of_tool
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import GenerationResult
 from mlx_engine.params import SamplingParams
 from mlx_engine.strategies import EngineDefault, SpecPrefill
 
-ToolChoice = Literal["auto", "none"]
+# A mapping names the one tool to call: {"type": "function", "function": {"name": "f"}}.
+ToolChoice = Literal["auto", "none", "required"] | Mapping[str, Any]
 
 
 class TokenIds(list[int]):
@@ -64,7 +65,7 @@ class ChatPrompt:
         max_reasoning_tokens: after so many tokens reasoning is closed, and the answer goes on;
             ``None`` for no limit of its own.
         continue_final_message: whether to go on with the last message, which is the assistant's.
-        tool_choice: whether the model may call tools.
+        tool_choice: whether the model may or must call tools, or the one that it must call.
         parallel_tool_calls: whether it may make more than one call in an answer.
         option: what a caller calls it.
 
@@ -101,14 +102,15 @@ class ChatPrompt:
         continued = flag("continue_final_message", continue_final_message)
         if continued:
             _check_continued(copies)
+        known = checked_tools(tools, limits)
         return cls(
             copies,
-            checked_tools(tools, limits),
+            known,
             _template_kwargs(template_kwargs, limits),
             None if thinking is None else flag("thinking", thinking),
             integer_or_none("max_reasoning_tokens", max_reasoning_tokens, low=0),
             continued,
-            _tool_choice(tool_choice),
+            _tool_choice(tool_choice, known, limits),
             parallel_tool_calls is None or flag("parallel_tool_calls", parallel_tool_calls),
         )
 
@@ -186,18 +188,45 @@ def _check_continued(messages: list[dict[str, Any]]) -> None:
         )
 
 
-def _tool_choice(given: object) -> ToolChoice:
+def _tool_choice(
+    given: object, tools: list[dict[str, Any]] | None, limits: RequestLimits
+) -> ToolChoice:
+    option = "tool_choice"
     if given is None or given == "auto":
         return "auto"
     if given == "none":
         return "none"
-    if given == "required" or isinstance(given, Mapping):
+    if given == "required":
+        if not tools:
+            raise InvalidRequest(option, "'required' needs tools, and there are none")
+        return "required"
+    if not isinstance(given, Mapping):
         raise InvalidRequest(
-            "tool_choice",
-            f"{shown(given)} needs constrained output, which this engine does not have yet; "
-            "'auto' and 'none' are there",
+            option,
+            "must be 'auto', 'none', 'required' or "
+            f"{{'type': 'function', 'function': {{'name': ...}}}}, not {shown(given)}",
         )
-    raise InvalidRequest("tool_choice", f"must be 'auto' or 'none', not {shown(given)}")
+    return _named_tool(given, tools, limits)
+
+
+def _named_tool(
+    given: Mapping[Any, Any], tools: list[dict[str, Any]] | None, limits: RequestLimits
+) -> dict[str, Any]:
+    """The choice of one tool, in the form of OpenAI's chats; its responses have the name flat."""
+    option = "tool_choice"
+    function = given.get("function", given)
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if given.get("type", "function") != "function" or not isinstance(name, str) or not name:
+        raise InvalidRequest(
+            option,
+            f"must be {{'type': 'function', 'function': {{'name': ...}}}}, not {shown(given)}",
+        )
+    limits.check_name(option, name)
+    names = [name_of_tool(tool) for tool in tools or ()]
+    if name not in names:
+        there = f"there are {', '.join(map(str, names)):.400}" if names else "there are no tools"
+        raise InvalidRequest(option, f"there is no tool {shown(name)}; {there}")
+    return {"type": "function", "function": {"name": name}}
 
 
 def _template_kwargs(given: object, limits: RequestLimits) -> dict[str, Any]:

@@ -93,9 +93,9 @@ def test_what_is_refused_is_named(message: Any, words: str) -> None:
         ({"max_reasoning_tokens": -1}, "max_reasoning_tokens: must be an integer, 0 or more"),
         ({"max_reasoning_tokens": 1.5}, "max_reasoning_tokens: must be an integer"),
         ({"continue_final_message": 1}, "continue_final_message: must be True or False"),
-        ({"tool_choice": "required"}, "tool_choice: 'required' needs constrained output"),
-        ({"tool_choice": {"type": "function"}}, "tool_choice: .* needs constrained output"),
-        ({"tool_choice": "any"}, "tool_choice: must be 'auto' or 'none'"),
+        ({"tool_choice": "required"}, "tool_choice: 'required' needs tools"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice: must be .* not"),
+        ({"tool_choice": "any"}, "tool_choice: must be 'auto', 'none', 'required' or"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls: must be True or False"),
     ],
 )

@@ -19,7 +19,18 @@ Its files:
     families.py           the table: how each family writes calls and reasoning
     family_calls.py       one call of each
     answer_format.py      the values in it
+    answer_grammar.py     the grammar of a whole answer, where one binds it
+    bound_answer.py       the values for such an answer
+    call_grammar.py       its calls
+    frames.py             the table: what each family writes around them
+    tagged_grammar.py     a value between tags
+    literal_grammar.py    a value as Python and Gemma write it
+    string_grammar.py     strings that a schema allows
+    tool_schemas.py       tools and their schemas, as grammars need them
+    name_check.py         names that a format can write
+    lark.py               rules, as they are put together
     parser.py             text -> content, reasoning and calls, as a stream
+    bound_reader.py       answers that a grammar binds
     tagged.py             answers that are text with markers in it
     unclosed.py           calls in reasoning that is not closed
     harmony.py            answers that are a row of messages

@@ -17,12 +17,19 @@ class AnswerParts:
     Args:
         tools: the schemas of the arguments, by the tools' names.
         parallel: whether more than one call may be made.
+        literal: the first of each marker counts, since a grammar binds the answer.
     """
 
-    def __init__(self, tools: Mapping[str, Mapping[str, Any]], *, parallel: bool = True) -> None:
+    def __init__(
+        self,
+        tools: Mapping[str, Mapping[str, Any]],
+        *,
+        parallel: bool = True,
+        literal: bool = False,
+    ) -> None:
         self.source = Source()
         self.pieces: list[Piece] = []
-        self.calls = Calls(self.source, tools, self.pieces, parallel=parallel)
+        self.calls = Calls(self.source, tools, self.pieces, parallel=parallel, literal=literal)
         self.quoting = Quoting()
         self.in_reasoning = False
         self.reasoning_over = False  # no more of it can come

@@ -254,7 +254,7 @@ class PythonCall:
                 if (yield from source.skip_space()) == ")":
                     break
             key = yield from source.expect(
-                compiled(r"(?P<key>[A-Za-z_][\w\-]{0,255})\s{0,16}="), "an argument's name"
+                compiled(r"(?P<key>[^\W\d][\w\-]{0,255})\s{0,16}="), "an argument's name"
             )
             calls.add(separator + quoted(key["key"]) + ": ")
             separator = ", "

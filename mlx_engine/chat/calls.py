@@ -39,6 +39,7 @@ class Calls:
         tools: the schemas of the arguments, by the tools' names.
         pieces: gets the deltas.
         parallel: whether more than one may be made.
+        literal: the first of each marker counts, since a grammar binds the answer.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class Calls:
         pieces: list[Piece],
         *,
         parallel: bool = True,
+        literal: bool = False,
     ) -> None:
         self.tools = tools
+        self.literal = literal
         self.done: list[ToolCall] = []
         self.is_open = False
         self.cut_offs = 0  # calls that were read up to the end of the answer, in vain

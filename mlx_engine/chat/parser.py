@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from mlx_engine.chat import harmony, response_template, tagged
+from mlx_engine.chat import bound_reader, harmony, response_template, tagged
 from mlx_engine.chat.answer_format import AnswerFormat
 from mlx_engine.chat.answer_parts import AnswerParts
+from mlx_engine.chat.bound_answer import BoundAnswer
 from mlx_engine.core.stream import Piece
 from mlx_engine.outputs import ToolCall
 
@@ -25,6 +26,7 @@ class AnswerParser:
             calls.
         prefix: what the template wrote behind the last message; it tells whether reasoning is open.
         parallel: whether more than one call may be made.
+        bound: how an answer is written that a grammar binds; ``None`` if it is free.
     """
 
     def __init__(
@@ -34,9 +36,14 @@ class AnswerParser:
         prefix: str = "",
         *,
         parallel: bool = True,
+        bound: BoundAnswer | None = None,
     ) -> None:
-        self._parts = AnswerParts(_schemas(tools or ()), parallel=parallel)
-        self._steps = _READERS[format.structure](self._parts, format, prefix)
+        schemas = _schemas(tools or ())
+        self._parts = AnswerParts(schemas, parallel=parallel, literal=bound is not None)
+        if bound is not None:
+            self._steps = bound_reader.read(self._parts, bound)
+        else:
+            self._steps = _READERS[format.structure](self._parts, format, prefix)
         next(self._steps, None)
 
     @property

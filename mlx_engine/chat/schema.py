@@ -44,7 +44,7 @@ def _types(schema: Any, root: Mapping[str, Any], steps: list[int]) -> set[str]:
     if not isinstance(schema, Mapping) or steps[0] < 0:
         return set()
     if isinstance(reference := schema.get("$ref"), str):
-        return _types(_referred(reference, root), root, steps)
+        return _types(referred(reference, root), root, steps)
     found: set[str] = set()
     declared = schema.get("type")
     for name in declared if isinstance(declared, list) else [declared]:
@@ -85,7 +85,8 @@ def _type_of(value: Any) -> str:
     return "null"
 
 
-def _referred(reference: str, root: Mapping[str, Any]) -> Any:
+def referred(reference: str, root: Mapping[str, Any]) -> Any:
+    """The value that a reference refers to; ``None`` if there is none."""
     found: Any = root
     for part in reference.removeprefix("#").strip("/").split("/"):
         if not part:
@@ -126,7 +127,7 @@ def _choices(schema: Any, root: Mapping[str, Any], steps: list[int]) -> list[Map
     if not isinstance(schema, Mapping) or steps[0] < 0:
         return []
     if isinstance(reference := schema.get("$ref"), str):
-        return _choices(_referred(reference, root), root, steps)
+        return _choices(referred(reference, root), root, steps)
     found = [schema]
     for union in ("anyOf", "oneOf", "allOf"):
         if isinstance(parts := schema.get(union), list):

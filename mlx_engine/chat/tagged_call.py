@@ -10,7 +10,7 @@ from functools import lru_cache
 from mlx_engine.chat.bodies import compiled, literally, without_names
 from mlx_engine.chat.calls import Calls
 from mlx_engine.chat.elements import elements
-from mlx_engine.chat.json_text import escaped, quoted
+from mlx_engine.chat.json_text import escaped, json_value, quoted
 from mlx_engine.chat.schema import argument_schema, cast, types_of
 from mlx_engine.chat.source import CutOff, Malformed, Match, Pattern, Source, Steps
 
@@ -96,6 +96,11 @@ class TaggedCall:
             types = frozenset({"string"})
         stripped = self.newlines and (yield from source.peek()) == "\n"
         source.at += stripped
+        if calls.literal:
+            end = compiled(literally("\n" * stripped + self.close.replace("{key}", head["key"])))
+            told_other = not types and told is not None
+            yield from self._bound(source, calls, types, end, head["key"], told_other)
+            return
         has_elements = self.element and "string" not in types
         if has_elements and (yield from elements(source, calls, self.element, schema)):
             yield from source.skip_space()
@@ -110,6 +115,23 @@ class TaggedCall:
             before, last = (_value_end(self, key, stripped, ended) for ended in (False, True))
             ends = before, last
         yield from self._text(source, calls, types, ends, head["key"])
+
+    def _bound(
+        self,
+        source: Source,
+        calls: Calls,
+        types: frozenset[str],
+        end: Pattern,
+        key: str,
+        told_other: bool,
+    ) -> Steps[None]:
+        """Read a value that a grammar binds: lists and objects as JSON, the rest up to the end."""
+        kind = {"{": "object", "[": "array"}.get((yield from source.peek()))
+        if kind is not None and (told_other or kind in types):
+            yield from json_value(source, calls.add)
+            yield from source.expect(end, "the end of a value")
+        else:
+            yield from self._text(source, calls, types, (end, end), key)
 
     def _is_quoted(self, end: Match, calls: Calls) -> bool:
         """Whether what looks like the next argument is none of the tool's, and so of the value."""

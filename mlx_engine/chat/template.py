@@ -6,12 +6,14 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from mlx_engine.chat.answer_grammar import bound_answer
 from mlx_engine.chat.attempts import Attempts
+from mlx_engine.chat.bound_answer import BoundAnswer
 from mlx_engine.chat.continuation import continued
 from mlx_engine.chat.formats import AnswerFormat, choose_format
 from mlx_engine.chat.messages import Adapted
@@ -22,9 +24,10 @@ from mlx_engine.chat.renderer import Messages, Renderer, Tools
 from mlx_engine.chat.shown import end_of, missing, note_of
 from mlx_engine.chat.stand_ins import key_of, stand_ins
 from mlx_engine.chat.switches import switch_thinking
+from mlx_engine.constraints import Constraint
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.requests import ChatPrompt
+from mlx_engine.requests import ChatPrompt, ToolChoice
 
 _VARIANTS = 32  # of tools or none, and of variables, that are remembered for a template
 _TAIL = 64  # characters in which a prompt's end is looked for where it cannot be told apart
@@ -52,6 +55,8 @@ class RenderedPrompt:
         end: characters before the generation prompt; ``None`` if that cannot be told apart.
         render: puts other messages into the template in the same way, without a generation
             prompt; raises anything.
+        tool_choice: which tools the model may or must call.
+        bound: how the answer is written, once a grammar binds it; see ``bind``.
     """
 
     text: str
@@ -64,10 +69,42 @@ class RenderedPrompt:
     variables: dict[str, Any]
     end: int | None
     render: Callable[[Messages], str]
+    tool_choice: ToolChoice = "auto"
+    bound: BoundAnswer | None = None
+
+    def bind(self, constraint: Constraint | None, special: Mapping[str, int]) -> RenderedPrompt:
+        """The same prompt, for an answer that ``bound.lark`` binds, if anything does.
+
+        Args:
+            constraint: on the content of the answer; its calls are bound by the tools.
+            special: the ids of the tokenizer's special tokens by their texts; see
+                ``bound_answer``.
+
+        Raises:
+            InvalidRequest: the answer cannot be bound so in this model's format.
+        """
+        bound = bound_answer(
+            self.format,
+            self.prefix,
+            constraint=constraint,
+            tools=self.tools,
+            tool_choice=self.tool_choice,
+            parallel=self.parallel,
+            special=special,
+        )
+        return replace(self, bound=bound)
+
+    def reasoning_close(self) -> str:
+        """The text that ends reasoning so that the answer goes on; empty if there is none."""
+        if self.bound is not None:
+            return self.bound.reasoning_close()
+        return self.format.reasoning_close()
 
     def parser(self) -> AnswerParser:
         """A parser for an answer to it."""
-        return AnswerParser(self.format, self.tools, self.prefix, parallel=self.parallel)
+        return AnswerParser(
+            self.format, self.tools, self.prefix, parallel=self.parallel, bound=self.bound
+        )
 
 
 class ChatTemplate:
@@ -152,6 +189,7 @@ class ChatTemplate:
             format=self.format,
             tools=tools,
             parallel=prompt.parallel_tool_calls,
+            tool_choice=prompt.tool_choice,
             messages=adapted.messages,
             variables=variables,
             end=end,
