@@ -104,6 +104,40 @@ def test_options_are_checked(options: dict[str, Any], words: str) -> None:
         ChatPrompt.of([USER], **options)
 
 
+_CHOSEN = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("required", "required"),
+        (_CHOSEN, _CHOSEN),
+        ({"type": "function", "name": "f"}, _CHOSEN),  # as in OpenAI's responses
+        ({"function": {"name": "f", "strict": True}}, _CHOSEN),
+    ],
+)
+def test_a_tool_that_must_be_called_is_named_in_one_form(given: Any, kept: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "strict": True}}]
+    prompt = ChatPrompt.of([USER], tools, tool_choice=given)
+    assert (prompt.tool_choice, prompt.offered) == (kept, tools)
+    again = ChatPrompt.of([USER], tools, tool_choice=prompt.tool_choice)
+    assert again == prompt
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"type": "function", "function": {"name": "g"}}, "there is no tool 'g'; there are f"),
+        ({"type": "custom", "name": "f"}, "must be {'type': 'function'"),
+        ({"type": "function", "function": {"name": 3}}, "must be {'type': 'function'"),
+    ],
+)
+def test_a_choice_that_names_no_tool_is_refused(given: Any, words: str) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    with pytest.raises(InvalidRequest, match=f"^tool_choice: {words}"):
+        ChatPrompt.of([USER], tools, tool_choice=given)
+
+
 def test_options_have_defaults() -> None:
     prompt = ChatPrompt.of([USER], tool_choice=None, parallel_tool_calls=None)
     assert prompt == ChatPrompt.of([USER])

@@ -24,9 +24,10 @@ Its files:
     call_grammar.py       its calls
     frames.py             the table: what each family writes around them
     tagged_grammar.py     a value between tags
-    gemma_grammar.py      a value as Gemma writes it
+    literal_grammar.py    a value as Python and Gemma write it
     string_grammar.py     strings that a schema allows
     tool_schemas.py       tools and their schemas, as grammars need them
+    name_check.py         names that a format can write
     lark.py               rules, as they are put together
     parser.py             text -> content, reasoning and calls, as a stream
     bound_reader.py       answers that a grammar binds

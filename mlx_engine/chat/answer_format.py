@@ -108,6 +108,8 @@ class AnswerFormat:
         structure: ``tagged`` is text with markers in it; ``harmony`` is a row of messages;
             ``response_template`` is described by the model.
         described: that description, as JSON.
+        bound_as: the format of the table in which a model that describes its answers itself
+            writes those that a grammar binds; ``None`` is this one.
     """
 
     name: str = "none"
@@ -117,6 +119,7 @@ class AnswerFormat:
     drop: tuple[str, ...] = ()
     structure: Literal["tagged", "harmony", "response_template"] = "tagged"
     described: str = ""
+    bound_as: AnswerFormat | None = None
 
     @property
     def has_reasoning(self) -> bool:

@@ -10,6 +10,7 @@ from mlx_engine.chat.bound_answer import GAP, BoundAnswer
 from mlx_engine.chat.call_grammar import CallGrammar
 from mlx_engine.chat.frames import CONTENT, ContentFrame, Frame, frame_of
 from mlx_engine.chat.lark import Lark, literally
+from mlx_engine.chat.name_check import check_names
 from mlx_engine.chat.tool_schemas import OfferedTool, offered_tools
 from mlx_engine.constraints import AnyJSON, Constraint, JSONSchema
 from mlx_engine.errors import InvalidRequest
@@ -40,20 +41,30 @@ def bound_answer(
     Raises:
         InvalidRequest: it cannot be bound so.
     """
-    offered = offered_tools(tools or ())
-    if constraint is not None and tool_choice not in ("auto", "none"):
+    if not is_bound(constraint, tools, tool_choice):
+        return None
+    writer = _Writer(form.bound_as or form, prefix, special)
+    if tool_choice in ("auto", "none"):
+        if constraint is not None:
+            return writer.content(constraint)
+        return writer.calls(offered_tools(tools or ()), parallel, required=False)
+    if constraint is not None:
         raise InvalidRequest(
             "constraint", "is for content, and there is none where tool_choice asks for calls"
         )
-    writer = _Writer(form, prefix, special)
-    if constraint is not None:
-        return writer.content(constraint)
-    if tool_choice not in ("auto", "none"):
-        chosen, many = _chosen(offered, tool_choice)
-        return writer.calls(chosen, parallel and many, required=True)
-    if tool_choice == "auto" and any(tool.strict for tool in offered):
-        return writer.calls(offered, parallel, required=False)
-    return None
+    chosen, many = _chosen(offered_tools(tools or ()), tool_choice)
+    return writer.calls(chosen, parallel and many, required=True)
+
+
+def is_bound(
+    constraint: Constraint | None,
+    tools: Sequence[Mapping[str, Any]] | None,
+    tool_choice: str | Mapping[str, Any],
+) -> bool:
+    """Whether anything binds an answer; see ``bound_answer``."""
+    if constraint is not None or tool_choice not in ("auto", "none"):
+        return True
+    return tool_choice == "auto" and any(tool.strict for tool in offered_tools(tools or ()))
 
 
 def _chosen(
@@ -133,10 +144,13 @@ class _Writer:
                 "option tool_format names another one",
             )
         frame, reads = found
+        check_names(frame, reads, tools)
         lark = self._lark
         grammar = CallGrammar(lark, frame, reads, required)
         trigger = _trigger(frame, reads)
-        behind = grammar.behind(trigger, tools, many=parallel)
+        # Text may follow calls that nothing ends, so that another has a marker of its own.
+        many = parallel and (required or not trigger or bool(frame.close))
+        behind = grammar.behind(trigger, tools, many=many)
         begun = trigger if trigger and self._rest.endswith(trigger) else ""
         marker = f"{lark.literal(trigger)} " if trigger and not begun else ""
         spaced = not frame.turn and not trigger[:1].isspace()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from mlx_engine.chat.answer_format import ReasoningFormat, ToolFormat
 
 # A pattern of white space that may stand before content or calls.
-GAP = r"[ \t\r\n]{0,8}"
+LONGEST_GAP = 8
+GAP = rf"[ \t\r\n]{{0,{LONGEST_GAP}}}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +31,12 @@ class BoundAnswer:
         drop: markers around such text, and between calls.
     """
 
-    lark: str
-    reasoning: ReasoningFormat | None
-    in_reasoning: bool
-    repeats: bool
-    turn: str
-    gaps: tuple[str, str]
+    lark: str = ""
+    reasoning: ReasoningFormat | None = None
+    in_reasoning: bool = False
+    repeats: bool = False
+    turn: str = ""
+    gaps: tuple[str, str] = ("", "")
     openings: tuple[str, ...] = ()
     calls: ToolFormat | None = None
     trigger: str = ""
@@ -43,3 +44,17 @@ class BoundAnswer:
     begun: str = ""
     is_free: bool = False
     drop: tuple[str, ...] = ()
+
+    def reasoning_close(self) -> str:
+        """The text that ends reasoning so that the answer goes on; empty if there is none."""
+        form = self.reasoning
+        if form is None:
+            return ""
+        before, _, behind = (form.end or form.close).partition(form.close)
+        if self.turn or self.openings:
+            behind = self.turn + ("" if self.calls else self.openings[0])
+        elif not self.is_free and self.gaps[0] != GAP:
+            behind = self.gaps[0]
+        elif behind.strip():  # the beginning of content
+            behind = ""
+        return before + form.close + behind

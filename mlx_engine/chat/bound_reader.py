@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlx_engine.chat.answer_parts import AnswerParts
 from mlx_engine.chat.bodies import compiled, literally
-from mlx_engine.chat.bound_answer import GAP, BoundAnswer
+from mlx_engine.chat.bound_answer import GAP, LONGEST_GAP, BoundAnswer
 from mlx_engine.chat.section import read_section, section
 from mlx_engine.chat.source import Emit, Steps
 
@@ -14,8 +14,7 @@ def read(parts: AnswerParts, bound: BoundAnswer) -> Steps[None]:
     source = parts.source
     had_some = yield from _reasoning(parts, bound)
     parts.in_reasoning, parts.reasoning_over = False, True
-    gap = bound.gaps[0 if had_some else 1]
-    yield from source.read(compiled(gap if gap == GAP else literally(gap)))
+    yield from _gap(parts, bound.gaps[0 if had_some else 1])
     if bound.begun:
         yield from source.peek()
         source.put_back(bound.begun)
@@ -51,9 +50,25 @@ def _reasoning(parts: AnswerParts, bound: BoundAnswer) -> Steps[bool]:
             return True
         source.at = found.end()
         parts.in_reasoning = False
-        yield from source.read(compiled(literally(bound.turn)))
+        yield from _literal(parts, bound.turn)
         if not bound.repeats:
             return True
+
+
+def _gap(parts: AnswerParts, gap: str) -> Steps[None]:
+    if gap != GAP:
+        yield from _literal(parts, gap)
+        return
+    for _ in range(LONGEST_GAP):
+        char = yield from parts.source.peek()
+        if char == "" or char not in " \t\r\n":
+            return
+        parts.source.at += 1
+
+
+def _literal(parts: AnswerParts, text: str) -> Steps[None]:
+    if text:
+        yield from parts.source.read(compiled(literally(text)))
 
 
 def _content(parts: AnswerParts, bound: BoundAnswer, *, calls: bool) -> Steps[None]:
@@ -69,7 +84,7 @@ def _content(parts: AnswerParts, bound: BoundAnswer, *, calls: bool) -> Steps[No
         assert bound.calls is not None
         each = section(bound.calls)
         yield from source.read(each.marker)
-        yield from read_section(source, parts.calls, each)
+        yield from read_section(source, parts.calls, each, single=bound.is_free)
 
 
 def _all(parts: AnswerParts, emit: Emit) -> Steps[None]:

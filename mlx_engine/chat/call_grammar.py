@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_engine.chat.answer_format import ToolFormat
+from mlx_engine.chat.bodies import HeadedCall
 from mlx_engine.chat.frames import Frame
-from mlx_engine.chat.gemma_grammar import gemma_value
 from mlx_engine.chat.lark import Lark
-from mlx_engine.chat.schema import types_of
+from mlx_engine.chat.literal import PYTHON
+from mlx_engine.chat.literal_grammar import LiteralGrammar
 from mlx_engine.chat.tagged_call import TaggedCall
 from mlx_engine.chat.tagged_grammar import tagged_value
-from mlx_engine.chat.tool_schemas import NOTES, OfferedTool, names_of, properties_of
+from mlx_engine.chat.tool_schemas import OfferedTool, names_of, properties_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +65,24 @@ class CallGrammar:
         if self.frame.arguments == "json":
             return self.lark.rule(tool.json_rule({"type": "object"} if free else tool.schema))
         if self.frame.arguments == "gemma":
-            return gemma_value(self.lark, tool, None if free else tool.schema, self.frame.end)
-        write = self._tag if self.frame.arguments == "tags" else self._keyword
-        separator = '", "' if self.frame.arguments == "python" else ""
+            schema = {"type": "object"} if free else tool.schema
+            return self._literal(tool).rule(schema)
+        write = self._tag if self.frame.arguments == "tags" else self._keywords(tool)
+        separator = "/, ?/" if self.frame.arguments == "python" else ""
         if free:
             return self._any_of([write(tool, key, {}) for key in names_of(tool)], separator)
         items = [(write(tool, key, schema), must) for key, schema, must in properties_of(tool)]
         return self.lark.members(items, separator)
+
+    def _literal(self, tool: OfferedTool) -> LiteralGrammar:
+        dialects = [body.dialect for body in self.reads.bodies if isinstance(body, HeadedCall)]
+        return LiteralGrammar(self.lark, tool, next(filter(None, dialects), PYTHON))
+
+    def _keywords(self, tool: OfferedTool) -> Callable[[OfferedTool, str, Mapping[str, Any]], str]:
+        values = self._literal(tool)
+        return lambda tool, key, schema: self.lark.rule(
+            f"{self.lark.literal(f'{key}=')} {values.rule(schema)}"
+        )
 
     def _any_of(self, items: list[str], separator: str) -> str:
         """Any of these, in any order."""
@@ -79,28 +91,17 @@ class CallGrammar:
         each = self.lark.any_of(items)
         return self.lark.rule(f"({each} ({separator} {each})*)?")
 
-    def _keyword(self, tool: OfferedTool, key: str, schema: Mapping[str, Any]) -> str:
-        value = self.lark.rule(tool.json_rule(tool.within(schema)))
-        types = types_of(schema, tool.schema)
-        if types == {"boolean"} and schema.keys().isdisjoint(_LISTED):
-            value = '("True" | "False")'
-        elif types == {"string"} and schema.keys() <= NOTES | {"type"}:
-            value = f"({value} | {self.lark.terminal(_SINGLE)})"
-        return self.lark.rule(f"{self.lark.literal(f'{key}=')} {value}")
-
     def _tag(self, tool: OfferedTool, key: str, schema: Mapping[str, Any]) -> str:
         body = next(body for body in self.reads.bodies if isinstance(body, TaggedCall))
         newline = "\n" if body.newlines else ""
         close = newline + body.close.replace("{key}", key)
         behind = self.frame.end.replace("KEY", key).removeprefix(close)
-        value = tagged_value(self.lark, tool, schema, close)
         before = self.frame.argument
+        value = tagged_value(self.lark, tool, schema, close, told="IS_TEXT" in before)
         text, other = (self.lark.template(before, KEY=key, IS_TEXT=told) for told in _TOLD)
         choices = [f"{text} {each}" for each in value.texts]
         choices += [f"{other} {each} {self.lark.literal(close)}" for each in value.others]
         return self.lark.rule(f"{self.lark.any_of(choices)} {self.lark.template(behind)}")
 
 
-_LISTED = ("enum", "const")
 _TOLD = ("true", "false")
-_SINGLE = r"""/'([^'\\\x00-\x1f]|\\['"\\nrt])*'/"""  # a string of Python's

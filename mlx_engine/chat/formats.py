@@ -42,7 +42,8 @@ def choose_format(
     if response_template and tool_format is None and reasoning_format is None:
         described = format_of(response_template)
         if described is not None:
-            return described
+            shown = _by_template(template_text(template), frozenset(special_tokens))
+            return replace(described, bound_as=shown if shown.calls else None)
     found = _by_template(template_text(template), frozenset(special_tokens))
     if tool_format is not None:
         found = _with_calls(found, tool_format)

@@ -26,9 +26,9 @@ class Frame:
         between: what is between two calls; ``None`` if there is only one.
         close: what is behind the last.
         arguments: how they are written: as one JSON object; ``python`` as those of a function;
-            ``tags`` between tags of their own; ``gemma`` as an object with bare keys.
+            ``tags`` between tags of their own; ``gemma`` as an object in the dialect that is read.
         argument, end: for ``tags``, what is before and behind a value; ``KEY`` is the argument's
-            name, and ``IS_TEXT`` whether its value is text. For ``gemma``, ``end`` is its quote.
+            name, and ``IS_TEXT`` whether its value is text.
         turn: what is between reasoning and the marker.
         needs: special tokens without which a model does not write so.
         reads: how the parser reads such calls; ``None`` is the family's format with that marker.
@@ -140,9 +140,9 @@ FRAMES: dict[str, tuple[Frame, ...]] = {
         "tool_name", "parameters"), ",\n"),),
     "gemma-3": (_together("```tool_code|->|\n", "\n```", _PYTHON, "\n"),),
     "gemma-4": (_wrapped("<|tool_call>", "<tool_call|>", Frame(
-        "", "call:NAME", arguments="gemma", end='<|"|>'), "", ""),),
+        "", "call:NAME", arguments="gemma"), "", ""),),
     "functiongemma": (_wrapped("<start_function_call>", "<end_function_call>", Frame(
-        "", "call:NAME", arguments="gemma", end="<escape>"), "", ""),),
+        "", "call:NAME", arguments="gemma"), "", ""),),
     "apertus": (_together("<|tools_prefix|>|->|[", "]<|tools_suffix|>",
                          Frame("", '{"NAME": ', "}")),),
     "nemotron": (_together("<TOOLCALL>|->|[", "]</TOOLCALL>", _object()),),

@@ -74,8 +74,14 @@ def _bare(bodies: tuple[Body, ...]) -> str:
     return rf"\s{{0,256}}{bracket}(?:{starts})"
 
 
-def read_section(source: Source, calls: Calls, section: Section) -> Steps[None]:
-    """Read the calls of a section, whose opening marker was read."""
+def read_section(
+    source: Source, calls: Calls, section: Section, *, single: bool = False
+) -> Steps[None]:
+    """Read the calls of a section, whose opening marker was read.
+
+    Args:
+        single: without brackets and an end of the section there is one call, whatever follows.
+    """
     depth = count = 0
     yield from source.skip_space()
     fence = yield from source.read(compiled(rf"{_FENCE}(?=\s)"))
@@ -88,6 +94,8 @@ def read_section(source: Source, calls: Calls, section: Section) -> Steps[None]:
             count += 1
             calls.open()
             yield from _one(source, calls, section, body)
+            if single and not depth and section.close is None:
+                break
         elif char == "[" and not count and not depth:
             source.at += 1
             depth = 1

@@ -97,8 +97,9 @@ class TaggedCall:
         stripped = self.newlines and (yield from source.peek()) == "\n"
         source.at += stripped
         if calls.literal:
-            end = "\n" * stripped + self.close.replace("{key}", head["key"])
-            yield from self._bound(source, calls, types, compiled(literally(end)), head["key"])
+            end = compiled(literally("\n" * stripped + self.close.replace("{key}", head["key"])))
+            told_other = not types and told is not None
+            yield from self._bound(source, calls, types, end, head["key"], told_other)
             return
         has_elements = self.element and "string" not in types
         if has_elements and (yield from elements(source, calls, self.element, schema)):
@@ -116,11 +117,17 @@ class TaggedCall:
         yield from self._text(source, calls, types, ends, head["key"])
 
     def _bound(
-        self, source: Source, calls: Calls, types: frozenset[str], end: Pattern, key: str
+        self,
+        source: Source,
+        calls: Calls,
+        types: frozenset[str],
+        end: Pattern,
+        key: str,
+        told_other: bool,
     ) -> Steps[None]:
         """Read a value that a grammar binds: lists and objects as JSON, the rest up to the end."""
-        char = yield from source.peek()
-        if (char == "{" and "object" in types) or (char == "[" and "array" in types):
+        kind = {"{": "object", "[": "array"}.get((yield from source.peek()))
+        if kind is not None and (told_other or kind in types):
             yield from json_value(source, calls.add)
             yield from source.expect(end, "the end of a value")
         else:

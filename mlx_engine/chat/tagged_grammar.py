@@ -28,7 +28,7 @@ class TaggedValue:
 
 
 def tagged_value(
-    lark: Lark, tool: OfferedTool, schema: Mapping[str, Any], close: str
+    lark: Lark, tool: OfferedTool, schema: Mapping[str, Any], close: str, *, told: bool
 ) -> TaggedValue:
     """The rules for a value that is written between tags.
 
@@ -37,6 +37,7 @@ def tagged_value(
         tool: whose argument it is.
         schema: of the value.
         close: what ends it.
+        told: the tag tells whether it is text.
     """
     found = TaggedValue()
     types = types_of(schema, tool.schema)
@@ -46,6 +47,8 @@ def tagged_value(
             _enumerate(lark, tool, listed, types, close, found)
         elif not kinds:
             found.texts.append(lark.until(close))
+            if told:
+                found.others.append(lark.rule(tool.json_rule({"type": sorted(_LIKE)})))
         elif kinds == {"string"}:
             content = string_content(tool, each)
             if len(types) > 1:

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from mlx_engine.chat.answer_grammar import bound_answer
+from mlx_engine.chat.answer_grammar import bound_answer, is_bound
 from mlx_engine.chat.attempts import Attempts
 from mlx_engine.chat.bound_answer import BoundAnswer
 from mlx_engine.chat.continuation import continued
@@ -72,17 +72,21 @@ class RenderedPrompt:
     tool_choice: ToolChoice = "auto"
     bound: BoundAnswer | None = None
 
-    def bind(self, constraint: Constraint | None, special: Mapping[str, int]) -> RenderedPrompt:
+    def bind(
+        self, constraint: Constraint | None, special: Callable[[], Mapping[str, int]]
+    ) -> RenderedPrompt:
         """The same prompt, for an answer that ``bound.lark`` binds, if anything does.
 
         Args:
             constraint: on the content of the answer; its calls are bound by the tools.
-            special: the ids of the tokenizer's special tokens by their texts; see
-                ``bound_answer``.
+            special: gives the ids of the tokenizer's special tokens by their texts, if they are
+                needed; see ``bound_answer``. Those that end an answer are none of them.
 
         Raises:
             InvalidRequest: the answer cannot be bound so in this model's format.
         """
+        if not is_bound(constraint, self.tools, self.tool_choice):
+            return self
         bound = bound_answer(
             self.format,
             self.prefix,
@@ -90,9 +94,15 @@ class RenderedPrompt:
             tools=self.tools,
             tool_choice=self.tool_choice,
             parallel=self.parallel,
-            special=special,
+            special=special(),
         )
         return replace(self, bound=bound)
+
+    def reasoning_close(self) -> str:
+        """The text that ends reasoning so that the answer goes on; empty if there is none."""
+        if self.bound is not None:
+            return self.bound.reasoning_close()
+        return self.format.reasoning_close()
 
     def parser(self) -> AnswerParser:
         """A parser for an answer to it."""

@@ -111,6 +111,14 @@ def properties_of(tool: OfferedTool) -> list[tuple[str, Mapping[str, Any], bool]
     return members_of(tool, tool.schema)
 
 
+def others_of(schema: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The schema of an object's members that it does not name; ``None`` if there are none."""
+    others = schema.get("additionalProperties", True)
+    if isinstance(others, Mapping):
+        return others
+    return {} if others is True and "properties" not in schema else None
+
+
 def names_of(tool: OfferedTool) -> list[str]:
     """The names of a tool's arguments, as far as its schema tells them."""
     known = tool.schema.get("properties")

@@ -132,6 +132,12 @@ def test_the_models_own_description_goes_first() -> None:
     assert parse(form, text, None, prefix).calls == ()
 
 
+def test_bound_answers_are_in_the_format_that_the_template_shows() -> None:
+    form = choose_format("[TOOL_CALLS]", response_template=_DESCRIBED)
+    assert form.bound_as == choose_format("[TOOL_CALLS]")
+    assert choose_format("plain", response_template=_DESCRIBED).bound_as is None
+
+
 def test_a_description_that_is_none_is_not_used() -> None:
     assert choose_format("[TOOL_CALLS]", response_template={"fields": 3}).name == "mistral"
     named = choose_format(None, response_template=_DESCRIBED, tool_format="hermes")

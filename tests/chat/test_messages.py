@@ -358,3 +358,16 @@ def test_tools_that_are_not_to_be_called_are_not_shown() -> None:
     assert "get_weather" not in found.text
     assert found.tools is None
     assert TOOLS not in found.text
+
+
+def test_a_prompt_is_bound_when_there_is_something_to_bind_to() -> None:
+    found = rendered(TEMPLATES["plain"], [HELLO], [WEATHER])
+    assert found.bind(None, dict) is found
+    required = rendered(TEMPLATES["plain"], [HELLO], [WEATHER], tool_choice="required")
+    bound = required.bind(None, dict)
+    assert bound.bound is not None
+    assert (bound.text, bound.tools) == (found.text, found.tools)
+    parser = bound.parser()
+    parser.feed('<tool_call>\n{"name": "get_weather", "arguments": {"city": "Bonn"}}\n</tool_call>')
+    parser.finish()
+    assert [call.ok for call in parser.calls] == [True]

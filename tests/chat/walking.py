@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import make_tokenizer
-
+_END = "<end of the answer>"
 _FREE = 120  # tokens that may come next, of which there are so many only in text
 _SNIPPETS = [
     "null",
@@ -36,26 +35,31 @@ class ByteTokens:
     """One token a byte, and the special ones."""
 
     def __init__(self, special: Sequence[str] = ()) -> None:
-        self.fast: PreTrainedTokenizerFast = make_tokenizer(chat=False)
-        self.fast.add_special_tokens(
-            {"additional_special_tokens": [AddedToken(text, special=True) for text in special]}
-        )
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE({char: id for id, char in enumerate(alphabet)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken(text, special=True) for text in (_END, *special)])
+        self.fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END)
         self.size = len(self.fast)
-        self.end = self.fast.eos_token_id
+        self.end = int(self.fast.convert_tokens_to_ids(_END))
         self.trie: LLTokenizer = from_tokenizer(self.fast, self.size, [self.end])
         self.special: Mapping[str, int] = {
             text: id
             for text, id in self.fast.get_added_vocab().items()
-            if self.trie.is_special_token(id)
+            if self.trie.is_special_token(id) and id != self.end
         }
+        self._matchers: dict[str, LLMatcher] = {}
         self._byte = [0] * 256
         for id in range(256):  # of which one is a byte that is nothing to the trie
             self._byte[self.trie.decode_bytes([id])[0] if self.trie.decode_bytes([id]) else 0] = id
 
     def matcher(self, lark: str) -> LLMatcher:
-        found = LLMatcher(self.trie, LLMatcher.grammar_from_lark(lark), log_level=0)
-        assert not found.is_error(), f"{found.get_error()[:300]}\n{lark}"
-        return found
+        if lark not in self._matchers:
+            found = LLMatcher(self.trie, LLMatcher.grammar_from_lark(lark), log_level=0)
+            assert not found.is_error(), f"{found.get_error()[:300]}\n{lark}"
+            self._matchers[lark] = found
+        return self._matchers[lark].deep_copy()
 
     def encode(self, text: str) -> list[int]:
         return list(self.fast.encode(text, add_special_tokens=False))
@@ -104,7 +108,8 @@ def walk(
     for _ in range(most):
         mask = matcher.compute_logit_bias()
         allowed = [id for id in range(tokens.size) if mask[id] and id != tokens.end]
-        if matcher.is_accepting() and (not allowed or chance.random() < 0.2):
+        rarely = 0.02 if len(allowed) > _FREE else 0.3
+        if matcher.is_accepting() and (not allowed or chance.random() < rarely):
             return tokens.decode(ids)
         assert allowed, f"nothing may come behind {tokens.decode(ids)!r}"
         if pending and mask[pending[0]]:

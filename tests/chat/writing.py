@@ -32,6 +32,8 @@ def _gemma(quote: str) -> Callable[[object], str]:
             return quote + value + quote
         if isinstance(value, Mapping):
             return "{" + ",".join(f"{key}:{write(item)}" for key, item in value.items()) + "}"
+        if isinstance(value, list):
+            return f"[{','.join(map(write, value))}]"
         return _json(value)
 
     return write
@@ -90,6 +92,14 @@ def _kimi(calls: Sequence[Call]) -> str:
     return "<|tool_calls_section_begin|>" + "".join(every) + "<|tool_calls_section_end|>"
 
 
+def _command(calls: Sequence[Call]) -> str:
+    every = (
+        _json({"tool_call_id": str(index), "tool_name": name, "parameters": arguments})
+        for index, (name, arguments) in enumerate(calls)
+    )
+    return "<|START_ACTION|>[\n    " + ",\n    ".join(every) + "\n]<|END_ACTION|>"
+
+
 WRITERS: dict[str, Write] = {
     "harmony": each("<|start|>assistant<|channel|>commentary to=functions.",
                     headed("NAME <|constrain|>json<|message|>"), "<|call|>"),
@@ -119,8 +129,7 @@ WRITERS: dict[str, Write] = {
     "kimi-k3": together("<|open|>tools<|sep|>", tags(
         '<|open|>call tool="NAME" index="1"<|sep|>', '<|open|>argument key="KEY"<|sep|>',
         "<|close|>argument<|sep|>", "<|close|>call<|sep|>"), "<|close|>tools<|sep|>", ""),
-    "command-a": together("<|START_ACTION|>[\n", lambda call: _object(
-        call, "tool_name", "parameters"), "\n]<|END_ACTION|>"),
+    "command-a": _command,
     "command-r": together("Action: ```json\n[\n", lambda call: _object(
         call, "tool_name", "parameters"), "\n]\n```", ",\n"),
     "gemma-3": together("```tool_code\n", _python, "\n```", "\n"),

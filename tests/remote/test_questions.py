@@ -78,7 +78,9 @@ def test_a_chat_travels_with_all_its_options() -> None:
         tool_choice="none",
         parallel_tool_calls=False,
     )
-    for source in (chat, ChatPrompt.of(USER), TextPrompt([1, 2]), TextPrompt("x")):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    named = ChatPrompt.of(USER, tools, tool_choice={"function": {"name": "f"}})
+    for source in (chat, named, ChatPrompt.of(USER), TextPrompt([1, 2]), TextPrompt("x")):
         question = PromptQuestion("count_tokens", source)
         (asked,) = decode_from_client(question_to_wire(3, question))
         assert isinstance(asked, Ask)
