@@ -3,8 +3,11 @@
     tokens of the answer ─► GrammarState: its matcher is taken there ─► masks ─► logits
 
 The state is a function of the tokens alone. A matcher remembers what it has read, so whoever asks
-names the tokens, and it is taken back from those that are others. If it fails at anything, it is
-asked nothing any more: the request fails, for an answer that nobody watches may be any.
+names the tokens. One matcher reads those that are certain; a copy of it reads what may come behind
+them, proposals as a rule, and is dropped when others are named. Copies cost some microseconds.
+llguidance 1.9.1 could take tokens back instead, but after some of its ``rollback`` a matcher's
+masks are wrong. If a matcher fails at anything, it is asked nothing any more: the request fails,
+for an answer that nobody watches may be any.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import numpy as np
 from llguidance import LLExecutor
 from numpy.typing import NDArray
 
+from mlx_engine.errors import describe
 from mlx_engine.models.grammar import CompiledGrammar
 
 Words = NDArray[np.int32]  # a bit for each token, of shape (rows, words) or (words,)
@@ -53,9 +57,9 @@ class GrammarState:
         self._ends = np.full((grammar.vocab_size + _WORD - 1) // _WORD, _NONE, np.uint32)
         for token in grammar.ends:
             self._ends[token // _WORD] |= np.uint32(1 << token % _WORD)
-        self._matcher = grammar.matcher()
-        self._read: list[int] = []  # by the matcher, which is never shown an end
-        self._certain = 0  # of which so many are the answer's for good
+        self._certain = 0  # tokens of the answer that the first matcher has read, and no end
+        self._first = self._matcher = grammar.matcher()
+        self._ahead: list[int] = []  # what the other one, if it is another, has read behind them
         self._over = False  # an end has come
 
     def apply(
@@ -111,18 +115,20 @@ class GrammarState:
             Exception: what ``fault`` then is.
         """
         with self._noted():
-            start = min(self._certain, place)
-            wanted = self._between(start, place, ahead)
-            end = next((i for i, t in enumerate(wanted) if t in self._grammar.ends), len(wanted))
-            same = 0
-            for token, read in zip(wanted[:end], self._read[start:], strict=False):
-                if token != read:
-                    break
-                same += 1
-            self._take_back(len(self._read) - start - same)
-            came = same + self._consume(wanted[same:end])
-            self._certain = min(start + came, len(self._answer))
-            self._over = came == end < len(wanted)
+            known = min(place, len(self._answer))
+            if known < self._certain:
+                self._certain, self._ahead = 0, []
+                self._first = self._matcher = self._grammar.matcher()
+            missing = place - known
+            if missing > len(ahead):
+                raise RuntimeError(f"of {missing} uncertain tokens, {len(ahead)} are known")
+            sure, start = self._answer[self._certain : known], self._certain
+            tokens = [*sure, *ahead[len(ahead) - missing :]]
+            end = next((i for i, t in enumerate(tokens) if t in self._grammar.ends), len(tokens))
+            came = self._read(tokens[: min(end, len(sure))])
+            if came == len(sure):
+                came += self._look(tokens[came:end])
+            self._over = came == end < len(tokens)
             return start + came + self._over
 
     def allowed(self, place: int, proposals: Sequence[int]) -> int:
@@ -173,29 +179,36 @@ class GrammarState:
         if not words.any():
             raise RuntimeError("its constraint can be met by no token that the model has")
 
-    def _between(self, start: int, place: int, ahead: Sequence[int]) -> list[int]:
-        """The tokens of the answer from one place up to another."""
-        missing = place - len(self._answer)
-        if missing <= 0:
-            return [*self._answer[start:place]]
-        if missing > len(ahead):
-            raise RuntimeError(f"of {missing} tokens that are not certain, {len(ahead)} are known")
-        return [*self._answer[start:], *ahead[len(ahead) - missing :]]
-
-    def _take_back(self, count: int) -> None:
-        if count:
-            if not self._matcher.rollback(count):
-                self._check()
-                raise RuntimeError("its constraint cannot take tokens back")
-            del self._read[-count:]
-
-    def _consume(self, tokens: list[int]) -> int:
-        """Read tokens up to the first that may not come; how many these are."""
+    def _read(self, tokens: Sequence[int]) -> int:
+        """Read tokens for good; how many of them are allowed."""
         if not tokens:
             return 0
-        taken = self._matcher.try_consume_tokens(tokens)
+        seen = len(self._ahead)
+        if [*tokens[:seen]] == self._ahead:
+            self._first = self._matcher
+        else:
+            self._matcher, seen = self._first, 0
+        self._ahead = []
+        came = seen + self._consume([*tokens[seen:]])
+        self._certain += came
+        return came
+
+    def _look(self, tokens: list[int]) -> int:
+        """Read tokens that may be taken back; how many of them are allowed."""
+        seen = len(self._ahead)
+        if tokens[:seen] != self._ahead:
+            self._matcher, self._ahead, seen = self._first, [], 0
+        if len(tokens) == seen:
+            return seen
+        if self._matcher is self._first:
+            self._matcher = self._first.deep_copy()
+        came = seen + self._consume(tokens[seen:])
+        self._ahead = tokens[:came]
+        return came
+
+    def _consume(self, tokens: list[int]) -> int:
+        taken = self._matcher.try_consume_tokens(tokens) if tokens else 0
         self._check()
-        self._read += tokens[:taken]
         return taken
 
     def _check(self) -> None:
@@ -209,9 +222,12 @@ class GrammarState:
             raise self.fault
         try:
             yield
-        except BaseException as error:
+        except RuntimeError as error:
             self.fault = error
             raise
+        except BaseException as error:  # a panic of the matcher is no Exception
+            self.fault = RuntimeError(f"its constraint cannot be followed: {describe(error)}")
+            raise self.fault from error
 
 
 def empty_masks(rows: int, logits: mx.array) -> Words:
