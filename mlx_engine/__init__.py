@@ -17,6 +17,7 @@ Its files:
     models/          where models come from
     chat/            conversations <-> text, and no MLX
     core/            asyncio and threads, and no MLX
+    grammars/        what of a constraint can be enforced
     questions.py     what a caller asks about a prompt
     requests.py      what a caller asks of an engine
     conversation.py  the messages and tools in it

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 from mlx_engine.checks import integer_or_none, shown
+from mlx_engine.constraints import Choice, Constraint, characters_of
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.params import SamplingParams
 
@@ -37,6 +38,7 @@ class RequestLimits:
     ``logits_processors``   64         functions or names of functions
     ``constraint_characters`` 262,144  characters of a constraint: of a schema as JSON, a regular
                                        expression, a grammar, or all choices together
+    ``choices``             1,024      texts of a ``Choice``
     ``prompt_tokens``       2,097,152  token ids of a prompt
     ``text_characters``     16,777,216 characters of a prompt, or of all messages together,
                                        past tool calls and names included
@@ -63,6 +65,7 @@ class RequestLimits:
     logit_bias: int | None = 16_384
     logits_processors: int | None = 64
     constraint_characters: int | None = 2**18
+    choices: int | None = 1_024
     prompt_tokens: int | None = 2**21
     text_characters: int | None = 2**24
     messages: int | None = 10_000
@@ -89,7 +92,7 @@ class RequestLimits:
         if options:
             self._check_options(options)
         made = SamplingParams.of(params, **options)
-        self._check_options({name: getattr(made, name) for name in _COUNTED})
+        self._check_options({name: getattr(made, name) for name in (*_COUNTED, "constraint")})
         return made
 
     def check_prompt(self, prompt: object) -> None:
@@ -186,6 +189,12 @@ class RequestLimits:
             _check_unicode("stop", string, "")
         for name in _strings(processors):
             self.check_name("logits_processors", name)
+        constraint = options.get("constraint")
+        if isinstance(constraint, Constraint):
+            size = characters_of(constraint)
+            self.check("constraint", "constraint_characters", size, "characters")
+        if isinstance(constraint, Choice):
+            self.check("constraint", "choices", len(constraint.options), "choices")
 
 
 DEFAULT_LIMITS = RequestLimits()

@@ -6,6 +6,7 @@ Its files:
     info.py                facts from the files
     vocabulary.py          all of a model that needs no MLX
     grammar.py             constraints -> what follows an answer token by token
+    grammar_problem.py     why one does not compile, and where
     demo.py                the embedded default: fetched once, converted
     gguf_demo.py           its file, as a folder that mlx-lm loads
     hub.py                 downloads from the Hugging Face Hub
