@@ -114,6 +114,10 @@ def _logits_processors(name: str, value: object) -> tuple[object, ...]:
     return processors
 
 
+def _constraint(name: str, value: object) -> Constraint | None:
+    return None if value is None else checked_constraint(name, value)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Sampling of the next token, and when to stop. Defaults are those of mlx-lm.
@@ -194,7 +198,7 @@ class SamplingParams:
     ignore_eos: Annotated[bool, option(flag, "go on after the end of the answer")] = False
     logprobs: Annotated[int | None, option(integer_or_none, low=0, high=MAX_TOP_LOGPROBS)] = None
     logits_processors: Annotated[Sequence[LogitsProcessor | str], option(_logits_processors)] = ()
-    constraint: Annotated[Constraint | None, option(checked_constraint)] = None
+    constraint: Annotated[Constraint | None, option(_constraint)] = None
 
     def __post_init__(self) -> None:
         for name, default in _DEFAULTS.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 from mlx_engine.core.stop import checkpoint, stoppable
 from mlx_engine.errors import InvalidRequest
@@ -29,13 +30,16 @@ def prepare(request: Request, vocabulary: Vocabulary) -> None:
     with stoppable(lambda: request.should_stop):
         checkpoint()
         encoded = encode(source, vocabulary)
+        if encoded.chat is not None:
+            chat = encoded.chat.bind(params.constraint, lambda: vocabulary.special_tokens)
+            encoded = replace(encoded, chat=chat)
+        grammar = _grammar(request, vocabulary, encoded)
     request.prompt, request.places = encoded.tokens, encoded.places
     for note in encoded.notes:
         request.note(note)
     request.fit(vocabulary.context_length)
     check_sampling(params, vocabulary.vocab_size)
     stops = frozenset(params.stop_token_ids)
-    grammar = _grammar(request, vocabulary)
     request.prepared(
         TextAssembler(
             vocabulary.tokenizer,
@@ -55,18 +59,22 @@ def prepare(request: Request, vocabulary: Vocabulary) -> None:
     )
 
 
-def _grammar(request: Request, vocabulary: Vocabulary) -> GrammarState | None:
+def _grammar(request: Request, vocabulary: Vocabulary, encoded: Encoded) -> GrammarState | None:
     """Where the answer is in what binds it; ``None`` if nothing does.
 
     Raises:
-        InvalidRequest: a constraint cannot be compiled.
+        InvalidRequest: that cannot be compiled.
         Interrupted: the request was cancelled meanwhile.
     """
-    params = request.asked.params
-    if params.constraint is None:
+    params, chat = request.asked.params, encoded.chat
+    option = "tools" if params.constraint is None else "constraint"
+    if chat is not None:
+        lark = None if chat.bound is None else chat.bound.lark
+    else:
+        lark = None if params.constraint is None else f"start: {params.constraint.rule}"
+    if lark is None:
         return None
-    with stoppable(lambda: request.should_stop):
-        compiled = vocabulary.grammars.compile(f"start: {params.constraint.rule}")
+    compiled = vocabulary.grammars.compile(lark, option)
     return GrammarState(compiled, request.tokens, goes_on=params.ignore_eos)
 
 
@@ -75,7 +83,7 @@ def _budget(request: Request, vocabulary: Vocabulary, encoded: Encoded) -> Reaso
     option, source, chat = "max_reasoning_tokens", request.asked.source, encoded.chat
     if chat is None or not isinstance(source, ChatPrompt) or source.max_reasoning_tokens is None:
         return None
-    text = chat.format.reasoning_close()
+    text = chat.reasoning_close()
     if not text:
         request.note(f"{option}: this model's template knows no reasoning")
         return None
@@ -84,4 +92,7 @@ def _budget(request: Request, vocabulary: Vocabulary, encoded: Encoded) -> Reaso
     if not close.tokens or max(close.tokens) >= vocabulary.vocab_size:
         raise InvalidRequest(option, f"this model has no tokens for {text!r}, which ends reasoning")
     limit = source.max_reasoning_tokens
-    return ReasoningBudget(limit, close, tokenizer, chat.parser, request.tokens)
+    whole = chat.bound is not None  # a grammar is one of characters
+    return ReasoningBudget(
+        limit, close, tokenizer, chat.parser, request.tokens, whole_characters=whole
+    )

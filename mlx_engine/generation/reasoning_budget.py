@@ -146,8 +146,10 @@ class _Reading:
         close: ReasoningClose,
         tokenizer: TokenizerWrapper,
         make_reader: Callable[[], ReasoningReader],
+        whole_characters: bool,
     ) -> None:
         self._limit = limit
+        self._whole_characters = whole_characters
         self._close = close
         self._make_reader = make_reader
         self._reader = make_reader()
@@ -183,6 +185,8 @@ class _Reading:
             return state
         if state.open and state.armed and state.used >= self._limit:
             held = self._detokenizer.preview()  # it may have closed reasoning already
+            if self._whole_characters and held.endswith("\ufffd"):
+                return state
             if not held or self._open_behind(held):
                 longest = len(self._close.text)
                 before = "".join(self._texts[-longest:]) + held
@@ -206,6 +210,7 @@ class ReasoningBudget:
         tokenizer: of the model.
         make_reader: gives what reads the answer, from its beginning.
         answer: its tokens that are certain; the list grows.
+        whole_characters: whether a character that has begun is completed before.
 
     Attributes:
         fault: what the tokenizer or the reader has raised; ``None`` where MLX has.
@@ -220,10 +225,12 @@ class ReasoningBudget:
         tokenizer: TokenizerWrapper,
         make_reader: Callable[[], ReasoningReader],
         answer: Sequence[int],
+        *,
+        whole_characters: bool = False,
     ) -> None:
         self._limit = limit
         self._answer = answer
-        self._begin = partial(_Reading, limit, close, tokenizer, make_reader)
+        self._begin = partial(_Reading, limit, close, tokenizer, make_reader, whole_characters)
         self._reading: _Reading | None = self._begin()  # ``None`` when nothing can come any more
         self._certain = 0  # tokens of the answer that have been read
         self._ahead: list[int] = []  # those behind them that have been read, and may be others

@@ -20,6 +20,7 @@ from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.stop import checkpoint
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache.kv_cache import Cache, make_kv_cache, merge, quantize
+from mlx_engine.generation.constraint import empty_masks, masked
 from mlx_engine.generation.prefill import may_pad, padded_prefill, prefilled
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.runner import ModelRunner
@@ -191,4 +192,5 @@ def _sampled(loaded: LoadedModel, logprobs: mx.array, prompt: list[int]) -> mx.a
         token_logprob(0, logprobs[0], 5)
         for processor in sampling.processors:
             logprobs = processor(mx.array(prompt, dtype=mx.uint32), logprobs)
+        logprobs = masked(logprobs, ~empty_masks(1, logprobs))
         return can_be_sampled(logprobs, sampling.sample(logprobs, 0))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -27,6 +28,7 @@ class Vocabulary:
         longest_token: characters of the longest token.
         newline_tokens: what the tokenizer makes of a line break.
         grammars: what compiles constraints for it.
+        special_tokens: ids of tokens that are no text, by their texts.
         answer_format: how it marks reasoning and writes calls of tools.
         cuttable: whether the model's KV caches can be cut back to any number of tokens, at any
             length.
@@ -39,5 +41,6 @@ class Vocabulary:
     longest_token: int
     newline_tokens: tuple[int, ...]
     grammars: Grammars
+    special_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
     answer_format: AnswerFormat = _ALL_IS_TEXT
     cuttable: bool = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,13 @@ from llguidance import LLMatcher, LLTokenizer
 
 from mlx_engine.chat.tool_schemas import OfferedTool, offered_tools, resolved
 from mlx_engine.checks import shown
-from mlx_engine.constraints import Constraint, JSONSchema
+from mlx_engine.constraints import AnyJSON, Constraint, JSONSchema
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import ToolCall
 from mlx_engine.requests import ChatPrompt
 
+# Strings, what a space follows, and spaces.
+_PARTS = re.compile(r'(?P<string>"(?:[^"\\]|\\.)*)(?P<end>"?)|(?P<comma>[,:])|\s+', re.DOTALL)
 _AROUND = 20  # characters that an error shows on either side of the place
 
 
@@ -80,7 +83,9 @@ def _check_call(
 
 
 def _problem(constraint: Constraint, text: str, whole: bool) -> str | None:
-    """What is wrong with a text; ``None`` if nothing is."""
+    """The mistake in a text; ``None`` if there is none."""
+    if isinstance(constraint, JSONSchema | AnyJSON):
+        text = _as_models_write(text)
     matcher = LLMatcher(_bytes(), LLMatcher.grammar_from_lark(f"start: {constraint.rule}"))
     if matcher.is_error():
         raise InvalidRequest("constraint", matcher.get_error())
@@ -96,6 +101,26 @@ def _problem(constraint: Constraint, text: str, whole: bool) -> str | None:
             "is one that is cut)"
         )
     return None
+
+
+def _as_models_write(text: str) -> str:
+    """JSON, perhaps cut, with the spaces of ``json.dumps`` and no escapes that it can do without:
+    scripts may have others, as what libraries make of a value.
+    """
+    return _PARTS.sub(_part, text)
+
+
+def _part(found: re.Match[str]) -> str:
+    if found["comma"]:
+        return found["comma"] + " "
+    if not found["string"]:
+        return ""  # spaces
+    try:
+        written = json.dumps(json.loads(found["string"] + '"'), ensure_ascii=False)
+        written.encode()
+    except ValueError:  # no JSON, or half a character
+        return found[0]
+    return written if found["end"] else written[:-1]
 
 
 def _ordered(value: Any, schema: Any, tool: OfferedTool) -> Any:

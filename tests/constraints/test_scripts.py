@@ -61,6 +61,8 @@ async def said(answer: Any, *, chat: bool = False, **options: Any) -> Any:
         (Grammar('start: "a"+ "é"'), "aaé"),
         (AnyJSON(), '{"a": [1, null]}'),
         (JSONSchema({"type": "array", "items": {"type": "integer"}}), "[1, 2]"),
+        (AnyJSON(), '{"a":"b: c,\\"d","é":[1,2]}'),
+        (AnyJSON(), '{\n  "a" : "\\u00e9",\n  "b": [1, 2]\n}\n'),
     ],
 )
 async def test_what_keeps_to_it_passes(constraint: Constraint, text: str) -> None:
@@ -82,6 +84,9 @@ async def test_what_keeps_to_it_passes(constraint: Constraint, text: str) -> Non
         (Choice(["à", "é"]), "è", "at character 0"),
         (AnyJSON(), "Sure: {}", "at character 0"),
         (AnyJSON(), "", "it wants more"),
+        (AnyJSON(), '{"a": "\\x"}', "cannot follow"),
+        (AnyJSON(), '{"a": "\n"}', "cannot follow"),
+        (AnyJSON(), '{"a" "b"}', "cannot follow"),
     ],
 )
 async def test_what_breaks_it_is_a_mistake_of_the_script(
@@ -103,6 +108,9 @@ async def test_what_is_cut_need_not_be_complete() -> None:
         await said(["2026", GenerationError("out of memory"), "whatever"], constraint=DATE)
     with pytest.raises(GenerationError, match="breaks the constraint"):
         await said(FakeAnswer("20x", finish_reason="length"), constraint=DATE)
+    for text in ('{"a":"b\\"', '{"a":[1,', '{"a\\"b'):
+        cut = await said(FakeAnswer(text, finish_reason="length"), constraint=AnyJSON())
+        assert cut.text == text
     gate = Gate()
     gate.open()
     assert (await said(["2026", gate, "-11"], constraint=DATE)).text == "2026-11"

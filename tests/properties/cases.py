@@ -23,6 +23,7 @@ from mlx_engine import (
     SimpleEngine,
     SpecPrefill,
 )
+from mlx_engine.constraints import Regex
 from mlx_engine.requests import ChatPrompt, GenerationRequest
 from tests.generation.rigged import made
 from tests.models.mtp_checkpoints import MIMO, QWEN_NEXT
@@ -106,6 +107,16 @@ async def three_with_questions(engine: BaseEngine, faults: Faults) -> Answers:
         assert count == len(SHORT)
         assert chat.text.count("Name a colour.") == 1
     return await requests
+
+
+async def two_beside_a_bound_one(engine: BaseEngine, faults: Faults) -> Answers:
+    """Answers that are bound, with what is forced in them, beside one that is free."""
+    bound: dict[str, Any] = {"constraint": Regex('[{]"a long key": [0-9]{3}}'), "max_tokens": 22}
+    return await asyncio.gather(
+        outcome(engine.generate(SHORT, **bound)),
+        outcome(streamed(engine, OTHERS[0], temperature=1.0, seed=2, **bound)),
+        outcome(engine.generate(OTHERS[1], **GREEDY)),
+    )
 
 
 async def one_stream_then_more(engine: BaseEngine, faults: Faults) -> Answers:
@@ -215,6 +226,8 @@ CASES: dict[str, Case] = {
     "batched, reasoning": Case(batched(), two_that_reason),
     "simple, prompt cache": Case(simple(), one_stream_then_more),
     "batched, three": Case(batched(), three_at_once),
+    "simple, draft, constrained": Case(simple(decode=_draft), two_beside_a_bound_one),
+    "batched, constrained": Case(batched(), two_beside_a_bound_one),
     "batched, questions": Case(batched(), three_with_questions),
     "batched, joined": Case(batched(), one_joins_two),
     "batched, chat": Case(batched(), one_chat),

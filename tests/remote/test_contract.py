@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from mlx_engine import (
+    AnyJSON,
     BaseEngine,
     BatchedEngine,
     Choice,
@@ -27,6 +28,7 @@ from mlx_engine import (
     Grammar,
     MLXEngineError,
     ProcessEngine,
+    Regex,
     SamplingParams,
     SimpleEngine,
     SpecPrefill,
@@ -122,6 +124,9 @@ OUTCOMES: dict[str, Outcome] = {
     ),
     "a cut answer of a type": lambda e: e.chat(USER, output=Flag, max_tokens=3),
     "one of some texts": lambda e: e.generate("a", constraint=Choice(["yes", "no"])),
+    "a text of a grammar": lambda e: e.generate("a", constraint=Grammar('start: "a" | "b"')),
+    "what a pattern matches": lambda e: e.generate("a", constraint=Regex("[0-9]{3}")),
+    "any JSON": lambda e: e.generate("a", constraint=AnyJSON(), max_tokens=20),
     "a schema that is none": lambda e: e.generate("a", output={"type": "strin"}),
     "a grammar that is none": lambda e: e.generate("a", constraint=Grammar("start: nothing")),
     "opting out": lambda e: e.generate("a", prefill=None, decode=None, max_tokens=3),

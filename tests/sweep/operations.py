@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_engine import BaseEngine, EngineNotStarted, EngineState, GenerationResult
+from mlx_engine.constraints import Regex
 from mlx_engine.engine.local import LocalEngine
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.testing.safety.fault import Fault
@@ -20,11 +21,13 @@ from tests.sweep.simulation import Broken, Simulation, require
 PROMPT = [*range(1, 14)]
 OTHER = [*range(30, 43)]
 PROBE = [50, 51]
+BOUND = Regex("ab[ab]")
 
 Make = Callable[[], BaseEngine]
 
 
 EXTRA = (
+    Operation("generate, constrained", "requests", "bound", beside="another"),
     Operation("stream_chat, left early", "requests", "leave_chat", beside="another"),
     Operation("start, twice", "life", "start", beside="start_too", starts=True),
     Operation(
@@ -104,6 +107,12 @@ class SweptEngine(Fixture):
             async for chunk in stream:
                 return chunk.tokens
         raise Fault("there was no chunk")
+
+    async def bound(self) -> Any:
+        """An answer that is bound, of which a part is forced, beside one that is free."""
+        told = self.told(await self.engine.generate(self._asked, constraint=BOUND))
+        require(told[0] in ("aba", "abb"), f"I9: an answer is {told}")
+        return told
 
     async def start_too(self) -> None:
         try:
