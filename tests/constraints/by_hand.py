@@ -17,11 +17,13 @@ from mlx_engine import BaseEngine, GenerationResult
 from mlx_engine.constraints import Constraint
 
 
-@functools.cache
 def trie(vocabulary: Any) -> LLTokenizer:
-    return from_tokenizer(
-        vocabulary.tokenizer._tokenizer, vocabulary.vocab_size, sorted(vocabulary.eos)
-    )
+    return _trie(vocabulary.tokenizer._tokenizer, vocabulary.vocab_size, vocabulary.eos)
+
+
+@functools.cache
+def _trie(tokenizer: Any, size: int, ends: frozenset[int]) -> LLTokenizer:
+    return from_tokenizer(tokenizer, size, sorted(ends))
 
 
 class ByHand:

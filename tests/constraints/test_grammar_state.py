@@ -106,11 +106,11 @@ def test_proposals_are_allowed_up_to_the_first_that_is_not() -> None:
         JSONSchema({"type": "object", "required": ["a"], "properties": {"a": {}}}), answer
     )
     for proposals, count in [
-        (ids('"a":1}'), 6),
-        ([*ids('"a":1}'), EOS], 7),
-        ([*ids('"a":1}'), OTHER_EOS, EOS], 7),
-        ([*ids('"a":1'), EOS], 5),
-        (ids('"a":x1}'), 4),
+        (ids('"a": 1}'), 7),
+        ([*ids('"a": 1}'), EOS], 8),
+        ([*ids('"a": 1}'), OTHER_EOS, EOS], 8),
+        ([*ids('"a": 1'), EOS], 6),
+        (ids('"a": x1}'), 5),
         (ids("x"), 0),
         ([SIZE - 1], 0),
         ([EOS], 0),
