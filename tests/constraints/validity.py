@@ -25,7 +25,6 @@ from tests.constraints.schemas import SCHEMAS
 # Of a random model, most texts would go on until they are cut.
 _CLOSERS = {'"': 5.0, "}": 4.0, "]": 4.0, ",": -1.0}
 _WHITE = ("Ġ", "Ċ", "ĉ", "č")
-_CHECKER = None
 TEMPERATURES = (1.0, 1.5)
 MOST = 160  # tokens
 
@@ -81,7 +80,7 @@ def check(name: str, text: str) -> None:
         validator = jsonschema.validators.validator_for(
             schema, default=jsonschema.Draft202012Validator
         )
-        validator(schema, format_checker=_CHECKER).validate(json.loads(text))
+        validator(schema, format_checker=validator.FORMAT_CHECKER).validate(json.loads(text))
     except Exception as error:
         error.add_note(f"{name}: {text!r}")
         raise
