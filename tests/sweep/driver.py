@@ -98,11 +98,14 @@ class Driver:
         driven = _Driven()
 
         def run() -> None:
+            nonlocal target
             self.adopt(driven)
             self.pause("start")
             try:
                 target()
             finally:
+                # Its driver goes on while it unwinds: on a busy machine for long, holding this.
+                del target
                 self.release()
 
         threading.Thread(target=run, name=name, daemon=True).start()
