@@ -83,6 +83,21 @@ async def made(kind: Kind, folder: Path, seed: int = 1) -> Path:
     return folder / "converted"
 
 
+class Models:
+    """Such models, each made the first time that it is asked for. Nobody changes them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._paths: dict[tuple[str, int], Path] = {}
+
+    async def of(self, kind: Kind, seed: int = 1) -> Path:
+        """The folder of the one of this kind."""
+        key = (str(kind), seed)
+        if key not in self._paths:
+            self._paths[key] = await made(kind, self._folder / f"{kind}-{seed}", seed)
+        return self._paths[key]
+
+
 def _make(kind: Kind, folder: Path, seed: int) -> None:
     from mlx_engine.models.mtp_extract import extract_mtp
 

@@ -22,13 +22,18 @@ from mlx_engine import (
     SimpleEngine,
 )
 from tests.conftest import cancel_inside, make_tiny, settled
-from tests.generation.rigged import made, rig
+from tests.generation.rigged import Models, made, rig
 from tests.models.mtp_checkpoints import DENSE_QWEN, GLM, MIMO, MLA, QWEN_NEXT, Kind
 
 pytestmark = pytest.mark.anyio
 
 HEADS = [QWEN_NEXT, DENSE_QWEN, GLM, MLA, MIMO]
 PROMPT = [i * 37 % 250 + 1 for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"))
 
 
 def raw(engine: BaseEngine, prompt: list[int], count: int) -> list[int]:
@@ -51,9 +56,9 @@ async def check_greedy(engine: BaseEngine, count: int, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kind", HEADS, ids=str)
 async def test_greedy_tokens_with_an_mtp_head_are_those_of_mlx_lm(
-    tmp_path: Path, kind: Kind, seed: int
+    models: Models, kind: Kind, seed: int
 ) -> None:
-    folder = await made(kind, tmp_path / "model", seed + 1)
+    folder = await models.of(kind, seed + 1)
     async with SimpleEngine(folder, decode=MTP(seed % 4 + 1), prompt_cache_bytes=0) as engine:
         await check_greedy(engine, 120, seed)
 
@@ -72,9 +77,8 @@ async def test_greedy_tokens_with_a_draft_model_are_those_of_mlx_lm(
 
 
 @pytest.mark.parametrize("kind", [QWEN_NEXT, GLM, MLA, MIMO], ids=str)
-async def test_a_draft_model_of_any_family_changes_no_token(tmp_path: Path, kind: Kind) -> None:
-    folder = await made(kind, tmp_path / "model", 3)
-    draft = await made(kind, tmp_path / "draft", 4)
+async def test_a_draft_model_of_any_family_changes_no_token(models: Models, kind: Kind) -> None:
+    folder, draft = await models.of(kind, 3), await models.of(kind, 4)
     async with SimpleEngine(folder, decode=DraftModel(draft, 3), prompt_cache_bytes=0) as engine:
         await check_greedy(engine, 60, 0)
 
@@ -149,14 +153,14 @@ async def test_sampled_tokens_have_exactly_the_law_of_the_model(tiny_path: Path)
 @pytest.mark.parametrize("end", ["token", "string", "length"])
 @pytest.mark.parametrize("kind", [QWEN_NEXT, MIMO, None], ids=str)
 async def test_nothing_is_emitted_after_an_end_inside_of_a_burst(
-    tmp_path: Path,
+    models: Models,
     tiny_path: Path,
     engine_type: type[BaseEngine],
     kind: Kind | None,
     end: str,
     place: int,
 ) -> None:
-    folder = tiny_path if kind is None else await made(kind, tmp_path / "model", 3)
+    folder = tiny_path if kind is None else await models.of(kind, 3)
     decode = DraftModel(folder, 4) if kind is None else MTP(4)
     async with SimpleEngine(folder, prompt_cache_bytes=0) as plain:
         whole = await plain.generate(PROMPT, max_tokens=20, ignore_eos=True)
@@ -246,8 +250,8 @@ async def test_what_a_draft_model_has_read_is_kept_for_the_next_prompt(tiny_path
         assert side.limit + engine.stats().prompt_cache.limit <= 2**30
 
 
-async def test_what_a_head_has_read_is_kept_for_the_next_prompt(tmp_path: Path) -> None:
-    folder = await made(MIMO, tmp_path / "model")
+async def test_what_a_head_has_read_is_kept_for_the_next_prompt(models: Models) -> None:
+    folder = await models.of(MIMO)
     async with SimpleEngine(folder, decode=MTP(2)) as engine:
         first = await engine.generate(PROMPT * 4, max_tokens=20, ignore_eos=True)
         follow_up = [*PROMPT * 4, *first.tokens, 1, 2, 3]
@@ -261,9 +265,9 @@ async def test_what_a_head_has_read_is_kept_for_the_next_prompt(tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", [QWEN_NEXT, MIMO, None], ids=str)
 async def test_proposals_pause_while_others_decode_and_go_on_afterwards(
-    tmp_path: Path, tiny_path: Path, kind: Kind | None
+    models: Models, tiny_path: Path, kind: Kind | None
 ) -> None:
-    folder = tiny_path if kind is None else await made(kind, tmp_path / "model", 3)
+    folder = tiny_path if kind is None else await models.of(kind, 3)
     decode = DraftModel(folder, 3) if kind is None else MTP(3)
     other_prompt = PROMPT[::-1]
     for options in ({}, {"temperature": 0.8, "seed": 3}, {"repetition_penalty": 1.2}):
@@ -293,7 +297,7 @@ async def test_proposals_pause_while_others_decode_and_go_on_afterwards(
 @pytest.mark.parametrize("at", [1, 4, 8, 9, 10, 12, 19])
 @pytest.mark.parametrize("kind", [QWEN_NEXT, MIMO, None], ids=str)
 async def test_a_cancel_is_seen_at_every_chunk_and_cycle(
-    tmp_path: Path,
+    models: Models,
     tiny_path: Path,
     engine_type: type[BaseEngine],
     gate: Any,
@@ -301,7 +305,7 @@ async def test_a_cancel_is_seen_at_every_chunk_and_cycle(
     at: int,
 ) -> None:
     depth = 3
-    folder = tiny_path if kind is None else await made(kind, tmp_path / "model", 3)
+    folder = tiny_path if kind is None else await models.of(kind, 3)
     decode = DraftModel(folder, depth) if kind is None else MTP(depth)
     prompt = PROMPT * 3
     options: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True}
@@ -374,8 +378,8 @@ async def test_a_missing_head_is_refused_or_told(
             assert quiet.notes == ()
 
 
-async def test_a_head_that_says_nothing_like_its_model_is_told(tmp_path: Path) -> None:
-    folder = await made(MIMO, tmp_path / "model")
+async def test_a_head_that_says_nothing_like_its_model_is_told(models: Models) -> None:
+    folder = await models.of(MIMO)
     async with SimpleEngine(folder, decode=MTP()) as engine:
         result = await engine.generate(PROMPT, max_tokens=5, ignore_eos=True)
     assert "agrees with the model on" in " ".join(result.notes)

@@ -45,7 +45,6 @@ class _Driven:
         self.over = True
         self._stopped.release()
 
-    @property
     def can_go(self) -> bool:
         return not self.over and (self.ready is None or bool(self.ready()))
 
@@ -70,10 +69,9 @@ class Driver:
         self._threads: dict[int, _Driven] = {}
         self.quick = False
 
-    @property
-    def drives_me(self) -> bool:
-        """Whether this thread is driven."""
-        return threading.get_ident() in self._threads
+    def drives(self, thread: int) -> bool:
+        """Whether the thread of this identity is driven."""
+        return thread in self._threads
 
     def pause(self, at: str, ready: Ready | None = None) -> None:
         """Stop here, if this is a driven thread, until told to go on.
@@ -98,11 +96,14 @@ class Driver:
         driven = _Driven()
 
         def run() -> None:
+            nonlocal target
             self.adopt(driven)
             self.pause("start")
             try:
                 target()
             finally:
+                # Its driver goes on while it unwinds: on a busy machine for long, holding this.
+                del target
                 self.release()
 
         threading.Thread(target=run, name=name, daemon=True).start()
@@ -126,7 +127,7 @@ class Driver:
     @property
     def can_advance(self) -> bool:
         """Whether any thread has anything to do."""
-        return any(thread.can_go for thread in self._threads.values())
+        return any(map(_Driven.can_go, self._threads.values()))
 
     def advance(self, draw: random.Random | None = None) -> bool:
         """Let a thread that has anything to do go to its next pause; whether there was one.
@@ -134,7 +135,7 @@ class Driver:
         Args:
             draw: chooses which; ``None`` takes the first.
         """
-        threads = [thread for thread in self._threads.values() if thread.can_go]
+        threads = list(filter(_Driven.can_go, self._threads.values()))
         if not threads:
             return False
         (threads[0] if draw is None else draw.choice(threads)).go()

@@ -177,10 +177,10 @@ class Simulation:
         all that waits.
         """
         real_work, real, here = time.perf_counter, time.monotonic, threading.get_ident()
-        now = real()
+        now, me, drives = real(), threading.get_ident, self.driver.drives
 
         def work() -> float:
-            if threading.get_ident() != here and not self.driver.drives_me:
+            if (thread := me()) != here and not drives(thread):
                 return real_work()
             run = self._run
             self._now += 1e-4 if run is None else run.schedule.passes(run.draw)
@@ -188,7 +188,7 @@ class Simulation:
 
         def look() -> float:
             nonlocal now
-            if threading.get_ident() != here and not self.driver.drives_me:
+            if (thread := me()) != here and not drives(thread):
                 return real()
             now += _LOOK
             return now
@@ -453,11 +453,12 @@ class Simulation:
         return True
 
     def _check_now(self) -> None:
-        for turn in self._inside:
+        if self._inside:
             require(mlx_thread.locked, "I2: the lock is free while a function is inside")
-            if turn.stage is not Stage.RUNNING:
-                raise Broken(f"I2: its stage is {turn.stage} while inside")
-        require(len(self._inside) <= 1, "I1: two functions at once")
+            require(len(self._inside) == 1, "I1: two functions at once")
+            stage = self._inside[0].stage
+            if stage is not Stage.RUNNING:
+                raise Broken(f"I2: its stage is {stage} while inside")
         if GUARD.violations:
             raise Broken(f"I1: {GUARD.violations}")
 
