@@ -117,7 +117,7 @@ def test_proposals_are_allowed_up_to_the_first_that_is_not() -> None:
         ([], 0),
     ]:
         assert state.allowed(1, proposals) == count, proposals
-    assert state.forced(1) == []
+    assert state.forced(1) == ids('"a": ')
     assert state.fault is None
 
 
@@ -182,7 +182,7 @@ def test_logits_are_masked_to_the_bit_in_every_dtype() -> None:
 
 
 def test_rows_are_filled_together_as_by_themselves() -> None:
-    texts: list[Any] = ['{"path":"', "[", '{"kind":"l', "ab", "yes"]
+    texts: list[Any] = ['{"path": "', "[", '{"kind": "l', "ab", "yes"]
     states = [
         state_of(constraint, ids(text) if text != "[" else [])
         for constraint, text in zip(CONSTRAINTS, texts, strict=True)
