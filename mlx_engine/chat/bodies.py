@@ -11,9 +11,9 @@ from typing import Protocol
 import regex
 
 from mlx_engine.chat.calls import Calls
-from mlx_engine.chat.json_text import escaped, json_string, json_value, normalized, parse, quoted
+from mlx_engine.chat.json_text import TextSource, escaped, json_string, json_value, parse, quoted
 from mlx_engine.chat.literal import PYTHON, Dialect, literal
-from mlx_engine.chat.source import Malformed, Pattern, Source, Steps
+from mlx_engine.chat.source import Emit, Malformed, Pattern, Source, Steps
 
 
 class Body(Protocol):
@@ -149,7 +149,7 @@ def _members(source: Source, parts: _Parts) -> Steps[None]:
 
 def _arguments(source: Source, parts: _Parts) -> Steps[None]:
     if (yield from source.skip_space()) == '"':  # an object as a text
-        parts.add(_of_text((yield from _text(source))))
+        yield from _value_in_text(source, parts.add)
     else:
         yield from json_value(source, parts.add)
 
@@ -165,12 +165,15 @@ def _text(source: Source) -> Steps[str]:
     return value if isinstance(value, str) else ""
 
 
-def _of_text(text: str) -> str:
-    """Arguments that were written as a text; what is no JSON is told later, as of others."""
-    try:
-        return normalized(text)
-    except Malformed:
-        return text
+def _value_in_text(source: Source, emit: Emit) -> Steps[None]:
+    """Read JSON that was written as a text, and emit it as it comes.
+
+    What is none is emitted as it is, so that it is told later, as of others.
+    """
+    emit("")  # an empty one, too, is none
+    text = TextSource(emit)
+    yield from json_string(source, text.add)
+    text.end()
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +220,7 @@ class HeadedCall:
         elif char == "{" and self.dialect is not None:
             yield from literal(source, calls.add, self.dialect)
         elif char == '"' and self.dialect is None:
-            calls.add(_of_text((yield from _text(source))))
+            yield from _value_in_text(source, calls.add)
         else:
             source.fail("an object of arguments")
         if self.tail:

@@ -187,3 +187,39 @@ def _have(source: Source, count: int, must: bool = True) -> Steps[bool]:
             return False
         yield
     return True
+
+
+class TextSource:
+    """JSON within a JSON string, read as the string is: pieces of it go in, the value comes out.
+
+    Args:
+        emit: gets the value's text; and from where it is none, whatever there is.
+    """
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self._source = Source()
+        self._steps = json_value(self._source, emit)
+        self._is_read = False  # to the end of the value, or to where it is none
+
+    def add(self, piece: str) -> None:
+        """Take what ``json_string`` emits."""
+        if piece != '"':  # at its ends
+            self._source.add(parse(f'"{piece}"'))
+            self._go_on()
+
+    def end(self) -> None:
+        """Take no more."""
+        self._source.ended = True
+        self._go_on()
+
+    def _go_on(self) -> None:
+        source = self._source
+        if not self._is_read:
+            try:
+                next(self._steps)
+            except (StopIteration, Malformed):
+                self._is_read = True
+        if self._is_read and (rest := source.text[source.at :]).strip():
+            source.at = len(source.text)
+            self._emit(rest)

@@ -9,6 +9,7 @@ import pytest
 from mlx_engine.chat import tagged_call
 from mlx_engine.chat.bodies import compiled
 from mlx_engine.chat.formats import choose_format
+from mlx_engine.chat.parser import AnswerParser
 from tests.chat.answers import Answer, cuts, parse, random_cuts, told, tool
 
 _TEXT = {"type": "string"}
@@ -210,3 +211,26 @@ def test_types_that_are_none_are_no_types(declared: Any) -> None:
     form = choose_format(None, tool_format="qwen3-coder")
     text = "<tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n</function>\n</tool_call>"
     assert _calls(parse(form, text, [odd])) == [("f", {"a": "x"})]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pieces", "ok"),
+    [
+        (r"{\"a\": \"one \\\"two\\\" \\u00e9\", \"n\": 3} ", 4, True),
+        ("", 0, False),
+        ("{} x", 1, False),
+        (r"\"f\"", 1, False),
+        ("{", 0, False),
+    ],
+)
+def test_arguments_in_a_text_come_as_they_are_written(
+    arguments: str, pieces: int, ok: bool
+) -> None:
+    text = f'<tool_call>{{"name": "f", "arguments": "{arguments}"}}</tool_call>'
+    answer = _parse("hermes", text)
+    assert [call.ok for call in answer.calls] == [ok]
+    if ok:
+        assert answer.calls[0].arguments == {"a": 'one "two" é', "n": 3}
+    parser = AnswerParser(choose_format(None, tool_format="hermes"), _TOOLS)
+    deltas = [piece.call for part in cuts(text, 6) for piece in parser.feed(part)]
+    assert sum(bool(delta and delta.arguments) for delta in deltas) >= pieces

@@ -143,8 +143,13 @@ class Scripted(BaseEngine):
     def supports_reasoning(self) -> bool:
         return False
 
+    def refuse_if_busy(self) -> None:
+        if self.busy:
+            raise EngineBusy("busy", retry_after=float(self.name[-1]))
+
     async def answer(self, question: PromptQuestion) -> PromptFacts:
         self.check_running()
+        self.refuse_if_busy()
         self.asked.append(question)
         if self.dies_of_questions:
             self.crash()
@@ -280,8 +285,7 @@ class ScriptedRequest:
 
     async def run(self, emit: Emit | None) -> GenerationResult:
         self.engine.check_running()
-        if self.engine.busy:
-            raise EngineBusy("busy", retry_after=float(self.engine.name[-1]))
+        self.engine.refuse_if_busy()
         self.emit = emit
         self.over: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
         self.engine.requests.append(self)

@@ -13,6 +13,7 @@ import pytest
 
 from mlx_engine import (
     BatchedEngine,
+    EngineBusy,
     EngineDead,
     EngineManager,
     EngineNotStarted,
@@ -297,6 +298,17 @@ async def test_any_replica_answers() -> None:
         world[1].dies_of_questions = True
         assert (await manager.render_chat(USER)).text == "replica-2"
     assert not manager.supports_tools
+
+
+async def test_a_busy_replica_is_passed_over_by_questions_too() -> None:
+    world = World()
+    async with managed(world) as manager:
+        world[1].busy = True
+        assert (await manager.render_chat(USER)).text == "replica-2"
+        world[2].busy = True
+        with pytest.raises(EngineBusy) as refused:
+            await manager.count_tokens("a")
+        assert refused.value.retry_after == 1.0  # the shorter one
 
 
 async def test_a_question_that_kills_replicas_is_given_up() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from mlx_engine.core.lifecycle import Lifecycle
 from mlx_engine.core.stream import Emit, Producer
@@ -21,6 +23,8 @@ from mlx_engine.remote.replicas.abortable_work import AbortableWork
 from mlx_engine.remote.replicas.replica_set import NoneUp, ReplicaSet
 from mlx_engine.remote.replicas.routing import RequestCost
 from mlx_engine.requests import GenerationRequest
+
+T = TypeVar("T")
 
 MAX_DEATHS = 2  # replicas that end under a request before it counts as the cause of that
 MAX_ATTEMPTS = 3  # with those that were stopped by somebody else
@@ -59,7 +63,13 @@ class RoutedRequest:
         """See ``Producer``."""
         self._check_running()
         with AbortableWork(self.request_id, self._lifecycle, self._replicas.leftovers) as work:
-            return await self._attempts(work, emit)
+            return await attempted(
+                RequestCost.of(self._request),
+                work,
+                self._replicas,
+                functools.partial(self._attempt, work, emit),
+                lambda: self._emitted or self._cancelled,
+            )
 
     def cancel(self) -> None:
         """See ``Producer``."""
@@ -74,41 +84,8 @@ class RoutedRequest:
             return replace(NOTHING, request_id=self.request_id)
         return producer.partial_result()
 
-    async def _attempts(self, work: AbortableWork, emit: Emit | None) -> GenerationResult:
-        cost = RequestCost.of(self._request)
-        busy: dict[str, EngineBusy] = {}
-        attempts = deaths = 0
-        waited, none_up = 0.0, False
-        while True:
-            if none_up:
-                began = time.monotonic()
-                await work.do(self._replicas.until_up(waited))
-                waited += time.monotonic() - began
-                none_up = False
-            try:
-                with self._replicas.assigned(cost, busy) as (name, engine):
-                    return await self._attempt(work, engine, emit)
-            except NoneUp:
-                if busy and self._replicas.up():
-                    raise min(busy.values(), key=lambda error: error.retry_after) from None
-                busy.clear()
-                none_up = True
-            except EngineBusy as error:
-                busy[name] = error
-            except EngineNotRunning as error:
-                if work.aborted:
-                    raise
-                self._replicas.ended(name, engine)
-                attempts += 1
-                if isinstance(error, EngineDead):
-                    deaths += 1
-                    engine.kill()  # if there is anything left of it: its exit has to follow
-                spent = deaths == MAX_DEATHS or attempts == MAX_ATTEMPTS
-                if spent or self._emitted or self._cancelled:
-                    raise _as_dead(error, name) from error.__cause__
-
     async def _attempt(
-        self, work: AbortableWork, engine: LinkedEngine, emit: Emit | None
+        self, work: AbortableWork, emit: Emit | None, engine: LinkedEngine
     ) -> GenerationResult:
         def tell(chunk: GenerationChunk) -> None:
             if emit is not None and not work.over:
@@ -128,27 +105,63 @@ class RoutedRequest:
 async def answered(
     question: PromptQuestion, work: AbortableWork, replicas: ReplicaSet
 ) -> PromptFacts:
-    """The answer of any replica to a question; another one is asked if it ends under it.
+    """The answer of any replica to a question; raises as ``attempted`` does."""
+    # No replica is chosen for the beginning of a prompt that it does not prefill.
+    return await attempted(
+        RequestCost(0, 0), work, replicas, lambda engine: work.do(engine.answer(question))
+    )
+
+
+async def attempted(
+    cost: RequestCost,
+    work: AbortableWork,
+    replicas: ReplicaSet,
+    attempt: Callable[[LinkedEngine], Awaitable[T]],
+    is_last: Callable[[], bool] = lambda: False,
+) -> T:
+    """Result of an attempt at a replica; another one is asked if it is busy, or ends under it.
+
+    Args:
+        cost: of the request.
+        work: that this is a part of.
+        replicas: that may be asked.
+        attempt: asks one.
+        is_last: whether there must be no other attempt.
 
     Raises:
+        EngineBusy: all are.
         EngineDead: so many have ended that it may be what kills them.
         MLXEngineError: the replica's own error.
     """
-    attempts = 0
+    busy: dict[str, EngineBusy] = {}
+    attempts = deaths = 0
+    waited, none_up = 0.0, False
     while True:
-        first = (await work.do(replicas.until_up()))[0]
-        engine = first.engine
+        if none_up:
+            began = time.monotonic()
+            await work.do(replicas.until_up(waited))
+            waited += time.monotonic() - began
+            none_up = False
         try:
-            return await work.do(engine.answer(question))
+            with replicas.assigned(cost, busy) as (name, engine):
+                return await attempt(engine)
+        except NoneUp:
+            if busy and replicas.up():
+                raise min(busy.values(), key=lambda error: error.retry_after) from None
+            busy.clear()
+            none_up = True
+        except EngineBusy as error:
+            busy[name] = error
         except EngineNotRunning as error:
             if work.aborted:
                 raise
-            replicas.ended(first.name, engine)
-            if isinstance(error, EngineDead):
-                engine.kill()  # if there is anything left of it: its exit has to follow
+            replicas.ended(name, engine)
             attempts += 1
-            if attempts == MAX_DEATHS:
-                raise _as_dead(error, first.name) from error.__cause__
+            if isinstance(error, EngineDead):
+                deaths += 1
+                engine.kill()  # if there is anything left of it: its exit has to follow
+            if deaths == MAX_DEATHS or attempts == MAX_ATTEMPTS or is_last():
+                raise _as_dead(error, name) from error.__cause__
 
 
 def _as_dead(error: EngineNotRunning, name: str) -> EngineDead:
