@@ -9,6 +9,7 @@ It needs the extra ``server``. Its files, a request's way from top to bottom:
     endpoint.py          a request, from its body to the end of its answer
     body.py              its body, and its client's going away
     chat_completions.py  an API: OpenAI's chats
+    completions.py       an API: OpenAI's plain prompts
     openai_values.py     what OpenAI's APIs have in common
     call_deltas.py       tool calls in a stream
     api.py               what an API is

@@ -19,6 +19,7 @@ from mlx_engine.params import SamplingParams
 from mlx_engine.server.access import Access
 from mlx_engine.server.api import Api
 from mlx_engine.server.chat_completions import ChatCompletions
+from mlx_engine.server.completions import Completions
 from mlx_engine.server.endpoint import Endpoint
 from mlx_engine.server.failures import Failure, Kind
 from mlx_engine.server.metrics import Metrics
@@ -27,7 +28,10 @@ from mlx_engine.server.site import Site, by_name
 from mlx_engine.server.status import status_routes
 
 # Each API, and its path behind the base, which ends in /v1 or does not.
-_APIS: tuple[tuple[str, Api], ...] = (("/chat/completions", ChatCompletions()),)
+_APIS: tuple[tuple[str, Api], ...] = (
+    ("/chat/completions", ChatCompletions()),
+    ("/completions", Completions()),
+)
 
 
 def create_app(
