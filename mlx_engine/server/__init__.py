@@ -10,6 +10,11 @@ It needs the extra ``server``. Its files, a request's way from top to bottom:
     body.py              its body, and its client's going away
     chat_completions.py  an API: OpenAI's chats
     completions.py       an API: OpenAI's plain prompts
+    responses.py         an API: OpenAI's responses, without state
+    response_events.py   ... the events of one
+    response_output.py   ... its items
+    response_input.py    ... items -> messages
+    response_tools.py    ... tools
     openai_values.py     what OpenAI's APIs have in common
     call_deltas.py       tool calls in a stream
     api.py               what an API is

@@ -24,6 +24,7 @@ from mlx_engine.server.endpoint import Endpoint
 from mlx_engine.server.failures import Failure, Kind
 from mlx_engine.server.metrics import Metrics
 from mlx_engine.server.openai_values import error_body
+from mlx_engine.server.responses import Responses
 from mlx_engine.server.site import Site, by_name
 from mlx_engine.server.status import status_routes
 
@@ -31,6 +32,7 @@ from mlx_engine.server.status import status_routes
 _APIS: tuple[tuple[str, Api], ...] = (
     ("/chat/completions", ChatCompletions()),
     ("/completions", Completions()),
+    ("/responses", Responses()),
 )
 
 

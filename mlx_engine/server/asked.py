@@ -72,6 +72,10 @@ class Fields:
         """Some fields, as far as they are there, for the engine to check."""
         return {name: self._left.pop(name) for name in names if name in self._left}
 
+    def copies(self, names: Sequence[str]) -> dict[str, Any]:
+        """Some fields, as far as they are there; somebody else may still take them."""
+        return {name: self._left[name] for name in names if name in self._left}
+
     def ignored(self, meaningless: Sequence[str]) -> tuple[str, ...]:
         """Names of what nobody has taken, but for what would change nothing."""
         return tuple(name[:_LONGEST] for name in self._left if name not in meaningless)

@@ -6,6 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from mlx_engine.engine.interface import Engine
 from mlx_engine.server.access import Scope
@@ -97,7 +98,7 @@ class _Exchange:
             engine,
             asked,
             self._site.defaults,
-            lambda index, chunk: stream.write(events.chunk(index, chunk)),
+            lambda index, chunk: stream.write(partial(events.chunk, index, chunk)),
         )
         stream = EventStream(
             self._reply,
@@ -113,7 +114,7 @@ class _Exchange:
             try:
                 answers = await answering.run()
                 self._note(answers)
-                await stream.write(events.end(answers), more=False)
+                await stream.write(partial(events.end, answers), more=False)
             except ClientGone:
                 raise
             except Exception as error:  # noqa: BLE001 - the border: the client is told

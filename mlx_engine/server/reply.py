@@ -113,12 +113,18 @@ class EventStream:
         self._loop = asyncio.get_running_loop()
         self._last = self._loop.time()  # when the client has last taken something
 
-    async def write(self, data: bytes, *, more: bool = True) -> None:
-        """Send some events, behind those that come first. Waits for a client that reads slowly."""
+    async def write(self, make: Callable[[], bytes], *, more: bool = True) -> None:
+        """Send some events, behind those that come first. Waits for a client that reads slowly.
+
+        Args:
+            make: makes them, once those before them are made.
+        """
         async with self._lock:
+            data = b""
             if not self._reply.status:
                 await self._reply.begin_events()
-                data = self._events.begin(*self._counts()) + data
+                data = self._events.begin(*self._counts())
+            data += make()
             if data or not more:
                 self._over = not more
                 await self._reply.events(data, more=more)
@@ -145,7 +151,7 @@ class EventStream:
                 await asyncio.sleep(self._interval - silent)
             elif not self._lock.locked():
                 with anyio.move_on_after(self._patience) as limit:
-                    await self.write(self._events.pulse() if self._reply.status else b"")
+                    await self.write(self._events.pulse if self._reply.status else bytes)
                 if limit.cancelled_caught:
                     raise ClientGone
             elif silent < self._patience:
