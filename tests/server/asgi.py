@@ -37,6 +37,7 @@ class Client:
         self._given = [data]
         self._gone = asyncio.Event()
         self._slow = slow
+        self._cut = False
         self._scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -64,6 +65,16 @@ class Client:
         """Close the connection."""
         self._gone.set()
 
+    def cut(self) -> None:
+        """Close it, so that nothing can be sent any more."""
+        self._cut = True
+        self._gone.set()
+
+    @property
+    def left(self) -> bool:
+        """Whether it has closed the connection."""
+        return self._gone.is_set()
+
     @property
     def json(self) -> Any:
         return json.loads(self.data)
@@ -81,6 +92,8 @@ class Client:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Any) -> None:
+        if self._cut:
+            raise OSError("the connection is closed")
         assert not self.over, "the response was complete"
         if message["type"] == "http.response.start":
             assert not self.status, "the response had begun"

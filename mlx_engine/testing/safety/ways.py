@@ -178,7 +178,7 @@ class MoveOnAfter(Way[T]):
         return None
 
     def _strike(self) -> None:
-        self._scope.deadline = anyio.current_time()
+        self._scope.deadline = asyncio.get_running_loop().time()
 
 
 class AnyioGroup(Way[T]):
