@@ -14,6 +14,7 @@ It needs the extra ``server``. Its files, a request's way from top to bottom:
     anthropic_events.py  its events, token counts and errors
     anthropic_conversation.py its conversations -> the engine's
     chat_completions.py  an API: OpenAI's chats
+    completions.py       an API: OpenAI's plain prompts
     openai_values.py     what OpenAI's APIs have in common
     call_deltas.py       tool calls in a stream
     api.py               what an API is

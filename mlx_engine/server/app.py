@@ -20,6 +20,7 @@ from mlx_engine.server.access import Access
 from mlx_engine.server.anthropic_messages import Messages
 from mlx_engine.server.api import Api
 from mlx_engine.server.chat_completions import ChatCompletions
+from mlx_engine.server.completions import Completions
 from mlx_engine.server.endpoint import Endpoint
 from mlx_engine.server.failures import Failure, Kind
 from mlx_engine.server.metrics import Metrics
@@ -31,6 +32,7 @@ from mlx_engine.server.token_count import TokenCount
 # Each API, and its path behind the base, which ends in /v1 or does not.
 _APIS: tuple[tuple[str, Api], ...] = (
     ("/chat/completions", ChatCompletions()),
+    ("/completions", Completions()),
     ("/messages", Messages()),
 )
 _COUNTS: tuple[tuple[str, Api], ...] = (

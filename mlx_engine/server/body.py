@@ -58,17 +58,20 @@ async def while_connected(receive: Receive, *work: Callable[[], Awaitable[object
         BaseException: whatever the first one raises.
     """
     first, *others = work
-    gone, errors = False, list[Exception]()
+    gone = done = False
+    errors: list[Exception] = []
 
     async def watch() -> None:
         nonlocal gone
         while (await receive())["type"] != "http.disconnect":
             await anyio.lowlevel.checkpoint()  # some servers never stop saying that that was all
-        gone = True
+        gone = not done  # a response that is complete ends the connection, too
 
     async def do(which: Callable[[], Awaitable[object]], ends: bool) -> None:
+        nonlocal done
         try:
             await which()
+            done = done or which is first
         except Exception as error:  # noqa: BLE001 - raised below
             errors.append(error)
             ends = True
