@@ -21,6 +21,7 @@ Its files:
     serve_options.py     those of serve
     sampling_options.py  those that say how tokens are chosen
     values.py            their values, out of their text
+    agents.py            agents, and how each is pointed at a server
     generate.py          a command: one answer
     chat.py              a command: a conversation
     host.py              a command: one engine for several programs

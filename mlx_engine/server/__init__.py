@@ -10,9 +10,9 @@ It needs the extra ``server``. Its files, a request's way from top to bottom:
     body.py              its body, and its client's going away
     volatile.py          its text that spoils the prompt cache
     token_count.py       one that is counted, and not answered
-    anthropic_messages.py an API: Anthropic's
+    anthropic.py         an API: Anthropic's messages
     anthropic_events.py  its events, token counts and errors
-    anthropic_conversation.py its conversations -> the engine's
+    anthropic_input.py   its conversations -> the engine's
     chat_completions.py  an API: OpenAI's chats
     completions.py       an API: OpenAI's plain prompts
     openai_values.py     what OpenAI's APIs have in common

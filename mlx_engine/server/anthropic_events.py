@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mlx_engine.outputs import FinishReason, GenerationChunk, GenerationResult, ToolCallDelta
 from mlx_engine.server.answers import Answer
-from mlx_engine.server.anthropic_conversation import signature
+from mlx_engine.server.anthropic_input import signature
 from mlx_engine.server.api import event
 from mlx_engine.server.call_deltas import CallDeltas
 from mlx_engine.server.failures import Failure, Kind

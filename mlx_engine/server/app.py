@@ -17,7 +17,7 @@ from mlx_engine.checks import flag, integer, number
 from mlx_engine.engine.interface import Engine
 from mlx_engine.params import SamplingParams
 from mlx_engine.server.access import Access
-from mlx_engine.server.anthropic_messages import Messages
+from mlx_engine.server.anthropic import Messages
 from mlx_engine.server.api import Api
 from mlx_engine.server.chat_completions import ChatCompletions
 from mlx_engine.server.completions import Completions

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
 
 from mlx_engine.conversation import checked_messages
 from mlx_engine.limits import DEFAULT_LIMITS
-from mlx_engine.server.anthropic_conversation import Conversation, signature
-from mlx_engine.server.anthropic_messages import Messages
+from mlx_engine.server.anthropic import Messages
+from mlx_engine.server.anthropic_input import Conversation, signature
 from mlx_engine.server.asked import Fields
 from mlx_engine.server.volatile import steady
 
@@ -176,8 +175,7 @@ def test_volatile_text(text: str, left: str | None, role: str) -> None:
     assert found[2:] == given[2:]
 
 
-def test_volatile_text_is_found_in_no_time() -> None:
-    text = "now 2026-11-2 today current " * 500_000
-    began = time.perf_counter()
-    steady([{"role": "system", "content": text}] * 10)
-    assert time.perf_counter() - began < 2
+def test_volatile_text_is_looked_for_in_front_alone() -> None:
+    text = "now 2026-11-2 today current " * 500_000  # all of it would take very long
+    message = {"role": "system", "content": text + "now: 2026-11-28T15:04:05Z"}
+    assert steady([message]) == [message]

@@ -8,7 +8,6 @@ from typing import Any
 from mlx_engine.checks import integer, shown
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.server.answers import Answer
-from mlx_engine.server.anthropic_conversation import Conversation, choice, functions, signature
 from mlx_engine.server.anthropic_events import (
     MessageEvents,
     Thoughts,
@@ -16,6 +15,7 @@ from mlx_engine.server.anthropic_events import (
     stop_of,
     usage_of,
 )
+from mlx_engine.server.anthropic_input import Conversation, choice, functions, signature
 from mlx_engine.server.asked import EFFORTS, Asked, Fields, reasoning
 from mlx_engine.server.chat_completions import text_of
 from mlx_engine.server.failures import Failure

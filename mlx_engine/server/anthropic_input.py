@@ -209,7 +209,7 @@ def _wrong(which: str, said: str) -> InvalidRequest:
 
 
 def _thought(block: Block) -> str:
-    """What a block of thinking shows, or else has in its signature."""
+    """Thoughts that a block shows, or else has in its signature."""
     text, signed = block.get("thinking"), block.get("signature")
     if isinstance(text, str) and text:
         return text
