@@ -42,11 +42,14 @@ class Agent:
         """Its arguments; see ``environ_for``."""
         return [_filled(argument, places) for argument in self.arguments]
 
+    def files_for(self, **places: str) -> dict[str, str]:
+        """The texts of its files; see ``environ_for``."""
+        return {name: json.dumps(_filled(value, places)) for name, value in self.files.items()}
+
     def write_files(self, **places: str) -> None:
         """Write its files; see ``environ_for``."""
-        for name, value in self.files.items():
-            path = Path(places["folder"], name)
-            path.write_text(json.dumps(_filled(value, places), indent=2), "utf-8")
+        for name, text in self.files_for(**places).items():
+            Path(places["folder"], name).write_text(text, "utf-8")
 
 
 _CLAUDE_MODELS = (
