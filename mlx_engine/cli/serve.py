@@ -16,7 +16,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +37,7 @@ try:
     import uvicorn
 
     from mlx_engine.server import LOOPBACK, create_app
+    from mlx_engine.server.site import by_name
 except ModuleNotFoundError as error:
     raise InvalidRequest(
         "serve", f"needs {error.name}: pip install 'mlx-engine[server]'"
@@ -67,8 +68,9 @@ async def _serve(
 ) -> int:
     engine = _engine(args, bar)
     names = vars(args).get("served_names")
+    engines = dict.fromkeys(names, engine) if names else by_name(engine)
     app = create_app(
-        dict.fromkeys(names, engine) if names else engine,
+        engines,
         api_keys=keys,
         hosts=_hosts(args),
         defaults=replace(sampling_params(args), max_tokens=None),
@@ -87,7 +89,7 @@ async def _serve(
                 serving = asyncio.create_task(server.serve(sockets=[door]))
                 try:
                     await server.listening(serving)
-                    say(_greeting(args, door, keys, names))
+                    say(_greeting(door, keys, engines))
                     await _end(engine, serving)
                 finally:
                     server.should_exit = True
@@ -210,13 +212,11 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
         yield door
 
 
-def _greeting(
-    args: argparse.Namespace, door: socket.socket, keys: list[str], names: list[str] | None
-) -> str:
+def _greeting(door: socket.socket, keys: list[str], models: Iterable[str]) -> str:
     host, port = door.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     needs = f"with one of {len(keys)} keys" if len(keys) > 1 else "with a key" if keys else "no key"
-    return f"serving {' and '.join(names or [args.model])} on {where} ({needs}); stop with Ctrl-C"
+    return f"serving {' and '.join(models)} on {where} ({needs}); stop with Ctrl-C"
 
 
 def _log_requests() -> None:

@@ -16,6 +16,7 @@ from mlx_engine.server.call_deltas import CallDeltas
 from mlx_engine.server.failures import Failure
 from mlx_engine.server.openai_values import (
     MEANINGLESS,
+    MOST_LOGPROBS,
     content_logprobs,
     error_body,
     new_id,
@@ -38,9 +39,9 @@ class ChatCompletions:
         model = fields.text("model") or ""
         messages = fields.take("messages")
         options = sampling(fields)
-        top = fields.take("top_logprobs")
+        top = fields.integer("top_logprobs", 0, low=0, high=MOST_LOGPROBS)
         if fields.flag("logprobs"):
-            options["logprobs"] = top or 0
+            options["logprobs"] = top
         elif top:
             raise InvalidRequest("top_logprobs", "needs logprobs, true")
         if constraint := response_format(fields.mapping("response_format")):

@@ -14,6 +14,7 @@ from mlx_engine.server.asked import MOST_CHOICES, Asked, Fields
 from mlx_engine.server.failures import Failure
 from mlx_engine.server.openai_values import (
     MEANINGLESS,
+    MOST_LOGPROBS,
     error_body,
     logprob,
     new_id,
@@ -40,7 +41,9 @@ class Completions:
             if fields.take(name):
                 raise InvalidRequest(name, why)
         prompts = _prompts(fields.take("prompt"))
-        options = sampling(fields) | fields.options(("logprobs",))
+        options = sampling(fields)
+        if (top := fields.integer("logprobs", -1, low=-1, high=MOST_LOGPROBS)) >= 0:
+            options["logprobs"] = top
         if constraint := response_format(fields.mapping("response_format")):
             options["constraint"] = constraint
         return Asked(

@@ -77,7 +77,8 @@ class Exchange:
                 return await self._answer(asked, model, engine)
         except Exception as error:  # noqa: BLE001 - the border: the client is told
             failure, told = self._failed(error)
-            await self._reply.json(failure.status, told, failure.headers)
+            if not self._reply.status:
+                await self._reply.json(failure.status, told, failure.headers)
             return str(failure.status)
 
     async def _answer(self, asked: Asked, model: str, engine: Engine) -> str:

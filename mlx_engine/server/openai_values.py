@@ -25,6 +25,8 @@ MEANINGLESS = (
     *("store", "metadata", "user", "safety_identifier", "prompt_cache_key", "service_tier"),
     *("prompt_cache_retention", "client_metadata", "modalities", "verbosity"),
 )
+MOST_LOGPROBS = 20  # at the place of a token
+
 _TYPES: dict[Kind, str] = {
     "key": "authentication_error",
     "forbidden": "permission_error",

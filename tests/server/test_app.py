@@ -81,7 +81,7 @@ async def test_with_and_without_v1(app: Any, path: str) -> None:
         ({**HELLO, "stop": ["a"] * 100}, 400, "stop"),
         ({**HELLO, "logit_bias": {"x": 1}}, 400, "logit_bias"),
         ({**HELLO, "top_logprobs": 2}, 400, "top_logprobs"),
-        ({**HELLO, "logprobs": True, "top_logprobs": 200}, 400, "logprobs"),
+        ({**HELLO, "logprobs": True, "top_logprobs": 200}, 400, "top_logprobs"),
         ({**HELLO, "tools": {}}, 400, "tools"),
         ({**HELLO, "tools": [1]}, 400, "tools"),
         ({**HELLO, "tools": [{"type": "function"}]}, 400, "tools"),

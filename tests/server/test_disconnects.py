@@ -102,3 +102,25 @@ async def test_one_that_reads_nothing_holds_nobody_up() -> None:
         assert engine.requests[0].outcome == "finished"
         await asyncio.wait_for(task, 30)  # by itself: it was given up
         await free(engine)
+
+
+async def test_before_its_body_is_there(engine: FakeEngine) -> None:
+    client = Client(create_app(engine), CHAT, HELLO)
+    client._given.clear()
+    client.leave()
+    await client.run()
+    assert not client.status
+    assert not engine.requests
+
+
+async def test_while_several_wait_others_go_on(engine: FakeEngine) -> None:
+    app = create_app(engine, max_requests_per_client=1_000)
+    clients = [Client(app, CHAT, {**HELLO, "stream": n % 2 == 0}) for n in range(60)]
+    tasks = [asyncio.create_task(client.run()) for client in clients]
+    await until(lambda: engine.stats().running)
+    for client in clients[::3]:
+        client.leave()
+    await asyncio.gather(*tasks)
+    assert all(client.over for n, client in enumerate(clients) if n % 3)
+    await free(engine)
+    assert not other_tasks()
