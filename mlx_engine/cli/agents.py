@@ -13,7 +13,8 @@ from typing import Any
 @dataclass(frozen=True, slots=True)
 class Agent:
     """An agent, and its settings. In them, at any depth, ``$base`` is the server's address
-    without ``/v1``, ``$model`` the model, ``$key`` a key and ``$folder`` the folder of ``files``.
+    without ``/v1``, ``$model`` the model, ``$context`` its tokens, ``$key`` a key and ``$folder``
+    the folder of ``files``.
 
     Attributes:
         command: runs it.
@@ -33,7 +34,7 @@ class Agent:
         """The variables of its environment.
 
         Args:
-            places: ``base``, ``model``, ``key`` and ``folder``.
+            places: ``base``, ``model``, ``context``, ``key`` and ``folder``.
         """
         made = {name: _filled(value, places) for name, value in self.environ.items()}
         return {n: v if isinstance(v, str) else json.dumps(v) for n, v in made.items()}
@@ -58,6 +59,7 @@ _CLAUDE_MODELS = (
 )
 _CODEX_SETTINGS = {
     "model_provider": "mlx-engine",
+    "model_context_window": "$context",
     "model_providers.mlx-engine.name": "mlx-engine",
     "model_providers.mlx-engine.base_url": "$base/v1",
     "model_providers.mlx-engine.env_key": "MLX_ENGINE_KEY",
@@ -73,6 +75,7 @@ AGENTS: dict[str, Agent] = {
             "ANTHROPIC_AUTH_TOKEN": "$key",
             "ANTHROPIC_API_KEY": "",  # or it would ask which of the two is meant
             **dict.fromkeys(_CLAUDE_MODELS, "$model"),
+            "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "$context",
             "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         },
     ),
@@ -101,7 +104,14 @@ AGENTS: dict[str, Agent] = {
                         "baseUrl": "$base",
                         "apiKey": "MLX_ENGINE_KEY",
                         "api": "anthropic-messages",
-                        "models": [{"id": "$model", "name": "$model", "reasoning": True}],
+                        "models": [
+                            {
+                                "id": "$model",
+                                "name": "$model",
+                                "reasoning": True,
+                                "contextWindow": "$context",
+                            }
+                        ],
                     }
                 }
             }
@@ -143,6 +153,8 @@ AGENTS: dict[str, Agent] = {
 
 
 def _filled(value: Any, places: Mapping[str, str]) -> Any:
+    if value == "$context":
+        return int(places["context"])  # a number in JSON
     if isinstance(value, str):
         return Template(value).substitute(places)
     if isinstance(value, Mapping):

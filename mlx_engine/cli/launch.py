@@ -28,6 +28,7 @@ from mlx_engine.cli.serve_options import DEFAULT_HOST, KEYS_VARIABLE
 from mlx_engine.errors import InvalidRequest, MLXEngineError
 
 _ANY_KEY = "local"  # for a server that wants none; agents want one
+_CONTEXT = "131072"  # tokens, of a model that does not say how many
 _PATIENCE = 5.0  # seconds for a server to end, before it is told again
 _LOOK = 0.2  # seconds between two looks at a server that is being started
 
@@ -38,8 +39,10 @@ def run(args: argparse.Namespace) -> int:
     base = f"http://{DEFAULT_HOST}:{args.port}"
     key = os.environ.get(KEYS_VARIABLE, "").replace(",", " ").split() or [_ANY_KEY]
     if args.print_only or shutil.which(agent.command) is None:
-        model = (_models(base, key[0]) or [args.model or "MODEL"])[0]
-        _explain(agent, base=base, model=model, key=key[0], folder="FOLDER")
+        there = _models(base, key[0]) or {args.model or "MODEL": _CONTEXT}
+        model = args.model if args.model in there else next(iter(there))
+        places = {"base": base, "key": key[0], "folder": "FOLDER"}
+        _explain(agent, model=model, context=there[model], **places)
         return 0 if args.print_only else 1
     # What Ctrl-C and the like end here is a server as well, which is in a session of its own.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -47,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="mlx-engine-") as folder:
         places = {"base": base, "key": key[0], "folder": folder}
-        with _served(args, base, key[0]) as model:
-            return _run(agent, args.arguments, model=model, **places)
+        with _served(args, base, key[0]) as (model, context):
+            return _run(agent, args.arguments, model=model, context=context, **places)
 
 
 def _run(agent: Agent, arguments: list[str], **places: str) -> int:
@@ -66,8 +69,8 @@ def _run(agent: Agent, arguments: list[str], **places: str) -> int:
 
 
 @contextlib.contextmanager
-def _served(args: argparse.Namespace, base: str, key: str) -> Iterator[str]:
-    """The name of the model of a server at ``base``, which is started if there is none.
+def _served(args: argparse.Namespace, base: str, key: str) -> Iterator[tuple[str, str]]:
+    """The model of a server at ``base``, which is started if there is none, and its tokens.
 
     Raises:
         InvalidRequest: there is one, without the model that was asked for.
@@ -79,7 +82,8 @@ def _served(args: argparse.Namespace, base: str, key: str) -> Iterator[str]:
                 "model",
                 f"the server at {base} has {', '.join(models)}; take another --port, or stop it",
             )
-        yield args.model or models[0]
+        model = args.model or next(iter(models))
+        yield model, models[model]
         return
     chosen = [] if args.model is None else ["--model", args.model]
     server = subprocess.Popen(
@@ -92,7 +96,7 @@ def _served(args: argparse.Namespace, base: str, key: str) -> Iterator[str]:
             if server.poll() is not None:
                 raise MLXEngineError("the server did not start")
             time.sleep(_LOOK)
-        yield models[0]
+        yield next(iter(models.items()))
     finally:
         _stop(server)
 
@@ -105,8 +109,8 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
             return
 
 
-def _models(base: str, key: str) -> list[str]:
-    """The models of the server that is there; none if none is.
+def _models(base: str, key: str) -> dict[str, str]:
+    """The models of the server that is there, with the tokens of their contexts.
 
     Raises:
         InvalidRequest: what is there is no such server, or does not take the key.
@@ -115,13 +119,15 @@ def _models(base: str, key: str) -> list[str]:
     try:
         with build_opener(ProxyHandler({})).open(asked, timeout=_PATIENCE) as answer:
             told: Any = json.load(answer)
-        return [str(model["id"]) for model in told["data"]]
+        return {
+            str(model["id"]): str(model.get("context_length") or _CONTEXT) for model in told["data"]
+        }
     except HTTPError as error:
         said = f"{base} is taken by a server that says {error.code}; its key goes in "
         raise InvalidRequest("port", f"{said}${KEYS_VARIABLE}") from error
     except URLError:
-        return []
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InvalidRequest("port", f"{base} is taken by something else") from error
 
 

@@ -66,7 +66,13 @@ async def running(name: str, base: str, folder: Path) -> AsyncIterator[asyncio.s
     agent, work = AGENTS[name], folder / "work"
     work.mkdir()
     (work / "hello.py").write_text(FILE)
-    places = {"base": base, "model": "fake", "key": "local", "folder": str(folder)}
+    places = {
+        "base": base,
+        "model": "fake",
+        "context": "200000",
+        "key": "local",
+        "folder": str(folder),
+    }
     agent.write_files(**places)
     nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     environ = {

@@ -22,7 +22,7 @@ echo "$ANTHROPIC_MODEL" "$@"
 "{python}" -c "import urllib.request as r; print(r.urlopen('$ANTHROPIC_BASE_URL/health').read())"
 exit 3
 """
-PLACES = {"base": "http://h:1", "model": "a/b", "key": "k", "folder": "/tmp/f"}
+PLACES = {"base": "http://h:1", "model": "a/b", "context": "99", "key": "k", "folder": "/tmp/f"}
 
 
 @pytest.fixture
