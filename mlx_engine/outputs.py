@@ -239,6 +239,7 @@ class GenerationResult:
         logprobs: one entry a token, if asked for.
         notes: what was done in another way than asked, one sentence each.
         request_id: the engine's name for the request.
+        stop_string: that of ``stop`` which has ended the answer; ``None`` if another end has.
     """
 
     text: str
@@ -251,6 +252,7 @@ class GenerationResult:
     logprobs: tuple[TokenLogprob, ...] = ()
     notes: tuple[str, ...] = ()
     request_id: str = ""
+    stop_string: str | None = None
 
     def message(self) -> Any:
         """The answer as a message, to be appended to the messages of the chat.

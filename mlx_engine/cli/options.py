@@ -12,9 +12,10 @@ from dataclasses import fields
 from typing import Any
 
 from mlx_engine import __version__
+from mlx_engine.cli.agents import AGENTS
 from mlx_engine.cli.flags import SPELLINGS, add_flags, flag_of, option_group
 from mlx_engine.cli.sampling_options import sampling_options
-from mlx_engine.cli.serve_options import serve_options
+from mlx_engine.cli.serve_options import DEFAULT_PORT, serve_options
 from mlx_engine.cli.values import count_or_auto, number_or_none, request_limit, topic
 from mlx_engine.config import DEMO_MODEL, BatchConfig, ModelConfig, QueueConfig
 from mlx_engine.errors import InvalidRequest
@@ -127,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(commands, [source, *model, sampling_options()])
     _add_host(commands, [source, *model, _queue_options(), _host_options()])
     _add_serve(commands, [serve_options(), source, *model, _queue_options()])
+    _add_launch(commands)
     _add_info(commands, [source])
     _add_selftest(commands, [source, *model])
     _add_extract_mtp(commands)
@@ -220,6 +222,22 @@ def _add_serve(commands: Commands, options: list[argparse.ArgumentParser]) -> No
         allow_abbrev=False,
     )
     command.add_argument("--model", metavar="MODEL", default=DEMO_MODEL, help=_MODEL_HELP)
+
+
+def _add_launch(commands: Commands) -> None:
+    command = commands.add_parser(
+        "launch",
+        help="run a coding agent on a local model",
+        description="Run AGENT with its settings for the server at --port; if there is none, start "
+        "one, and stop it behind the agent.",
+        allow_abbrev=False,
+    )
+    add = command.add_argument
+    add("--model", metavar="MODEL", help=_MODEL_HELP)
+    add("--port", type=int, default=DEFAULT_PORT, metavar="N", help=f"{DEFAULT_PORT} by default")
+    add("--print", dest="print_only", action="store_true", help="only show the settings")
+    add("agent", metavar="AGENT", choices=AGENTS, help=", ".join(AGENTS))
+    add("arguments", metavar="...", nargs=argparse.REMAINDER, help="the agent's own")
 
 
 def _add_info(commands: Commands, options: list[argparse.ArgumentParser]) -> None:

@@ -8,6 +8,11 @@ It needs the extra ``server``. Its files, a request's way from top to bottom:
     status.py            models, health, metrics, a page
     endpoint.py          a request, from its body to the end of its answer
     body.py              its body, and its client's going away
+    volatile.py          its text that spoils the prompt cache
+    token_count.py       one that is counted, and not answered
+    anthropic.py         an API: Anthropic's messages
+    anthropic_events.py  its events, token counts and errors
+    anthropic_input.py   its conversations -> the engine's
     chat_completions.py  an API: OpenAI's chats
     completions.py       an API: OpenAI's plain prompts
     responses.py         an API: OpenAI's responses, without state

@@ -13,10 +13,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from mlx_engine.checks import integer, number
+from mlx_engine.checks import flag, integer, number
 from mlx_engine.engine.interface import Engine
 from mlx_engine.params import SamplingParams
 from mlx_engine.server.access import Access
+from mlx_engine.server.anthropic import Messages
 from mlx_engine.server.api import Api
 from mlx_engine.server.chat_completions import ChatCompletions
 from mlx_engine.server.completions import Completions
@@ -27,12 +28,17 @@ from mlx_engine.server.openai_values import error_body
 from mlx_engine.server.responses import Responses
 from mlx_engine.server.site import Site, by_name
 from mlx_engine.server.status import status_routes
+from mlx_engine.server.token_count import TokenCount
 
 # Each API, and its path behind the base, which ends in /v1 or does not.
 _APIS: tuple[tuple[str, Api], ...] = (
     ("/chat/completions", ChatCompletions()),
     ("/completions", Completions()),
     ("/responses", Responses()),
+    ("/messages", Messages()),
+)
+_COUNTS: tuple[tuple[str, Api], ...] = (
+    ("/messages/count_tokens", Messages("messages.count_tokens")),
 )
 
 
@@ -47,9 +53,10 @@ def create_app(
     max_requests_per_client: int = 64,
     keep_alive_seconds: float = 10.0,
     patience_seconds: float = 300.0,
+    steady_prompts: bool = True,
     owns_engines: bool = False,
 ) -> Starlette:
-    """Make an ASGI application that serves engines by the APIs of OpenAI.
+    """Make an ASGI application that serves engines by the APIs of OpenAI and Anthropic.
 
         app = create_app(BatchedEngine("demo"), owns_engines=True)  # uvicorn module:app
 
@@ -67,6 +74,8 @@ def create_app(
         max_requests_per_client: in work or waiting; a client is a key, or else an address.
         keep_alive_seconds: of silence, after which streams get a sign of life.
         patience_seconds: for which a client may read nothing of what it is sent.
+        steady_prompts: whether what agents put in front of their prompts anew each time, such as
+            numbers of sessions, is taken out, so that the prompt cache has the rest.
         owns_engines: whether the engines are started and stopped with the application.
 
     Raises:
@@ -83,6 +92,7 @@ def create_app(
         body_seconds=_seconds("body_seconds", body_seconds),
         keep_alive_seconds=_seconds("keep_alive_seconds", keep_alive_seconds),
         patience_seconds=_seconds("patience_seconds", patience_seconds),
+        steady_prompts=flag("steady_prompts", steady_prompts),
     )
     return Starlette(
         routes=list(_routes(site)),
@@ -95,7 +105,9 @@ def _routes(site: Site) -> Iterator[BaseRoute]:
     for base in ("/v1", ""):
         for path, api in _APIS:
             yield Route(base + path, Endpoint(site, api), methods=["POST"])
-    yield from status_routes(site, [path for path, _ in _APIS])
+        for path, api in _COUNTS:
+            yield Route(base + path, TokenCount(site, api), methods=["POST"])
+    yield from status_routes(site, [path for path, _ in (*_APIS, *_COUNTS)])
 
 
 def _lifespan(engines: Mapping[str, Engine]) -> Any:

@@ -130,12 +130,17 @@ class Asked:
         if self.messages is None:
             prompt = self.prompts[index // self.n]
             return engine.stream_generate(prompt, defaults, on_progress=on_progress, **options)
-        chat = dict(self.chat)
-        if chat.get("thinking") and not engine.supports_reasoning:
-            del chat["thinking"]  # asked for by clients that ask every model for it
+        chat = self.chat_options(engine)
         return engine.stream_chat(
             self.messages, defaults, on_progress=on_progress, **chat, **options
         )
+
+    def chat_options(self, engine: Engine) -> dict[str, Any]:
+        """``chat``, as far as the model has a use for it."""
+        chat = dict(self.chat)
+        if chat.get("thinking") and not engine.supports_reasoning:
+            del chat["thinking"]  # asked for by clients that ask every model for it
+        return chat
 
 
 def reasoning(effort: object, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from mlx_engine.engine.interface import Engine
@@ -17,6 +18,7 @@ from mlx_engine.server.body import read_json, while_connected
 from mlx_engine.server.failures import Failure
 from mlx_engine.server.reply import ClientGone, EventStream, Headers, Receive, Reply, Send
 from mlx_engine.server.site import Site
+from mlx_engine.server.volatile import steady
 
 _log = logging.getLogger("mlx_engine.server")
 
@@ -32,10 +34,10 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        await _Exchange(self._site, self._api, receive, send).run(scope)
+        await Exchange(self._site, self._api, receive, send).run(scope)
 
 
-class _Exchange:
+class Exchange:
     """One request and its answer."""
 
     def __init__(self, site: Site, api: Api, receive: Receive, send: Send) -> None:
@@ -48,6 +50,7 @@ class _Exchange:
         self._told = ""  # of the answer, for the log
 
     async def run(self, scope: Scope) -> None:
+        """Answer it, and tell the log and the metrics."""
         ending = "cancelled"
         try:
             ending = await self._run(scope)
@@ -68,6 +71,8 @@ class _Exchange:
                 )
                 asked = self._api.read(Fields(body))
                 del body
+                if self._site.steady_prompts and asked.messages is not None:
+                    asked = replace(asked, messages=steady(asked.messages))
                 model, engine = self._site.engine(asked.model)
                 self._reply.headers += _remarks("ignored", asked.ignored)
                 return await self._answer(asked, model, engine)

@@ -128,7 +128,7 @@ class EventStream:
             if data or not more:
                 self._over = not more
                 await self._reply.events(data, more=more)
-            self._last = self._loop.time()
+                self._last = self._loop.time()
 
     async def fail(self, failure: Failure, body: object) -> None:
         """Tell of a failure: by its status and ``body``, or by an event if events have begun."""

@@ -30,6 +30,7 @@ class Site:
         body_seconds: that a body may take to come.
         keep_alive_seconds: of silence, after which a stream gets a sign of life.
         patience_seconds: for which a client may read nothing of what is sent to it.
+        steady_prompts: whether ``volatile`` text is taken out of prompts.
         created: when this was made, in seconds since 1970.
     """
 
@@ -41,6 +42,7 @@ class Site:
     body_seconds: float
     keep_alive_seconds: float
     patience_seconds: float
+    steady_prompts: bool
     created: int = field(default_factory=lambda: int(time.time()))
 
     def engine(self, model: str) -> tuple[str, Engine]:
