@@ -1,6 +1,6 @@
 """Real agents, with a model that reads a file by whatever tool it is offered, and then answers.
 
-They need npm's packages: ``npm install --prefix FOLDER @anthropic-ai/claude-code
+They need npm's packages: ``npm install --prefix FOLDER @anthropic-ai/claude-code @openai/codex
 @mariozechner/pi-coding-agent``, and ``MLX_ENGINE_AGENTS=FOLDER``.
 """
 
@@ -32,6 +32,7 @@ FILE = "print('a greeting')  # 7f3a\n"
 SAID = "It prints a greeting, as 7f3a says."
 HEADLESS = {
     "claude": ["-p", PROMPT, "--allowedTools", "Read"],
+    "codex": ["exec", "--skip-git-repo-check", "--sandbox", "danger-full-access", PROMPT],
     "pi": ["-p", PROMPT],
 }
 SECONDS = 120  # that an agent has
@@ -109,6 +110,14 @@ async def finished(process: asyncio.subprocess.Process) -> str:
     return out.decode()
 
 
+# Tools that agents offer, and what makes them read a file.
+_READERS = {
+    "read": (("path", "file_path"), "{}"),
+    "exec_command": (("cmd",), "cat {}"),
+    "shell_command": (("command",), "cat {}"),
+}
+
+
 def reads(work: Path, *pieces: Any) -> Callable[[FakeRequest], FakeAnswer]:
     """Answers: a call of the tool that reads files, then what was asked for."""
     gates = iter(pieces)
@@ -120,9 +129,10 @@ def reads(work: Path, *pieces: Any) -> Callable[[FakeRequest], FakeAnswer]:
             return FakeAnswer(SAID, reasoning=[*held, "There it is."])
         for tool in request.tools or ():
             function = tool["function"]
-            named = function["parameters"]["properties"].keys() & {"path", "file_path"}
-            if function["name"].lower() == "read" and named:
-                call = (function["name"], {named.pop(): str(work / "hello.py")})
+            fields = function.get("parameters", {}).get("properties", {})
+            wanted, value = _READERS.get(function["name"].lower(), ((), ""))
+            if named := fields.keys() & {*wanted}:
+                call = (function["name"], {named.pop(): value.format(work / "hello.py")})
                 return FakeAnswer("Let me look.", [*held, "I shall read it."], [call])
         return FakeAnswer([*held, "Agents and files"])  # a title, or the like
 
@@ -192,6 +202,8 @@ async def test_it_comes_again_when_the_engine_was_gone(name: str, tmp_path: Path
 
 async def test_it_shortens_a_context_that_is_too_long(name: str, tmp_path: Path) -> None:
     """By the words in which it is told of that; and goes on."""
+    if name == "codex":
+        pytest.skip("it says that it has no room any more, and ends")
     plain, errors = reads(tmp_path / "work"), list[Exception]()
 
     def answer(request: FakeRequest) -> FakeAnswer:
