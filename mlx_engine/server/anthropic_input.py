@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,7 +95,7 @@ class Conversation:
     def _part_of_result(self, which: str, part: Block) -> str:
         """A part of a tool's result as text. It is there for the whole session, so that one that
         the model cannot see does not end that."""
-        kind = part.get("type")
+        kind = _kind(which, part)
         if kind == "tool_reference":
             return f"The tool {part.get('tool_name')} may be called now."
         if kind in _MEDIA:
@@ -114,7 +113,7 @@ class Conversation:
         Raises:
             InvalidRequest: it is something to be seen or heard.
         """
-        kind = block.get("type")
+        kind = _kind(which, block)
         if kind == "text":
             return _string(which, block, "text")
         if kind == "search_result":
@@ -194,6 +193,10 @@ def _blocks(which: str, content: object) -> list[Block]:
     raise _wrong(which, f"content must be text or a list of blocks, not {shown(content)}")
 
 
+def _kind(which: str, block: Block) -> str:
+    return _string(which, block, "type")
+
+
 def _string(which: str, block: Block, name: str) -> str:
     text = block.get(name)
     if not isinstance(text, str):
@@ -218,5 +221,5 @@ def _thought(block: Block) -> str:
     try:
         data = base64.b64decode(signed[len(_SIGNED) :], validate=True)
         return data.decode()
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # it is not as it was
         return ""

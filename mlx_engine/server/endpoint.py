@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from mlx_engine.engine.interface import Engine
+from mlx_engine.errors import InvalidRequest
 from mlx_engine.server.access import Scope
 from mlx_engine.server.answers import Answer, Answering
 from mlx_engine.server.api import Api
@@ -69,9 +70,9 @@ class Exchange:
                 body = await read_json(
                     self._receive, self._site.max_body_bytes, self._site.body_seconds
                 )
-                asked = self._api.read(Fields(body))
+                asked = self._asked(body)
                 del body
-                if self._site.steady_prompts and asked.messages is not None:
+                if self._site.steady_prompts and isinstance(asked.messages, list):
                     asked = replace(asked, messages=steady(asked.messages))
                 model, engine = self._site.engine(asked.model)
                 self._reply.headers += _remarks("ignored", asked.ignored)
@@ -81,6 +82,12 @@ class Exchange:
             if not self._reply.status:
                 await self._reply.json(failure.status, told, failure.headers)
             return str(failure.status)
+
+    def _asked(self, body: object) -> Asked:
+        try:
+            return self._api.read(Fields(body))
+        except RecursionError as error:
+            raise InvalidRequest("body", "is nested too deep") from error
 
     async def _answer(self, asked: Asked, model: str, engine: Engine) -> str:
         if not asked.stream:

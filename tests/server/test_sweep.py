@@ -39,6 +39,15 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "chats": (CHAT, {**SAID, "n": 2}),
     "completions": ("/v1/completions", {"prompt": "Hi"}),
     "responses": ("/v1/responses", {"input": "Hi", "tools": [{"type": "function", **TOOL}]}),
+    "messages": (
+        "/v1/messages",
+        {
+            **SAID,
+            "tools": [{"name": "look", "input_schema": {"type": "object"}}],
+            "thinking": {"type": "adaptive"},
+        },
+    ),
+    "counts": ("/v1/messages/count_tokens", SAID),
 }
 REAL = {"max_tokens": 2, "max_output_tokens": 2, "ignore_eos": True}  # tokens of a tiny model
 
