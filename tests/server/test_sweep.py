@@ -71,8 +71,12 @@ class Gone(Way[Any]):
         return None if self.struck else result
 
     def _strike(self) -> None:
+        self.struck = bool(self.clients)  # or it has not come yet
         for client in self.clients:
-            client.leave()
+            self._close(client)
+
+    def _close(self, client: Client) -> None:
+        client.leave()
 
 
 class Cut(Gone):
@@ -80,9 +84,8 @@ class Cut(Gone):
 
     name = "disconnect, and sending fails"
 
-    def _strike(self) -> None:
-        for client in self.clients:
-            client.cut()
+    def _close(self, client: Client) -> None:
+        client.cut()
 
 
 WAYS = (*(way for way in ALL_WAYS if way is not LoopClosed), Gone, Cut)
@@ -197,6 +200,38 @@ def test_whoever_runs_the_application_ends_it_in_any_way(
     try:
         scene = Swept(engine, path, {**body, "stream": stream}).scene(0, beside=False)
         runs = sweep(simulation, scene, WAYS, LOOP_FIRST)
+    finally:
+        simulation.in_a_loop(engine.stop)
+    record_property("interleavings", runs)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_work_ends_soon_after_its_client_has_gone(
+    simulation: Simulation, stream: bool, record_property: Record
+) -> None:
+    engine = FakeEngine("a b c d e f g h i j k l m n o p")
+    simulation.in_a_loop(engine.start)
+    made = 0
+
+    def tokens() -> int:
+        return sum(len(request.result().tokens) for request in engine.requests[:1])
+
+    class Noted(Gone):
+        def _strike(self) -> None:
+            nonlocal made
+            made = tokens()
+            super()._strike()
+
+        async def run(self, operation: Work[Any]) -> Any:
+            result = await super().run(operation)
+            if self.struck:
+                late = tokens() - made
+                require(late <= 3, f"I3: {late} tokens after the client has gone")
+            return result
+
+    try:
+        scene = Swept(engine, CHAT, {**SAID, "stream": stream}).scene(0, beside=False)
+        runs = sweep(simulation, scene, (Noted,), LOOP_FIRST)
     finally:
         simulation.in_a_loop(engine.stop)
     record_property("interleavings", runs)
