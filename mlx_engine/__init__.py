@@ -11,6 +11,7 @@ Its files:
     cli/             arguments -> engine call -> print
     __main__.py      ``python -m mlx_engine``
     testing/         for the tests of applications
+    server/          HTTP, for clients of other makers' APIs
     remote/          engines in other processes, and those who watch over them
     engine/          where the event loop and the MLX thread meet
     generation/      requests: synchronous from here on, on the MLX thread

@@ -204,7 +204,8 @@ def _are_parts(content: Sequence[Any]) -> bool:
 
 def _part(which: str, part: object) -> str:
     if not isinstance(part, Mapping) or part.get("type") not in tuple(_TEXTS):
-        raise InvalidRequest("messages", f"{which}: only text parts are supported")
+        kind = shown(part.get("type") if isinstance(part, Mapping) else part)
+        raise InvalidRequest("messages", f"{which}: only text parts are supported, not {kind}")
     if not isinstance(text := part.get("text"), str):
         raise InvalidRequest(
             "messages", f"{which}: the 'text' of a text part must be text, not {shown(text)}"

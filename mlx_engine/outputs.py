@@ -239,6 +239,7 @@ class GenerationResult:
         logprobs: one entry a token, if asked for.
         notes: what was done in another way than asked, one sentence each.
         request_id: the engine's name for the request.
+        stop_string: that of ``stop`` which has ended the answer; ``None`` if another end has.
         parsed: what ``output=`` has asked for, made of ``text``; ``None`` without it, and where
             the answer was cut or has calls instead, as ``notes`` says then.
     """
@@ -253,6 +254,7 @@ class GenerationResult:
     logprobs: tuple[TokenLogprob, ...] = ()
     notes: tuple[str, ...] = ()
     request_id: str = ""
+    stop_string: str | None = None
     parsed: Any = None
 
     def message(self) -> Any:

@@ -3,6 +3,8 @@
     generate    one answer, streamed to standard output
     chat        a conversation in the terminal
     host        a model for several programs, on a Unix socket
+    serve       a model by HTTP, to clients of OpenAI's API and to agents
+    launch      a coding agent on such a server
     info        what a model is, without loading its weights
     selftest    whether cancelling is safe, on this machine and with this model
     extract-mtp a model's MTP head, out of its original checkpoint
@@ -17,12 +19,16 @@ Its files:
     command.py           one run, from its arguments to its exit code
     options.py           the arguments
     flags.py             arguments out of the fields of the library's values
+    serve_options.py     those of serve
     sampling_options.py  those that say how tokens are chosen
     constraint.py        and what the answer must be
     values.py            their values, out of their text
+    agents.py            agents, and how each is pointed at a server
     generate.py          a command: one answer
     chat.py              a command: a conversation
     host.py              a command: one engine for several programs
+    serve.py             a command: one engine by HTTP
+    launch.py            a command: a coding agent on such a server
     info.py              a command: what a model is
     selftest.py          a command: whether cancelling is safe
     extract_mtp.py       a command: a model's MTP head, into a file

@@ -26,7 +26,8 @@ def run(argv: Sequence[str] | None) -> int:
     _prepare_streams()
     try:
         # Only now, and here, where Ctrl-C ends the process at once; --help comes without.
-        if args.command != "help":
+        needs_none = args.command in ("help", "launch")
+        if not needs_none and not (args.command == "serve" and not args.in_process):
             import_mlx()
         code: int = import_module(f"mlx_engine.cli.{args.command.replace('-', '_')}").run(args)
         sys.stdout.flush()

@@ -19,11 +19,11 @@ def leave_at_once(signum: int = 0, frame: FrameType | None = None) -> NoReturn:
 def install(argv: Sequence[str]) -> None:
     """From now on Ctrl-C ends the process at once, wherever nothing else is said.
 
-    For a host so does SIGTERM, which is no failure of one. What the parent process had ignored
+    For what serves so does SIGTERM, which is no failure of it. What the parent process had ignored
     stays ignored.
     """
     numbers = [signal.SIGINT]
-    if argv[:1] == ["host"]:
+    if argv[:1] in (["host"], ["serve"]):
         numbers.append(signal.SIGTERM)
     for number in numbers:
         if signal.getsignal(number) is not signal.SIG_IGN:

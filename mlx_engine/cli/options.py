@@ -12,9 +12,11 @@ from dataclasses import fields
 from typing import Any
 
 from mlx_engine import __version__
+from mlx_engine.cli.agents import AGENTS
 from mlx_engine.cli.constraint import add_constraints, constraint_of
 from mlx_engine.cli.flags import SPELLINGS, add_flags, flag_of, option_group
 from mlx_engine.cli.sampling_options import sampling_options
+from mlx_engine.cli.serve_options import DEFAULT_PORT, serve_options
 from mlx_engine.cli.values import count_or_auto, number_or_none, request_limit, topic
 from mlx_engine.config import DEMO_MODEL, BatchConfig, ModelConfig, QueueConfig
 from mlx_engine.errors import InvalidRequest
@@ -47,7 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 parser.error(f"argument {flag}: not allowed with --raw, which sends no messages")
         if "logprobs" in args and not args.json:
             parser.error("argument --logprobs: needs --json, which shows them")
-    if args.command == "host" and args.engine == "simple":
+    if args.command in ("host", "serve") and args.engine == "simple":
         for option in _given(args, BatchConfig):
             parser.error(f"argument {flag_of(option)}: not allowed with --engine simple")
     if "mtp" in args and "draft_model" in args:
@@ -101,7 +103,7 @@ def spelled(error: InvalidRequest) -> str:
     kinds = (SamplingParams, ModelConfig, QueueConfig, BatchConfig)
     names = {field.name for kind in kinds for field in fields(kind)} | {*SPELLINGS}
     names |= {"num_draft_tokens", "q_bits", "q_group_size", "seconds", "only", "max_clients"}
-    names |= {"cache_folder", "thinking", "max_reasoning_tokens"}
+    names |= {"cache_folder", "thinking", "max_reasoning_tokens", "host", "port", "api_key_file"}
     names |= {"schema", "regex", "grammar", "choice"}
     message = str(error)
     if error.option not in names:
@@ -126,7 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     source, model = _source_options(), [_cache_options(), _path_options()]
     _add_generate(commands, [source, *model, sampling_options()])
     _add_chat(commands, [source, *model, sampling_options()])
-    _add_host(commands, [source, *model, _host_options()])
+    _add_host(commands, [source, *model, _queue_options(), _host_options()])
+    _add_serve(commands, [serve_options(), source, *model, _queue_options()])
+    _add_launch(commands)
     _add_info(commands, [source])
     _add_selftest(commands, [source, *model])
     _add_extract_mtp(commands)
@@ -209,6 +213,34 @@ def _add_host(commands: Commands, options: list[argparse.ArgumentParser]) -> Non
     )
     _add_model(command)
     command.add_argument("--socket", metavar="PATH", required=True, help="where to listen")
+
+
+def _add_serve(commands: Commands, options: list[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "serve",
+        help="serve a model by HTTP, to clients of OpenAI's API and to agents",
+        description="Load a model and serve it by HTTP. SIGTERM or Ctrl-C lets requests in flight "
+        "finish; a second one aborts them.",
+        parents=options,
+        allow_abbrev=False,
+    )
+    command.add_argument("--model", metavar="MODEL", default=DEMO_MODEL, help=_MODEL_HELP)
+
+
+def _add_launch(commands: Commands) -> None:
+    command = commands.add_parser(
+        "launch",
+        help="run a coding agent on a local model",
+        description="Run AGENT with its settings for the server at --port; if there is none, start "
+        "one, and stop it behind the agent.",
+        allow_abbrev=False,
+    )
+    add = command.add_argument
+    add("--model", metavar="MODEL", help=_MODEL_HELP)
+    add("--port", type=int, default=DEFAULT_PORT, metavar="N", help=f"{DEFAULT_PORT} by default")
+    add("--print", dest="print_only", action="store_true", help="only show the settings")
+    add("agent", metavar="AGENT", choices=AGENTS, help=", ".join(AGENTS))
+    add("arguments", metavar="...", nargs=argparse.REMAINDER, help="the agent's own")
 
 
 def _add_info(commands: Commands, options: list[argparse.ArgumentParser]) -> None:
@@ -304,7 +336,7 @@ def _path_options() -> argparse.ArgumentParser:
     return parser
 
 
-def _host_options() -> argparse.ArgumentParser:
+def _queue_options() -> argparse.ArgumentParser:
     parser, group = option_group("requests")
     add = group.add_argument
     add(
@@ -323,17 +355,23 @@ def _host_options() -> argparse.ArgumentParser:
         metavar="LIMIT=N",
         help="on the size of a request, as in RequestLimits, or LIMIT=none; may be repeated",
     )
-    add("--max-clients", type=int, metavar="N", help="connected at once; others are refused")
-    add(
-        "--cache-folder",
-        metavar="DIR",
-        help="where clients may keep prompt caches, by plain names; by default nowhere",
-    )
     add(
         "--drain",
         type=number_or_none,
         default=30.0,
         metavar="SECONDS",
         help="for requests in flight to finish at the end; 30 by default, 'none': no limit",
+    )
+    return parser
+
+
+def _host_options() -> argparse.ArgumentParser:
+    parser, group = option_group("clients")
+    add = group.add_argument
+    add("--max-clients", type=int, metavar="N", help="connected at once; others are refused")
+    add(
+        "--cache-folder",
+        metavar="DIR",
+        help="where clients may keep prompt caches, by plain names; by default nowhere",
     )
     return parser

@@ -225,6 +225,7 @@ class Request(ActiveRequest):
             logprobs=tuple(self._logprobs),
             notes=self._notes,
             request_id=self.request_id,
+            stop_string=text.stop_string if text else None,
         )
 
     def _usage(self) -> Usage:

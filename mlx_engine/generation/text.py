@@ -49,7 +49,12 @@ class TextAssembler:
         self._ahead: _Ahead | None = None
         self._parser = parser
         self._parts: dict[Segment, list[str]] = {"content": [], "reasoning": [], "tool_call": []}
-        self.stopped = False
+        self.stop_string: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the answer: ``stop_string``."""
+        return self.stop_string is not None
 
     @property
     def content(self) -> str:
@@ -98,8 +103,7 @@ class TextAssembler:
 
     def _match(self, text: str) -> list[Piece]:
         if self._stops is not None:
-            text, found, _ = self._stops.feed(text)
-            self.stopped = found is not None
+            text, self.stop_string, _ = self._stops.feed(text)
         return self._split(text)
 
     def _split(self, text: str) -> list[Piece]:

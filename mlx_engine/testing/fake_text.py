@@ -20,7 +20,12 @@ class FakeText:
         self._parts: dict[Segment, list[str]] = {"content": [], "reasoning": [], "tool_call": []}
         self._segment: Segment = "content"
         self._held = ""
-        self.stopped = False
+        self.stop_string: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete: ``stop_string``."""
+        return self.stop_string is not None
 
     def so_far(self, segment: Segment) -> str:
         """All that has been let out of a segment."""
@@ -31,10 +36,10 @@ class FakeText:
         out = self.finish() if segment != self._segment else []
         self._segment = segment
         self._held += text
-        found = [(at + len(s), at) for s in self._stop if (at := self._held.find(s)) >= 0]
+        found = [(at + len(s), at, s) for s in self._stop if (at := self._held.find(s)) >= 0]
         if found:
-            self.stopped = True
-            self._held = self._held[: min(found)[1]]
+            _, at, self.stop_string = min(found)
+            self._held = self._held[:at]
             return out + self.finish()
         return out + self._let_out(len(self._held) - self._begun())
 

@@ -171,6 +171,7 @@ class ScriptedRequest(ActiveRequest):
             tool_calls=tuple(self._calls),
             logprobs=tuple(map(self._logprob, tokens)) if self.wants_logprobs else (),
             request_id=self.request_id,
+            stop_string=self._text.stop_string,
         )
 
     @property

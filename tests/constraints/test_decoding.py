@@ -30,7 +30,7 @@ from mlx_engine.constraints import AnyJSON, Choice, Constraint, Grammar, JSONSch
 from mlx_engine.requests import GenerationRequest, TextPrompt
 from tests.conftest import cancel_inside, make_tiny, settled
 from tests.constraints.by_hand import by_hand, trie, vocabulary_of
-from tests.constraints.schemas import EDIT, INVOICE, SHAPES, TREE
+from tests.constraints.schemas import EDIT, INVOICE, TREE
 from tests.generation.rigged import made, rig
 from tests.guard import Gate
 from tests.models.mtp_checkpoints import GLM, MIMO, QWEN_NEXT, Kind

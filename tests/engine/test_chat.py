@@ -78,18 +78,18 @@ async def test_a_malformed_call_is_reported_and_the_rest_stands(engine: SimpleEn
 async def test_a_stop_string_across_chunks_never_shows(engine: SimpleEngine) -> None:
     result = await chat(engine, "one\n\nUser: two", stop=["\n\nUser:"])
     assert result.text == "one"
-    assert result.finish_reason == "stop"
+    assert (result.finish_reason, result.stop_string) == ("stop", "\n\nUser:")
 
 
 async def test_max_tokens_inside_a_held_back_string_lets_it_out(engine: SimpleEngine) -> None:
     result = await chat(engine, "one\n\nUs", stop=["\n\nUser:"], max_tokens=7)
     assert result.text == "one\n\nUs"
-    assert result.finish_reason == "length"
+    assert (result.finish_reason, result.stop_string) == ("length", None)
 
 
 async def test_a_stop_string_that_only_the_end_completes(engine: SimpleEngine) -> None:
     result = await chat(engine, "x y", stop=[" "], max_tokens=2)
-    assert (result.text, result.finish_reason) == ("x", "stop")
+    assert (result.text, result.finish_reason, result.stop_string) == ("x", "stop", " ")
 
 
 async def test_a_template_that_opens_reasoning(engine: SimpleEngine) -> None:

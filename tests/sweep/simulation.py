@@ -345,8 +345,12 @@ class Simulation:
     def _finish(self, loop: SteppedLoop) -> None:
         """Let everything come to rest, and see that nothing is left in the event loop."""
         self.driver.settle()
-        while loop._ready:
-            loop._step()
+        asyncio._set_running_loop(loop)  # which anyio's callbacks ask for
+        try:
+            while loop._ready:
+                loop._step()
+        finally:
+            asyncio._set_running_loop(None)
         left = [task for task in asyncio.all_tasks(loop) if not task.done()]
         require(not left, f"I6: tasks are left: {left}")
         require(not loop.unhandled, f"nobody handled {loop.unhandled}")

@@ -256,24 +256,26 @@ async def test_max_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pieces", "stop", "text"),
+    ("pieces", "stop", "text", "found"),
     [
-        (["one ", "two ", "STOP", " three"], ["STOP"], "one two "),
-        (["one S", "TO", "P three"], ["STOP"], "one "),
-        (["one S", "TO", " three"], ["STOP"], "one STO three"),
-        (["one ST"], ["STOP"], "one ST"),
-        (["abcd"], ["cd", "bcde", "bc"], "a"),
-        (["\n", "\n", "\n"], ["\n\n"], ""),
+        (["one ", "two ", "STOP", " three"], ["STOP"], "one two ", "STOP"),
+        (["one S", "TO", "P three"], ["STOP"], "one ", "STOP"),
+        (["one S", "TO", " three"], ["STOP"], "one STO three", None),
+        (["one ST"], ["STOP"], "one ST", None),
+        (["abcd"], ["cd", "bcde", "bc"], "a", "bc"),
+        (["\n", "\n", "\n"], ["\n\n"], "", "\n\n"),
     ],
 )
-async def test_stop_strings(pieces: list[str], stop: list[str], text: str, width: Any) -> None:
+async def test_stop_strings(
+    pieces: list[str], stop: list[str], text: str, found: str | None, width: Any
+) -> None:
     async with (
         FakeEngine(pieces, max_batch_size=width) as engine,
         engine.stream_generate("x", stop=stop) as stream,
     ):
         chunks = [chunk async for chunk in stream]
     assert stream.result.text == "".join(chunk.text for chunk in chunks) == text
-    assert stream.result.finish_reason == "stop"
+    assert (stream.result.finish_reason, stream.result.stop_string) == ("stop", found)
     whole = "".join(pieces)
     assert (len(stream.result.tokens) <= len(pieces)) == any(string in whole for string in stop)
 

@@ -1,0 +1,38 @@
+"""An HTTP server around engines: the APIs of OpenAI and Anthropic. Nothing of generation is here.
+
+    app = create_app(engine)
+
+It needs the extra ``server``. Its files, a request's way from top to bottom:
+
+    app.py               create_app: routes
+    status.py            models, health, metrics, a page
+    endpoint.py          a request, from its body to the end of its answer
+    body.py              its body, and its client's going away
+    volatile.py          its text that spoils the prompt cache
+    token_count.py       one that is counted, and not answered
+    anthropic.py         an API: Anthropic's messages
+    anthropic_events.py  its events, token counts and errors
+    anthropic_input.py   its conversations -> the engine's
+    chat_completions.py  an API: OpenAI's chats
+    completions.py       an API: OpenAI's plain prompts
+    responses.py         an API: OpenAI's responses, without state
+    response_events.py   ... the events of one
+    response_output.py   ... its items
+    response_input.py    ... items -> messages
+    response_tools.py    ... tools
+    openai_values.py     what OpenAI's APIs have in common
+    call_deltas.py       tool calls in a stream
+    api.py               what an API is
+    answers.py           the engine's streams
+    asked.py             what a request asks for, whichever API it came by
+    reply.py             the response, events and signs of life
+    site.py              what all endpoints share
+    access.py            keys, host names, limits of a client
+    metrics.py           numbers for Prometheus
+    failures.py          errors, and their status
+"""
+
+from mlx_engine.server.access import LOOPBACK
+from mlx_engine.server.app import create_app
+
+__all__ = ["LOOPBACK", "create_app"]

@@ -1,0 +1,83 @@
+"""Numbers for Prometheus: of the engines when they are asked for, of the requests as they end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from mlx_engine.engine.interface import Engine
+
+CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+# Fields of ``EngineStats``, and what they are; those that only grow are counters.
+_GAUGES = {
+    "running": "requests in work",
+    "waiting": "requests in the queue",
+    "batch_size": "requests that decode together",
+    "kv_bytes": "bytes in the KV caches of the requests in work",
+}
+_COUNTERS = {
+    "finished": "requests that came to their own end",
+    "cancelled": "requests that were cancelled",
+    "failed": "requests that failed",
+    "rejected": "requests that found the engine busy",
+    "prompt_tokens": "tokens of prompts",
+    "cached_tokens": "tokens of prompts that the prompt cache had",
+    "completion_tokens": "tokens generated",
+    "draft_tokens": "tokens proposed by a draft model or MTP head",
+    "accepted_tokens": "proposed tokens that were accepted",
+    "prefill_seconds": "seconds of prefill",
+    "decode_seconds": "seconds of decode",
+}
+
+
+class Metrics:
+    """The metrics of one application, in a registry of their own."""
+
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_Engines(engines))
+        self._requests = Counter(
+            "mlx_engine_http_requests",
+            "requests, by how they ended: a status, or that the client was gone",
+            ["endpoint", "ending"],
+            registry=self._registry,
+        )
+        self._seconds = Histogram(
+            "mlx_engine_http_request_seconds",
+            "seconds from a request to the end of its answer",
+            ["endpoint"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+
+    def count(self, endpoint: str, ending: str, seconds: float) -> None:
+        """Count a request that is over."""
+        self._requests.labels(endpoint, ending).inc()
+        self._seconds.labels(endpoint).observe(seconds)
+
+    def text(self) -> bytes:
+        """All of them, as Prometheus reads them."""
+        return generate_latest(self._registry)
+
+
+class _Engines(Collector):
+    """Statistics of the engines."""
+
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        self._engines = engines
+
+    def collect(self) -> Iterator[Metric]:
+        """Metrics of now."""
+        stats = {model: engine.stats() for model, engine in self._engines.items()}
+        for kind, fields in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for field, help in fields.items():
+                family = kind(f"mlx_engine_{field}", help, labels=["model"])
+                for model, each in stats.items():
+                    family.add_metric([model], getattr(each, field))
+                yield family

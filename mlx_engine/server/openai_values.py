@@ -1,0 +1,141 @@
+"""Values that OpenAI's APIs have in common."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mlx_engine.constraints import AnyJSON, Constraint, JSONSchema
+from mlx_engine.errors import InvalidRequest
+from mlx_engine.outputs import TokenLogprob, Usage
+from mlx_engine.server.answers import Answer
+from mlx_engine.server.asked import Fields
+from mlx_engine.server.failures import Failure, Kind
+
+# Fields of ``SamplingParams`` under the same names; the first ones are OpenAI's own.
+SAMPLING = (
+    *("temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias", "seed"),
+    *("stop", "top_k", "min_p", "repetition_penalty", "xtc_probability", "xtc_threshold"),
+    *("stop_token_ids", "ignore_eos"),
+)
+# Fields that are for other servers than one's own, or say what holds here anyway.
+MEANINGLESS = (
+    *("store", "metadata", "user", "safety_identifier", "prompt_cache_key", "service_tier"),
+    *("prompt_cache_retention", "client_metadata", "modalities", "verbosity"),
+)
+MOST_LOGPROBS = 20  # at the place of a token
+
+_TYPES: dict[Kind, str] = {
+    "key": "authentication_error",
+    "forbidden": "permission_error",
+    "busy": "rate_limit_error",
+    "unavailable": "server_error",
+    "failed": "server_error",
+}
+_CODES: dict[Kind, str] = {
+    "context": "context_length_exceeded",
+    "key": "invalid_api_key",
+    "not_found": "model_not_found",
+    "busy": "rate_limit_exceeded",
+    "unavailable": "engine_unavailable",
+}
+_LEAST = -9999.0  # what OpenAI gives for a probability of none; JSON has no infinity
+
+
+def new_id(prefix: str) -> str:
+    """An id that nothing else has."""
+    return f"{prefix}{secrets.token_hex(12)}"
+
+
+def now() -> int:
+    """Seconds since 1970."""
+    return int(time.time())
+
+
+def sampling(fields: Fields) -> dict[str, Any]:
+    """Keyword arguments of an engine, out of the fields that say how to choose tokens."""
+    options = fields.options(SAMPLING)
+    limits = fields.options(("max_completion_tokens", "max_tokens"))
+    for limit in list(limits.values())[:1]:
+        options["max_tokens"] = limit
+    return options
+
+
+def response_format(given: dict[str, Any], option: str = "response_format") -> Constraint | None:
+    """The constraint that a ``response_format`` is.
+
+    Raises:
+        InvalidRequest: there is no such format.
+    """
+    kind = given.get("type", "text")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return AnyJSON()
+    if kind != "json_schema":
+        known = "'text', 'json_object' and 'json_schema' are there"
+        raise InvalidRequest(option, f"there is no such type; {known}")
+    schema = given.get("json_schema", given)
+    schema = schema.get("schema") if isinstance(schema, dict) else None
+    if not isinstance(schema, dict | bool):
+        raise InvalidRequest(option, "of the type 'json_schema' needs a 'schema', an object")
+    return JSONSchema(schema)
+
+
+def error_body(failure: Failure, request_id: str) -> dict[str, Any]:
+    """The body of an error."""
+    message = failure.message
+    if failure.context_length is not None:  # agents shorten their context by these words
+        message = (
+            f"This model's maximum context length is {failure.context_length} tokens. "
+            f"However, your messages resulted in {failure.prompt_tokens or 'more'} tokens. "
+            f"({message})"
+        )
+    kind = _TYPES.get(failure.kind, "invalid_request_error")
+    code = _CODES.get(failure.kind)
+    return {
+        "error": {"message": message, "type": kind, "param": failure.option, "code": code},
+        "request_id": request_id,
+    }
+
+
+def usage_of(answers: Sequence[Answer], prompts: int = 1) -> dict[str, Any]:
+    """Token counts of all answers; those to one prompt count it once.
+
+    Args:
+        prompts: how many there are, each with as many answers.
+    """
+    usages = [answer.result.usage for answer in answers]
+    each: list[Usage] = usages[:: max(1, len(usages) // prompts)]
+    prompt = sum(usage.prompt_tokens for usage in each)
+    completion = sum(usage.completion_tokens for usage in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in each)},
+        "completion_tokens_details": {
+            "reasoning_tokens": sum(answer.reasoning_tokens for answer in answers)
+        },
+    }
+
+
+def logprob(value: float) -> float:
+    """A log-probability that JSON has a form for."""
+    return max(value, _LEAST)
+
+
+def content_logprobs(tokens: Iterable[TokenLogprob]) -> list[dict[str, Any]]:
+    """Log-probabilities of the tokens of a message."""
+    return [
+        {**_token(token), "top_logprobs": [_token(other) for other in token.top]}
+        for token in tokens
+    ]
+
+
+def _token(token: TokenLogprob) -> dict[str, Any]:
+    # What is part of a character has no text of its own, and its bytes are not known here.
+    data = None if "\N{REPLACEMENT CHARACTER}" in token.text else list(token.text.encode())
+    return {"token": token.text, "logprob": logprob(token.logprob), "bytes": data}

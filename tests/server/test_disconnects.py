@@ -1,0 +1,126 @@
+"""A client that goes away, at every moment: its request is cancelled, and nothing stays."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import pytest
+
+from mlx_engine.server import create_app
+from mlx_engine.testing import FakeEngine, Gate
+from tests.conftest import other_tasks, settled
+from tests.server.asgi import CHAT, Client, ask
+from tests.waiting import until
+
+pytestmark = pytest.mark.anyio
+
+HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
+STEPS = 60  # turns of the event loop, more than a request has
+
+
+@pytest.fixture(params=[None, 3], ids=["simple", "batched"])
+async def engine(request: pytest.FixtureRequest) -> AsyncIterator[FakeEngine]:
+    async with FakeEngine("a b c d e f", max_batch_size=request.param) as engine:
+        yield engine
+
+
+async def free(engine: FakeEngine) -> None:
+    """Nothing of any request is left."""
+    assert engine.stats().running == engine.stats().waiting == 0
+    assert {request.outcome for request in engine.requests} <= {"finished", "cancelled"}
+    await settled()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("n", [1, 2])
+async def test_at_every_step_of_the_event_loop(engine: FakeEngine, stream: bool, n: int) -> None:
+    app = create_app(engine)
+    endings = set()
+    for steps in range(STEPS):
+        client = Client(app, CHAT, {**HELLO, "stream": stream, "n": n})
+        task = asyncio.create_task(client.run())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        client.leave()
+        await task
+        await free(engine)
+        assert not other_tasks()
+        endings.add(client.over)
+    assert False in endings
+    assert (await ask(app, HELLO)).status == 200
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("where", ["prefill", "decode", "queue"])
+async def test_wherever_the_request_is(stream: bool, where: str) -> None:
+    gate = Gate(firm=True)
+    pieces: list[Any] = [gate, "a"] if where == "prefill" else ["a", gate, "b"]
+    async with FakeEngine(pieces) as engine:
+        app = create_app(engine)
+        first = Client(app, CHAT, {**HELLO, "stream": stream})
+        task = asyncio.create_task(first.run())
+        await gate.reached()
+        leaves, its = first, task
+        if where == "queue":
+            leaves = Client(app, CHAT, {**HELLO, "stream": stream})
+            its = asyncio.create_task(leaves.run())
+            await until(lambda: engine.stats().waiting == 1)
+        leaves.leave()
+        await until(lambda: its.done() or engine.stats().waiting == 0)
+        if where != "queue":
+            await asyncio.sleep(0.01)
+            assert not task.done(), "the work is inside of MLX, and so is its request"
+        gate.open()
+        await asyncio.gather(task, its)
+        assert not leaves.over
+        await free(engine)
+        assert not other_tasks()
+
+
+async def test_the_handler_itself_is_cancelled(engine: FakeEngine) -> None:
+    app = create_app(engine)
+    for steps in range(STEPS):
+        client = Client(app, CHAT, {**HELLO, "stream": True})
+        async with anyio.create_task_group() as group:
+            group.start_soon(client.run)
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            group.cancel_scope.cancel()
+        await free(engine)
+    assert not other_tasks()
+
+
+async def test_one_that_reads_nothing_holds_nobody_up() -> None:
+    async with FakeEngine("a b c d e f " * 100) as engine:
+        app = create_app(engine, keep_alive_seconds=0.01, patience_seconds=0.2)
+        slow = Client(app, CHAT, {**HELLO, "stream": True}, slow=True)
+        task = asyncio.create_task(slow.run())
+        assert (await ask(app, HELLO)).status == 200
+        assert engine.requests[0].outcome == "finished"
+        await asyncio.wait_for(task, 30)  # by itself: it was given up
+        await free(engine)
+
+
+async def test_before_its_body_is_there(engine: FakeEngine) -> None:
+    client = Client(create_app(engine), CHAT, HELLO)
+    client._given.clear()
+    client.leave()
+    await client.run()
+    assert not client.status
+    assert not engine.requests
+
+
+async def test_while_several_wait_others_go_on(engine: FakeEngine) -> None:
+    app = create_app(engine, max_requests_per_client=1_000)
+    clients = [Client(app, CHAT, {**HELLO, "stream": n % 2 == 0}) for n in range(60)]
+    tasks = [asyncio.create_task(client.run()) for client in clients]
+    await until(lambda: engine.stats().running)
+    for client in clients[::3]:
+        client.leave()
+    await asyncio.gather(*tasks)
+    assert all(client.over for n, client in enumerate(clients) if n % 3)
+    await free(engine)
+    assert not other_tasks()
