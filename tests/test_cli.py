@@ -366,7 +366,7 @@ def test_every_sampling_parameter_has_an_option() -> None:
         logprobs=3,
     )
     names = {field.name for field in fields(SamplingParams)}
-    assert names - vars(args).keys() == {"logits_processors"}
+    assert names - vars(args).keys() == {"logits_processors", "constraint"}
 
 
 def test_every_engine_option_is_passed_on_and_only_if_given() -> None:

@@ -13,9 +13,10 @@ from mlx_engine.grammars.pattern import MOST_DEMANDED, demanded, from_ecma, unsu
 from mlx_engine.grammars.problem import Place, problem
 
 MOST_VALUES = 8_192  # of one enum
+MOST_COMPOSED = 1_000  # of them, lists and objects
 MOST_ITEMS = 4_096
 LONGEST_PATTERN = 4_096
-LARGEST_DIVISOR = 10_000  # of a multiple, without the point
+LARGEST_DIVISOR = 1_000  # of a multiple, without the point
 
 
 def _type(out: dict[str, Any], value: Any, here: Place, schema: Any) -> None:
@@ -33,6 +34,8 @@ def _enum(out: dict[str, Any], value: Any, here: Place, schema: Any) -> None:
         raise problem(here, f"must be a list of values that is not empty, not {shown(value)}")
     if len(value) > MOST_VALUES:
         raise problem(here, f"has {len(value)} values; {MOST_VALUES} are the most")
+    if sum(isinstance(each, list | dict) for each in value) > MOST_COMPOSED:
+        raise problem(here, f"has more than {MOST_COMPOSED} lists and objects in it")
     check_writable(here, value)
     out["enum"] = [*{same(each): each for each in value}.values()]
 
