@@ -20,7 +20,7 @@ from mlx_engine.grammars.endless import endless
 from mlx_engine.grammars.json_values import check_text, dumped
 from mlx_engine.grammars.keywords import NOTES, REFUSED, meant
 from mlx_engine.grammars.overlap import Overlap
-from mlx_engine.grammars.pattern import MOST_DEMANDED, nullable
+from mlx_engine.grammars.pattern import MOST_DEMANDED, lettered, nullable
 from mlx_engine.grammars.plain_keywords import PLAIN, checked_pattern
 from mlx_engine.grammars.problem import Place, problem
 
@@ -167,11 +167,22 @@ class _Reader:
         for key in out["properties"]:
             check_text((*here, key), key)
 
-    def patterns(self, out: dict[str, Any], value: Any, here: Place, _: Any) -> None:
+    def patterns(self, out: dict[str, Any], value: Any, here: Place, schema: Any) -> None:
         members = self.read_members(value, here, MOST_PATTERNS)
+        rest = schema.get("additionalProperties", True)
+        named = [*schema.get("properties", ()), *schema.get("required", ())]
+        told = isinstance(rest, bool) and all(str(each).isascii() for each in named)
+        for key in members:
+            if lettered(key) and not told:
+                raise problem(
+                    (*here, key),
+                    r"the letters of \w and the digits of \d are not everybody's, and names "
+                    "have other schemas; write [A-Za-z0-9_] and the like",
+                )
         if members:
             out["patternProperties"] = {
-                checked_pattern(key, (*here, key)): each for key, each in members.items()
+                checked_pattern(key, (*here, key), wide=rest is not False): each
+                for key, each in members.items()
             }
 
     def others(self, out: dict[str, Any], value: Any, here: Place, _: Any) -> None:
@@ -253,7 +264,7 @@ def _check_together(out: dict[str, Any], place: Place) -> None:
         ("minProperties", "maxProperties"),
     ):
         if least in out and most in out and out[least] > out[most]:
-            raise problem((*place, least), f"{out[least]} is above {most}, {out[most]}")
+            raise problem(place, f"nothing satisfies it: {least} is above {most}")
     if "pattern" in out and out.get("minLength", 0) > MOST_DEMANDED:
         raise problem((*place, "minLength"), f"must be at most {MOST_DEMANDED} beside a pattern")
     if nullable(out.get("pattern", ".")):

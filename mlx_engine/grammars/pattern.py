@@ -211,12 +211,19 @@ def class_end(pattern: str, place: int) -> int:
     return place
 
 
-def from_ecma(pattern: str) -> str:
+def lettered(pattern: str) -> bool:
+    """Whether what it matches depends on which letters and digits one has in mind."""
+    return any(each in _WIDE for each in _ESCAPED.findall(pattern))
+
+
+def from_ecma(pattern: str, *, wide: bool = False) -> str:
     """A schema's pattern in the syntax of Rust's ``regex`` crate.
 
-    What would be operators in a class of characters there is text, and what is no letter or no
-    digit is that in every alphabet, whichever of both a validator means.
+    What would be operators in a class of characters there is text. Letters and digits are those of
+    ASCII by the standard, and of every alphabet for some validators: it matches what both take
+    for them, or with ``wide`` what one of both does.
     """
+    classes = _WIDE if wide else _NARROW
     out: list[str] = []
     inside = first = False
     place = 0
@@ -226,7 +233,7 @@ def from_ecma(pattern: str) -> str:
             found = _ESCAPED.match(pattern, place)
             escaped = found[0] if found else char
             place += len(escaped)
-            out.append(_WIDER.get(escaped, escaped))
+            out.append(classes.get(escaped, escaped))
             first = False
             continue
         place += 1
@@ -243,4 +250,10 @@ def from_ecma(pattern: str) -> str:
     return "".join(out)
 
 
-_WIDER = {r"\W": r"[^\p{L}\p{M}\p{N}\p{Pc}]", r"\D": r"[^\p{N}]"}
+_NARROW = {r"\W": r"[^\p{L}\p{M}\p{N}\p{Pc}]", r"\D": r"[^\p{N}]"}
+_WIDE = {
+    r"\w": r"[\p{L}\p{M}\p{N}\p{Pc}]",
+    r"\d": r"\p{N}",
+    r"\W": "[^a-zA-Z0-9_]",
+    r"\D": "[^0-9]",
+}
