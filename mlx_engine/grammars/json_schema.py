@@ -9,8 +9,10 @@ is no choice need not be sampled. Keys come in the order of the schema.
 
 from __future__ import annotations
 
+import math
 import urllib.parse
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 from mlx_engine.checks import shown
@@ -18,7 +20,7 @@ from mlx_engine.grammars.endless import endless
 from mlx_engine.grammars.json_values import check_text, dumped
 from mlx_engine.grammars.keywords import NOTES, REFUSED, meant
 from mlx_engine.grammars.overlap import Overlap
-from mlx_engine.grammars.pattern import MOST_DEMANDED
+from mlx_engine.grammars.pattern import MOST_DEMANDED, lettered, nullable
 from mlx_engine.grammars.plain_keywords import PLAIN, checked_pattern
 from mlx_engine.grammars.problem import Place, problem
 
@@ -27,6 +29,7 @@ MOST_OPTIONAL = 400  # properties of one object
 MOST_PROPERTIES = 1_000
 MOST_PATTERNS = 32
 MOST_DEFINITIONS = 500
+MOST_MULTIPLE, MOST_MULTIPLES = 10_000, 32
 MOST_COMPARED = 128  # alternatives of oneOf
 
 # How JSON is written; an escape by number would hide a key from the rules for it.
@@ -69,6 +72,7 @@ class _Reader:
         self._names: dict[Place, str] = {}  # of what is referred to
         self._read: dict[str, Schema] = {}
         self._schemas = 0
+        self._multiples: list[Fraction] = []
         self._alternatives: list[tuple[Place, list[Schema]]] = []  # of oneOf
 
     def definitions(self) -> dict[str, Schema]:
@@ -115,7 +119,21 @@ class _Reader:
             elif keyword not in NOTES and (known := meant(keyword)):
                 raise problem(here, f"there is no such keyword; did you mean {known!r}?")
         _check_together(out, place)
+        if "multipleOf" in out:
+            self._check_multiples(out["multipleOf"], (*place, "multipleOf"))
         return out
+
+    def _check_multiples(self, value: int | float, here: Place) -> None:
+        """See that a number that is to be several multiples at once would not be a giant."""
+        self._multiples.append(Fraction(repr(value)))
+        whole = math.lcm(*(each.denominator for each in self._multiples))
+        digits = {int(each * whole) for each in self._multiples}
+        if math.lcm(*digits) > MOST_MULTIPLE or len(self._multiples) > MOST_MULTIPLES:
+            raise problem(
+                here,
+                f"cannot be enforced beside the others: their least common multiple must be at "
+                f"most {MOST_MULTIPLE}, and {MOST_MULTIPLES} are the most",
+            )
 
     def read_all(self, value: Any, place: Place) -> list[Schema]:
         """A list of schemas that is not empty."""
@@ -149,11 +167,22 @@ class _Reader:
         for key in out["properties"]:
             check_text((*here, key), key)
 
-    def patterns(self, out: dict[str, Any], value: Any, here: Place, _: Any) -> None:
+    def patterns(self, out: dict[str, Any], value: Any, here: Place, schema: Any) -> None:
         members = self.read_members(value, here, MOST_PATTERNS)
+        rest = schema.get("additionalProperties", True)
+        named = [*schema.get("properties", ()), *schema.get("required", ())]
+        told = isinstance(rest, bool) and all(str(each).isascii() for each in named)
+        for key in members:
+            if lettered(key) and not told:
+                raise problem(
+                    (*here, key),
+                    r"the letters of \w and the digits of \d are not everybody's, and names "
+                    "have other schemas; write [A-Za-z0-9_] and the like",
+                )
         if members:
             out["patternProperties"] = {
-                checked_pattern(key, (*here, key)): each for key, each in members.items()
+                checked_pattern(key, (*here, key), wide=rest is not False): each
+                for key, each in members.items()
             }
 
     def others(self, out: dict[str, Any], value: Any, here: Place, _: Any) -> None:
@@ -235,9 +264,14 @@ def _check_together(out: dict[str, Any], place: Place) -> None:
         ("minProperties", "maxProperties"),
     ):
         if least in out and most in out and out[least] > out[most]:
-            raise problem((*place, least), f"{out[least]} is above {most}, {out[most]}")
+            raise problem(place, f"nothing satisfies it: {least} is above {most}")
     if "pattern" in out and out.get("minLength", 0) > MOST_DEMANDED:
         raise problem((*place, "minLength"), f"must be at most {MOST_DEMANDED} beside a pattern")
+    if nullable(out.get("pattern", ".")):
+        # Whether patterns exclude each other is found out in bounds where none allows no text.
+        also = {"anyOf": [{"const": ""}, {"minLength": 1}]}
+        if out.get("minLength", 0) == 0 and out.get("maxLength", 1) > 0:
+            out.setdefault("allOf", []).append(also)
     required, known = out.get("required", []), out.get("properties", {})
     for key in required:
         if known.get(key) is False:

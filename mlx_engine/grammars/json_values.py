@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from mlx_engine.grammars.problem import Place, problem
 DEEPEST = 100  # lists and mappings within each other
 MOST = 2**16  # values in all
 
+_BITS = math.ceil(4_300 * math.log2(10))  # of what Python reads and writes
 _EXACT = 2**53  # integers up to it are doubles
 _DIGITS = 15  # of a number with a fraction, for which a double stands
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
@@ -30,7 +30,7 @@ def copied(value: object) -> Any:
 
 
 def from_text(text: str) -> Any:
-    """What a text says in JSON.
+    """The value that a text is in JSON.
 
     Raises:
         InvalidRequest: it is no JSON.
@@ -114,7 +114,7 @@ def _copied(value: object, place: Place, left: list[int]) -> Any:
     if isinstance(value, str):
         return str(value)
     if isinstance(value, int):
-        if abs(value) >= 10 ** (sys.get_int_max_str_digits() or 4300):
+        if value.bit_length() > _BITS:
             raise problem(place, f"is {shown(value)}")
         return int(value)
     if isinstance(value, float):

@@ -72,7 +72,7 @@ class Overlap:
 
 
 def _member(schema: dict[str, Any], key: str) -> Schema:
-    """What is certain of the value at a key."""
+    """The schema of the value at a key, as far as it is certain."""
     known: dict[str, Schema] = schema.get("properties", {})
     if key in known:
         return known[key]

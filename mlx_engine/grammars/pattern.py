@@ -16,6 +16,7 @@ LONGEST = 8_192
 MOST_DEMANDED = 1_000  # characters that must come
 
 _COUNT = re.compile(r"\{\s*(\d{0,18})\s*(?:,\s*(\d{0,18})\s*)?\}")
+_OPTIONAL = re.compile(r"[*?]|\{\s*0*\s*[,}]")
 _GROUP = re.compile(r"\?(?:P?<\w+>|[a-zA-Z-]*:|[a-zA-Z-]+\))")
 _ESCAPED = re.compile(r"\\(?:[pPux]\{[^}]*\}|u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|.)", re.DOTALL)
 
@@ -69,7 +70,7 @@ class Demand:
 
     @property
     def total(self) -> int:
-        """Of all that was read; groups that are still open count as closed."""
+        """Characters of all that was read; groups that are still open count as closed."""
         return sum(max(best, here) for best, here in self._groups)
 
     def add(self, characters: int) -> None:
@@ -134,13 +135,50 @@ def demanded(pattern: str) -> int:
     return max(demand.total - len(pattern), written_out(len(pattern)))
 
 
+def nullable(pattern: str) -> bool:
+    """Whether a regular expression is found in the empty text; in doubt, it is."""
+    # Of each open group: whether an alternative is that, and whether this one is so far.
+    groups, place = [(False, True)], 0
+    while place < len(pattern):
+        char = pattern[place]
+        place += 1
+        if char == "(":
+            groups.append((False, True))
+            place = found.end() if (found := _GROUP.match(pattern, place)) else place
+            if pattern[place - 1] != ")":  # or they are flags alone
+                continue
+            char = ")"
+        best, here = groups[-1]
+        last = False
+        if char == ")":
+            last = best or here
+            groups = groups[:-1] or [(False, True)]
+            best, here = groups[-1]
+        elif char == "|":
+            groups[-1] = best or here, True
+            continue
+        elif found := _COUNT.match(pattern, place - 1):
+            place = found.end()
+            continue
+        elif char in "^$+*?":
+            continue
+        elif char == "\\":
+            found = _ESCAPED.match(pattern, place - 1)
+            place = found.end() if found else place
+        elif char == "[":
+            place = class_end(pattern, place)
+        if not last and not _OPTIONAL.match(pattern, place):
+            groups[-1] = best, False
+    return any(best or here for best, here in groups)
+
+
 def written_out(characters: int) -> int:
     """The demand of text that is written out."""
     return characters // 16 + 1
 
 
 def unsupported(pattern: str) -> str | None:
-    """What is in a regular expression that no automaton has, in words."""
+    """The part of a regular expression that no automaton has, in words, if there is one."""
     place = 0
     while place < len(pattern):
         char = pattern[place]
@@ -173,12 +211,19 @@ def class_end(pattern: str, place: int) -> int:
     return place
 
 
-def from_ecma(pattern: str) -> str:
+def lettered(pattern: str) -> bool:
+    """Whether what it matches depends on which letters and digits one has in mind."""
+    return any(each in _WIDE for each in _ESCAPED.findall(pattern))
+
+
+def from_ecma(pattern: str, *, wide: bool = False) -> str:
     """A schema's pattern in the syntax of Rust's ``regex`` crate.
 
-    What would be operators in a class of characters there is text, and what is no letter or no
-    digit is that in every alphabet, whichever of both a validator means.
+    What would be operators in a class of characters there is text. Letters and digits are those of
+    ASCII by the standard, and of every alphabet for some validators: it matches what both take
+    for them, or with ``wide`` what one of both does.
     """
+    classes = _WIDE if wide else _NARROW
     out: list[str] = []
     inside = first = False
     place = 0
@@ -188,7 +233,7 @@ def from_ecma(pattern: str) -> str:
             found = _ESCAPED.match(pattern, place)
             escaped = found[0] if found else char
             place += len(escaped)
-            out.append(_WIDER.get(escaped, escaped))
+            out.append(classes.get(escaped, escaped))
             first = False
             continue
         place += 1
@@ -205,4 +250,10 @@ def from_ecma(pattern: str) -> str:
     return "".join(out)
 
 
-_WIDER = {r"\W": r"[^\p{L}\p{M}\p{N}\p{Pc}]", r"\D": r"[^\p{N}]"}
+_NARROW = {r"\W": r"[^\p{L}\p{M}\p{N}\p{Pc}]", r"\D": r"[^\p{N}]"}
+_WIDE = {
+    r"\w": r"[\p{L}\p{M}\p{N}\p{Pc}]",
+    r"\d": r"\p{N}",
+    r"\W": "[^a-zA-Z0-9_]",
+    r"\D": "[^0-9]",
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 from mlx_engine.checks import shown
@@ -13,9 +14,10 @@ from mlx_engine.grammars.pattern import MOST_DEMANDED, demanded, from_ecma, unsu
 from mlx_engine.grammars.problem import Place, problem
 
 MOST_VALUES = 8_192  # of one enum
+MOST_COMPOSED = 1_000  # of them, lists and objects
 MOST_ITEMS = 4_096
 LONGEST_PATTERN = 4_096
-LARGEST_DIVISOR = 10_000  # of a multiple, without the point
+LARGEST_DIVISOR = 1_000  # of a multiple, without the point
 
 
 def _type(out: dict[str, Any], value: Any, here: Place, schema: Any) -> None:
@@ -33,6 +35,8 @@ def _enum(out: dict[str, Any], value: Any, here: Place, schema: Any) -> None:
         raise problem(here, f"must be a list of values that is not empty, not {shown(value)}")
     if len(value) > MOST_VALUES:
         raise problem(here, f"has {len(value)} values; {MOST_VALUES} are the most")
+    if sum(isinstance(each, list | dict) for each in value) > MOST_COMPOSED:
+        raise problem(here, f"has more than {MOST_COMPOSED} lists and objects in it")
     check_writable(here, value)
     out["enum"] = [*{same(each): each for each in value}.values()]
 
@@ -62,8 +66,28 @@ def _count(out: dict[str, Any], value: Any, here: Place, schema: Any) -> None:
 
 
 def _bound(out: dict[str, Any], value: Any, here: Place, schema: Any) -> None:
-    keyword = str(here[-1])
-    out[keyword] = check_number(here, value)
+    keyword, number = str(here[-1]), check_number(here, value)
+    if keyword in ("exclusiveMinimum", "exclusiveMaximum"):
+        keyword, number = _inclusive(keyword, number)
+    if keyword in out and "inimum" in keyword:
+        number = max(number, out[keyword])
+    elif keyword in out:
+        number = min(number, out[keyword])
+    out[keyword] = number
+
+
+def _inclusive(keyword: str, number: int | float) -> tuple[str, int | float]:
+    """A bound that excludes an integer, as one that it does not reach.
+
+    llguidance 1.9 takes 2 for a number above 2 and up to 2.5.
+    """
+    digits = 15 - len(str(abs(number)))
+    if isinstance(number, float) or digits < 1:
+        return keyword, number
+    step = Decimal(1).scaleb(-min(digits, 9))
+    if keyword == "exclusiveMinimum":
+        return "minimum", float(Decimal(number) + step)
+    return "maximum", float(Decimal(number) - step)
 
 
 def _multiple(out: dict[str, Any], value: Any, here: Place, schema: Any) -> None:
@@ -110,8 +134,11 @@ def _match(out: dict[str, Any], pattern: str) -> None:
         out["pattern"] = pattern
 
 
-def checked_pattern(value: Any, here: Place) -> str:
+def checked_pattern(value: Any, here: Place, *, wide: bool = False) -> str:
     """A regular expression of a schema, for the compiler.
+
+    Args:
+        wide: see ``from_ecma``.
 
     Raises:
         InvalidRequest: it is none, or none that is enforced.
@@ -124,7 +151,7 @@ def checked_pattern(value: Any, here: Place) -> str:
         raise problem(here, f"{found} in {shown(value)} cannot be enforced")
     if demanded(value) > MOST_DEMANDED:
         raise problem(here, f"demands text of more than {MOST_DEMANDED} characters")
-    return from_ecma(value)
+    return from_ecma(value, wide=wide)
 
 
 PLAIN: dict[str, Callable[[dict[str, Any], Any, Place, Any], None]] = {

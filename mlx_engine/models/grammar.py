@@ -11,6 +11,7 @@ from llguidance.hf import from_tokenizer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerFast
 
+from mlx_engine.checks import shown
 from mlx_engine.core.stop import checkpoint
 from mlx_engine.errors import InvalidRequest, describe
 from mlx_engine.models.grammar_problem import explained
@@ -18,6 +19,7 @@ from mlx_engine.models.grammar_problem import explained
 MOST_CHARACTERS = 2**20  # of one grammar
 KEPT, KEPT_CHARACTERS = 128, 2**22  # compiled grammars
 _LOOK = 0.05  # seconds between two looks at whether to stop, while another thread builds the trie
+_TRIED = 200  # tokens, to see whether their text is what the trie has
 _SAMPLE = '{"Straße": [1, -2.5e3, true, null], "b": "x y"}'
 
 # Measured on one slow core: the worst that is let through compiles in a second, and takes some
@@ -139,13 +141,34 @@ def _trie(
         raise InvalidRequest(option, "the model has no token that ends an answer; name one")
     try:
         trie = from_tokenizer(inner, vocab_size, sorted(ends))
-        text = trie.decode_bytes(inner.encode(_SAMPLE, add_special_tokens=False))
-    except Exception as error:  # the border: llguidance raises anything
+        odd = _misread(trie, inner)
+    except BaseException as error:  # the border: llguidance raises anything, and Rust panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise InvalidRequest(
             option, f"the model's tokenizer, {name}, cannot be constrained: {describe(error)}"
         ) from error
-    if text.strip() != _SAMPLE.encode():
+    if odd is not None:
         raise InvalidRequest(
-            option, f"the model's tokenizer, {name}, cannot be constrained: its tokens are no text"
+            option,
+            f"the model's tokenizer, {name}, cannot be constrained: the text of its tokens "
+            f"depends on others ({shown(odd)})",
         )
     return trie
+
+
+def _misread(trie: LLTokenizer, tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Text that the trie and the tokenizer have different tokens for; blanks before it aside."""
+    sample = tokenizer.encode(_SAMPLE, add_special_tokens=False)
+    size = len(tokenizer)
+    for tokens in (sample, *([token] for token in range(0, size, max(1, size // _TRIED)))):
+        if any(trie.is_special_token(token) for token in tokens):
+            continue
+        data = trie.decode_bytes(tokens)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            continue  # a part of a character
+        if text.lstrip() != str(tokenizer.decode(tokens)).lstrip():
+            return text
+    return None if trie.decode_bytes(sample).strip() == _SAMPLE.encode() else _SAMPLE

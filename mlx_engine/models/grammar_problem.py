@@ -24,7 +24,7 @@ _SINGLE = ("additionalProperties", "items")
 
 
 def explained(lark: str, error: str, limits: LLParserLimits) -> str:
-    """What is wrong with a grammar.
+    """The problem of a grammar that does not compile, in words.
 
     Args:
         lark: the grammar.
@@ -52,7 +52,7 @@ class _Finder:
         self._left = _MOST_TRIED
 
     def failure(self, schema: Any) -> str | None:
-        """What the compiler says to one part."""
+        """The compiler's word on one part; ``None`` if it takes it."""
         self._left -= 1
         whole = {**self._shared, **schema} if isinstance(schema, dict) else schema
         lark = LLMatcher.grammar_from_lark(f"start: %json {json.dumps(whole)}")

@@ -308,7 +308,10 @@ _DEFAULTS = _fields(SamplingParams())
 
 
 def _made(kind: type[Any], option: str, values: Mapping[str, Any]) -> Any:
-    known = {field.name for field in dataclasses.fields(kind) if field.init}
-    if not isinstance(values, Mapping) or not values.keys() <= known:
+    fields = [field for field in dataclasses.fields(kind) if field.init]
+    missing = dataclasses.MISSING
+    needed = {f.name for f in fields if f.default is missing and f.default_factory is missing}
+    known = {field.name for field in fields}
+    if not isinstance(values, Mapping) or not needed <= values.keys() <= known:
         raise InvalidRequest(option, f"is not {kind.__name__}(...): {shown(values)}")
     return kind(**values)
