@@ -41,6 +41,6 @@ class Vocabulary:
     longest_token: int
     newline_tokens: tuple[int, ...]
     grammars: Grammars
-    special_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
+    special_tokens: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
     answer_format: AnswerFormat = _ALL_IS_TEXT
     cuttable: bool = True

@@ -67,7 +67,7 @@ SAMPLING: list[dict[str, Any]] = [
     {"logit_bias": {5: 3.0, 7: -2.0, 90: -5.0}, "temperature": 0.5, "seed": 6},
     {"logprobs": 3, "temperature": 1.0, "seed": 7},
 ]
-MOST: dict[str, Any] = {"max_tokens": 48}
+MOST: dict[str, Any] = {"max_tokens": 32}
 
 
 async def streamed(engine: BaseEngine, prompt: list[int], **options: Any) -> GenerationResult:
@@ -109,6 +109,12 @@ def wordy_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def known() -> dict[int, GenerationResult]:
+    """Answers of plain decoding that have been looked for already."""
+    return {}
+
+
 WAYS = [*unlike_model(Path(), Path())]
 
 
@@ -120,17 +126,23 @@ def other_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_tokens_are_those_of_plain_decoding_that_is_masked_by_hand(
-    tiny_path: Path, other_path: Path, engine_type: type[BaseEngine], way: str
+    tiny_path: Path,
+    other_path: Path,
+    engine_type: type[BaseEngine],
+    way: str,
+    known: dict[int, GenerationResult],
 ) -> None:
     options = unlike_model(tiny_path, other_path)[way]
     async with SimpleEngine(tiny_path) as plain, engine_type(tiny_path, **options) as engine:
         for n, (constraint, sampling) in enumerate(
             itertools.product(CONSTRAINTS.values(), SAMPLING)
         ):
-            if n % 4 != WAYS.index(way) % 4 and sampling:
+            if n % 5 != WAYS.index(way):
                 continue  # all are seen in some way
             asked = {**MOST, **sampling}
-            wanted = await by_hand(plain, PROMPT, constraint, **asked)
+            if n not in known:
+                known[n] = await by_hand(plain, PROMPT, constraint, **asked)
+            wanted = known[n]
             get = streamed if n % 2 else type(engine).generate
             check_same(await get(engine, PROMPT, constraint=constraint, **asked), wanted)
 
@@ -143,7 +155,9 @@ async def test_greedy_tokens_are_the_best_allowed_ones_of_the_model(engine: Base
 
         lark = LLMatcher.grammar_from_lark(f"start: {constraint.rule}")
         matcher, answer = LLMatcher(trie(loaded.vocabulary), lark, log_level=0), []
-        while len(answer) < 48 and not (answer and answer[-1] in loaded.vocabulary.eos):
+        while len(answer) < MOST["max_tokens"] and not (
+            answer and answer[-1] in loaded.vocabulary.eos
+        ):
             logits = np.array(loaded.model(mx.array([[*PROMPT, *answer]]))[0, -1])
             bits = np.unpackbits(
                 np.frombuffer(matcher.compute_bitmask(), np.uint8),
@@ -197,11 +211,12 @@ async def test_proposals_that_are_not_allowed_are_cut_before_they_are_verified(
         sequence = [*PROMPT, *wanted.tokens]
         sequence[len(PROMPT) + 2 :: 5] = [0] * len(sequence[len(PROMPT) + 2 :: 5])
         rig(engine, sequence, 0.0)
+        lengths.clear()  # of its warm-up
         result = await engine.generate(PROMPT, constraint=constraint, **MOST)
         assert result.tokens == wanted.tokens
         assert set(lengths) <= {0, 1, 2, 3, 4}
         assert 0 in lengths
-        assert engine.stats().draft_tokens > sum(lengths)
+        assert engine.stats().draft_tokens > sum(lengths), lengths
 
 
 async def test_what_is_forced_may_be_written_in_other_tokens(
@@ -317,10 +332,10 @@ async def test_it_can_be_cancelled_anywhere_and_tried_again(
     drafted: bool,
 ) -> None:
     decode = DraftModel(tiny_path, 2) if drafted else None
-    asked: dict[str, Any] = {"constraint": Regex("[a-z]{60,80}"), "max_tokens": 60}
+    asked: dict[str, Any] = {"constraint": Regex('[{]"a key": "[a-z]{24}"}'), "max_tokens": 40}
     async with engine_type(tiny_path, decode=decode) as engine:
         wanted = await engine.generate(PROMPT, **asked)
-        for call in range(1, 16):
+        for call in range(1, 14):
             await settled()
             await cancel_inside(gate("model", call), engine.generate(PROMPT, **asked))
             assert (await engine.generate(PROMPT, **asked)).tokens == wanted.tokens

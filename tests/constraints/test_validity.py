@@ -1,4 +1,7 @@
-"""Every finished answer validates: random models at high temperatures, over all schemas."""
+"""Every finished answer validates: random models at high temperatures, over all schemas.
+
+``python -m tests.constraints.validity FOLDER 17`` draws thousands more.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ NAMES = list(SCHEMAS)
 
 async def test_answers_of_a_batch_validate(tiny_path: Path) -> None:
     async with BatchedEngine(tiny_path, max_batch_size=16) as engine:
-        drawn = await draw(engine, NAMES, range(26))
-    assert drawn.answers["stop"] > 0.7 * drawn.answers.total() > 1000
+        drawn = await draw(engine, NAMES, range(14))
+    assert drawn.answers["stop"] > 0.9 * drawn.answers.total() > 800
     assert len(drawn.schemas) > 0.9 * len(NAMES)
 
 
@@ -30,8 +33,8 @@ async def test_answers_of_a_batch_validate(tiny_path: Path) -> None:
 async def test_answers_one_by_one_validate(tiny_path: Path, drafted: bool) -> None:
     decode = DraftModel(tiny_path, 2) if drafted else None
     async with SimpleEngine(tiny_path, decode=decode) as engine:
-        drawn = await draw(engine, NAMES, range(100, 102))
-    assert drawn.answers["stop"] > 0.6 * drawn.answers.total() > 80
+        drawn = await draw(engine, NAMES, range(100, 101))
+    assert drawn.answers["stop"] > 0.9 * drawn.answers.total() > 50
 
 
 async def test_answers_with_an_mtp_head_validate(
