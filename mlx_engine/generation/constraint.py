@@ -28,8 +28,6 @@ from mlx_engine.models.grammar import CompiledGrammar
 Words = NDArray[np.int32]  # a bit for each token, of shape (rows, words) or (words,)
 
 _WORD = 32
-_NONE = 0
-_ALL = -1  # as all bits are set
 
 
 class GrammarState:
@@ -54,16 +52,17 @@ class GrammarState:
         self._grammar = grammar
         self._answer = answer
         self._goes_on = goes_on
-        self._ends = np.full((grammar.vocab_size + _WORD - 1) // _WORD, _NONE, np.uint32)
+        self._ends = np.zeros((grammar.vocab_size + _WORD - 1) // _WORD, np.uint32)
         for token in grammar.ends:
             self._ends[token // _WORD] |= np.uint32(1 << token % _WORD)
         self._certain = 0  # tokens of the answer that the first matcher has read, and no end
+        self._sampled: list[int] = []  # what it has read behind those, as they will be the answer's
         self._first = self._matcher = grammar.matcher()
         self._ahead: list[int] = []  # what the other one, if it is another, has read behind them
         self._over = False  # an end has come
 
     def apply(
-        self, logits: mx.array, place: int, ahead: Sequence[mx.array], *, drafted: bool = False
+        self, logits: mx.array, place: int, ahead: Sequence[mx.array], proposed: int = 0
     ) -> mx.array:
         """Logits of shape (n, vocabulary), those of tokens excluded that may not come.
 
@@ -71,9 +70,8 @@ class GrammarState:
 
         Args:
             place: of the first of them: number of the token in the answer, counted from 0.
-            ahead: tokens before the last of them, at least those that are not certain yet.
-            drafted: whether the logits are a draft's, whose tokens may be any: behind one that
-                may not come, nothing is excluded.
+            ahead: tokens before the last of them, at least those that are not the answer's yet.
+            proposed: how many at the end of ``ahead`` may turn out to be others.
 
         Raises:
             Exception: MLX failed; or what ``fault`` then is.
@@ -83,24 +81,43 @@ class GrammarState:
         rows = logits.shape[0]
         words = empty_masks(rows, logits)
         for i in range(rows):
-            before = tokens[: len(tokens) - (rows - 1 - i)]
-            if not drafted:
-                self.go(place + i, before)
-            elif self.follow(place + i, before) < place + i:
-                return logits
+            later = rows - 1 - i
+            self.go(place + i, tokens[: len(tokens) - later], max(0, proposed - later))
             self.fill(words[i])
         return masked(logits, words)
 
-    def go(self, place: int, ahead: Sequence[int] = ()) -> None:
+    def apply_to_draft(
+        self, logits: mx.array, place: int, proposals: Sequence[mx.array]
+    ) -> mx.array:
+        """Logits of a draft, of shape (1, vocabulary), those of tokens excluded that may not come.
+
+        Behind a proposal that may not come, nothing is: it is going to be cut.
+
+        Args:
+            place: of the first proposal.
+            proposals: those before, all of them.
+
+        Raises:
+            Exception: as of ``apply``.
+        """
+        mx.async_eval(logits)  # type: ignore[no-untyped-call]
+        tokens = [token for each in proposals for token in cast("list[int]", each.tolist())]
+        if self.follow(place + len(tokens), tokens, len(tokens)) < place + len(tokens):
+            return logits
+        words = empty_masks(1, logits)
+        self.fill(words[0])
+        return masked(logits, words)
+
+    def go(self, place: int, ahead: Sequence[int] = (), proposed: int = 0) -> None:
         """Go to a place of the answer, the tokens before which were allowed when they came.
 
         Args:
-            place, ahead: as of ``apply``.
+            place, ahead, proposed: as of ``apply``.
 
         Raises:
             Exception: what ``fault`` then is.
         """
-        if (came := self.follow(place, ahead)) < place:
+        if (came := self.follow(place, ahead, proposed)) < place:
             with self._noted():
                 raise RuntimeError(
                     f"its constraint does not allow token {came} of its answer: all that it does "
@@ -108,26 +125,29 @@ class GrammarState:
                     "(max_reasoning_tokens), or the model's logits are NaN"
                 )
 
-    def follow(self, place: int, ahead: Sequence[int] = ()) -> int:
+    def follow(self, place: int, ahead: Sequence[int] = (), proposed: int = 0) -> int:
         """Go to a place of the answer, or as near to it as its constraint allows; where that is.
+
+        Args:
+            place, ahead, proposed: as of ``apply``.
 
         Raises:
             Exception: what ``fault`` then is.
         """
         with self._noted():
-            known = min(place, len(self._answer))
-            if known < self._certain:
-                self._certain, self._ahead = 0, []
+            tokens = self._between(self._certain, place, ahead)
+            if tokens[: len(self._sampled)] != self._sampled or place < self._certain:
+                self._certain, self._sampled, self._ahead = 0, [], []
                 self._first = self._matcher = self._grammar.matcher()
-            missing = place - known
-            if missing > len(ahead):
-                raise RuntimeError(f"of {missing} uncertain tokens, {len(ahead)} are known")
-            sure, start = self._answer[self._certain : known], self._certain
-            tokens = [*sure, *ahead[len(ahead) - missing :]]
-            end = next((i for i, t in enumerate(tokens) if t in self._grammar.ends), len(tokens))
-            came = self._read(tokens[: min(end, len(sure))])
-            if came == len(sure):
-                came += self._look(tokens[came:end])
+                tokens = self._between(0, place, ahead)
+            start = self._certain
+            end, ends = len(tokens), self._grammar.ends
+            if not ends.isdisjoint(tokens):
+                end = next(i for i, token in enumerate(tokens) if token in ends)
+            sure = max(len(self._sampled), min(end, len(tokens) - proposed))
+            came = self._read(tokens[:sure])
+            if came == sure:
+                came += self._look(tokens[sure:end])
             self._over = came == end < len(tokens)
             return start + came + self._over
 
@@ -137,7 +157,7 @@ class GrammarState:
         Raises:
             Exception: what ``fault`` then is.
         """
-        count = self.follow(place + len(proposals), proposals) - place
+        count = self.follow(place + len(proposals), proposals, len(proposals)) - place
         with self._noted():
             return count - (self._over and not self._matcher.is_accepting())
 
@@ -179,18 +199,29 @@ class GrammarState:
         if not words.any():
             raise RuntimeError("its constraint can be met by no token that the model has")
 
-    def _read(self, tokens: Sequence[int]) -> int:
-        """Read tokens for good; how many of them are allowed."""
-        if not tokens:
-            return 0
-        seen = len(self._ahead)
-        if [*tokens[:seen]] == self._ahead:
-            self._first = self._matcher
-        else:
-            self._matcher, seen = self._first, 0
-        self._ahead = []
-        came = seen + self._consume([*tokens[seen:]])
-        self._certain += came
+    def _between(self, start: int, place: int, ahead: Sequence[int]) -> list[int]:
+        """The tokens from one place of the answer up to another."""
+        missing = place - len(self._answer)
+        if missing <= 0:
+            return [*self._answer[start:place]]
+        if missing > len(ahead):
+            raise RuntimeError(f"of {missing} uncertain tokens, {len(ahead)} are known")
+        return [*self._answer[start:], *ahead[len(ahead) - missing :]]
+
+    def _read(self, tokens: list[int]) -> int:
+        """Read tokens behind the certain ones for good; how many of them are allowed."""
+        came, more = len(self._sampled), tokens[len(self._sampled) :]
+        if more:
+            seen = len(self._ahead)
+            if more[:seen] == self._ahead:
+                self._first = self._matcher
+            else:
+                self._matcher, seen = self._first, 0
+            self._ahead = []
+            came += seen + self._consume(more[seen:])
+        settled = min(came, len(self._answer) - self._certain)
+        self._sampled = tokens[settled:came]
+        self._certain += settled
         return came
 
     def _look(self, tokens: list[int]) -> int:
@@ -232,7 +263,7 @@ class GrammarState:
 
 def empty_masks(rows: int, logits: mx.array) -> Words:
     """Masks for logits of shape (n, vocabulary) that let no token come."""
-    return np.full((rows, (logits.shape[-1] + _WORD - 1) // _WORD), _NONE, np.int32)
+    return np.zeros((rows, (logits.shape[-1] + _WORD - 1) // _WORD), np.int32)
 
 
 def fill_all(words: Words, states: Sequence[GrammarState | None]) -> None:
@@ -242,7 +273,7 @@ def fill_all(words: Words, states: Sequence[GrammarState | None]) -> None:
     """
     places = [(i, state) for i, state in enumerate(states) if state is not None]
     free = [i for i, state in enumerate(states) if state is None]
-    words[free] = _ALL
+    words[free] = -1  # all bits
     together = [(i, s) for i, s in places if s.fault is None and not s._over]
     filled = _fill_together(words, together) if len(together) > 1 else []
     for i, state in places:
@@ -253,7 +284,7 @@ def fill_all(words: Words, states: Sequence[GrammarState | None]) -> None:
             else:
                 state.fill(words[i])
         except BaseException:  # noqa: BLE001 - the border to the matcher: kept as its fault
-            words[i] = _NONE
+            words[i] = 0
 
 
 def _fill_together(words: Words, rows: Sequence[tuple[int, GrammarState]]) -> list[int]:

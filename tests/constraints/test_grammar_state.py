@@ -56,8 +56,10 @@ def state_of(constraint: Constraint, answer: list[int], goes_on: bool = False) -
     return GrammarState(compiled, answer, goes_on=goes_on)
 
 
-def allowed(state: GrammarState, place: int, ahead: list[int]) -> list[int]:
-    state.go(place, ahead)
+def allowed(
+    state: GrammarState, place: int, ahead: list[int], draw: random.Random | None = None
+) -> list[int]:
+    state.go(place, ahead, draw.randrange(len(ahead) + 1) if draw else 0)
     words = empty_masks(1, LOGITS)
     state.fill(words[0])
     bits = np.unpackbits(words.view(np.uint8)[0], bitorder="little", count=SIZE)
@@ -91,7 +93,7 @@ def test_what_may_come_is_a_function_of_the_tokens(constraint: Constraint, goes_
                 tokens = [*answer, *ahead][:place]
                 before = ahead if place >= len(answer) else []
                 before = before[: max(0, place - len(answer))]
-                assert allowed(state, place, before) == expected(by_hand, tokens)
+                assert allowed(state, place, before, draw) == expected(by_hand, tokens)
                 if draw.random() < 0.3:
                     assert state.forced(len(answer)) == state_of(constraint, answer).forced(
                         len(answer)

@@ -270,7 +270,7 @@ class SpeculativeDecoder:
         remember what it was shown; so each token is waited for.
         """
         if not self._sampling.processors:
-            logprobs = _logprobs(self._limited(logits, place, [proposals]))
+            logprobs = _logprobs(self._limited(logits, place, [proposals], proposals.size))
             return _matching(
                 proposals, self._sampling.sample_at(logprobs, place), logprobs
             ), logprobs
@@ -280,7 +280,7 @@ class SpeculativeDecoder:
         for i in range(logits.shape[0]):
             before = [proposals[:i]] if i else []
             row = self._processed(logits[i : i + 1], before)
-            row = _logprobs(self._limited(row, place + i, before))
+            row = _logprobs(self._limited(row, place + i, before, i))
             rows.append(row)
             samples.append(self._sampling.sample_at(row, place + i))
             if one_by_one and i < proposals.size and (samples[i] != proposals[i]).item():
@@ -293,7 +293,7 @@ class SpeculativeDecoder:
         if self._request.context is None:
             logits = self._processed(logits, proposals)
         place = len(self.tokens) - len(self._request.prompt) + len(proposals)
-        logits = self._limited(logits, place, proposals, drafted=True)
+        logits = self._limited(logits, place, proposals, len(proposals), drafted=True)
         return self._sampling.sample_at(_logprobs(logits), place).astype(mx.uint32)
 
     # what processors are shown
@@ -322,7 +322,13 @@ class SpeculativeDecoder:
             raise
 
     def _limited(
-        self, logits: mx.array, place: int, ahead: Sequence[mx.array], *, drafted: bool = False
+        self,
+        logits: mx.array,
+        place: int,
+        ahead: Sequence[mx.array],
+        proposed: int = 0,
+        *,
+        drafted: bool = False,
     ) -> mx.array:
         """Logits of shape (n, vocabulary) within the budget of the request's reasoning, and what
         its constraint allows.
@@ -330,14 +336,17 @@ class SpeculativeDecoder:
         Args:
             place: of the first of them in the answer.
             ahead: tokens before the last of them, those at least that have not come out.
+            proposed: how many at the end of ``ahead`` may turn out to be others.
             drafted: whether these are a draft's.
         """
         budget, grammar = self._sampling.budget, self._sampling.grammar
         try:
             if budget is not None:
                 logits = budget.apply(logits, place, ahead)
-            if grammar is not None:
-                logits = grammar.apply(logits, place, ahead, drafted=drafted)
+            if grammar is not None and drafted:
+                logits = grammar.apply_to_draft(logits, place - proposed, ahead)
+            elif grammar is not None:
+                logits = grammar.apply(logits, place, ahead, proposed)
         except BaseException:
             faults = [each.fault for each in (budget, grammar) if each is not None]
             self.fault = next((fault for fault in faults if fault is not None), None)
