@@ -31,7 +31,7 @@ def prepare(request: Request, vocabulary: Vocabulary) -> None:
         checkpoint()
         encoded = encode(source, vocabulary)
         if encoded.chat is not None:
-            chat = encoded.chat.bind(params.constraint, lambda: vocabulary.special_tokens)
+            chat = encoded.chat.bind(params.constraint, vocabulary.special_tokens)
             encoded = replace(encoded, chat=chat)
         grammar = _grammar(request, vocabulary, encoded)
     request.prompt, request.places = encoded.tokens, encoded.places

@@ -153,7 +153,6 @@ def load_model(
         longest_token=max(map(len, tokenizer.get_vocab()), default=1),
         newline_tokens=tuple(tokenizer.encode("\n", add_special_tokens=False)),
         grammars=Grammars(tokenizer, size, eos),
-        special_tokens=special_tokens(tokenizer),
         answer_format=answer_format(config, tokenizer),
         cuttable=all(_cuttable(entry) for entry in make_prompt_cache(model)),
     )
@@ -238,18 +237,6 @@ def context_length(config: dict[str, Any]) -> int | None:
 def vocab_size(config: dict[str, Any], tokenizer: TokenizerWrapper) -> int:
     """Tokens that the logits cover: more than the tokenizer has, if the matrix is padded."""
     return _from_config(config, ("vocab_size",)) or len(tokenizer)
-
-
-def special_tokens(tokenizer: TokenizerWrapper) -> dict[str, int]:
-    """Ids of tokens that are no text, by their texts: as llguidance tells them, those that are
-    marked so and those in angle brackets.
-    """
-    added = tokenizer.added_tokens_decoder
-    return {
-        str(each): token
-        for token, each in added.items()
-        if each.special or (str(each).startswith("<") and str(each).endswith(">"))
-    }
 
 
 def other_tokenizer(one: LoadedModel, other: LoadedModel) -> str | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -28,7 +27,6 @@ class Vocabulary:
         longest_token: characters of the longest token.
         newline_tokens: what the tokenizer makes of a line break.
         grammars: what compiles constraints for it.
-        special_tokens: ids of tokens that are no text, by their texts.
         answer_format: how it marks reasoning and writes calls of tools.
         cuttable: whether the model's KV caches can be cut back to any number of tokens, at any
             length.
@@ -41,6 +39,18 @@ class Vocabulary:
     longest_token: int
     newline_tokens: tuple[int, ...]
     grammars: Grammars
-    special_tokens: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
     answer_format: AnswerFormat = _ALL_IS_TEXT
     cuttable: bool = True
+
+    def special_tokens(self) -> dict[str, int]:
+        """The ids of tokens that are no text, by their names, without those that end an answer.
+
+        As llguidance tells them: those that are marked so, and those in angle brackets.
+        """
+        found: dict[str, int] = {}
+        for token, added in getattr(self.tokenizer, "added_tokens_decoder", {}).items():
+            name = str(added)
+            bracketed = name.startswith("<") and name.endswith(">")
+            if (added.special or bracketed) and token not in self.eos:
+                found[name] = token
+        return found
