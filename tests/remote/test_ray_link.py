@@ -385,7 +385,8 @@ async def test_link_that_is_killed_while_it_opens_leaves_no_actor(
     else:
         with pytest.raises(EngineDead, match="killed"):
             await opening
-    assert "killed" in (await soon(link.gone)).detail
+    ending = await soon(link.gone)  # Ray may tell of the signal first
+    assert "killed" in ending.detail or ending.exit_code == -9
     await no_actors()
 
 
