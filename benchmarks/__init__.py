@@ -14,6 +14,7 @@
     python -m benchmarks.specprefill       SpecPrefill by the share that is kept
     python -m benchmarks.needle            what SpecPrefill keeps, with the demo model
     python -m benchmarks.decode            tokens/s with a draft model, and with MTP
+    python -m benchmarks.constrained       what constraints cost, and what forced text saves
     python -m benchmarks.remote            what an engine in another process costs and spares
     python -m benchmarks.soak              minutes of everything at once: right tokens, no growth
 
@@ -45,6 +46,7 @@ NAMES = (
     "specprefill",
     "needle",
     "decode",
+    "constrained",
     "remote",
     "soak",
 )
