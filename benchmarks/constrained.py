@@ -6,6 +6,7 @@ after the same number of tokens, so that ways that choose other tokens do the sa
     free         requests without a constraint
     free again   the same once more: how far its ratio is from 1 is the noise of this machine
     constrained  the same requests, each answer JSON by a schema with strings and numbers
+    masks alone  the same, token by token: nothing that its grammar forces is proposed
     by hand      for one request at a time: ``mlx_lm.stream_generate`` with a logits processor that
                  asks llguidance's matcher for a mask and applies it, as its own examples do; to be
                  compared with ``raw``, which is ``mlx_lm.stream_generate`` without it
@@ -14,8 +15,9 @@ A round runs each way once, and the order rotates from round to round; ratios ar
 round, of tokens a second from the first token to the last.
 
 Then: the time to compile a schema, the first time and when it is known; and a call of a tool with
-long keys, with what its grammar forces put in at once, and token by token (``decode=None``), whose
-answers are the same.
+long keys, with what its grammar forces put in at once, and token by token, whose answers are the
+same. That is for models which write a text as their tokenizer does: one whose tokens are bytes, and
+the demo model; a random one with other tokens likes any that the masks allow.
 """
 
 from __future__ import annotations
@@ -43,14 +45,16 @@ from benchmarks.spread import Record, Spread
 from benchmarks.vocabularies import model_of
 from mlx_engine import BatchedEngine, JSONSchema, SimpleEngine
 from mlx_engine.engine.base import BaseEngine
+from mlx_engine.generation.speculative import decoder
 
 PROMPT = [70, 71, 72, 73, 74, 75, 76, 77]
 MODELS = ((512, 1), (49152, 1), (151936, 1), (49152, 16))  # tokens in the vocabulary, and layers
+BYTES = 262  # tokens where each is a byte, with those that are special
 ROWS = (1, 8, 32)
 ITEMS = JSONSchema(
     {
         "type": "array",
-        "minItems": 10_000,
+        "minItems": 4_000,
         "items": {
             "type": "object",
             "properties": {
@@ -93,6 +97,7 @@ CALL = JSONSchema(
 )
 
 Run = Callable[[], Awaitable[float]]  # gives tokens a second
+Calls = dict[str, tuple[dict[str, list[float]], int]]  # seconds by the way, and tokens
 
 
 @dataclass
@@ -103,18 +108,22 @@ class Measured:
         step: milliseconds that a token of one request takes, without a constraint.
         rates: tokens a second by the engine and its rows, and by the way; an entry a round.
         compile: seconds that the first token is late for a schema that is new, and for a known one.
-        forced: seconds of a call, and its tokens, by the way; an entry a round.
     """
 
     step: float = 0.0
     rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     compile: dict[str, list[float]] = field(default_factory=dict)
-    forced: dict[str, list[float]] = field(default_factory=dict)
-    forced_tokens: list[int] = field(default_factory=list)
 
 
-async def rate(engine: BaseEngine, rows: int, count: int, constraint: JSONSchema | None) -> float:
-    """Tokens a second of so many requests at once."""
+async def rate(
+    engine: BaseEngine,
+    rows: int,
+    count: int,
+    constraint: JSONSchema | None,
+    forced: int = decoder._FORCED,
+) -> float:
+    """Tokens a second of so many requests at once; ``forced`` tokens are proposed at most."""
+    decoder._FORCED = forced
     options: dict[str, Any] = {"max_tokens": count}
     options |= {"ignore_eos": True} if constraint is None else {"constraint": constraint}
     results = await asyncio.gather(
@@ -189,6 +198,7 @@ def ways_of(engine: BaseEngine, rows: int, count: int) -> dict[str, Run]:
         "free": lambda: rate(engine, rows, count, None),
         "free again": lambda: rate(engine, rows, count, None),
         "constrained": lambda: rate(engine, rows, count, ITEMS),
+        "masks alone": lambda: rate(engine, rows, count, ITEMS, 0),
     }
 
 
@@ -201,31 +211,33 @@ async def time_compiling(engine: BaseEngine, repeats: int) -> dict[str, list[flo
 
     found: dict[str, list[float]] = {"new": [], "known": []}
     for turn in range(repeats):
-        new = JSONSchema({**ITEMS.schema, "minItems": 5000 + turn})  # type: ignore[dict-item]
+        new = JSONSchema({**ITEMS.schema, "minItems": 3000 + turn})  # type: ignore[dict-item]
         free = statistics.median([await first(None) for _ in range(3)])
         found["new"].append(await first(new) - free)
         found["known"].append(await first(new) - free)
     return found
 
 
-async def time_forced(engine: BaseEngine, repeats: int, measured: Measured) -> None:
-    async def call(decode: Any) -> float:
-        result = await engine.generate(
-            PROMPT, max_tokens=400, temperature=0.7, seed=1, constraint=CALL, decode=decode
-        )
+async def time_forced(model: str, repeats: int) -> tuple[dict[str, list[float]], int]:
+    """Seconds of a call by the way, an entry a round; and its tokens."""
+    tokens: list[int] = []
+
+    async def call(forced: int = decoder._FORCED) -> float:
+        decoder._FORCED = forced
+        result = await engine.generate(PROMPT, max_tokens=400, constraint=CALL)
         if result.finish_reason != "stop":
             raise SystemExit("a call was not completed: nothing to compare")
-        tokens = list(result.tokens)
-        if measured.forced_tokens and tokens != measured.forced_tokens:
+        if tokens and tokens != [*result.tokens]:
             raise SystemExit("what is forced has changed the answer: nothing to compare")
-        measured.forced_tokens = tokens
+        tokens[:] = result.tokens
         return result.timings.total
 
     ways: dict[str, Run] = {
-        "at once": lambda: call("default"),
-        "token by token": lambda: call(None),
+        "at once": call,
+        "token by token": lambda: call(0),
     }
-    measured.forced = await measure_ways(ways, repeats)
+    async with SimpleEngine(model, prompt_cache_bytes=0) as engine:
+        return await measure_ways(ways, repeats), len(tokens)
 
 
 async def measure_model(folder: str, setting: Setting, count: int) -> Measured:
@@ -237,7 +249,6 @@ async def measure_model(folder: str, setting: Setting, count: int) -> Measured:
         found = measured.rates["SimpleEngine"] = await measure_ways(ways, setting.repeats)
         measured.step = 1e3 / statistics.median(found["free"])
         measured.compile = await time_compiling(simple, setting.repeats)
-        await time_forced(simple, setting.repeats, measured)
     async with BatchedEngine(folder, max_batch_size=max(ROWS), prompt_cache_bytes=0) as batched:
         for rows in ROWS:
             fewer = max(20, count // (2 if rows > 1 else 1))
@@ -251,7 +262,7 @@ def ratio(found: dict[str, list[float]], name: str, of: str) -> Spread:
     return Spread.of(a / b for a, b in zip(found[name], found[of], strict=True))
 
 
-def tables(every: dict[str, Measured]) -> list[str]:
+def tables(every: dict[str, Measured], calls: Calls) -> list[str]:
     rates, others = [], []
     for model, measured in every.items():
         for where, found in measured.rates.items():
@@ -262,6 +273,7 @@ def tables(every: dict[str, Measured]) -> list[str]:
                     Spread.of(found["free"]).text(0),
                     ratio(found, "free again", "free").text(3),
                     ratio(found, "constrained", "free").text(3),
+                    ratio(found, "masks alone", "free").text(3),
                     hand,
                 ]
             )
@@ -270,16 +282,30 @@ def tables(every: dict[str, Measured]) -> list[str]:
                 model,
                 Spread.of(measured.compile["new"]).text(1, 1e3),
                 Spread.of(measured.compile["known"]).text(1, 1e3),
-                ratio(measured.forced, "at once", "token by token").text(2),
-                str(len(measured.forced_tokens)),
             ]
         )
-    head = ["model; engine, rows", "free, tokens/s", "free again", "constrained, of free"]
+    head = [
+        "model; engine, rows",
+        "free, tokens/s",
+        "free again",
+        "constrained, of free",
+        "masks alone",
+    ]
     return [
         markdown_table([*head, "by hand, of raw"], rates),
+        markdown_table(["model", "new schema, ms", "known, ms"], others),
         markdown_table(
-            ["model", "new schema, ms", "known, ms", "call with forced text, of without", "tokens"],
-            others,
+            ["a call by", "tokens", "ms", "token by token, ms", "of that"],
+            [
+                [
+                    name,
+                    str(tokens),
+                    Spread.of(found["at once"]).text(0, 1e3),
+                    Spread.of(found["token by token"]).text(0, 1e3),
+                    ratio(found, "at once", "token by token").text(2),
+                ]
+                for name, (found, tokens) in calls.items()
+            ],
         ),
     ]
 
@@ -293,8 +319,6 @@ def record_of(every: dict[str, Measured]) -> Record:
                 for where, found in measured.rates.items()
             },
             "compile_seconds": {n: Spread.of(v).record() for n, v in measured.compile.items()},
-            "call_seconds": {n: Spread.of(v).record() for n, v in measured.forced.items()},
-            "call_tokens": len(measured.forced_tokens),
         }
         for model, measured in every.items()
     }
@@ -323,9 +347,18 @@ async def measure(setting: Setting) -> None:
         with model_of(size, layers) as folder:
             measured = await measure_model(folder, setting, count)
         every[f"{size:,} tokens, {measured.step:.1f} ms"] = measured
-    for table in tables(every):
+    calls: Calls = {"the demo model": await time_forced("demo", setting.repeats)}
+    with model_of(BYTES, 8) as folder:
+        calls["a model of bytes"] = await time_forced(folder, setting.repeats)
+    for table in tables(every, calls):
         report.add(table)
-    report.finish({"tokens": count, "rounds": setting.repeats, "models": record_of(every)}, draw)
+    called = {
+        name: {way: Spread.of(each).record() for way, each in found.items()} | {"tokens": tokens}
+        for name, (found, tokens) in calls.items()
+    }
+    models = record_of(every)
+    about = {"tokens": count, "rounds": setting.repeats}
+    report.finish({**about, "models": models, "call_seconds": called}, draw)
 
 
 def main() -> None:
