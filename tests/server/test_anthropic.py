@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -60,24 +59,11 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-async def engine() -> AsyncIterator[FakeEngine]:
-    async with FakeEngine(ANSWERS, max_batch_size=4, context_length=200) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def app(engine: FakeEngine) -> Any:
-    return create_app(engine)
-
-
 @pytest.fixture
-async def client(app: Any) -> AsyncIterator[anthropic.AsyncAnthropic]:
-    transport = httpx2.ASGITransport(app=app)
-    async with httpx2.AsyncClient(transport=transport) as http:
-        yield anthropic.AsyncAnthropic(
-            base_url="http://localhost", api_key="any", http_client=http, max_retries=0
-        )
+def client(http: httpx2.AsyncClient) -> anthropic.AsyncAnthropic:
+    return anthropic.AsyncAnthropic(
+        base_url="http://localhost", api_key="any", http_client=http, max_retries=0
+    )
 
 
 def body(text: str, **fields: Any) -> dict[str, Any]:

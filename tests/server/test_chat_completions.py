@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 from openai.types.chat import ChatCompletion
@@ -38,26 +36,6 @@ ANSWERS: dict[str, Any] = {
     "Wrong?": FakeAnswer(tool_calls=[ToolCall("wether", {}, '{"name": "wether"}', "no such tool")]),
     "Long": "word " * 50,
 }
-
-
-@pytest.fixture(scope="module")
-async def engine() -> AsyncIterator[FakeEngine]:
-    async with FakeEngine(ANSWERS, max_batch_size=4, context_length=200) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def app(engine: FakeEngine) -> Any:
-    return create_app(engine)
-
-
-@pytest.fixture
-async def client(app: Any) -> AsyncIterator[openai.AsyncOpenAI]:
-    transport = httpx2.ASGITransport(app=app)
-    async with httpx2.AsyncClient(transport=transport) as http:
-        yield openai.AsyncOpenAI(
-            base_url="http://localhost/v1", api_key="any", http_client=http, max_retries=0
-        )
 
 
 def said(text: str) -> list[Any]:

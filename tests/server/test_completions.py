@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 
-from mlx_engine.server import create_app
 from mlx_engine.testing import FakeEngine
 from tests.server.asgi import ask
 
@@ -23,17 +21,6 @@ async def engine() -> AsyncIterator[FakeEngine]:
     answers = {"Once": " upon a time", "Twice": " as nice"}
     async with FakeEngine(lambda r: answers.get(str(r.prompt), "ids"), max_batch_size=4) as engine:
         yield engine
-
-
-@pytest.fixture(scope="module")
-def app(engine: FakeEngine) -> Any:
-    return create_app(engine)
-
-
-@pytest.fixture
-async def client(app: Any) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app)) as http:
-        yield openai.AsyncOpenAI(base_url="http://here/v1", api_key="any", http_client=http)
 
 
 @pytest.mark.parametrize(

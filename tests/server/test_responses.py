@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from typing import Any, get_args
 
-import httpx2
 import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
@@ -57,26 +55,6 @@ ANSWERS: dict[str, Any] = {
     "Fail at once": [GenerationError("out of memory")],
     "Sunny": "It is sunny.",
 }
-
-
-@pytest.fixture(scope="module")
-async def engine() -> AsyncIterator[FakeEngine]:
-    async with FakeEngine(ANSWERS, max_batch_size=4, context_length=200) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def app(engine: FakeEngine) -> Any:
-    return create_app(engine)
-
-
-@pytest.fixture
-async def client(app: Any) -> AsyncIterator[openai.AsyncOpenAI]:
-    transport = httpx2.ASGITransport(app=app)
-    async with httpx2.AsyncClient(transport=transport) as http:
-        yield openai.AsyncOpenAI(
-            base_url="http://localhost/v1", api_key="any", http_client=http, max_retries=0
-        )
 
 
 async def last_request(app: Any, engine: FakeEngine, body: dict[str, Any]) -> FakeRequest:
