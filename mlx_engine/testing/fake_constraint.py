@@ -6,9 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from llguidance import LLMatcher, LLTokenizer
+from typing import TYPE_CHECKING, Any
 
 from mlx_engine.chat.tool_schemas import OfferedTool, offered_tools, resolved
 from mlx_engine.checks import shown
@@ -16,6 +14,9 @@ from mlx_engine.constraints import AnyJSON, Constraint, JSONSchema
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import ToolCall
 from mlx_engine.requests import ChatPrompt
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 # Strings, what a space follows, and spaces.
 _PARTS = re.compile(r'(?P<string>"(?:[^"\\]|\\.)*)(?P<end>"?)|(?P<comma>[,:])|\s+', re.DOTALL)
@@ -86,7 +87,7 @@ def _problem(constraint: Constraint, text: str, whole: bool) -> str | None:
     """The mistake in a text; ``None`` if there is none."""
     if isinstance(constraint, JSONSchema | AnyJSON):
         text = _as_models_write(text)
-    matcher = LLMatcher(_bytes(), LLMatcher.grammar_from_lark(f"start: {constraint.rule}"))
+    matcher = _matcher(f"start: {constraint.rule}")
     if matcher.is_error():
         raise InvalidRequest("constraint", matcher.get_error())
     encoded = text.encode()
@@ -138,7 +139,15 @@ def _ordered(value: Any, schema: Any, tool: OfferedTool) -> Any:
     return {name: _ordered(value[name], known.get(name), tool) for name in names}
 
 
+def _matcher(lark: str) -> LLMatcher:
+    from llguidance import LLMatcher  # noqa: PLC0415 - takes longer than all else here
+
+    return LLMatcher(_bytes(), LLMatcher.grammar_from_lark(lark))
+
+
 @functools.cache
 def _bytes() -> LLTokenizer:
     """A tokenizer whose tokens are the bytes of UTF-8."""
+    from llguidance import LLTokenizer  # noqa: PLC0415
+
     return LLTokenizer("byte")
