@@ -12,7 +12,8 @@ from mlx_engine.server import create_app
 from mlx_engine.testing import FakeEngine
 from tests.conftest import other_tasks, settled
 from tests.server.asgi import CHAT, Client, ask
-from tests.server.test_disconnects import HELLO, free
+from tests.server.leaving import free
+from tests.server.test_disconnects import HELLO
 
 pytestmark = pytest.mark.anyio
 

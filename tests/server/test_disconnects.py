@@ -11,14 +11,14 @@ import pytest
 
 from mlx_engine.server import create_app
 from mlx_engine.testing import FakeEngine, Gate
-from tests.conftest import other_tasks, settled
+from tests.conftest import other_tasks
 from tests.server.asgi import CHAT, Client, ask
+from tests.server.leaving import STEPS, free, leave_at, leave_at_every_step
 from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
-STEPS = 60  # turns of the event loop, more than a request has
 
 
 @pytest.fixture(params=[None, 3], ids=["simple", "batched"])
@@ -27,30 +27,10 @@ async def engine(request: pytest.FixtureRequest) -> AsyncIterator[FakeEngine]:
         yield engine
 
 
-async def free(engine: FakeEngine) -> None:
-    """Nothing of any request is left."""
-    assert engine.stats().running == engine.stats().waiting == 0
-    assert {request.outcome for request in engine.requests} <= {"finished", "cancelled"}
-    await settled()
-
-
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("n", [1, 2])
 async def test_at_every_step_of_the_event_loop(engine: FakeEngine, stream: bool, n: int) -> None:
-    app = create_app(engine)
-    endings = set()
-    for steps in range(STEPS):
-        client = Client(app, CHAT, {**HELLO, "stream": stream, "n": n})
-        task = asyncio.create_task(client.run())
-        for _ in range(steps):
-            await asyncio.sleep(0)
-        client.leave()
-        await task
-        await free(engine)
-        assert not other_tasks()
-        endings.add(client.over)
-    assert False in endings
-    assert (await ask(app, HELLO)).status == 200
+    await leave_at_every_step(engine, CHAT, {**HELLO, "stream": stream, "n": n})
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -59,25 +39,7 @@ async def test_wherever_the_request_is(stream: bool, where: str) -> None:
     gate = Gate(firm=True)
     pieces: list[Any] = [gate, "a"] if where == "prefill" else ["a", gate, "b"]
     async with FakeEngine(pieces) as engine:
-        app = create_app(engine)
-        first = Client(app, CHAT, {**HELLO, "stream": stream})
-        task = asyncio.create_task(first.run())
-        await gate.reached()
-        leaves, its = first, task
-        if where == "queue":
-            leaves = Client(app, CHAT, {**HELLO, "stream": stream})
-            its = asyncio.create_task(leaves.run())
-            await until(lambda: engine.stats().waiting == 1)
-        leaves.leave()
-        await until(lambda: its.done() or engine.stats().waiting == 0)
-        if where != "queue":
-            await asyncio.sleep(0.01)
-            assert not task.done(), "the work is inside of MLX, and so is its request"
-        gate.open()
-        await asyncio.gather(task, its)
-        assert not leaves.over
-        await free(engine)
-        assert not other_tasks()
+        await leave_at(engine, CHAT, {**HELLO, "stream": stream}, gate, queued=where == "queue")
 
 
 async def test_the_handler_itself_is_cancelled(engine: FakeEngine) -> None:
