@@ -14,7 +14,8 @@
     python -m benchmarks.specprefill       SpecPrefill by the share that is kept
     python -m benchmarks.needle            what SpecPrefill keeps, with the demo model
     python -m benchmarks.decode            tokens/s with a draft model, and with MTP
-    python -m benchmarks.constrained       what constraints cost, and what forced text saves
+    python -m benchmarks.constrained       what constraints cost: masks, and compiling them
+    python -m benchmarks.forced_text       what is saved where a grammar forces text
     python -m benchmarks.remote            what an engine in another process costs and spares
     python -m benchmarks.soak              minutes of everything at once: right tokens, no growth
 
@@ -47,6 +48,7 @@ NAMES = (
     "needle",
     "decode",
     "constrained",
+    "forced_text",
     "remote",
     "soak",
 )
