@@ -45,7 +45,7 @@ from mlx_engine.engine.base import BaseEngine
 from mlx_engine.generation.speculative import decoder
 
 PROMPT = [70, 71, 72, 73, 74, 75, 76, 77]
-MODELS = ((512, 1), (49152, 1), (151936, 1), (49152, 34))  # tokens in the vocabulary, and layers
+MODELS = ((512, 1), (49152, 1), (151936, 1), (49152, 16))  # tokens in the vocabulary, and layers
 ROWS = (1, 8, 32)
 FORCED = decoder._FORCED  # tokens that are proposed at most
 ITEMS = JSONSchema(
