@@ -16,6 +16,7 @@
     python -m benchmarks.decode            tokens/s with a draft model, and with MTP
     python -m benchmarks.constrained       what constraints cost, and what forced text saves
     python -m benchmarks.remote            what an engine in another process costs and spares
+    python -m benchmarks.server            what HTTP costs, against in process and mlx_lm.server
     python -m benchmarks.soak              minutes of everything at once: right tokens, no growth
 
 Run from the root of the repository. Each prints Markdown tables and writes JSON, and a picture
@@ -48,5 +49,6 @@ NAMES = (
     "decode",
     "constrained",
     "remote",
+    "server",
     "soak",
 )
