@@ -191,6 +191,8 @@ class Models:
 
         Args:
             timeout: seconds for requests in flight; ``None`` waits for all of them.
+
+        Cancellation: requests in flight are aborted, and all is unloaded behind that.
         """
         self._closed = True
         stays = list(self._stays)
@@ -198,9 +200,11 @@ class Models:
             if stay.engine is None:
                 stay.task.cancel()
         engines = [stay.engine for stay in stays if stay.engine is not None]
-        reports = await asyncio.gather(*(engine.shutdown(timeout) for engine in engines))
-        for stay in stays:
-            stay.leave()
+        try:
+            reports = await asyncio.gather(*(engine.shutdown(timeout) for engine in engines))
+        finally:
+            for stay in stays:
+                stay.leave()
         for stay in stays:
             await stay.gone.wait()
         return ShutdownReport(
@@ -219,16 +223,20 @@ class Models:
                 raise Failure("unavailable", "the server is shutting down", retry_after=2)
             if model.retry_at > asyncio.get_running_loop().time():
                 raise self._cannot(model, model.failure)
-            model.stay = Stay(partial(self._live, model, model.source))
+            model.stay = stay = Stay(partial(self._live, model, model.source))
+            self._stays[stay] = model
+            stay.task.add_done_callback(lambda _: self._ended(stay))
         return model.stay
 
     async def _live(self, model: Model, source: ServedModel, stay: Stay) -> None:
         """Have the engine of a stay, from its start to its end."""
         loop = asyncio.get_running_loop()
-        self._stays[stay] = model
         try:
             async with self._room:
-                await self._make_room(stay, source.weight_bytes() or 0)
+                if not (stay.users or source.preload):  # nobody has to make room for nobody
+                    self._forget(stay)
+                    return
+                await self._make_room(stay, model, source.weight_bytes() or 0)
             began = loop.time()
             async with source.make() as engine:
                 model.failure, model.wanted = None, False
@@ -248,12 +256,14 @@ class Models:
             if stay.engine is None:
                 stay.error = model.failure = error
                 model.retry_at = loop.time() + _AGAIN
-        finally:
-            self._forget(stay)
-            self._here.pop(stay, None)
-            self._stays.pop(stay, None)
-            stay.up.set()
-            stay.gone.set()
+
+    def _ended(self, stay: Stay) -> None:
+        """Nothing is left of it, or it has not even begun when it was cancelled."""
+        self._forget(stay)
+        self._here.pop(stay, None)
+        self._stays.pop(stay, None)
+        stay.up.set()
+        stay.gone.set()
 
     def _forget(self, stay: Stay) -> None:
         """Give it to nobody any more."""
@@ -261,9 +271,9 @@ class Models:
         if (model := self._stays.get(stay)) is not None and model.stay is stay:
             model.stay = None
 
-    async def _make_room(self, stay: Stay, size: int) -> None:
+    async def _make_room(self, stay: Stay, model: Model, size: int) -> None:
         """Wait until others have left, as many as must; they are told to."""
-        while (other := self._in_the_way(self._stays[stay], size)) is not None:
+        while (other := self._in_the_way(model, size)) is not None:
             self._forget(other)
             other.leave()
             await other.gone.wait()

@@ -37,7 +37,7 @@ class _Line:
         served: the number of the turn that it had last.
     """
 
-    served: int
+    served: float
     waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
 
 
@@ -94,7 +94,8 @@ class Turns:
         behind = at_once(engine.width, limits) - engine.width  # those that wait in its own queue
         if limits.queue_limit is not None and self.waiting >= limits.queue_limit - behind:
             raise self._busy("as many requests wait as may", engine)
-        line = self._lines.setdefault(asker, _Line(self._last.get(asker, self._number)))
+        # Who has not had any goes before those of the last turn, and behind those of earlier ones.
+        line = self._lines.setdefault(asker, _Line(self._last.get(asker, self._number - 0.5)))
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         line.waiting.append(turn)
         try:

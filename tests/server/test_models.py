@@ -301,6 +301,33 @@ async def test_a_load_that_nobody_waits_for_makes_room() -> None:
         assert await other == "I am two."
 
 
+async def test_nobody_makes_room_for_nobody() -> None:
+    gate = Gate()
+    rack = Rack()
+    app = create_app(
+        {
+            "one": rack.maker("one", answers=[gate, "a"]),
+            **{n: rack.maker(n) for n in ("two", "three")},
+        },
+        max_loaded_models=1,
+    )
+    async with app.router.lifespan_context(app):
+        first = asyncio.create_task(said(app, "one"))
+        await gate.reached()
+        waits = [asyncio.create_task(said(app, "two"))]
+        await until(lambda: app.state.models.names["one"].stay is None)
+        client = Client(app, CHAT, {**HELLO, "model": "three"})
+        leaves = asyncio.create_task(client.run())
+        await until(lambda: app.state.models.names["three"].stay is not None)
+        client.leave()
+        await leaves
+        gate.open()
+        assert await asyncio.gather(first, *waits) == ["a", "I am two."]
+        await until(lambda: app.state.models.names["three"].stay is None)
+        assert rack.loaded() == {"two"}
+        assert not rack.starts("three")
+
+
 async def test_an_engine_that_has_died_is_made_anew() -> None:
     rack = Rack()
     async with served(rack, "one", "two") as app:

@@ -14,7 +14,7 @@ from mlx_engine.server.failures import Failure
 from mlx_engine.server.turns import Asker, Turns
 from mlx_engine.testing import FakeEngine, Gate
 from tests.server.asgi import Client, ask
-from tests.waiting import until
+from tests.waiting import turns, until
 
 pytestmark = pytest.mark.anyio
 
@@ -43,13 +43,14 @@ class Room:
     async def end_all(self) -> list[str]:
         """End them in the order of their turns; that order."""
         done = 0
+        await turns()
         while done < len(self.order):
             name = self.order[done]
             self._ends[name].set()
             with contextlib.suppress(asyncio.CancelledError):
                 await self.tasks[name]
             done += 1
-            await asyncio.sleep(0)
+            await turns()
         assert all(task.done() for task in self.tasks.values())
         assert not self.turns.waiting
         for left in ("_lines", "_by_asker", "_by_client", "_last", "_given"):
@@ -92,7 +93,7 @@ async def test_who_has_less_in_work_goes_first() -> None:
     await room.come("b", 1)
     assert room.order == ["a0", "a1", "a2"]
     order = await room.end_all()
-    assert order[3:] == ["b0", "b1", "a3"]
+    assert order[3:] == ["b0", "a3", "b1"]
 
 
 async def test_those_that_leave_take_nothing_with_them(room: Room) -> None:
@@ -196,11 +197,11 @@ async def test_a_client_that_waits_for_its_turn_may_go() -> None:
         clients = [Client(app, body=body) for _ in range(6)]
         tasks = [asyncio.create_task(client.run()) for client in clients]
         await gate.reached()
-        turns = app.state.models.names["fake"].turns
-        await until(lambda: turns.waiting == 4)
+        line = app.state.models.names["fake"].turns
+        await until(lambda: line.waiting == 4)
         clients[-1].leave()
         await tasks[-1]
-        assert turns.waiting == 3
+        assert line.waiting == 3
         gate.open()
         await asyncio.gather(*tasks)
-        assert not turns.waiting
+        assert not line.waiting
