@@ -17,6 +17,7 @@
     python -m benchmarks.constrained       what constraints cost: masks, and compiling them
     python -m benchmarks.forced_text       what is saved where a grammar forces text
     python -m benchmarks.remote            what an engine in another process costs and spares
+    python -m benchmarks.server            what HTTP costs, against in process and mlx_lm.server
     python -m benchmarks.soak              minutes of everything at once: right tokens, no growth
 
 Run from the root of the repository. Each prints Markdown tables and writes JSON, and a picture
@@ -50,5 +51,6 @@ NAMES = (
     "constrained",
     "forced_text",
     "remote",
+    "server",
     "soak",
 )

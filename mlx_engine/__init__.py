@@ -31,6 +31,7 @@ Its files:
     cache_stats.py   what they tell of a prompt cache
     checks.py        numbers and paths that callers give
     signatures.py    how functions with such options are shown
+    agents.py        coding agents, and how they are pointed at a server
     errors.py        every exception, as a tree
     guide/           what users read, by ``mlx-engine help``
 """
