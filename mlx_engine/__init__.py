@@ -29,6 +29,7 @@ Its files:
     constraints.py   what an answer must be
     outputs.py       what engines give back
     cache_stats.py   what they tell of a prompt cache
+    memory_stats.py  and of memory
     checks.py        numbers and paths that callers give
     signatures.py    how functions with such options are shown
     errors.py        every exception, as a tree
@@ -67,11 +68,13 @@ if TYPE_CHECKING:
         InvalidRequest,
         MLXEngineError,
         ModelLoadError,
+        NotEnoughMemory,
         OutputInvalid,
         StreamClosed,
         StreamConsumed,
     )
     from mlx_engine.limits import RequestLimits
+    from mlx_engine.memory_stats import MemoryOwner, MemoryStats, MemoryUse, PressureStage
     from mlx_engine.outputs import (
         EngineState,
         EngineStats,
@@ -151,9 +154,14 @@ __all__ = [
     "JSONSchema",
     "LogitsProcessor",
     "MLXEngineError",
+    "MemoryOwner",
+    "MemoryStats",
+    "MemoryUse",
     "Message",
     "ModelLoadError",
+    "NotEnoughMemory",
     "OutputInvalid",
+    "PressureStage",
     "ProcessEngine",
     "Progress",
     "ProgressCallback",
@@ -228,11 +236,18 @@ _HOMES = {
         "InvalidRequest",
         "MLXEngineError",
         "ModelLoadError",
+        "NotEnoughMemory",
         "OutputInvalid",
         "StreamClosed",
         "StreamConsumed",
     ),
     "mlx_engine.limits": ("RequestLimits",),
+    "mlx_engine.memory_stats": (
+        "MemoryOwner",
+        "MemoryStats",
+        "MemoryUse",
+        "PressureStage",
+    ),
     "mlx_engine.outputs": (
         "EngineState",
         "EngineStats",
