@@ -127,8 +127,8 @@ def test_constructors_explain_every_option_and_name_its_default(
 def test_the_command_has_every_option() -> None:
     line = """host m --socket s --revision r --adapter-path a --trust-remote-code --context-length 9
     --kv-bits 4 --kv-group-size 32 --quantized-kv-start 5 --prefill-step-size 3 --max-kv-size 8
-    --prompt-cache-bytes 0 --memory 8GB --queue-limit 3 --max-wait 2.5 --max-batch-size 2 --limit messages=3
-    --tool-format hermes --reasoning-format none
+    --prompt-cache-bytes 0 --memory 8GB --max-wait 2.5 --max-batch-size 2 --limit messages=3
+    --queue-limit 3 --tool-format hermes --reasoning-format none
     --max-decode-pause-ms none --kv-cache-memory-bytes 9 --draft-model d --prefill-draft d"""
     given = engine_options(parse(line.split()))
     assert given.keys() == {"model", *hints(BatchedOptions)}

@@ -94,13 +94,13 @@ class Ledger:
 
     @property
     def accounts(self) -> tuple[Account, ...]:
-        """Those that are open, oldest first."""
+        """Accounts that are open, oldest first."""
         with self._lock:
             return tuple(self._accounts)
 
     @property
     def use(self) -> MemoryUse:
-        """What all of them have."""
+        """Memory that all of them have."""
         with self._lock:
             return _sum(self._accounts)
 
@@ -132,12 +132,8 @@ class Ledger:
                 self.machine, self._total = machine, machine.available()
 
     def owners(self) -> tuple[MemoryOwner, ...]:
-        """What everybody has."""
+        """All who have memory, and how much."""
         return tuple(MemoryOwner(one.name, one.limit, one.use) for one in self.accounts)
-
-    def stats(self) -> MemoryStats:
-        """Those of a manager or a process elsewhere, which has no account: the totals alone."""
-        return MemoryStats(total=self.total, stage=self.stage, owners=self.owners())
 
     def relieve(self) -> None:
         """Give up what the stage says, if that is due. On the MLX thread, between steps."""
@@ -157,16 +153,18 @@ class Ledger:
         """Hold it; what was looked at within stays as it is."""
         return self._lock
 
-    def beside(self, account: Account, use: MemoryUse, *but: str) -> int | None:
-        """Bytes left in the pool if ``account`` had ``use``; negative if that is too much.
+    def bound(self) -> int | None:
+        """``total``, without a look at the machine."""
+        return self._total
+
+    def others(self, account: Account, *but: str) -> MemoryUse:
+        """Memory that all but one have.
 
         Args:
-            but: kinds of which others count as having none.
+            but: kinds of which they count as having none.
         """
-        if self._total is None:
-            return None
-        others = sum((one.use for one in self._accounts if one is not account), MemoryUse())
-        return self._total - _charge(replace(others, **dict.fromkeys(but, 0)) + use)
+        others = _sum([one for one in self._accounts if one is not account])
+        return replace(others, **dict.fromkeys(but, 0))
 
     def make_way(self, account: Account, fits: Callable[[], bool], *, own: bool = False) -> bool:
         """Drop stored prompts until ``fits``, its own first; whether it does.
@@ -238,7 +236,7 @@ class Account:
 
     @property
     def use(self) -> MemoryUse:
-        """What it has."""
+        """Memory that it has."""
         return self._use
 
     @property
@@ -278,8 +276,10 @@ class Account:
         """Bytes that these kinds may come to together now; ``None`` if nothing bounds them.
 
         That is what it has of them, what is free, and what others have stored, which gives way to
-        all kinds but that. From any thread.
+        all kinds but that. While the system is short of memory nothing is to be stored.
         """
+        if kinds == (_GIVES_WAY,) and self._ledger.stage != "none":
+            return 0
         return self._room(kinds, () if kinds == (_GIVES_WAY,) else (_GIVES_WAY,))
 
     def most(self, *kinds: str) -> int | None:
@@ -294,11 +294,12 @@ class Account:
                 for shared, most in self._shares
                 if shared.issuperset(kinds)
             ]
-            bounds = [self._ledger.beside(self, rest, *but)]
+            room = _room_for_caches if {"live", _GIVES_WAY}.issuperset(kinds) else _room_for_models
+            total = self._ledger.bound()
             if self._limit is not None:
-                bounds.append(self._limit - _charge(rest))
-            caches = {"live", _GIVES_WAY}.issuperset(kinds)
-            rooms += [_for_caches(left) if caches else left for left in bounds if left is not None]
+                rooms.append(room(self._limit, rest))
+            if total is not None:
+                rooms.append(room(total, self._ledger.others(self, *but) + rest))
             return max(0, min(rooms)) if rooms else None
 
     def stats(self) -> MemoryStats:
@@ -348,8 +349,8 @@ class Account:
                 return False
         if self._limit is not None and _charge(wanted) > self._limit:
             return False
-        left = self._ledger.beside(self, wanted, *none)
-        return left is None or left >= 0
+        total = self._ledger.bound()
+        return total is None or _charge(self._ledger.others(self, *none) + wanted) <= total
 
 
 def _sum(accounts: list[Account]) -> MemoryUse:
@@ -361,9 +362,14 @@ def _charge(use: MemoryUse) -> int:
     return use.models - (-use.caches * _PART // (_PART - 1))
 
 
-def _for_caches(left: int) -> int:
-    """Bytes of caches that can be had for so many bytes, what computing them takes included."""
-    return left * (_PART - 1) // _PART
+def _room_for_models(most: int, use: MemoryUse) -> int:
+    """Bytes of models that fit beside ``use`` into ``most``."""
+    return most - _charge(use)
+
+
+def _room_for_caches(most: int, use: MemoryUse) -> int:
+    """Bytes of caches that fit beside ``use`` into ``most``, with what computing them takes."""
+    return (most - use.models) * (_PART - 1) // _PART - use.caches
 
 
 def ledger() -> Ledger:

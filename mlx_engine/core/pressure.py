@@ -130,12 +130,12 @@ class PressureWatch:
 
     def look(self) -> None:
         """Look once, and have done what follows. From any thread."""
-        book = ledger()
-        before, stage = book.stage, next_stage(book.stage, self.source.level())
+        book, level = ledger(), self.source.level()
+        before, stage = book.stage, next_stage(book.stage, level)
         book.stage = stage
         if stage != before:
             LOG.info("memory pressure: %s, after %s", stage, before)
-        if stage != "none":
+        if level != "normal":
             book.relief_due = True
             mlx_thread.post(book.relieve)
 

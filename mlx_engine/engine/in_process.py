@@ -72,7 +72,7 @@ class Holder(Protocol):
         """Counters of the prompt cache. From any thread."""
 
     def memory_stats(self) -> MemoryStats:
-        """What it has of the memory. From any thread."""
+        """Memory that it has, and may have. From any thread."""
 
     def save_prompt_cache(self, path: Path) -> int:
         """Write the prompt cache into a file; the number of prompts. On the MLX thread."""

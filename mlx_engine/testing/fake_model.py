@@ -115,7 +115,7 @@ class FakeModel:
         return PromptCacheStats() if cache is None else cache.stats()
 
     def memory_stats(self) -> MemoryStats:
-        """What it has of the memory: nothing. From any thread."""
+        """Memory that it may have; it needs none. From any thread."""
         return self._memory
 
     def load(self, on_progress: ProgressCallback | None, should_stop: Callable[[], bool]) -> None:

@@ -21,7 +21,7 @@ from mlx_engine.core.pressure import (
     next_stage,
 )
 from mlx_engine.memory_stats import PressureStage
-from tests.conftest import on_mlx_thread
+from tests.conftest import on_mlx_thread, settled
 from tests.memory.machines import machine_of
 from tests.memory.test_machine import system
 from tests.waiting import until
@@ -103,7 +103,7 @@ async def test_stored_prompts_shrink_and_come_back(
         async with engine_type(tiny_path, prefill_step_size=16) as engine:
             for n in range(8):
                 await engine.generate([n + 1] * 40, max_tokens=1)
-            assert engine.stats().prompt_cache.entries == 8
+            await until(lambda: engine.stats().prompt_cache.entries == 8, "they are not stored")
             source.said = "warning"
             watch.look()
             await until(lambda: engine.stats().prompt_cache.entries == 4, "nothing is dropped")
@@ -113,12 +113,14 @@ async def test_stored_prompts_shrink_and_come_back(
             assert engine.stats().memory.stage == "clear"
             left = engine.stats().prompt_cache.entries
             await engine.generate([99] * 40, max_tokens=1)
-            assert engine.stats().prompt_cache.entries <= left, "nothing more is stored"
+            await settled()
+            assert engine.stats().prompt_cache.entries == left, "nothing more is stored"
             source.said = "normal"
             for _ in range(3):
                 watch.look()
             assert engine.stats().memory.stage == "none"
             await engine.generate([98] * 40, max_tokens=1)
+            await settled()
             assert engine.stats().prompt_cache.entries > left
     said = [record.getMessage() for record in caplog.records if "pressure" in record.getMessage()]
     assert said == [

@@ -66,8 +66,9 @@ class PromptCache:
 
     Attributes:
         index: their tokens, for other threads.
-        claim: called with the bytes that all entries are to take, before and after each change;
-            whether they may, which is asked before they become more.
+        room: bytes that it may come to now, besides ``limit``; ``None`` is any number.
+        claim: called with the bytes that all entries are to take, before they become more, which
+            it may refuse, and after each change.
     """
 
     def __init__(self, limit: int, *, grid: int | None = None, quantized_from: int = 0) -> None:
@@ -76,6 +77,7 @@ class PromptCache:
         self._limit = limit
         self._step = grid or 1
         self.index = PromptIndex(self._step)
+        self.room: Callable[[], int | None] = _endless
         self.claim: Callable[[int], bool] = _anything
         self._entries: OrderedDict[int, Entry] = OrderedDict()  # least recently used first
         self._used: dict[int, int] = {}  # when, by the clock
@@ -219,7 +221,7 @@ class PromptCache:
         for key, entry in list(self._entries.items()):
             if new.first <= entry.first and new.covers(entry.tokens, entry.last):
                 self._drop(key)
-        if not self._make_room(new.nbytes):
+        if not self._make_room(new.nbytes, new.nbytes):
             return False
         new.evaluate()
         self._entries[self._next_key] = new
@@ -238,7 +240,7 @@ class PromptCache:
             self._refused += 1
             return False
         self._touch(key)
-        if not self._make_room(marked.nbytes - self._entries[key].nbytes, key):
+        if not self._make_room(marked.nbytes, marked.nbytes - self._entries[key].nbytes):
             return False
         marked.evaluate()
         self._replace(key, marked)
@@ -263,20 +265,21 @@ class PromptCache:
         self.index.clear()
         self._change(-self._nbytes)
 
-    def _make_room(self, nbytes: int, but: int | None = None) -> bool:
-        """Drop what was used least recently until there is room for more; whether there is.
+    def _make_room(self, whole: int, more: int) -> bool:
+        """Drop what was used least recently until an entry fits; whether there is room for it.
 
         Args:
-            nbytes: that come.
-            but: an entry that stays; it was used last.
+            whole: its bytes; nothing is dropped for what is too much by itself.
+            more: bytes that come with it.
         """
-        self.shrink(self._limit - nbytes)
-        while not self.claim(self._nbytes + nbytes):
-            if next(iter(self._entries), but) == but:
-                self._refused += 1
-                return False
-            self.evict()
-        return True
+        room = self.room()
+        most = self._limit if room is None else min(self._limit, room)
+        if whole <= most:
+            self.shrink(most - more)
+        if whole <= most and self.claim(self._nbytes + more):
+            return True
+        self._refused += 1
+        return False
 
     def _touch(self, key: int) -> None:
         """An entry is used now."""
@@ -391,3 +394,7 @@ class PromptCache:
 
 def _anything(_nbytes: int) -> bool:
     return True
+
+
+def _endless() -> int | None:
+    return None

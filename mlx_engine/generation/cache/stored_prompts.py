@@ -19,9 +19,10 @@ class StoredPrompts:
 
     def __init__(self, caches: Sequence[PromptCache], account: Account) -> None:
         self._caches = caches
-        self._account = account
-        for cache in caches:
-            cache.claim = partial(self._claim, cache)
+        claims = _Claims(account, len(caches))  # which the caches have, and which has none of them
+        for number, cache in enumerate(caches):
+            cache.room = partial(claims.room, number)
+            cache.claim = partial(claims.claim, number)
         account.stored = self
 
     def oldest(self) -> float | None:
@@ -35,9 +36,23 @@ class StoredPrompts:
         if filled:
             min(filled, key=lambda cache: cache.oldest() or 0).evict()
 
-    def _claim(self, one: PromptCache, nbytes: int) -> bool:
-        total = nbytes + sum(cache.nbytes for cache in self._caches if cache is not one)
-        if nbytes > one.nbytes:
-            return self._account.claim("stored", total)
-        self._account.set("stored", total)  # it is so already
+
+class _Claims:
+    """Bytes of each of several prompt caches, by number, claimed together."""
+
+    def __init__(self, account: Account, count: int) -> None:
+        self._account = account
+        self._nbytes = [0] * count
+
+    def room(self, number: int) -> int | None:
+        """Bytes that one of them may come to."""
+        room = self._account.room("stored")
+        return None if room is None else max(0, room - sum(self._nbytes) + self._nbytes[number])
+
+    def claim(self, number: int, nbytes: int) -> bool:
+        """Have so many bytes in one of them, if that is less than before or there is room."""
+        total = sum(self._nbytes) - self._nbytes[number] + nbytes
+        if not self._account.claim("stored", total):
+            return False
+        self._nbytes[number] = nbytes
         return True
