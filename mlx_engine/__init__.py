@@ -29,6 +29,7 @@ Its files:
     constraints.py   what an answer must be
     outputs.py       what engines give back
     cache_stats.py   what they tell of a prompt cache
+    memory_stats.py  and of memory
     checks.py        numbers and paths that callers give
     signatures.py    how functions with such options are shown
     agents.py        coding agents, and how they are pointed at a server
@@ -68,11 +69,13 @@ if TYPE_CHECKING:
         InvalidRequest,
         MLXEngineError,
         ModelLoadError,
+        NotEnoughMemory,
         OutputInvalid,
         StreamClosed,
         StreamConsumed,
     )
     from mlx_engine.limits import RequestLimits
+    from mlx_engine.memory_stats import MemoryOwner, MemoryStats, MemoryUse, PressureStage
     from mlx_engine.outputs import (
         EngineState,
         EngineStats,
@@ -152,9 +155,14 @@ __all__ = [
     "JSONSchema",
     "LogitsProcessor",
     "MLXEngineError",
+    "MemoryOwner",
+    "MemoryStats",
+    "MemoryUse",
     "Message",
     "ModelLoadError",
+    "NotEnoughMemory",
     "OutputInvalid",
+    "PressureStage",
     "ProcessEngine",
     "Progress",
     "ProgressCallback",
@@ -229,11 +237,18 @@ _HOMES = {
         "InvalidRequest",
         "MLXEngineError",
         "ModelLoadError",
+        "NotEnoughMemory",
         "OutputInvalid",
         "StreamClosed",
         "StreamConsumed",
     ),
     "mlx_engine.limits": ("RequestLimits",),
+    "mlx_engine.memory_stats": (
+        "MemoryOwner",
+        "MemoryStats",
+        "MemoryUse",
+        "PressureStage",
+    ),
     "mlx_engine.outputs": (
         "EngineState",
         "EngineStats",

@@ -2,6 +2,7 @@
 
 MLXEngineError
 ├── ModelLoadError                 not found, unsupported, broken files
+│   └── NotEnoughMemory            its weights do not fit beside what others have
 ├── InvalidRequest (ValueError)    a bad option, prompt or message
 │   └── ContextLengthExceeded      prompt + max_tokens does not fit
 ├── EngineBusy                     the queue or wait limit is reached
@@ -32,6 +33,23 @@ class MLXEngineError(Exception):
 
 class ModelLoadError(MLXEngineError):
     """The model cannot be loaded; the message names the file and what to do."""
+
+
+class NotEnoughMemory(ModelLoadError):
+    """The weights of a model do not fit into the memory that is left, or that it may have.
+
+    Attributes:
+        needed: bytes that it needs, its drafts included.
+        available: bytes that it could have.
+    """
+
+    def __init__(self, message: str, *, needed: int, available: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.available = available
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return rebuild, (type(self), str(self), self.__dict__.copy())
 
 
 class InvalidRequest(MLXEngineError, ValueError):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.checks import shown
 from mlx_engine.errors import InvalidRequest
+from mlx_engine.memory_stats import NOTHING, MemoryStats
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 Segment = Literal["content", "reasoning", "tool_call"]
@@ -342,6 +343,7 @@ class EngineStats:
         batch_size: requests that decode together now.
         kv_bytes: in the KV caches of the requests in work.
         prompt_cache: of the prompt cache.
+        memory: what the engine has of the memory, and who has what in its process.
     """
 
     state: EngineState
@@ -361,6 +363,7 @@ class EngineStats:
     batch_size: int
     kv_bytes: int
     prompt_cache: PromptCacheStats
+    memory: MemoryStats = NOTHING
 
     @property
     def acceptance_rate(self) -> float:

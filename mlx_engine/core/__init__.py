@@ -9,6 +9,10 @@ Its files:
     lifecycle.py    states and shutdown
     mlx_thread.py   the MLX thread and the generation lock
     batch_queue.py  who gets the next place in a batch
+    ledger.py       who has how much memory
+    machine.py      how much there is
+    pressure.py     what is given up when the system is short of it
+    reclaim.py      memory had back from engines elsewhere
     work_queue.py   queues: entering, waiting, being cancelled
     work.py         pieces of work: PendingWork, ThreadJob
     drain.py        waiting to the end, whatever happens to whoever waits

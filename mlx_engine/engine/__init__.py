@@ -12,6 +12,7 @@ Its files:
     simple.py          one request at a time
     batched.py         many at once
     model_holder.py    where the model is
+    engine_memory.py   what it has of the memory
     batch_holder.py    a model and the batch of its requests
     late.py            what engines do with MLX, imported when it is first needed
     mlx_work.py        that, in one place

@@ -25,6 +25,7 @@ from mlx_engine.core.stop import Interrupted
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
+from mlx_engine.memory_stats import MemoryStats
 from mlx_engine.outputs import (
     EngineState,
     EngineStats,
@@ -69,6 +70,9 @@ class Holder(Protocol):
 
     def prompt_cache_stats(self) -> PromptCacheStats:
         """Counters of the prompt cache. From any thread."""
+
+    def memory_stats(self) -> MemoryStats:
+        """Memory that it has, and may have. From any thread."""
 
     def save_prompt_cache(self, path: Path) -> int:
         """Write the prompt cache into a file; the number of prompts. On the MLX thread."""
@@ -153,6 +157,7 @@ class InProcessEngine(BaseEngine):
             batch_size=counters.batch_size,
             kv_bytes=counters.kv_bytes,
             prompt_cache=self._holder.prompt_cache_stats(),
+            memory=self._holder.memory_stats(),
         )
 
     async def start(self) -> None:

@@ -15,7 +15,6 @@ import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList, ConcatenateKVCache, KVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from mlx_engine.chat.formats import AnswerFormat, choose_format
 from mlx_engine.chat.template import ChatTemplate
@@ -142,8 +141,6 @@ def load_model(
         raise
     except Exception as error:  # the border: mlx_lm, safetensors and transformers raise anything
         raise ModelLoadError(f"{source}: {_explain(error, config)}") from error
-    # Metal only, elsewhere it does nothing: lets the weights stay resident.
-    maybe_set_recommended_wired_limit()
     eos, size = frozenset(tokenizer.eos_token_ids), vocab_size(model_config, tokenizer)
     vocabulary = Vocabulary(
         tokenizer=tokenizer,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from mlx_engine.config import EngineConfig
 from mlx_engine.core.bridge import in_this_loop
+from mlx_engine.core.machine import Memory
 from mlx_engine.core.scheduler import BatchScheduler, Scheduler, SimpleScheduler
 from mlx_engine.engine.base import checked_callback
 from mlx_engine.engine.in_process import InProcessEngine
@@ -67,6 +68,7 @@ class FakeEngine(InProcessEngine):
         context_length: int | None = None,
         queue_limit: int | None = None,
         max_wait: float | None = None,
+        memory: Memory = "auto",
         limits: RequestLimits = DEFAULT_LIMITS,
         on_progress: ProgressCallback | None = None,
     ) -> None:
@@ -93,6 +95,7 @@ class FakeEngine(InProcessEngine):
                 and as many questions, such as ``count_tokens``.
             max_wait: seconds that a request, or a question, may wait before ``EngineBusy`` is
                 raised.
+            memory: what it may have in all, as in other engines; it needs none.
             limits: how large a request may be; see ``RequestLimits``.
             on_progress: told of the load, in the event loop that starts the engine.
 
@@ -105,7 +108,7 @@ class FakeEngine(InProcessEngine):
         config = EngineConfig.of(
             "batched" if batch else "simple",
             model,
-            {"context_length": context_length, **queue, **batch},
+            {"context_length": context_length, "memory": memory, **queue, **batch},
         )
         self.limits = config.limits
         self.takes_priority = bool(batch)
@@ -120,6 +123,7 @@ class FakeEngine(InProcessEngine):
             load_seconds=load_seconds,
             supports_tools=supports_tools,
             supports_reasoning=supports_reasoning,
+            memory=config.model.memory,
         )
         super().__init__(holder, config.queue, config.model.model)
 

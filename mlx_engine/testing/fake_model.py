@@ -13,8 +13,10 @@ from pathlib import Path
 from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.checks import flag, number, shown
 from mlx_engine.core.counters import EngineCounters
+from mlx_engine.core.machine import Memory
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError, another
+from mlx_engine.memory_stats import MemoryStats
 from mlx_engine.outputs import (
     Progress,
     ProgressCallback,
@@ -58,6 +60,7 @@ class FakeModel:
         load_seconds: float,
         supports_tools: bool = True,
         supports_reasoning: bool = True,
+        memory: Memory = "auto",
     ) -> None:
         self.texts = TokenTexts()
         self.counters = EngineCounters()
@@ -70,6 +73,7 @@ class FakeModel:
         self._load_seconds = _seconds("load_seconds", load_seconds)
         self._supports_tools = flag("supports_tools", supports_tools)
         self._supports_reasoning = flag("supports_reasoning", supports_reasoning)
+        self._memory = MemoryStats(limit=memory if isinstance(memory, int) else None)
         self._call_numbers = itertools.count(1)
         self._cache: FakePromptCache | None = None
 
@@ -109,6 +113,10 @@ class FakeModel:
         """Counters of the prompt cache. From any thread."""
         cache = self._cache
         return PromptCacheStats() if cache is None else cache.stats()
+
+    def memory_stats(self) -> MemoryStats:
+        """Memory that it may have; it needs none. From any thread."""
+        return self._memory
 
     def load(self, on_progress: ProgressCallback | None, should_stop: Callable[[], bool]) -> None:
         """Play the script of a load.

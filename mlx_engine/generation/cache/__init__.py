@@ -9,6 +9,7 @@ Its files:
     rollback.py           rejected tokens taken back out
     snapshot.py           copies that share memory
     prompt_cache.py       KV caches of earlier prompts
+    stored_prompts.py     all of an engine's, in the ledger of memory
     stored_prompt.py      one of these prompts, and an index of them
     prompt_cache_file.py  all of them on disk
     layer_record.py       a layer there
