@@ -31,6 +31,7 @@ Its files:
     cache_stats.py   what they tell of a prompt cache
     checks.py        numbers and paths that callers give
     signatures.py    how functions with such options are shown
+    other_names.py   what people type, and what to write here
     errors.py        every exception, as a tree
     guide/           what users read, by ``mlx-engine help``
 """
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from mlx_engine.engine.base import BaseEngine
     from mlx_engine.engine.batched import BatchedEngine
     from mlx_engine.engine.interface import Engine
+    from mlx_engine.engine.outcomes import Outcome, Outcomes
     from mlx_engine.engine.simple import SimpleEngine
     from mlx_engine.errors import (
         ContextLengthExceeded,
@@ -105,6 +107,7 @@ if TYPE_CHECKING:
         ChatOptions,
         ChatRequestOptions,
         Message,
+        Prompt,
         RequestOptions,
         ToolChoice,
     )
@@ -153,10 +156,13 @@ __all__ = [
     "MLXEngineError",
     "Message",
     "ModelLoadError",
+    "Outcome",
+    "Outcomes",
     "OutputInvalid",
     "ProcessEngine",
     "Progress",
     "ProgressCallback",
+    "Prompt",
     "PromptCacheLookup",
     "PromptCacheStats",
     "RayEngine",
@@ -216,6 +222,10 @@ _HOMES = {
     "mlx_engine.engine.base": ("BaseEngine",),
     "mlx_engine.engine.batched": ("BatchedEngine",),
     "mlx_engine.engine.interface": ("Engine",),
+    "mlx_engine.engine.outcomes": (
+        "Outcome",
+        "Outcomes",
+    ),
     "mlx_engine.engine.simple": ("SimpleEngine",),
     "mlx_engine.errors": (
         "ContextLengthExceeded",
@@ -279,6 +289,7 @@ _HOMES = {
         "ChatOptions",
         "ChatRequestOptions",
         "Message",
+        "Prompt",
         "RequestOptions",
         "ToolChoice",
     ),

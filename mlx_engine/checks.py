@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, get_type_hints
 
 from mlx_engine.errors import InvalidRequest
+from mlx_engine.other_names import advice
 
 T = TypeVar("T")
 
@@ -73,10 +74,14 @@ def check_options(config: object) -> None:
 
 
 def unknown_option(name: str, known: Iterable[str], of: str = "") -> InvalidRequest:
-    """The error for an option that does not exist, with the nearest one that does."""
+    """The error for an option that does not exist, with what to write instead: what is known by
+    that name elsewhere, or else the nearest one that does exist.
+    """
     known = list(known)
-    close = difflib.get_close_matches(name[:_LONGEST], known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    hint = advice(name[:_LONGEST], known)
+    if hint is None:
+        close = difflib.get_close_matches(name[:_LONGEST], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
     return InvalidRequest(name[:_LONGEST], f"there is no such option{of}; {hint}")
 
 

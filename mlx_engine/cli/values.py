@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
+from typing import TypedDict
 
 from mlx_engine.checks import number
 from mlx_engine.cli import guide
 from mlx_engine.limits import RequestLimits
+from mlx_engine.requests import checked_time_limit
+
+
+class TimeLimit(TypedDict, total=False):
+    """How long an answer may take; a keyword argument of every request."""
+
+    timeout: float | None
+
+
+def time_limit(args: argparse.Namespace) -> TimeLimit:
+    """The time limit, if one was given.
+
+    Raises:
+        InvalidRequest: it is out of its range.
+    """
+    return {"timeout": checked_time_limit(args.timeout)} if "timeout" in args else {}
 
 
 def count_or_none(text: str) -> int | None:

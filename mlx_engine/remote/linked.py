@@ -13,7 +13,8 @@ from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.checks import shown
 from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.wakeup import running_loop
-from mlx_engine.engine.base import BaseEngine, checked_callback
+from mlx_engine.engine.base import BaseEngine
+from mlx_engine.engine.map_interface import checked_callback
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import (
     EngineState,
@@ -158,6 +159,9 @@ class LinkedEngine(BaseEngine):
             InvalidRequest: ``timeout`` is not such a number.
         """
         return await self._client.shutdown(timeout)
+
+    async def _clear_failure(self) -> None:
+        await self._client.clear_failure()
 
     async def wait_exit(self) -> Exit:
         """Wait until what runs the engine is gone, and tell how it ended.

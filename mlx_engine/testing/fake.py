@@ -8,8 +8,8 @@ from collections.abc import Callable
 from mlx_engine.config import EngineConfig
 from mlx_engine.core.bridge import in_this_loop
 from mlx_engine.core.scheduler import BatchScheduler, Scheduler, SimpleScheduler
-from mlx_engine.engine.base import checked_callback
 from mlx_engine.engine.in_process import InProcessEngine
+from mlx_engine.engine.map_interface import checked_callback
 from mlx_engine.errors import EngineDead, InvalidRequest
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import ProgressCallback
@@ -133,8 +133,8 @@ class FakeEngine(InProcessEngine):
     def die(self, error: EngineDead | None = None) -> None:
         """End the engine as if what it runs on were gone. From any thread.
 
-        It is ``FAILED``, and whoever waits for it gets ``EngineDead`` at the next token; after
-        a ``stop`` it can be started again. To let it die in the middle of an answer, put an
+        It is ``FAILED``, and whoever waits for it gets ``EngineDead`` at the next token;
+        ``restart`` brings it back. To let it die in the middle of an answer, put an
         ``EngineDead`` among the pieces.
 
         Args:

@@ -21,7 +21,13 @@ from mlx_engine.core.stream import Producer
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
-from mlx_engine.outputs import EngineState, EngineStats, ProgressCallback, ShutdownReport
+from mlx_engine.outputs import (
+    EngineState,
+    EngineStats,
+    ProgressCallback,
+    ShutdownReport,
+    Usage,
+)
 from mlx_engine.questions import PromptFacts, PromptQuestion
 from mlx_engine.remote.health import Health
 from mlx_engine.remote.process_engine import ProcessEngine
@@ -284,6 +290,15 @@ class EngineManager(BaseEngine):
             deadline = time.monotonic() + timeout
             self._deadline = min(self._deadline or deadline, deadline)
         return await self._lifecycle.shutdown(timeout, self._release)
+
+    async def _clear_failure(self) -> None:
+        self._check_loop()
+        await self._lifecycle.clear_failure(self._release)
+
+    async def _warm(self, request: GenerationRequest) -> Usage:
+        with self._work("warm") as work:
+            up = await work.do(self._replicas.until_up())
+            return (await work.do(all_results([one.engine._warm(request) for one in up])))[0]
 
     async def scale(self, replicas: int) -> None:
         """Have so many replicas.

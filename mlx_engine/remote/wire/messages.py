@@ -25,7 +25,7 @@ from mlx_engine.remote.wire.json_values import extension_from_wire
 
 T = TypeVar("T")
 
-VERSION = 5
+VERSION = 6
 MAGIC = "mlx_engine"
 
 Phase = Literal["start", "load", "idle", "prefill", "decode"]
@@ -76,6 +76,7 @@ class Generate(_Message):
         stream: whether chunks are wanted.
         progress: whether its progress is to be told.
         name: what its caller calls it; for messages.
+        timeout, max_wait: seconds; ``None`` is no limit.
     """
 
     number: int
@@ -88,6 +89,8 @@ class Generate(_Message):
     stream: bool
     progress: bool
     name: str = ""
+    timeout: float | None = None
+    max_wait: float | None = None
 
 
 class Cancel(_Message):
