@@ -56,7 +56,8 @@ if TYPE_CHECKING:
     from mlx_engine.engine.base import BaseEngine
     from mlx_engine.engine.batched import BatchedEngine
     from mlx_engine.engine.interface import Engine
-    from mlx_engine.engine.outcomes import Outcome, Outcomes
+    from mlx_engine.engine.outcome import Outcome
+    from mlx_engine.engine.outcomes import Outcomes
     from mlx_engine.engine.simple import SimpleEngine
     from mlx_engine.errors import (
         ContextLengthExceeded,
@@ -222,10 +223,8 @@ _HOMES = {
     "mlx_engine.engine.base": ("BaseEngine",),
     "mlx_engine.engine.batched": ("BatchedEngine",),
     "mlx_engine.engine.interface": ("Engine",),
-    "mlx_engine.engine.outcomes": (
-        "Outcome",
-        "Outcomes",
-    ),
+    "mlx_engine.engine.outcome": ("Outcome",),
+    "mlx_engine.engine.outcomes": ("Outcomes",),
     "mlx_engine.engine.simple": ("SimpleEngine",),
     "mlx_engine.errors": (
         "ContextLengthExceeded",

@@ -176,6 +176,18 @@ def number_or_none(
     )
 
 
+def checked_time_limit(timeout: float | None) -> float | None:
+    """``timeout`` of a request, if it can be one; raises ``InvalidRequest`` if not."""
+    return number_or_none(
+        "timeout", timeout, low=0, above=True, endless=True, what="seconds of work"
+    )
+
+
+def checked_wait(max_wait: float | None) -> float | None:
+    """``max_wait`` of a request, if it can be one; raises ``InvalidRequest`` if not."""
+    return number_or_none("max_wait", max_wait, low=0, endless=True, what="seconds")
+
+
 def choice(option: str, value: object, choices: tuple[T, ...]) -> T:
     """The one of ``choices`` that ``value`` is equal to; neither a bool nor 4.0 is an integer.
 

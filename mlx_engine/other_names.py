@@ -24,7 +24,7 @@ _SAME: dict[str, str] = {
     **dict.fromkeys(
         ("stop_sequences", "stop_sequence", "stop_strings", "stop_words", "stops"), "stop"
     ),
-    **dict.fromkeys(("eos_token_id", "eos_token_ids", "stop_tokens", "stop_ids"), "stop_token_ids"),
+    **dict.fromkeys(("eos_token_id", "eos_token_ids", "stop_ids"), "stop_token_ids"),
     **dict.fromkeys(("top_n_tokens", "top_logprobs", "num_logprobs", "n_probs"), "logprobs"),
     **dict.fromkeys(("random_seed", "random_state"), "seed"),
     **dict.fromkeys(("repeat_penalty", "rep_pen", "repetition_pen"), "repetition_penalty"),
@@ -190,7 +190,7 @@ _HOMES = (
 
 
 def advice(name: str, known: Collection[str]) -> str | None:
-    """What to write instead of an option that does not exist; ``None`` if nobody can tell.
+    """Advice on what to write instead of an option that does not exist; ``None`` if there is none.
 
     Args:
         name: as its caller has it.

@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Literal, TypedDict
 
 from mlx_engine.checks import (
     LARGEST,
+    checked_time_limit,
+    checked_wait,
     flag,
     integer,
     integer_or_none,
-    number_or_none,
     shown,
     unknown_option,
 )
@@ -279,18 +280,6 @@ def checked_priority(priority: int, taken: bool = True) -> int:
             "leave it out, or use BatchedEngine",
         )
     return number
-
-
-def checked_time_limit(timeout: float | None) -> float | None:
-    """``timeout`` of a request, if it can be one; raises ``InvalidRequest`` if not."""
-    return number_or_none(
-        "timeout", timeout, low=0, above=True, endless=True, what="seconds of work"
-    )
-
-
-def checked_wait(max_wait: float | None) -> float | None:
-    """``max_wait`` of a request, if it can be one; raises ``InvalidRequest`` if not."""
-    return number_or_none("max_wait", max_wait, low=0, endless=True, what="seconds")
 
 
 def _token_ids(prompt: object) -> list[int]:

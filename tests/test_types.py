@@ -335,6 +335,7 @@ OPEN = {
 INNER = {
     "Body",
     "Channel",
+    "Do",
     "Drains",
     "GenerationRequest",
     "LocalEngine",
@@ -343,12 +344,13 @@ INNER = {
     "Producer",
     "QueueConfig",
     "Signals",
+    "Take",
 }
 
 
 def test_what_is_in_a_signature_is_exported() -> None:
     public = {*mlx_engine.__all__, *mlx_engine.testing.__all__}
-    known = {*dir(builtins), *dir(typing), *dir(collections.abc), *dir(types), "PathLike", "T"}
+    known = {*dir(builtins), *dir(typing), *dir(collections.abc), *dir(types), "PathLike", "K", "T"}
     missing = set()
     for package in (mlx_engine, mlx_engine.testing):
         for name in package.__all__:

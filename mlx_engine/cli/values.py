@@ -6,10 +6,9 @@ import argparse
 from dataclasses import fields
 from typing import TypedDict
 
-from mlx_engine.checks import number
+from mlx_engine.checks import checked_time_limit, number
 from mlx_engine.cli import guide
 from mlx_engine.limits import RequestLimits
-from mlx_engine.requests import checked_time_limit
 
 
 class TimeLimit(TypedDict, total=False):

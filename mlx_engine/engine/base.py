@@ -14,16 +14,17 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from mlx_engine.chat.formats import choose_format
-from mlx_engine.checks import checked_path
+from mlx_engine.checks import checked_path, checked_time_limit, checked_wait
 from mlx_engine.config import EngineConfig, QueueConfig
 from mlx_engine.conversation import ANY_USER, LEADING
+from mlx_engine.core.bridge import checked_callback
 from mlx_engine.core.drain import clean_up
 from mlx_engine.core.log import logged
 from mlx_engine.core.stream import GenerationStream, PartialAnswer, Producer
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.engine.interface import Engine
 from mlx_engine.engine.many import in_order, made_once, mapped, params_for_each
-from mlx_engine.engine.map_interface import asked, checked_callback
+from mlx_engine.engine.map_interface import asked
 from mlx_engine.engine.typed import OutputType, TypedWork, as_output, partial_answer
 from mlx_engine.errors import InvalidRequest, MLXEngineError, renamed
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
@@ -58,8 +59,6 @@ from mlx_engine.requests import (
     chat_prompt,
     check_known,
     checked_priority,
-    checked_time_limit,
-    checked_wait,
     generation_request,
     those_of,
 )

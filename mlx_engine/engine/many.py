@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Sized
 from typing import Any, TypeVar
 
-from mlx_engine.checks import flag, integer, shown
+from mlx_engine.checks import flag, integer
 from mlx_engine.config import QueueConfig
 from mlx_engine.core.bridge import in_this_loop
-from mlx_engine.engine.outcomes import Do, Job, LastOutcome, Outcome, Outcomes, Take
+from mlx_engine.engine.items import check_items, check_not_one_chat, taker
+from mlx_engine.engine.outcome import Job, LastOutcome, Outcome
+from mlx_engine.engine.outcomes import Do, Outcomes, Take
 from mlx_engine.errors import (
     EngineBusy,
     EngineDead,
@@ -64,13 +66,7 @@ def mapped(
     Raises:
         InvalidRequest: an argument is not acceptable.
     """
-    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable | AsyncIterable):
-        raise InvalidRequest(
-            "prompts",
-            f"must be a list, a mapping or an (async) iterator of prompts or conversations, not "
-            f"{shown(prompts)}; for one, see generate() and chat()",
-        )
-    check_not_one_chat(prompts)
+    check_items(prompts)
     total = len(prompts) if isinstance(prompts, Sized) else None
     if concurrency is None:
         limits = getattr(engine, "queue_limits", QueueConfig())
@@ -80,7 +76,7 @@ def mapped(
     work = _Jobs(ask, engine, integer("retries", retries, low=0), max_wait)
 
     def begin() -> tuple[Take[Any], Do[Any], Callable[[], None]]:
-        return _taker(prompts), work.outcome, _teller(on_progress, total)
+        return taker(prompts), work.outcome, _teller(on_progress, total)
 
     workers = places if total is None else min(places, total)
     return Outcomes(begin, workers, ordered=flag("ordered", ordered), total=total)
@@ -156,41 +152,6 @@ class _Jobs:
         return outcome
 
 
-def _taker(prompts: Any) -> Take[Any]:
-    """What gives the next item of ``prompts`` as a job, and ``None`` at their end."""
-    given = prompts.items() if isinstance(prompts, Mapping) else prompts
-    paired = isinstance(prompts, Mapping)
-    later = aiter(given) if isinstance(given, AsyncIterable) else None
-    now = iter(given) if later is None else None
-    index = -1
-
-    async def take() -> Job[Any] | None:
-        nonlocal index
-        try:
-            value = next(now) if now is not None else await anext(later)  # type: ignore[arg-type]
-        except (StopIteration, StopAsyncIteration):
-            return None
-        index += 1
-        if paired or _is_pair(value):
-            return Job(value[0], index, value[1])
-        return Job(index, index, value)
-
-    return take
-
-
-def _is_pair(value: object) -> bool:
-    """Whether an item has an id of its own: ``(id, prompt)``, which no prompt looks like.
-
-    A tuple of two token ids is a prompt, and so is one of two messages.
-    """
-    if not isinstance(value, tuple) or len(value) != 2:
-        return False
-    first, second = value
-    if isinstance(first, Mapping | GenerationResult):
-        return False
-    return isinstance(second, str | bytes | Sequence) or getattr(second, "ndim", None) == 1
-
-
 def _teller(on_progress: ProgressCallback | None, total: int | None) -> Callable[[], None]:
     tell, done = in_this_loop(on_progress), 0
 
@@ -201,22 +162,6 @@ def _teller(on_progress: ProgressCallback | None, total: int | None) -> Callable
             tell(Progress("batch", done, total))
 
     return one_more
-
-
-def check_not_one_chat(prompts: object) -> None:
-    """See that a list of prompts is not the messages of one conversation.
-
-    Raises:
-        InvalidRequest: it is.
-    """
-    if not isinstance(prompts, Sequence) or not prompts:
-        return
-    if all(isinstance(one, Mapping) and "role" in one for one in prompts[:_AT_ONCE]):
-        raise InvalidRequest(
-            "prompts",
-            "these are the messages of one conversation; give a list of conversations, "
-            "[messages, ...], or use chat()",
-        )
 
 
 def at_once(width: int, queue: QueueConfig, max_wait: float | None = None) -> int:

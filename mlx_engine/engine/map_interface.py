@@ -6,12 +6,13 @@ import abc
 from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, Unpack, overload
 
-from mlx_engine.checks import shown
+from mlx_engine.checks import checked_time_limit, checked_wait
+from mlx_engine.core.bridge import checked_callback
 from mlx_engine.engine.many import mapped
 from mlx_engine.engine.outcomes import Outcomes
 from mlx_engine.engine.typed import OutputType
-from mlx_engine.errors import InvalidRequest, MLXEngineError
-from mlx_engine.outputs import GenerationResult, ProgressCallback
+from mlx_engine.errors import MLXEngineError
+from mlx_engine.outputs import GenerationResult
 from mlx_engine.params import SamplingOptions, SamplingParams
 from mlx_engine.questions import check_plain, is_chat
 from mlx_engine.requests import (
@@ -20,8 +21,6 @@ from mlx_engine.requests import (
     ChatRequestOptions,
     Prompt,
     check_known,
-    checked_time_limit,
-    checked_wait,
     those_of,
 )
 from mlx_engine.signatures import spelled_out
@@ -196,10 +195,3 @@ async def asked(
     check_plain(of_chats)  # type: ignore[arg-type]
     plain = {name: value for name, value in options.items() if name not in of_chats}
     return await engine.generate(item, params, **plain)  # type: ignore[no-any-return]
-
-
-def checked_callback(on_progress: ProgressCallback | None) -> ProgressCallback | None:
-    """``on_progress``, if it can be called; raises ``InvalidRequest`` if not."""
-    if on_progress is not None and not callable(on_progress):
-        raise InvalidRequest("on_progress", f"must be callable or None, not {shown(on_progress)}")
-    return on_progress

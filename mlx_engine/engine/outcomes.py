@@ -5,72 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
 from mlx_engine.core.wakeup import running_loop
+from mlx_engine.engine.outcome import Job, LastOutcome, Outcome
 from mlx_engine.errors import MLXEngineError, another
-from mlx_engine.outputs import GenerationResult
 
 K = TypeVar("K")
 
 _WINDOW = 4  # outcomes that may be under way or unread, for each request under way
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome(Generic[K]):
-    """Outcome of one item of ``engine.map``: its answer, or the error with which it failed.
-
-    Attributes:
-        id: of the item.
-        index: of the item among all, from 0.
-        result: the answer; ``None`` if there is an error. One that was cut by its ``timeout`` is
-            an answer, with the finish reason ``timeout``.
-        error: why there is no answer; ``None`` if there is one.
-        attempts: how often it was tried.
-    """
-
-    id: K
-    index: int
-    result: GenerationResult | None = None
-    error: MLXEngineError | None = None
-    attempts: int = 1
-
-    @property
-    def ok(self) -> bool:
-        """Whether there is an answer."""
-        return self.error is None
-
-    def unwrap(self) -> GenerationResult:
-        """The answer; raises the error if there is none."""
-        if self.error is not None:
-            raise self.error.with_traceback(None)
-        assert self.result is not None
-        return self.result
-
-
-@dataclass(frozen=True, slots=True)
-class Job(Generic[K]):
-    """An item on its way to its outcome."""
-
-    id: K
-    index: int
-    item: Any
-
-
-class LastOutcome(Exception):
-    """An outcome after which no other item is to be taken up: raised instead of returning it.
-
-    Attributes:
-        outcome: the last one.
-        error: what ends it all.
-    """
-
-    def __init__(self, outcome: Outcome[Any], error: MLXEngineError) -> None:
-        super().__init__()
-        self.outcome, self.error = outcome, error
 
 
 Take = Callable[[], Awaitable[Job[K] | None]]
@@ -226,7 +171,7 @@ class _Run(Generic[K]):
             worker.add_done_callback(self._worker_ended)
 
     def unread(self) -> list[Outcome[K]]:
-        """What is there, in order."""
+        """Outcomes that are there, in order."""
         early = (self._early[index] for index in sorted(self._early))
         return [*self._ready, *early]
 

@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.checks import shown
+from mlx_engine.core.bridge import checked_callback
 from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.engine.base import BaseEngine
-from mlx_engine.engine.map_interface import checked_callback
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import (
     EngineState,

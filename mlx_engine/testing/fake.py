@@ -6,10 +6,9 @@ import threading
 from collections.abc import Callable
 
 from mlx_engine.config import EngineConfig
-from mlx_engine.core.bridge import in_this_loop
+from mlx_engine.core.bridge import checked_callback, in_this_loop
 from mlx_engine.core.scheduler import BatchScheduler, Scheduler, SimpleScheduler
 from mlx_engine.engine.in_process import InProcessEngine
-from mlx_engine.engine.map_interface import checked_callback
 from mlx_engine.errors import EngineDead, InvalidRequest
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import ProgressCallback
