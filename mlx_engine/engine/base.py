@@ -275,11 +275,6 @@ class BaseEngine(Engine, abc.ABC):
         check_known(options, ChatOptions)
         source = self._beginning(prompt, options)
         self.check_running()
-        if not self.stats().prompt_cache.limit:
-            raise InvalidRequest(
-                "prompt_cache_bytes",
-                "this engine keeps no prompts: there is nothing to warm; make it with more than 0",
-            )
         return await self._warm(GenerationRequest(source, SamplingParams(max_tokens=0)))
 
     def _beginning(self, prompt: Prompt, options: ChatOptions) -> TextPrompt | ChatPrompt:
@@ -293,6 +288,11 @@ class BaseEngine(Engine, abc.ABC):
 
     async def _warm(self, request: GenerationRequest) -> Usage:
         """Put a prompt into the prompt cache."""
+        if not self.stats().prompt_cache.limit:
+            raise InvalidRequest(
+                "prompt_cache_bytes",
+                "this engine keeps no prompts: there is nothing to warm; make it with more than 0",
+            )
         work = self.submit(request)
         return (await logged(work.request_id, work.run(None))).usage
 

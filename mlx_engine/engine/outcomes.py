@@ -189,6 +189,7 @@ class _Run(Generic[K]):
                 failure = self._failure or (self._gone if self._left != 0 else None)
                 self._failure = self._gone = None
                 if failure is None:
+                    await asyncio.sleep(0)  # who is told of progress hears of the last one first
                     raise StopAsyncIteration
                 try:
                     raise failure

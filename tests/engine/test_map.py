@@ -280,7 +280,6 @@ async def test_progress_tells_how_many_are_over() -> None:
     async with FakeEngine("a") as engine:
         _ = [o async for o in engine.map(["x", "y"], on_progress=seen.append)]
         _ = [o async for o in engine.map(iter(["x"]), on_progress=seen.append)]
-        await asyncio.sleep(0)
     assert seen == [Progress("batch", 1, 2), Progress("batch", 2, 2), Progress("batch", 1, None)]
 
 
