@@ -318,7 +318,7 @@ class EngineState(enum.StrEnum):
     RUNNING = "running"  # requests are taken
     DRAINING = "draining"  # what is in flight may finish, new requests are refused
     STOPPED = "stopped"  # nothing is in flight and the model is gone; may be started again
-    FAILED = "failed"  # it cannot serve any more; shut it down
+    FAILED = "failed"  # it cannot serve any more; restart it, or shut it down
 
 
 @dataclass(frozen=True, slots=True)

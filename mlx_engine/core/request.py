@@ -169,7 +169,9 @@ class ActiveRequest(abc.ABC):
         return "timeout" if time.perf_counter() >= self._deadline else None
 
     def work_begins(self) -> None:
-        """Its turn has come: from now on its ``timeout`` counts."""
+        """Its turn has come: from now on its ``timeout`` counts, however often it makes way."""
+        if self._timer.started:
+            return
         self._timer.started = time.perf_counter()
         if self.asked.timeout is not None:
             self._deadline = self._timer.started + self.asked.timeout
