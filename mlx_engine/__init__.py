@@ -33,6 +33,7 @@ Its files:
     checks.py        numbers and paths that callers give
     signatures.py    how functions with such options are shown
     agents.py        coding agents, and how they are pointed at a server
+    other_names.py   what people type, and what to write here
     errors.py        every exception, as a tree
     guide/           what users read, by ``mlx-engine help``
 """
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
     from mlx_engine.engine.base import BaseEngine
     from mlx_engine.engine.batched import BatchedEngine
     from mlx_engine.engine.interface import Engine
+    from mlx_engine.engine.outcome import Outcome
+    from mlx_engine.engine.outcomes import Outcomes
     from mlx_engine.engine.simple import SimpleEngine
     from mlx_engine.errors import (
         ContextLengthExceeded,
@@ -109,6 +112,7 @@ if TYPE_CHECKING:
         ChatOptions,
         ChatRequestOptions,
         Message,
+        Prompt,
         RequestOptions,
         ToolChoice,
     )
@@ -161,11 +165,14 @@ __all__ = [
     "Message",
     "ModelLoadError",
     "NotEnoughMemory",
+    "Outcome",
+    "Outcomes",
     "OutputInvalid",
     "PressureStage",
     "ProcessEngine",
     "Progress",
     "ProgressCallback",
+    "Prompt",
     "PromptCacheLookup",
     "PromptCacheStats",
     "RayEngine",
@@ -225,6 +232,8 @@ _HOMES = {
     "mlx_engine.engine.base": ("BaseEngine",),
     "mlx_engine.engine.batched": ("BatchedEngine",),
     "mlx_engine.engine.interface": ("Engine",),
+    "mlx_engine.engine.outcome": ("Outcome",),
+    "mlx_engine.engine.outcomes": ("Outcomes",),
     "mlx_engine.engine.simple": ("SimpleEngine",),
     "mlx_engine.errors": (
         "ContextLengthExceeded",
@@ -295,6 +304,7 @@ _HOMES = {
         "ChatOptions",
         "ChatRequestOptions",
         "Message",
+        "Prompt",
         "RequestOptions",
         "ToolChoice",
     ),

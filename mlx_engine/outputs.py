@@ -13,7 +13,7 @@ from mlx_engine.checks import shown
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.memory_stats import NOTHING, MemoryStats
 
-FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+FinishReason = Literal["stop", "length", "tool_calls", "timeout", "cancelled"]
 Segment = Literal["content", "reasoning", "tool_call"]
 
 
@@ -24,7 +24,7 @@ class Progress:
     Attributes:
         phase: ``download``, ``convert`` and ``load`` happen while an engine starts,
             ``score`` (with ``SpecPrefill``) and ``prefill`` at the beginning of a request,
-            ``batch`` in ``generate_batch``.
+            ``batch`` in ``map`` and ``generate_batch``.
         done: bytes (tokens of the prompt in ``score`` and ``prefill``, requests in
             ``batch``) done so far.
         total: of the same unit; ``None`` while it is not known.
@@ -232,7 +232,8 @@ class GenerationResult:
         tokens: every generated token id, the end-of-sequence token included.
         finish_reason: ``stop`` (end of sequence, a stop string or a stop token), ``tool_calls``
             (the same without a stop string, and there are calls that may be made), ``length``
-            (``max_tokens`` or the context is used up) or ``cancelled``.
+            (``max_tokens`` or the context is used up), ``timeout`` (the request's own ``timeout``
+            is over, and this is what there was by then) or ``cancelled``.
         usage: token counts.
         timings: seconds.
         reasoning: what the model thought aloud, in chats with models that do.
@@ -318,7 +319,7 @@ class EngineState(enum.StrEnum):
     RUNNING = "running"  # requests are taken
     DRAINING = "draining"  # what is in flight may finish, new requests are refused
     STOPPED = "stopped"  # nothing is in flight and the model is gone; may be started again
-    FAILED = "failed"  # it cannot serve any more; shut it down
+    FAILED = "failed"  # it cannot serve any more; restart it, or shut it down
 
 
 @dataclass(frozen=True, slots=True)

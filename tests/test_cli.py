@@ -133,6 +133,20 @@ class Terminal:
 # ── generate ────────────────────────────────────────────────────────────────────────────────
 
 
+def test_an_answer_has_as_many_seconds_as_it_is_given(tiny_path: Path) -> None:
+    model = ["--model", str(tiny_path)]
+    code, text, errors = finish("generate", "hi", *model, *ENDLESS, "--timeout", "0.2")
+    assert code == 0
+    assert set(text) == {"a", "\n"}
+    cut = re.fullmatch(r"mlx-engine: note: cut after (\d+) tokens, by --timeout\n", errors)
+    assert cut is not None
+    assert int(cut[1]) == len(text) - 1
+    for command in (["generate", "hi"], ["chat"]):
+        code, text, errors = finish(*command, *model, "--timeout", "0")
+        assert (code, text) == (2, "")
+        assert "argument --timeout: must be seconds of work, above 0" in errors
+
+
 def test_generate_reads_stdin_and_json_has_the_same_answer(tiny_path: Path) -> None:
     model = ["--model", str(tiny_path)]
     code, text, errors = finish(

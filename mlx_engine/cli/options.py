@@ -29,6 +29,8 @@ PROGRAM = "mlx-engine"
 _MODEL_HELP = "folder, Hugging Face id, or 'demo', a small built-in model (default)"
 # Of what info takes as well.
 _SOURCE = ("revision", "trust_remote_code", "tool_format", "reasoning_format")
+
+
 # Options that mean nothing without another one.
 _NEEDS = {
     "num_draft_tokens": "draft_model",
@@ -105,7 +107,7 @@ def spelled(error: InvalidRequest) -> str:
     names |= {"num_draft_tokens", "q_bits", "q_group_size", "seconds", "only", "max_clients"}
     names |= {"cache_folder", "thinking", "max_reasoning_tokens", "host", "port", "api_key_file"}
     names |= {"idle_timeout", "max_models", "served_name"}
-    names |= {"schema", "regex", "grammar", "choice"}
+    names |= {"schema", "regex", "grammar", "choice", "timeout"}
     message = str(error)
     if error.option not in names:
         return message
@@ -192,6 +194,13 @@ def _add_talk(command: argparse.ArgumentParser) -> None:
         metavar="N",
         default=argparse.SUPPRESS,
         help="close the reasoning after N tokens, and go on with the answer",
+    )
+    command.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        default=argparse.SUPPRESS,
+        help="of work for an answer, which then ends as it is",
     )
     command.add_argument(
         "--verbose", action="store_true", help="print statistics to standard error"

@@ -5,12 +5,28 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import fields
+from typing import TypedDict
 
-from mlx_engine.checks import number
+from mlx_engine.checks import checked_time_limit, number
 from mlx_engine.cli import guide
 from mlx_engine.limits import RequestLimits
 
 _SIZE = re.compile(r"(-?\d+(?:\.\d+)?)\s*([kmgt]i?b?)?", re.IGNORECASE)
+
+
+class TimeLimit(TypedDict, total=False):
+    """How long an answer may take; a keyword argument of every request."""
+
+    timeout: float | None
+
+
+def time_limit(args: argparse.Namespace) -> TimeLimit:
+    """The time limit, if one was given.
+
+    Raises:
+        InvalidRequest: it is out of its range.
+    """
+    return {"timeout": checked_time_limit(args.timeout)} if "timeout" in args else {}
 
 
 def count_or_none(text: str) -> int | None:

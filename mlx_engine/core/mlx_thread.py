@@ -21,7 +21,7 @@ from mlx_engine.core.forks import NO_FORK, tell_after_fork
 from mlx_engine.core.threads import start_now
 from mlx_engine.core.work import PendingWork, Stage, ThreadJob, current_job
 from mlx_engine.core.work_queue import WorkQueue
-from mlx_engine.errors import EngineDead
+from mlx_engine.errors import EngineDead, for_good
 
 
 class MLXThread(WorkQueue[ThreadJob[Any]]):
@@ -139,7 +139,7 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
         """
         with self._changed:
             if self._closing:
-                raise EngineDead("the MLX thread has ended, or the interpreter is shutting down")
+                raise _ended("the MLX thread has ended, or the interpreter is shutting down")
             if self._thread is None:
                 self._start()
             if job.stage is Stage.QUEUED:  # else it was aborted on its way here
@@ -196,11 +196,11 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
             self._running = None
             if running is not None:
                 running.stage = Stage.DONE
-                running.aborted_with = EngineDead("the MLX thread has ended")
+                running.aborted_with = _ended("the MLX thread has ended")
         if running is not None:
             running.announce()
         for job in waiting:
-            self.abort(job, EngineDead("the MLX thread has ended"))
+            self.abort(job, _ended("the MLX thread has ended"))
 
     def _serve(self) -> None:
         while True:
@@ -239,8 +239,13 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
             jobs = [*self._queue, *([self._running] if self._running else [])]
             self._changed.notify()
         for job in jobs:
-            self.abort(job, EngineDead("the interpreter is shutting down"))
+            self.abort(job, _ended("the interpreter is shutting down"))
         self._thread.join()
+
+
+def _ended(reason: str) -> EngineDead:
+    """The error of who wants a thread that nothing brings back."""
+    return for_good(EngineDead(f"{reason}: only another process can use MLX again"))
 
 
 def _arrival(job: ThreadJob[Any]) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from mlx_engine.config import QueueConfig
 from mlx_engine.core.admission import Admission
-from mlx_engine.core.batch_queue import BatchQueue, QueuedRequest, R
+from mlx_engine.core.batch_queue import BatchQueue, QueuedRequest, R, Schedulable
 from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.lifecycle import Lifecycle
 from mlx_engine.core.mlx_thread import mlx_thread
@@ -141,7 +141,7 @@ class SimpleScheduler(Scheduler[R]):
             self._generate,
             request,
             on_cancel=request.cancel,
-            _entry=InFlight(request.request_id, counted=True, reported=True),
+            _entry=_entry_of(request),
             _prepare=functools.partial(self._prepare, request),
         )
 
@@ -179,7 +179,7 @@ class BatchScheduler(Scheduler[R]):
 
     async def serve(self, request: R) -> GenerationResult:
         """See ``Scheduler``."""
-        entry = InFlight(request.request_id, counted=True, reported=True)
+        entry = _entry_of(request)
         over = functools.partial(self.admission.over, entry)
         queued = QueuedRequest(request, over, self._ensure_job)
         preparing = Preparing(self._preparer, queued, functools.partial(self._prepare, request))
@@ -216,3 +216,7 @@ class BatchScheduler(Scheduler[R]):
             self.queue.end_all(job.aborted_with)
         else:
             self._ensure_job()
+
+
+def _entry_of(request: Schedulable) -> InFlight:
+    return InFlight(request.request_id, counted=True, reported=True, max_wait=request.max_wait)

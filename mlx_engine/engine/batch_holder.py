@@ -137,7 +137,7 @@ def _fill(batch: Batch, queue: Queue) -> bool:
 def _tell_all(error: BaseException, fail: Callable[[str], None], queue: Queue) -> None:
     """MLX cannot be used any more: tell everybody, and refuse what comes."""
     reason = f"MLX does not work any more ({describe(error)})"
-    fail(f"the engine has failed: {reason}; shut it down and start it again")
+    fail(f"the engine has failed: {reason}; await engine.restart(), or use a new process")
     drop_frames(error)
     dead = EngineDead(reason)
     dead.__cause__ = error

@@ -214,6 +214,9 @@ class InProcessEngine(BaseEngine):
             )
         return await self._lifecycle.shutdown(timeout, self._release)
 
+    async def _clear_failure(self) -> None:
+        await self._lifecycle.clear_failure(self._release)
+
     async def failed(self) -> Exception:
         """Wait until the engine cannot serve any more; gives what requests are told then.
 

@@ -8,11 +8,11 @@ import threading
 from collections.abc import Callable
 
 from mlx_engine.config import EngineConfig
-from mlx_engine.core.bridge import in_this_loop, off_loop
+from mlx_engine.core.bridge import checked_callback, in_this_loop, off_loop
 from mlx_engine.core.ledger import ledger
 from mlx_engine.core.reclaim import reclaim
 from mlx_engine.core.stop import Interrupted
-from mlx_engine.engine.base import checked_callback, checked_formats
+from mlx_engine.engine.base import checked_formats
 from mlx_engine.engine.in_process import InProcessEngine
 from mlx_engine.engine.late import import_mlx, mlx_is_imported, mlx_work
 from mlx_engine.engine.model_holder import ModelHolder

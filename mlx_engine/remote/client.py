@@ -144,6 +144,11 @@ class Client:
             connection.end_by(None if timeout is None else time.monotonic() + timeout)
         return await self.lifecycle.shutdown(timeout, functools.partial(self._release, connection))
 
+    async def clear_failure(self) -> None:
+        """Be stopped, if the engine has failed, so that it can be started again."""
+        release = functools.partial(self._release, self.connection, 0.0)
+        await self.lifecycle.clear_failure(release)
+
     def new_number(self) -> int:
         """A number for a call that no other one of this client has."""
         return next(self._numbers)

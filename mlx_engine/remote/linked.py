@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.checks import shown
+from mlx_engine.core.bridge import checked_callback
 from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.wakeup import running_loop
-from mlx_engine.engine.base import BaseEngine, checked_callback
+from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import (
     EngineState,
@@ -169,6 +170,9 @@ class LinkedEngine(BaseEngine):
             InvalidRequest: ``timeout`` is not such a number.
         """
         return await self._client.shutdown(timeout)
+
+    async def _clear_failure(self) -> None:
+        await self._client.clear_failure()
 
     async def wait_exit(self) -> Exit:
         """Wait until what runs the engine is gone, and tell how it ended.

@@ -30,7 +30,7 @@ class ProcessEngine(LinkedEngine):
 
     A crash or a hang in native code, which nothing in a process can survive, ends that process:
     requests get ``EngineDead``, with its exit code or signal and its last words, and the
-    application goes on. Then ``stop()`` and ``start()`` again, or let ``EngineManager`` do it.
+    application goes on. Then ``restart()`` it, or let ``EngineManager`` do that.
 
     The process is started as a new interpreter, never forked, and ends when this one does,
     however it ends. It works from scripts without ``__main__`` guard, from notebooks, from any

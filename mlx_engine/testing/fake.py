@@ -6,10 +6,9 @@ import threading
 from collections.abc import Callable
 
 from mlx_engine.config import EngineConfig
-from mlx_engine.core.bridge import in_this_loop
+from mlx_engine.core.bridge import checked_callback, in_this_loop
 from mlx_engine.core.machine import Memory
 from mlx_engine.core.scheduler import BatchScheduler, Scheduler, SimpleScheduler
-from mlx_engine.engine.base import checked_callback
 from mlx_engine.engine.in_process import InProcessEngine
 from mlx_engine.errors import EngineDead, InvalidRequest
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
@@ -39,7 +38,7 @@ class FakeEngine(InProcessEngine):
     A piece of an answer is a token, and a chunk of a stream; at the end comes a token without
     text. ``max_tokens``, ``stop``, ``stop_token_ids``, ``ignore_eos`` (the answer begins again),
     ``logprobs`` (all 0, what is scripted is certain), ``max_reasoning_tokens`` and
-    ``context_length`` are honoured, and tokens of earlier prompts and answers are counted as
+    ``context_length`` are honoured, ``timeout`` and ``max_wait`` too, and tokens of earlier prompts and answers are counted as
     cached. Messages and tools are checked as those of other engines are; calls and reasoning come
     as deltas and segments, as from them; a script that no model could follow, such as a call
     without tools, or an answer that breaks the request's ``constraint`` or ``output``, fails its
@@ -137,8 +136,8 @@ class FakeEngine(InProcessEngine):
     def die(self, error: EngineDead | None = None) -> None:
         """End the engine as if what it runs on were gone. From any thread.
 
-        It is ``FAILED``, and whoever waits for it gets ``EngineDead`` at the next token; after
-        a ``stop`` it can be started again. To let it die in the middle of an answer, put an
+        It is ``FAILED``, and whoever waits for it gets ``EngineDead`` at the next token;
+        ``restart`` brings it back. To let it die in the middle of an answer, put an
         ``EngineDead`` among the pieces.
 
         Args:

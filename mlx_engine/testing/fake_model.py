@@ -24,7 +24,7 @@ from mlx_engine.outputs import (
 )
 from mlx_engine.questions import PromptFacts, PromptQuestion
 from mlx_engine.requests import ChatPrompt, TextPrompt
-from mlx_engine.testing.fake_answer import Answers, checked_answers, choose
+from mlx_engine.testing.fake_answer import Answers, FakeAnswer, checked_answers, choose
 from mlx_engine.testing.fake_cache import FakePromptCache
 from mlx_engine.testing.fake_call import pieces_of
 from mlx_engine.testing.fake_gate import Gate
@@ -219,8 +219,10 @@ class FakeModel:
                 self._cache.store(request.all_tokens)
 
     def _steps(self, request: ScriptedRequest) -> Iterator[float | None]:
-        answer = choose(self._answers, request.shown)
-        answer.check(request.asked.source, request.asked.params.constraint)
+        answer = FakeAnswer()
+        if request.limit != 0:  # else it is to be read, and not to be answered
+            answer = choose(self._answers, request.shown)
+            answer.check(request.asked.source, request.asked.params.constraint)
         if answer.reasoning and not self._supports_reasoning:
             raise ValueError("reasoning is scripted, but supports_reasoning is False")
         for _, _, seconds in _slices(self._prefill_seconds):
@@ -285,12 +287,12 @@ class FakeModel:
         return take()
 
     def _stops(self, request: ScriptedRequest) -> bool:
-        """Whether it has been cancelled, and so is over."""
+        """Whether it has been cancelled, or its time is over, and so is it."""
         self.check_alive()
-        if request.should_stop:
-            request.end("cancelled")
-            return True
-        return False
+        reason = request.stop_reason
+        if reason is not None:
+            request.end(reason)
+        return reason is not None
 
 
 def _slices(seconds: float) -> Iterator[tuple[int, int, float]]:

@@ -86,6 +86,7 @@ class Generate(_Message):
         stream: whether chunks are wanted.
         progress: whether its progress is to be told.
         name: what its caller calls it; for messages.
+        timeout, max_wait: seconds; ``None`` is no limit.
     """
 
     number: int
@@ -98,6 +99,8 @@ class Generate(_Message):
     stream: bool
     progress: bool
     name: str = ""
+    timeout: float | None = None
+    max_wait: float | None = None
 
 
 class Cancel(_Message):
