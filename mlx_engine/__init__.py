@@ -29,6 +29,7 @@ Its files:
     constraints.py   what an answer must be
     outputs.py       what engines give back
     cache_stats.py   what they tell of a prompt cache
+    plain.py         results as plain data
     checks.py        numbers and paths that callers give
     signatures.py    how functions with such options are shown
     errors.py        every exception, as a tree
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from mlx_engine.engine.batched import BatchedEngine
     from mlx_engine.engine.interface import Engine
     from mlx_engine.engine.simple import SimpleEngine
+    from mlx_engine.engine.sync import SyncEngine, SyncStream
     from mlx_engine.errors import (
         ContextLengthExceeded,
         EngineBusy,
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
         OutputInvalid,
         StreamClosed,
         StreamConsumed,
+        StreamUnfinished,
     )
     from mlx_engine.limits import RequestLimits
     from mlx_engine.outputs import (
@@ -178,6 +181,9 @@ __all__ = [
     "SpecPrefill",
     "StreamClosed",
     "StreamConsumed",
+    "StreamUnfinished",
+    "SyncEngine",
+    "SyncStream",
     "Timings",
     "TokenLogprob",
     "ToolCall",
@@ -217,6 +223,10 @@ _HOMES = {
     "mlx_engine.engine.batched": ("BatchedEngine",),
     "mlx_engine.engine.interface": ("Engine",),
     "mlx_engine.engine.simple": ("SimpleEngine",),
+    "mlx_engine.engine.sync": (
+        "SyncEngine",
+        "SyncStream",
+    ),
     "mlx_engine.errors": (
         "ContextLengthExceeded",
         "EngineBusy",
@@ -231,6 +241,7 @@ _HOMES = {
         "OutputInvalid",
         "StreamClosed",
         "StreamConsumed",
+        "StreamUnfinished",
     ),
     "mlx_engine.limits": ("RequestLimits",),
     "mlx_engine.outputs": (

@@ -5,6 +5,7 @@ Its files:
     interface.py       what engines are to their callers
     chat_interface.py  that, as far as it is about prompts and chats
     base.py            generate, stream_generate, chat, stream_chat, generate_batch, count_tokens
+    sync.py            engines without await
     typed.py           answers as values of a type: output=, result.parsed
     many.py            many requests by one call
     in_process.py      start, run_blocking, shutdown; the one way into MLX
