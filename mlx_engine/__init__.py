@@ -30,6 +30,7 @@ Its files:
     outputs.py       what engines give back
     cache_stats.py   what they tell of a prompt cache
     memory_stats.py  and of memory
+    plain.py         results as plain data
     checks.py        numbers and paths that callers give
     signatures.py    how functions with such options are shown
     agents.py        coding agents, and how they are pointed at a server
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from mlx_engine.engine.outcome import Outcome
     from mlx_engine.engine.outcomes import Outcomes
     from mlx_engine.engine.simple import SimpleEngine
+    from mlx_engine.engine.sync import SyncEngine, SyncStream
     from mlx_engine.errors import (
         ContextLengthExceeded,
         EngineBusy,
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
         OutputInvalid,
         StreamClosed,
         StreamConsumed,
+        StreamUnfinished,
     )
     from mlx_engine.limits import RequestLimits
     from mlx_engine.memory_stats import MemoryOwner, MemoryStats, MemoryUse, PressureStage
@@ -194,6 +197,9 @@ __all__ = [
     "SpecPrefill",
     "StreamClosed",
     "StreamConsumed",
+    "StreamUnfinished",
+    "SyncEngine",
+    "SyncStream",
     "Timings",
     "TokenLogprob",
     "ToolCall",
@@ -235,6 +241,10 @@ _HOMES = {
     "mlx_engine.engine.outcome": ("Outcome",),
     "mlx_engine.engine.outcomes": ("Outcomes",),
     "mlx_engine.engine.simple": ("SimpleEngine",),
+    "mlx_engine.engine.sync": (
+        "SyncEngine",
+        "SyncStream",
+    ),
     "mlx_engine.errors": (
         "ContextLengthExceeded",
         "EngineBusy",
@@ -250,6 +260,7 @@ _HOMES = {
         "OutputInvalid",
         "StreamClosed",
         "StreamConsumed",
+        "StreamUnfinished",
     ),
     "mlx_engine.limits": ("RequestLimits",),
     "mlx_engine.memory_stats": (

@@ -13,6 +13,7 @@ MLXEngineError
 ├── GenerationError                this request failed inside MLX or in a processor
 │   └── OutputInvalid              the answer is complete, and the caller's type refuses it
 ├── StreamClosed                   the stream was closed before this was asked of it
+├── StreamUnfinished               its answer is still being made
 └── StreamConsumed                 a stream is read once
 
 Errors of MLX, mlx-lm and the file system become one of these at one border each,
@@ -203,6 +204,10 @@ class OutputInvalid(GenerationError):
 
 class StreamClosed(MLXEngineError):
     """The stream was closed or cancelled before it had what was asked of it."""
+
+
+class StreamUnfinished(MLXEngineError):
+    """The stream's answer is still being made: there is no result of it yet."""
 
 
 class StreamConsumed(MLXEngineError):

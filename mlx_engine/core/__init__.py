@@ -21,6 +21,7 @@ Its files:
     stream.py       GenerationStream: thread -> loop; no MLX from here on
     channel.py      its chunks on their way
     bridge.py       to and from other threads
+    loop_thread.py  an event loop on a thread of its own, for those who block
     preparer.py     threads that make prompts into tokens before their turn
     side_work.py    what those threads do besides, without a turn on the MLX thread
     threads.py      starting one, or saying why not

@@ -6,6 +6,7 @@ Its files:
     chat_interface.py  that, as far as it is about prompts and chats
     map_interface.py   and about many of them by one call: map, generate_batch
     base.py            generate, stream_generate, chat, stream_chat, warm, count_tokens, restart
+    sync.py            engines without await
     typed.py           answers as values of a type: output=, result.parsed
     many.py            many requests by one call: attempts, and retries
     items.py           where they come from

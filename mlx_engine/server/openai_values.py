@@ -126,6 +126,5 @@ def content_logprobs(tokens: Iterable[TokenLogprob]) -> list[dict[str, Any]]:
 
 
 def _token(token: TokenLogprob) -> dict[str, Any]:
-    # What is part of a character has no text of its own, and its bytes are not known here.
-    data = None if "\N{REPLACEMENT CHARACTER}" in token.text else list(token.text.encode())
-    return {"token": token.text, "logprob": logprob(token.logprob), "bytes": data}
+    # What is part of a character has no text of its own, but bytes.
+    return {"token": token.text, "logprob": logprob(token.logprob), "bytes": list(token.bytes)}
