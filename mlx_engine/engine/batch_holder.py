@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_engine.config import BatchConfig
@@ -60,10 +59,13 @@ class BatchHolder(ModelHolder):
     def _equip(self, runner: ModelRunner) -> None:
         model, pause = runner.loaded.model, self._config.max_decode_pause_ms
         mlx_work.check_batchable(model, runner.config)
-        memory = self._config.kv_cache_memory_bytes
-        limit = mlx_work.memory_for_caches() if memory is None else memory
-        self._budget = mlx_work.MemoryBudget(runner.footprint, limit, runner.strategies.footprints)
+        limit, drafts = self._kv_limit(), runner.strategies.footprints
+        self._budget = mlx_work.MemoryBudget(runner.footprint, limit, drafts)
         self._batch = mlx_work.Batch(runner, self._budget, None if pause is None else pause / 1000)
+
+    def _kv_limit(self) -> int | None:
+        memory = self._config.kv_cache_memory_bytes
+        return super()._kv_limit() if memory is None else memory
 
     def prepare(self, request: Request) -> MLXEngineError | None:
         """Make its prompt into tokens, and see whether it fits; the error if either fails.
@@ -79,11 +81,8 @@ class BatchHolder(ModelHolder):
             return request.failed(refused)
         return None
 
-    def load_prompt_cache(self, path: Path) -> int:
-        """Add the prompts of a file to the prompt cache; their number. On the MLX thread."""
-        loaded = super().load_prompt_cache(path)
+    def _prompt_loaded(self) -> None:
         self.batch().make_room()
-        return loaded
 
     def run_batch(self, fail: Callable[[str], None], queue: Queue, stop: threading.Event) -> None:
         """Work until there is nothing to do, or others have waited for long enough.

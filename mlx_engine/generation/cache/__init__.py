@@ -10,7 +10,9 @@ Its files:
     snapshot.py           copies that share memory
     prompt_cache.py       KV caches of earlier prompts
     stored_prompt.py      one of these prompts, and an index of them
-    prompt_cache_file.py  all of them on disk
+    prompt_cache_file.py  all of them on disk, in slices
+    recorded_prompt.py    one of them there
+    entry_file.py         the file's format, and its checksums
     layer_record.py       a layer there
     cached_model.py       a model with its prompt cache
 """
