@@ -45,8 +45,7 @@ def run(args: argparse.Namespace) -> int:
             info = describe(config, folder)
             if args.memory:
                 given = vars(args).get("memory_bytes")
-                look = functools.partial(_size, config, folder, info.context_length, given)
-                size = interrupts.run(runner, mlx_thread.run(ThreadJob(look)))
+                size = interrupts.run(runner, _size(config, folder, info.context_length, given))
     finally:
         bar.clear()
     if args.json:
@@ -61,13 +60,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _size(
+async def _size(
     config: ModelConfig, folder: Path, context_length: int | None, given: int | None
 ) -> tuple[ModelSize, int | None]:
-    """The size of the model, and the memory that there is. On the MLX thread."""
-    import_mlx()
-    memory = memory_of_machine() if given is None else checks.integer("memory_bytes", given, low=1)
-    return size_unread(config, folder, context_length), memory
+    """The size of the model, and the memory that there is."""
+    memory = None if given is None else checks.integer("memory_bytes", given, low=1)
+
+    def look() -> tuple[ModelSize, int | None]:
+        import_mlx()
+        size = size_unread(config, folder, context_length)
+        return size, memory_of_machine() if memory is None else memory
+
+    sized: tuple[ModelSize, int | None] = await mlx_thread.run(ThreadJob(look))
+    return sized
 
 
 async def _find(config: ModelConfig, bar: ProgressBar) -> Path:

@@ -145,10 +145,11 @@ class SlicedJob(ThreadJob[T]):
         mlx_thread.wait_for(lambda: self._begun or self.stage is Stage.DONE)
         if not self._begun:
             return
-        rest, self.value = self.value, None
+        rest: Any = self.value
+        self.value = None
         try:
             with stoppable(lambda: self._turns.stopped):
-                self.value = rest(self._turns)  # type: ignore[misc]
+                self.value = rest(self._turns)
         except BaseException as error:  # noqa: BLE001 - the border: the caller raises it
             self.error = error
             self.cancelled = self.cancelled or isinstance(error, Interrupted)

@@ -111,10 +111,11 @@ class FakeEngine(InProcessEngine):
         self.takes_priority = bool(batch)
         self._max_batch_size = config.batch.max_batch_size if batch else None
         self._on_progress = checked_callback(on_progress)
+        own = config.model.context_length
         holder = FakeModel(
             answers,
             load,
-            config.model.context_length,
+            own if isinstance(own, int) else None,
             seconds_per_token=seconds_per_token,
             prefill_seconds=prefill_seconds,
             load_seconds=load_seconds,

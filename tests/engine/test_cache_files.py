@@ -326,7 +326,7 @@ async def test_what_fails_in_a_turn_is_told_and_leaves_nothing(
     holder: object,
     name: str,
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("[metal] no memory left")
 
     if name == "as_bytes":
@@ -371,13 +371,13 @@ async def test_each_piece_is_a_beat_for_the_watchdog(
     assert isinstance(filled, LocalEngine)
     heartbeats = Heartbeats()
     heartbeats.engine = filled
-    before = heartbeats.heartbeat().steps
+    before = heartbeats.heartbeat().progress
     await filled.save_prompt_cache(tmp_path / "cache")
-    saved = heartbeats.heartbeat().steps
+    saved = heartbeats.heartbeat().progress
     assert saved >= before + disk.count > before
     writes = disk.count
     await filled.load_prompt_cache(tmp_path / "cache")
-    assert heartbeats.heartbeat().steps >= saved + disk.count - writes
+    assert heartbeats.heartbeat().progress >= saved + disk.count - writes
 
 
 @pytest.mark.parametrize("also", ["save", "load"])

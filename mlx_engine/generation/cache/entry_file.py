@@ -38,7 +38,8 @@ class WrongFormat(Exception):
 
 def digest_of(*parts: bytes) -> bytes:
     """The checksum of bytes."""
-    return _digest(*parts).digest()
+    digest: bytes = _digest(*parts).digest()
+    return digest
 
 
 def _digest(*parts: bytes) -> Any:

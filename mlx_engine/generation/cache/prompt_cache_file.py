@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -104,7 +104,7 @@ def save(path: Path, cache: PromptCache, fingerprint: str, beat: Beat) -> Rest[i
     return rest
 
 
-def _slices(cache: PromptCache) -> Iterator[tuple[memoryview, Described | None]]:
+def _slices(cache: PromptCache) -> Generator[tuple[memoryview, Described | None]]:
     """Slices of all entries, to be written; after an entry's last one, what there is to say of it.
 
     Each step of it is a turn. Until the next one it holds the entry that is under way.

@@ -57,16 +57,16 @@ def described_arrays(arrays: Iterable[mx.array]) -> list[list[object]]:
 
 def as_bytes(arrays: Collection[mx.array]) -> memoryview:
     """A copy of them, one after another, that is not MLX's. On the MLX thread."""
-    copy = np.empty(sum(array.nbytes for array in arrays), np.uint8)
+    data = memoryview(bytearray(sum(array.nbytes for array in arrays)))
     start = 0
     for array in arrays:
         if not array.size:
             continue
         flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
         mx.eval(flat)
-        copy[start : start + flat.size] = np.asarray(flat)
+        data[start : start + flat.size] = np.asarray(flat).data
         start += flat.size
-    return memoryview(copy)
+    return data
 
 
 class RecordedPrompt:
