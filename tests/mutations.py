@@ -139,7 +139,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a cancelled save waits for the turn that it has asked for",
-        "core/sliced_job.py",
+        "core/turns.py",
         "            mlx_thread.abort(turn, Interrupted())\n",
         "            pass\n",
         tests=("tests/engine/test_cache_files.py",),

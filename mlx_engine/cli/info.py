@@ -8,13 +8,11 @@ import functools
 import json
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from mlx_engine import checks
-from mlx_engine.cli import interrupts
+from mlx_engine.cli import interrupts, memory_table
 from mlx_engine.cli.options import engine_options
 from mlx_engine.cli.output import ProgressBar
 from mlx_engine.config import ModelConfig
@@ -23,13 +21,7 @@ from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.work import ThreadJob
 from mlx_engine.engine.late import import_mlx
 from mlx_engine.engine.simple import SimpleEngine
-from mlx_engine.generation.sizing import (
-    BATCHES,
-    ModelSize,
-    memory_of_machine,
-    size_unread,
-    table,
-)
+from mlx_engine.generation.sizing import ModelSize, memory_of_machine, size_unread
 from mlx_engine.models.info import ModelInfo, describe
 from mlx_engine.models.loading import find_model
 
@@ -49,14 +41,14 @@ def run(args: argparse.Namespace) -> int:
     finally:
         bar.clear()
     if args.json:
-        facts = asdict(info) | ({} if size is None else {"memory": _facts(*size)})
+        facts = asdict(info) | ({} if size is None else {"memory": memory_table.facts(*size)})
         json.dump(facts, sys.stdout, ensure_ascii=False, default=str)
         sys.stdout.write("\n")
         return 0
     for name, value in _table(info):
         sys.stdout.write(f"{name:<15} {value}\n")
     if size is not None:
-        sys.stdout.write("\n" + "\n".join(_memory_lines(*size)) + "\n")
+        sys.stdout.write("\n" + "\n".join(memory_table.lines(*size)) + "\n")
     return 0
 
 
@@ -104,69 +96,3 @@ def _table(info: ModelInfo) -> list[tuple[str, str]]:
         ("path", info.path),
         ("size on disk", f"{info.bytes_on_disk / 1e6:,.1f} MB"),
     ]
-
-
-def _facts(size: ModelSize, memory: int | None) -> dict[str, Any]:
-    """Facts of memory for ``--json``, all in bytes and tokens."""
-    longest = {_bits(bits): size.longest(bits, memory) for bits in size.footprints}
-    rows = table(size, memory)
-    return {"machine": memory, "weights": size.weights, "longest_context": longest, "rows": rows}
-
-
-def _memory_lines(size: ModelSize, memory: int | None) -> list[str]:
-    known = "not known" if memory is None else _gigabytes(memory)
-    lines = [f"{'weights':<15} {_gigabytes(size.weights)}", f"{'memory':<15} {known}"]
-    if memory is not None:
-        for bits in size.footprints:
-            longest = size.longest(bits, memory)
-            fits = "any number of tokens" if longest is None else f"{longest} tokens"
-            name = f"fits, {_bits(bits)}"
-            lines.append(f"{name:<15} {fits} of one request")
-    rows = table(size, memory)
-    head = ["context", "KV cache", *(f"{n} at once" for n in BATCHES)]
-    body: list[list[str]] = []
-    for bits in size.footprints:
-        for context in size.contexts():
-            found = {
-                row["batch"]: _told(row)
-                for row in rows
-                if (row["context"], row["kv_bits"]) == (context, bits)
-            }
-            body.append([str(context), _bits(bits), *(found.get(n, "-") for n in BATCHES)])
-    return [*lines, "", *_aligned([head, *body]), "", *_notes(size, memory)]
-
-
-def _notes(size: ModelSize, memory: int | None) -> list[str]:
-    notes = ["Weights and KV caches together. A tenth of what the weights leave is for the rest."]
-    if memory is not None:
-        notes.append("* does not fit")
-    if len(size.footprints) > 1:
-        notes.append("- a quantised KV cache is for one request at a time")
-    else:
-        notes.append("This model's KV cache cannot be quantised.")
-    return notes
-
-
-def _told(row: dict[str, Any]) -> str:
-    return _gigabytes(row["bytes"]) + ("*" if row["fits"] is False else "")
-
-
-def _bits(bits: int | None) -> str:
-    return "full" if bits is None else f"{bits} bits"
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Columns of equal width, all but the first two to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(row: list[str]) -> str:
-        pads: list[Callable[[str, int], str]] = [str.ljust, str.ljust]
-        pads += [str.rjust] * (len(row) - 2)
-        cells = (pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True))
-        return "  ".join(cells).rstrip()
-
-    return [line(row) for row in rows]

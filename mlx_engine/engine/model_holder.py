@@ -11,8 +11,9 @@ from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.mlx_thread import mlx_thread
-from mlx_engine.core.sliced_job import Rest, Turns
+from mlx_engine.core.sliced_job import Rest
 from mlx_engine.core.stop import Interrupted, checkpoint, stoppable
+from mlx_engine.core.turns import Turns
 from mlx_engine.engine.late import mlx_work
 from mlx_engine.errors import (
     EngineDead,

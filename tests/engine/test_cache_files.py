@@ -24,7 +24,7 @@ from mlx_engine.core import sliced_job
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.threads import Start
 from mlx_engine.engine.local import LocalEngine
-from mlx_engine.generation.cache import entry_file, prompt_cache_file, recorded_prompt
+from mlx_engine.generation.cache import array_bytes, entry_file, prompt_cache_file, recorded_prompt
 from mlx_engine.generation.cache.entry_file import EntryReader, EntryWriter
 from mlx_engine.generation.cache.prompt_cache import PromptCache
 from mlx_engine.remote.serving.heartbeats import Heartbeats
@@ -40,7 +40,7 @@ PROMPTS = [tokens_of(60 + seed, seed) for seed in range(3)]
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every array has a turn of its own, and is written in several pieces."""
-    monkeypatch.setattr(recorded_prompt, "_SLICE", 1)
+    monkeypatch.setattr(array_bytes, "_SLICE", 1)
     monkeypatch.setattr(entry_file, "PIECE", 5000)
 
 
@@ -312,7 +312,7 @@ def test_an_event_loop_that_is_closed_ends_it(tiny_path: Path, tmp_path: Path, d
 
 
 FAULTS: list[tuple[object, str]] = [
-    (recorded_prompt, "as_bytes"),
+    (prompt_cache_file, "as_bytes"),
     (prompt_cache_file, "described_arrays"),
     (PromptCache, "heir"),
 ]
@@ -329,8 +329,6 @@ async def test_what_fails_in_a_turn_is_told_and_leaves_nothing(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("[metal] no memory left")
 
-    if name == "as_bytes":
-        holder = prompt_cache_file
     with monkeypatch.context() as patch:
         patch.setattr(holder, name, broken)
         with pytest.raises(GenerationError, match=r"saving the prompt cache failed.*no memory"):

@@ -25,7 +25,7 @@ from mlx_lm.models.deepseek_v41 import LayerCache
 
 from mlx_engine import InvalidRequest, SimpleEngine
 from mlx_engine.core.stop import Interrupted
-from mlx_engine.generation.cache import entry_file, recorded_prompt
+from mlx_engine.generation.cache import array_bytes, entry_file
 from mlx_engine.generation.cache.entry_file import EntryReader, EntryWriter, digest_of
 from mlx_engine.generation.cache.prompt_cache import PromptCache
 from mlx_engine.generation.cache.prompt_cache_file import fingerprint
@@ -486,7 +486,7 @@ async def test_a_disk_that_is_full_at_any_call_leaves_the_old_file_and_nothing_e
         save(path, stored, "model")
         old = path.read_bytes()
         stored.store(words(2, 40), kv(40))
-        monkeypatch.setattr(recorded_prompt, "_SLICE", 1)
+        monkeypatch.setattr(array_bytes, "_SLICE", 1)
         monkeypatch.setattr(holder, name, full)
         with pytest.raises(InvalidRequest, match="No space left") as caught:
             save(path, stored, "model")
@@ -505,10 +505,10 @@ def test_slices_of_any_size_make_the_same_file(
 ) -> None:
     model = make(engine) if make is llama else make()
     stored, files = filled(model, [20, 60, 45]), []
-    whole = recorded_prompt._SLICE
+    whole = array_bytes._SLICE
     try:
         for size in (1, 5000, whole):
-            recorded_prompt._SLICE = size
+            array_bytes._SLICE = size
             turns, path = TurnsHere(), tmp_path / str(size)
             assert save(path, stored, "model", turns) == 3
             files.append((path.read_bytes(), turns.count))
@@ -518,7 +518,7 @@ def test_slices_of_any_size_make_the_same_file(
                 frozen(entry.cache) for entry in stored.entries()
             ]
     finally:
-        recorded_prompt._SLICE = whole
+        array_bytes._SLICE = whole
     contents, counts = zip(*files, strict=True)
     assert contents[0] == contents[1] == contents[2]
     assert counts[0] > counts[1] > counts[2] == 3 + 1, "a turn each, and one to see the end"
@@ -528,7 +528,7 @@ def test_slices_of_any_size_make_the_same_file(
 def test_work_that_is_to_end_ends_at_any_turn(
     engine: SimpleEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorded_prompt, "_SLICE", 1)
+    monkeypatch.setattr(array_bytes, "_SLICE", 1)
     path, stored, turns = tmp_path / "cache", PromptCache(MB), TurnsHere()
     stored.store(words(1, 40), kv(40))
     save(path, stored, "model")

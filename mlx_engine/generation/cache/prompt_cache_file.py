@@ -18,8 +18,10 @@ import mlx_lm
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_engine.core.sliced_job import Rest, Turns
+from mlx_engine.core.sliced_job import Rest
+from mlx_engine.core.turns import Turns
 from mlx_engine.errors import InvalidRequest
+from mlx_engine.generation.cache.array_bytes import as_bytes, described_arrays, in_slices
 from mlx_engine.generation.cache.entry_file import (
     FORMAT,
     Described,
@@ -30,12 +32,7 @@ from mlx_engine.generation.cache.entry_file import (
 from mlx_engine.generation.cache.kv_cache import Cache
 from mlx_engine.generation.cache.layer_record import can_be_recorded, record
 from mlx_engine.generation.cache.prompt_cache import PromptCache
-from mlx_engine.generation.cache.recorded_prompt import (
-    RecordedPrompt,
-    as_bytes,
-    described_arrays,
-    in_slices,
-)
+from mlx_engine.generation.cache.recorded_prompt import RecordedPrompt
 from mlx_engine.models.loading import LoadedModel
 from mlx_engine.models.whole_file import replacing
 

@@ -3,70 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_engine.generation.cache.array_bytes import array_of, dtype_named, in_slices
 from mlx_engine.generation.cache.entry_file import Described
 from mlx_engine.generation.cache.kv_cache import Cache
 from mlx_engine.generation.cache.layer_record import fits, holds, rebuild
 from mlx_engine.generation.cache.snapshot import cut_to, state_arrays
 from mlx_engine.generation.cache.stored_prompt import Mark
-
-_SLICE = 2**26  # bytes of arrays that go through one turn, or one array if that is larger
-
-_DTYPES: dict[str, mx.Dtype] = {
-    str(dtype).rpartition(".")[2]: dtype
-    for dtype in (
-        mx.bool_,
-        mx.uint8,
-        mx.uint16,
-        mx.uint32,
-        mx.uint64,
-        mx.int8,
-        mx.int16,
-        mx.int32,
-        mx.int64,
-        mx.float16,
-        mx.bfloat16,
-        mx.float32,
-        mx.complex64,
-    )
-}
-
-
-def in_slices(sizes: Iterable[int]) -> Iterator[int]:
-    """How many of the next arrays go into a slice, again and again, by their bytes."""
-    count = held = 0
-    for size in sizes:
-        if count and held + size > _SLICE:
-            yield count
-            count = held = 0
-        count += 1
-        held += size
-    if count:
-        yield count
-
-
-def described_arrays(arrays: Iterable[mx.array]) -> list[list[object]]:
-    """Dtype and shape of each."""
-    return [[str(array.dtype).rpartition(".")[2], list(array.shape)] for array in arrays]
-
-
-def as_bytes(arrays: Collection[mx.array]) -> memoryview:
-    """A copy of them, one after another, that is not MLX's. On the MLX thread."""
-    data = memoryview(bytearray(sum(array.nbytes for array in arrays)))
-    start = 0
-    for array in arrays:
-        if not array.size:
-            continue
-        flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
-        mx.eval(flat)
-        data[start : start + flat.size] = np.asarray(flat).data
-        start += flat.size
-    return data
 
 
 class RecordedPrompt:
@@ -91,7 +38,7 @@ class RecordedPrompt:
         self.described = described
         self.prefilled: int = described["prefilled"]
         self._kinds = [
-            (_DTYPES[dtype], _checked_shape(shape)) for dtype, shape in described["arrays"]
+            (dtype_named(dtype), _checked_shape(shape)) for dtype, shape in described["arrays"]
         ]
         sizes = [math.prod(shape) * dtype.size for dtype, shape in self._kinds]
         left = iter(sizes)
@@ -134,11 +81,7 @@ class RecordedPrompt:
             end = start + math.prod(shape) * dtype.size
             if end > len(data):
                 break
-            if end > start:
-                flat = mx.array(np.frombuffer(data[start:end], np.uint8))
-                made.append(flat.view(dtype).reshape(shape))
-            else:
-                made.append(mx.zeros(shape, dtype))
+            made.append(array_of(data[start:end], dtype, shape))
             start = end
         mx.eval(made)
         return made
