@@ -7,6 +7,7 @@
     python -m benchmarks.cancel_latency    how soon a cancelled request is out of the way
     python -m benchmarks.timeline          one cancellation, moment by moment
     python -m benchmarks.join_stall        how long streams stand still when a long prompt joins
+    python -m benchmarks.memory            requests without limits, on memory for a few of them
     python -m benchmarks.newcomers         and while a chat is tokenized, or options are new
     python -m benchmarks.outsiders         and because of what one client of a host sends
     python -m benchmarks.prompt_cache      time to first token with and without the prompt cache
@@ -41,6 +42,7 @@ NAMES = (
     "cancel_latency",
     "timeline",
     "join_stall",
+    "memory",
     "newcomers",
     "outsiders",
     "prompt_cache",

@@ -20,6 +20,7 @@ from mlx_engine.checks import (
     choice,
     flag,
     integer,
+    integer_or_auto,
     integer_or_none,
     number,
     number_or_none,
@@ -46,7 +47,7 @@ class EngineOptions(TypedDict, total=False):
     trust_remote_code: bool
     tool_format: str | Any | None
     reasoning_format: str | Any | None
-    context_length: int | None
+    context_length: int | Literal["auto"] | None
     max_kv_size: int | None
     kv_bits: int | None
     kv_group_size: int
@@ -124,7 +125,12 @@ class ModelConfig:
         str | Any | None, option(_format, "how it marks its reasoning, by name, or 'none'")
     ] = None
     context_length: Annotated[
-        int | None, option(integer_or_none, "tokens of prompt and answer together", low=2)
+        int | Literal["auto"] | None,
+        option(
+            integer_or_auto,
+            "tokens of prompt and answer together; 'auto': as many as fit into memory",
+            low=2,
+        ),
     ] = None
     max_kv_size: Annotated[
         int | None, option(integer_or_none, "tokens that the KV cache keeps", low=8)

@@ -31,6 +31,7 @@ Its files:
     served_models.py     which ones, and how large they are
     launch.py            a command: a coding agent on such a server
     info.py              a command: what a model is
+    memory_table.py      and what it takes
     selftest.py          a command: whether cancelling is safe
     extract_mtp.py       a command: a model's MTP head, into a file
     help.py              a command: the guide

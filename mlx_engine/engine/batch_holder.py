@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_engine.config import BatchConfig
@@ -64,18 +63,19 @@ class BatchHolder(ModelHolder):
         mlx_work.check_batchable(model, runner.config)
         if (share := self._config.kv_cache_memory_bytes) is not None:
             self.memory.share_caches(share)
-        limit = self.memory.account.room("live", "stored")
-        self._budget = mlx_work.MemoryBudget(runner.footprint, limit, runner.strategies.footprints)
+        limit, drafts = self.memory.account.room("live", "stored"), runner.strategies.footprints
+        self._budget = mlx_work.MemoryBudget(runner.footprint, limit, drafts)
         self._batch = mlx_work.Batch(runner, self._budget, None if pause is None else pause / 1000)
+
+    def _kv_limit(self) -> int | None:
+        limit, share = super()._kv_limit(), self._config.kv_cache_memory_bytes
+        return limit if share is None else share if limit is None else min(share, limit)
 
     def _check(self, request: Request) -> None:
         self.budget.check(request)
 
-    def load_prompt_cache(self, path: Path) -> int:
-        """Add the prompts of a file to the prompt cache; their number. On the MLX thread."""
-        loaded = super().load_prompt_cache(path)
+    def _prompt_loaded(self) -> None:
         self.batch().make_room()
-        return loaded
 
     def run_batch(self, fail: Callable[[str], None], queue: Queue, stop: threading.Event) -> None:
         """Work until there is nothing to do, or others have waited for long enough.

@@ -11,6 +11,7 @@ from mlx_engine.generation.prepare import prepare
 from mlx_engine.generation.question import answer_question
 from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.single import generate_single
+from mlx_engine.generation.sizing import fit_context
 from mlx_engine.generation.trials.batch import check_batchable
 from mlx_engine.generation.warm_up import warm_up
 from mlx_engine.models.device import RESIDENCY, clear_cache, measure_device
@@ -27,6 +28,7 @@ __all__ = [
     "check_prompt",
     "clear_cache",
     "find_model",
+    "fit_context",
     "generate_single",
     "load_model",
     "loaded_bytes",

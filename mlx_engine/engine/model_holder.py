@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.ledger import ledger
 from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.sliced_job import Rest
 from mlx_engine.core.stop import Interrupted, checkpoint, stoppable
+from mlx_engine.core.turns import Turns
 from mlx_engine.engine.engine_memory import EngineMemory
 from mlx_engine.engine.late import mlx_work
 from mlx_engine.errors import (
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from mlx_engine.generation.runner import ModelRunner
     from mlx_engine.models.loading import LoadedModel
     from mlx_engine.models.vocabulary import Vocabulary
+
+T = TypeVar("T")
 
 
 class ModelHolder:
@@ -168,6 +172,8 @@ class ModelHolder:
         )
         loaded = load(config, sources[config.model])
         drafts = {name: load(config.for_draft(name), sources[name]) for name in strategies.drafts}
+        if config.context_length == "auto":
+            loaded = mlx_work.fit_context(loaded, config, drafts, self._kv_limit())
         self._runner = mlx_work.ModelRunner(
             loaded, config, self.counters, drafts, strategies, self.memory.account
         )
@@ -178,6 +184,10 @@ class ModelHolder:
         drafts = mlx_work.loaded_bytes(runner.loaded.model, *runner.helpers) - weights
         self.memory.correct(config.model, weights, drafts)
         mlx_work.RESIDENCY.keep(self.memory.part)
+
+    def _kv_limit(self) -> int | None:
+        """Bytes that the KV caches of requests may take; ``None`` if there is no known bound."""
+        return self.memory.account.room("live", "stored")
 
     def _equip(self, runner: ModelRunner) -> None:
         """Make what else the engine needs; raises what the start then raises."""
@@ -236,24 +246,27 @@ class ModelHolder:
         """Do a prepared request by itself. On the MLX thread."""
         return mlx_work.generate_single(request, self.runner())
 
-    def save_prompt_cache(self, path: Path) -> int:
-        """Write the prompt cache into a file; the number of prompts. On the MLX thread."""
-        return self._run("saving the prompt cache", lambda runner: runner.save_prompt_cache(path))
+    def save_prompt_cache(self, path: Path) -> Rest[int]:
+        """Begin to write the prompt cache into a file. On the MLX thread.
 
-    def load_prompt_cache(self, path: Path) -> int:
-        """Add the prompts of a file to the prompt cache; their number. On the MLX thread."""
-        return self._run("loading the prompt cache", lambda runner: runner.load_prompt_cache(path))
+        Returns:
+            The rest, which gives the number of prompts.
+        """
+        return _told("saving the prompt cache", lambda: self.runner().save_prompt_cache(path))
 
-    def _run(self, what: str, work: Callable[[ModelRunner], int]) -> int:
-        """Tell what MLX raises inside in an error of ours, without the frames that hold arrays."""
-        try:
-            return work(self.runner())
-        except MLXEngineError as error:
-            drop_frames(error)
-            raise
-        except Exception as error:
-            drop_frames(error)
-            raise GenerationError(f"{what} failed: {describe(error)}") from error
+    def load_prompt_cache(self, path: Path) -> Rest[int]:
+        """Begin to add the prompts of a file to the prompt cache. On the MLX thread.
+
+        Returns:
+            The rest, which gives their number.
+        """
+        stored = self._prompt_loaded
+        return _told(
+            "loading the prompt cache", lambda: self.runner().load_prompt_cache(path, stored)
+        )
+
+    def _prompt_loaded(self) -> None:
+        """A prompt of a file was added. On the MLX thread."""
 
     def unload(self) -> None:
         """Drop the model. On the MLX thread."""
@@ -264,3 +277,24 @@ class ModelHolder:
         self.memory.close()
         if not ledger().use.models:
             mlx_work.RESIDENCY.give_up()
+
+
+def _told(what: str, begin: Callable[[], Rest[int]]) -> Rest[int]:
+    """A beginning and its rest, of which errors of MLX become ours, without their frames."""
+    begun = _in_our_words(what, begin)
+
+    def rest(turns: Turns) -> int:
+        return _in_our_words(what, lambda: begun(turns))
+
+    return rest
+
+
+def _in_our_words(what: str, work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except (MLXEngineError, Interrupted) as error:
+        drop_frames(error)  # which hold arrays
+        raise
+    except Exception as error:
+        drop_frames(error)
+        raise GenerationError(f"{what} failed: {describe(error)}") from error

@@ -45,7 +45,8 @@ class SimpleEngine(LocalEngine):
                 chat template.
             reasoning_format: the same for how it marks what it thinks aloud.
             context_length: tokens that prompt and answer may have together; ``None`` takes
-                it from the model's configuration.
+                it from the model's configuration, ``"auto"`` too, or as many as the memory
+                beside the model holds for one request, if those are fewer.
             max_kv_size: tokens that the KV cache keeps at most (the first 4 and the latest
                 ones), and one prefill chunk more while a prompt goes in; ``None`` is unbounded.
                 What a longer prompt gives then depends on ``prefill_step_size``.

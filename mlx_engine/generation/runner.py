@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from mlx_lm.generate import generation_stream
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.ledger import Account
+from mlx_engine.core.sliced_job import Rest
 from mlx_engine.core.stop import Interrupted, stoppable
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache import prompt_cache_file
@@ -220,16 +221,17 @@ class ModelRunner:
             for cache in caches:
                 cache.shrink(limit * cache.nbytes // total)
 
-    def save_prompt_cache(self, path: Path) -> int:
-        """Write the prompt cache to a file, as ``prompt_cache_file.save`` does."""
+    def save_prompt_cache(self, path: Path) -> Rest[int]:
+        """Begin to write the prompt cache to a file, as ``prompt_cache_file.save`` does."""
         model = prompt_cache_file.fingerprint(self.loaded)
-        return prompt_cache_file.save(path, self.prompt_cache, model)
+        return prompt_cache_file.save(path, self.prompt_cache, model, self.counters.piece)
 
-    def load_prompt_cache(self, path: Path) -> int:
-        """Add what a file has to the prompt cache, as ``prompt_cache_file.load`` does."""
+    def load_prompt_cache(self, path: Path, stored: Callable[[], None]) -> Rest[int]:
+        """Begin to add what a file has, as ``prompt_cache_file.load`` does."""
         model = prompt_cache_file.fingerprint(self.loaded)
         template = sample_kv_cache(self.loaded.model, self.config)
-        return prompt_cache_file.load(path, self.prompt_cache, model, template)
+        beat = self.counters.piece
+        return prompt_cache_file.load(path, self.prompt_cache, model, template, beat, stored)
 
     def speculative_decoder(
         self, sequence: Sequence, cache: Cache, pending: Pending | None = None

@@ -125,7 +125,9 @@ class FakeEngine(InProcessEngine):
         self.takes_priority = bool(batch)
         self._max_batch_size = config.batch.max_batch_size if batch else None
         self._on_progress = checked_callback(given["on_progress"])
-        holder = FakeModel(answers, config.model.context_length, config.model.memory, given)
+        own = config.model.context_length
+        context_length = own if isinstance(own, int) else None
+        holder = FakeModel(answers, context_length, config.model.memory, given)
         super().__init__(holder, config.queue, config.model.model)
         engines.add(self)
 

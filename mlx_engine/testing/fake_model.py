@@ -15,6 +15,7 @@ from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.checks import flag, number, shown
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.machine import Memory
+from mlx_engine.core.sliced_job import Rest
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError, another
 from mlx_engine.memory_stats import MemoryStats
@@ -140,13 +141,13 @@ class FakeModel:
             raise Interrupted
         self._cache, self.dead = FakePromptCache(), None
 
-    def save_prompt_cache(self, path: Path) -> int:
-        """Write the prompt cache into a file; the number of prompts."""
-        return self.cache.save(path)
+    def save_prompt_cache(self, path: Path) -> Rest[int]:
+        """Begin to write the prompt cache into a file; the rest gives the number of prompts."""
+        return lambda turns: turns.take(self.cache.save, path)
 
-    def load_prompt_cache(self, path: Path) -> int:
-        """Add the prompts of a file to the prompt cache; their number."""
-        return self.cache.load(path)
+    def load_prompt_cache(self, path: Path) -> Rest[int]:
+        """Begin to add the prompts of a file to the prompt cache; the rest gives their number."""
+        return lambda turns: turns.take(self.cache.load, path)
 
     def unload(self) -> None:
         """Forget what was seen."""

@@ -115,6 +115,23 @@ class PromptCache:
         """Everything stored, least recently used first."""
         return list(self._entries.values())
 
+    def outlines(self) -> list[tuple[int, Tokens]]:
+        """Key and tokens of everything stored, least recently used first."""
+        return [(key, entry.tokens) for key, entry in self._entries.items()]
+
+    def heir(self, key: int, tokens: Tokens) -> tuple[int, Entry | None]:
+        """The entry that had a key and tokens in ``outlines``, or one that goes on from there.
+
+        Returns:
+            Its key and the entry; ``None`` if it was evicted.
+        """
+        if (entry := self._entries.get(key)) is not None:
+            return key, entry
+        for other, entry in self._entries.items():
+            if entry.covers(tokens, 0):
+                return other, entry
+        return key, None
+
     def stats(self) -> PromptCacheStats:
         """Counters and the latest lookup. From any thread."""
         return PromptCacheStats(

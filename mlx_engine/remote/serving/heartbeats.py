@@ -49,7 +49,7 @@ class Heartbeats:
         pending, steps, stats = 0, self._steps, None
         if self.engine is not None:
             counters, pending = self.engine.counters, self.pending
-            steps += counters.steps
+            steps += counters.steps + counters.pieces
             self.phase = counters.phase if pending else "idle"
             stats = self.engine.stats()
         elif self.loading is not None:
