@@ -131,6 +131,8 @@ class ModelHolder:
                 self._load_models(config, strategies, sources, load)
                 mlx_thread.at_exit(self.unload)
                 checkpoint()
+                if config.context_length == "auto":
+                    self.runner().fit_context(self._kv_limit())
                 self._equip(self.runner())
                 mlx_work.warm_up(self.runner(), batched=self.batched)
         except Exception as error:
@@ -150,8 +152,6 @@ class ModelHolder:
     ) -> None:
         loaded = load(config, sources[config.model])
         drafts = {name: load(config.for_draft(name), sources[name]) for name in strategies.drafts}
-        if config.context_length == "auto":
-            loaded = mlx_work.fit_context(loaded, config, drafts, self._kv_limit())
         self._runner = mlx_work.ModelRunner(loaded, config, self.counters, drafts, strategies)
 
     def _kv_limit(self) -> int | None:
