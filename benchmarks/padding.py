@@ -1,4 +1,15 @@
-"""What one long row costs a batch of short ones, with mlx-lm's caches: see ``memory.py``."""
+"""What one long row costs a batch of short ones, with mlx-lm's caches: see ``memory.py``.
+
+A ``BatchKVCache`` of mlx-lm 0.32.2 is one array of (rows, heads, longest, dimension) a layer, its
+rows padded on the left: ``merge`` and ``extend`` pad to the longest, ``filter`` takes off what
+all rows have in common, and every step of attention reads all of it. There are no pages, so that
+within one of them padding cannot be avoided. Several of them are possible, each with a forward
+pass of its own: offsets and masks belong to a cache, and ``extract`` and ``merge`` move a row
+from one to another. A pass more reads the weights once more. So a group of its own pays where the
+padding that is read is more than that:
+
+    rows x (longest - their own longest) x bytes a token  >  bytes of the weights
+"""
 
 from __future__ import annotations
 

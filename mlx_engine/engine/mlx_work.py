@@ -11,7 +11,6 @@ from mlx_engine.generation.prepare import prepare
 from mlx_engine.generation.question import answer_question
 from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.single import generate_single
-from mlx_engine.generation.sizing import fit_context
 from mlx_engine.generation.trials.batch import check_batchable
 from mlx_engine.generation.warm_up import warm_up
 from mlx_engine.models.device import RESIDENCY, clear_cache, measure_device
@@ -28,7 +27,6 @@ __all__ = [
     "check_prompt",
     "clear_cache",
     "find_model",
-    "fit_context",
     "generate_single",
     "load_model",
     "loaded_bytes",

@@ -142,8 +142,10 @@ class ModelHolder:
                 mlx_thread.at_exit(self.unload)
                 checkpoint()
                 self._settle_memory(config, self.runner())
-                self._equip(self.runner())
+                if config.context_length == "auto":
+                    self.runner().fit_context(self._kv_limit())
                 self.runner().keep_prompts()
+                self._equip(self.runner())
                 mlx_work.warm_up(self.runner(), batched=self.batched)
         except BaseException as error:
             drop_frames(error)  # this frame stays: nothing here may hold a model
@@ -172,8 +174,6 @@ class ModelHolder:
         )
         loaded = load(config, sources[config.model])
         drafts = {name: load(config.for_draft(name), sources[name]) for name in strategies.drafts}
-        if config.context_length == "auto":
-            loaded = mlx_work.fit_context(loaded, config, drafts, self._kv_limit())
         self._runner = mlx_work.ModelRunner(
             loaded, config, self.counters, drafts, strategies, self.memory.account
         )

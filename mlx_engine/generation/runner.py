@@ -32,6 +32,7 @@ from mlx_engine.generation.memory import prompt_cache_limit, share_out
 from mlx_engine.generation.prefill import settle
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.sequence import Sequence
+from mlx_engine.generation.sizing import fit_context
 from mlx_engine.generation.sparse.chunk_choice import join
 from mlx_engine.generation.sparse.specprefill import SparsePrefill
 from mlx_engine.generation.speculative.decoder import Pending, SpeculativeDecoder
@@ -116,6 +117,11 @@ class ModelRunner:
         scored = [drafts["prefill"]] if sequence.sparse is not None else []
         proposed = [drafts["decode"]] if sequence.drafter is not None else []
         return [self.footprint, *scored, *proposed]
+
+    def fit_context(self, room: int | None) -> None:
+        """Shorten the context to what fits into so many bytes, as ``sizing.fit_context`` does."""
+        footprints = [self.footprint, *self.strategies.footprints.values()]
+        self.loaded = fit_context(self.loaded, footprints, room)
 
     def start(self, sequence: Sequence) -> None:
         """Give a sequence its KV cache, what is stored of its prompt in it, and its strategies.

@@ -15,12 +15,7 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.ledger import ledger
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.generation.cache.kv_cache import (
-    KVFootprint,
-    footprint_of,
-    make_kv_cache,
-    measure_kv,
-)
+from mlx_engine.generation.cache.kv_cache import KVFootprint, footprint_of, make_kv_cache
 from mlx_engine.models.loading import LoadedModel, unread_model
 
 BATCHES = (1, 4, 16, 32)  # requests at once, in the table
@@ -136,25 +131,23 @@ def table(size: ModelSize, memory: int | None) -> list[dict[str, Any]]:
 
 
 def fit_context(
-    loaded: LoadedModel,
-    config: ModelConfig,
-    drafts: Mapping[str, LoadedModel],
-    room: int | None,
+    loaded: LoadedModel, footprints: Sequence[KVFootprint], room: int | None
 ) -> LoadedModel:
-    """A loaded model with the longest context that fits. On the MLX thread.
+    """A loaded model with the longest context that fits, if that is shorter than its own.
 
     Args:
-        drafts: models that help it, by name, each with a KV cache of the same tokens.
-        room: bytes that the KV caches of one request may take; ``None`` is no known bound.
+        footprints: of the KV caches of one request: its own, and those of its drafts.
+        room: bytes that they may take together; ``None`` is no known bound.
 
     Raises:
         InvalidRequest: nothing fits.
     """
     if room is None:
         return loaded
-    footprints = [measure_kv(loaded.model, config)]
-    footprints += [measure_kv(each.model, config.for_draft(name)) for name, each in drafts.items()]
-    together = _together(footprints)
+    together = KVFootprint(
+        sum(each.fixed for each in footprints),
+        tuple(layer for each in footprints for layer in each.layers),
+    )
     most, own = together.tokens(room), loaded.context_length
     if most is None or (own is not None and own <= most):
         return loaded
@@ -166,10 +159,3 @@ def fit_context(
             "fewer bits",
         )
     return replace(loaded, vocabulary=replace(loaded.vocabulary, context_length=most))
-
-
-def _together(footprints: Sequence[KVFootprint]) -> KVFootprint:
-    return KVFootprint(
-        sum(each.fixed for each in footprints),
-        tuple(layer for each in footprints for layer in each.layers),
-    )

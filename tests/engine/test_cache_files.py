@@ -312,7 +312,7 @@ def test_an_event_loop_that_is_closed_ends_it(tiny_path: Path, tmp_path: Path, d
 
 
 FAULTS: list[tuple[object, str]] = [
-    (prompt_cache_file, "as_bytes"),
+    (array_bytes.Copies, "of"),
     (prompt_cache_file, "described_arrays"),
     (PromptCache, "heir"),
 ]

@@ -25,7 +25,14 @@ from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.work import ThreadJob
 from mlx_engine.engine.local import LocalEngine
 from mlx_engine.engine.model_holder import ModelHolder
-from mlx_engine.generation.cache.kv_cache import KVFootprint, measure_kv
+from mlx_engine.generation.cache.kv_cache import (
+    Cache,
+    KVFootprint,
+    kv_nbytes,
+    make_kv_cache,
+    measure_kv,
+    quantize,
+)
 from mlx_engine.generation.sizing import (
     BATCHES,
     KV_BITS,
@@ -70,6 +77,17 @@ def measured(config: ModelConfig, folder: Path) -> tuple[int, KVFootprint]:
     return weights, measure_kv(loaded.model, config)
 
 
+def filled(config: ModelConfig, folder: Path, tokens: int) -> Cache:
+    """The KV cache of so many tokens, after a prompt of most of them. On the MLX thread."""
+    model = load_model(config, folder).model
+    cache = make_kv_cache(model, config)
+    for count in (tokens - 4, 1, 1, 1, 1):
+        model(mx.array([[7] * count]), cache=cache)
+        quantize(cache, config)
+        mx.eval([entry.state for entry in cache])
+    return cache
+
+
 @pytest.mark.parametrize("family", ["llama", "wide", *FAMILIES])
 async def test_the_size_before_weights_are_read_is_that_of_the_model_in_memory(
     tmp_path: Path, family: str
@@ -86,6 +104,8 @@ async def test_the_size_before_weights_are_read_is_that_of_the_model_in_memory(
         for bits, footprint in size.footprints.items():
             quantised = ModelConfig(model=str(folder), kv_bits=bits)
             assert (size.weights, footprint) == measured(quantised, folder)
+            taken = kv_nbytes(filled(quantised, folder, 300))
+            assert footprint.nbytes(300) * 300 / 512 <= taken <= footprint.nbytes(300)
 
     await mlx_thread.run(ThreadJob(compare))
 
@@ -200,6 +220,19 @@ async def test_a_bounded_cache_leaves_the_context_alone(
     monkeypatch.setattr(ModelHolder, "_kv_limit", lambda self: 256 * BYTES_A_TOKEN)
     async with SimpleEngine(tiny_path, context_length="auto", max_kv_size=64) as engine:
         assert engine.context_length == 16384
+
+
+async def test_a_quantised_cache_makes_room_for_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny(tmp_path / "model", "--other", json.dumps(WIDE))
+    monkeypatch.setattr(ModelHolder, "_kv_limit", lambda self: 1024 * 2 * BYTES_A_TOKEN)
+    found = []
+    for bits in (None, 8, 4):
+        async with SimpleEngine(folder, context_length="auto", kv_bits=bits) as engine:
+            found.append(engine.context_length)
+    # Of 32 bits a value 9 and 5 are left, with a scale and a bias for 64 of them.
+    assert found == [1024, 3584, 6400]
 
 
 async def test_auto_goes_to_another_process(tiny_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 import mlx.core as mx
 import numpy as np
 
-_SLICE = 2**26  # bytes of arrays that go through one turn, or one array if that is larger
+_SLICE = 2**24  # bytes of arrays that go through one turn, or one array if that is larger
 
 _DTYPES: dict[str, mx.Dtype] = {
     str(dtype).rpartition(".")[2]: dtype
@@ -47,18 +47,29 @@ def described_arrays(arrays: Iterable[mx.array]) -> list[list[object]]:
     return [[str(array.dtype).rpartition(".")[2], list(array.shape)] for array in arrays]
 
 
-def as_bytes(arrays: Collection[mx.array]) -> memoryview:
-    """A copy of them, one after another, that is not MLX's. On the MLX thread."""
-    data = memoryview(bytearray(sum(array.nbytes for array in arrays)))
-    start = 0
-    for array in arrays:
-        if not array.size:
-            continue
-        flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
-        mx.eval(flat)
-        data[start : start + flat.size] = np.asarray(flat).data
-        start += flat.size
-    return data
+class Copies:
+    """Copies of arrays as bytes that are not MLX's, one after another in the same memory.
+
+    To get memory for the first time costs several times what the copy does.
+    """
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def of(self, arrays: Collection[mx.array]) -> memoryview:
+        """A copy, one array after another; good until the next one. On the MLX thread."""
+        size = sum(array.nbytes for array in arrays)
+        if size > self._memory.size:
+            self._memory = np.empty(size, np.uint8)
+        start = 0
+        for array in arrays:
+            if not array.size:
+                continue
+            flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
+            mx.eval(flat)
+            self._memory[start : start + flat.size] = np.asarray(flat)
+            start += flat.size
+        return self._memory[:size].data
 
 
 def dtype_named(name: str) -> mx.Dtype:

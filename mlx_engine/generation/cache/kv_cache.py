@@ -176,11 +176,10 @@ def footprint_of(cache: Cache) -> KVFootprint:
     fixed = 0
     layers: list[tuple[int, int | None]] = []
     for part in cache_parts(cache):
-        if isinstance(part, KVCache | RotatingKVCache):
+        if isinstance(part, KVCache | QuantizedKVCache | RotatingKVCache):
             most = part.max_size if isinstance(part, RotatingKVCache) else None
-            layers.append((part.nbytes // part.keys.shape[2], most))
-        elif isinstance(part, QuantizedKVCache):
-            layers.append((part.nbytes // part.keys[0].shape[2], None))
+            keys = part.keys[0] if isinstance(part, QuantizedKVCache) else part.keys
+            layers.append((part.nbytes // keys.shape[2], most))
         else:
             fixed += part.nbytes
     return KVFootprint(fixed, tuple(layers))

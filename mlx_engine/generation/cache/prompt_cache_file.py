@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from mlx_engine.core.sliced_job import Rest
 from mlx_engine.core.turns import Turns
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.generation.cache.array_bytes import as_bytes, described_arrays, in_slices
+from mlx_engine.generation.cache.array_bytes import Copies, described_arrays, in_slices
 from mlx_engine.generation.cache.entry_file import (
     FORMAT,
     Described,
@@ -107,6 +107,7 @@ def _slices(cache: PromptCache) -> Generator[tuple[memoryview, Described | None]
     Each step of it is a turn. Until the next one it holds the entry that is under way.
     """
     written: set[int] = set()
+    copies = Copies()
     for old_key, tokens in reversed(cache.outlines()):
         key, entry = cache.heir(old_key, tokens)
         if entry is None or key in written or not can_be_recorded(entry.cache):
@@ -123,7 +124,7 @@ def _slices(cache: PromptCache) -> Generator[tuple[memoryview, Described | None]
         left = list(found.values())
         for count in in_slices([array.nbytes for array in left]):
             some, left = left[:count], left[count:]
-            yield as_bytes(some), None if left else described
+            yield copies.of(some), None if left else described
 
 
 def load(
