@@ -37,12 +37,12 @@ class FakeEngine(InProcessEngine):
     A piece of an answer is a token, and a chunk of a stream; at the end comes a token without
     text. ``max_tokens``, ``stop``, ``stop_token_ids``, ``ignore_eos`` (the answer begins again),
     ``logprobs`` (all 0, what is scripted is certain), ``max_reasoning_tokens`` and
-    ``context_length`` are honoured, ``timeout`` and ``max_wait`` too, and tokens of earlier prompts and answers are counted as
-    cached. Messages and tools are checked as those of other engines are; calls and reasoning come
-    as deltas and segments, as from them; a script that no model could follow, such as a call
-    without tools, or an answer that breaks the request's ``constraint`` or ``output``, fails its
-    request (``GenerationError``). What else changes how tokens
-    are chosen (temperature, penalties, ``logit_bias``, ``seed``, ...) has no effect;
+    ``context_length`` are honoured, ``timeout`` and ``max_wait`` too, and tokens of earlier
+    prompts and answers are counted as cached. Messages and tools are checked as those of other
+    engines are; calls and reasoning come as deltas and segments, as from them; a script that no
+    model could follow, such as a call without tools, or an answer that breaks the request's
+    ``constraint`` or ``output``, fails its request (``GenerationError``). What else changes how
+    tokens are chosen (temperature, penalties, ``logit_bias``, ``seed``, ...) has no effect;
     ``logits_processors`` and ``prefill=SpecPrefill(...)`` are refused.
 
     Attributes:
