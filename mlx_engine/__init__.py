@@ -29,8 +29,11 @@ Its files:
     constraints.py   what an answer must be
     outputs.py       what engines give back
     cache_stats.py   what they tell of a prompt cache
+    memory_stats.py  and of memory
+    plain.py         results as plain data
     checks.py        numbers and paths that callers give
     signatures.py    how functions with such options are shown
+    agents.py        coding agents, and how they are pointed at a server
     other_names.py   what people type, and what to write here
     errors.py        every exception, as a tree
     guide/           what users read, by ``mlx-engine help``
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from mlx_engine.engine.outcome import Outcome
     from mlx_engine.engine.outcomes import Outcomes
     from mlx_engine.engine.simple import SimpleEngine
+    from mlx_engine.engine.sync import SyncEngine, SyncStream
     from mlx_engine.errors import (
         ContextLengthExceeded,
         EngineBusy,
@@ -70,11 +74,14 @@ if TYPE_CHECKING:
         InvalidRequest,
         MLXEngineError,
         ModelLoadError,
+        NotEnoughMemory,
         OutputInvalid,
         StreamClosed,
         StreamConsumed,
+        StreamUnfinished,
     )
     from mlx_engine.limits import RequestLimits
+    from mlx_engine.memory_stats import MemoryOwner, MemoryStats, MemoryUse, PressureStage
     from mlx_engine.outputs import (
         EngineState,
         EngineStats,
@@ -155,11 +162,16 @@ __all__ = [
     "JSONSchema",
     "LogitsProcessor",
     "MLXEngineError",
+    "MemoryOwner",
+    "MemoryStats",
+    "MemoryUse",
     "Message",
     "ModelLoadError",
+    "NotEnoughMemory",
     "Outcome",
     "Outcomes",
     "OutputInvalid",
+    "PressureStage",
     "ProcessEngine",
     "Progress",
     "ProgressCallback",
@@ -185,6 +197,9 @@ __all__ = [
     "SpecPrefill",
     "StreamClosed",
     "StreamConsumed",
+    "StreamUnfinished",
+    "SyncEngine",
+    "SyncStream",
     "Timings",
     "TokenLogprob",
     "ToolCall",
@@ -226,6 +241,10 @@ _HOMES = {
     "mlx_engine.engine.outcome": ("Outcome",),
     "mlx_engine.engine.outcomes": ("Outcomes",),
     "mlx_engine.engine.simple": ("SimpleEngine",),
+    "mlx_engine.engine.sync": (
+        "SyncEngine",
+        "SyncStream",
+    ),
     "mlx_engine.errors": (
         "ContextLengthExceeded",
         "EngineBusy",
@@ -237,11 +256,19 @@ _HOMES = {
         "InvalidRequest",
         "MLXEngineError",
         "ModelLoadError",
+        "NotEnoughMemory",
         "OutputInvalid",
         "StreamClosed",
         "StreamConsumed",
+        "StreamUnfinished",
     ),
     "mlx_engine.limits": ("RequestLimits",),
+    "mlx_engine.memory_stats": (
+        "MemoryOwner",
+        "MemoryStats",
+        "MemoryUse",
+        "PressureStage",
+    ),
     "mlx_engine.outputs": (
         "EngineState",
         "EngineStats",

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar, get_type_hints
+from typing import Any, Literal, TypeGuard, TypeVar, get_type_hints
 
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.other_names import advice
@@ -125,6 +125,15 @@ def integer(
 def integer_or_none(option: str, value: object, *, low: int, high: int = LARGEST) -> int | None:
     """``value`` as ``integer`` has it, or ``None``."""
     return None if value is None else integer(option, value, low=low, high=high, also="None")
+
+
+def integer_or_auto(
+    option: str, value: object, *, low: int, high: int = LARGEST
+) -> int | Literal["auto"] | None:
+    """``value`` as ``integer_or_none`` has it, or ``"auto"``."""
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return value  # type: ignore[return-value]
+    return integer(option, value, low=low, high=high, also="'auto' or None")
 
 
 def number(

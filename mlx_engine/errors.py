@@ -2,6 +2,7 @@
 
 MLXEngineError
 ├── ModelLoadError                 not found, unsupported, broken files
+│   └── NotEnoughMemory            its weights do not fit beside what others have
 ├── InvalidRequest (ValueError)    a bad option, prompt or message
 │   └── ContextLengthExceeded      prompt + max_tokens does not fit
 ├── EngineBusy                     the queue or wait limit is reached
@@ -12,6 +13,7 @@ MLXEngineError
 ├── GenerationError                this request failed inside MLX or in a processor
 │   └── OutputInvalid              the answer is complete, and the caller's type refuses it
 ├── StreamClosed                   the stream was closed before this was asked of it
+├── StreamUnfinished               its answer is still being made
 └── StreamConsumed                 a stream is read once
 
 Errors of MLX, mlx-lm and the file system become one of these at one border each,
@@ -43,6 +45,23 @@ class MLXEngineError(Exception):
 
 class ModelLoadError(MLXEngineError):
     """The model cannot be loaded; the message names the file and what to do."""
+
+
+class NotEnoughMemory(ModelLoadError):
+    """The weights of a model do not fit into the memory that is left, or that it may have.
+
+    Attributes:
+        needed: bytes that it needs, its drafts included.
+        available: bytes that it could have.
+    """
+
+    def __init__(self, message: str, *, needed: int, available: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.available = available
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return rebuild, (type(self), str(self), self.__dict__.copy())
 
 
 class InvalidRequest(MLXEngineError, ValueError):
@@ -185,6 +204,10 @@ class OutputInvalid(GenerationError):
 
 class StreamClosed(MLXEngineError):
     """The stream was closed or cancelled before it had what was asked of it."""
+
+
+class StreamUnfinished(MLXEngineError):
+    """The stream's answer is still being made: there is no result of it yet."""
 
 
 class StreamConsumed(MLXEngineError):

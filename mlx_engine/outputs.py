@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
 import enum
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mlx_engine.cache_stats import PromptCacheStats
-from mlx_engine.checks import shown
-from mlx_engine.errors import InvalidRequest
+from mlx_engine.memory_stats import NOTHING, MemoryStats
+from mlx_engine.plain import json_text, plain_result, short_repr
 
 FinishReason = Literal["stop", "length", "tool_calls", "timeout", "cancelled"]
 Segment = Literal["content", "reasoning", "tool_call"]
@@ -51,12 +51,14 @@ class TokenLogprob:
             ``SamplingParams.logprobs`` asks for. They have none of their own.
         text: of the token by itself, as in the middle of a text; the parts of a character that
             several tokens share are U+FFFD.
+        bytes: of that text in UTF-8, and of such a part those that are the token's.
     """
 
     token: int
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
     text: str = ""
+    bytes: builtins.bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +98,12 @@ class ToolCall:
         Raises:
             InvalidRequest: ``content`` is neither.
         """
-        text = content if isinstance(content, str) else _json("content", content)
+        text = content if isinstance(content, str) else json_text("content", content)
         return {"role": "tool", "tool_call_id": self.id, "name": self.name, "content": text}
 
     def _as_message(self) -> dict[str, Any]:
         # What the model wrote goes back as it was, so that it can see its mistake.
-        arguments = _json("tool_calls", self.arguments) if self.ok else self.raw
+        arguments = json_text("tool_calls", self.arguments) if self.ok else self.raw
         function = {"name": self.name, "arguments": arguments}
         return {"id": self.id, "type": "function", "function": function}
 
@@ -216,6 +218,8 @@ class Timings:
     draft_tokens: int = 0
     accepted_tokens: int = 0
 
+    __repr__ = short_repr
+
     @property
     def acceptance_rate(self) -> float:
         """Accepted over proposed tokens; 0 if none was proposed."""
@@ -258,6 +262,18 @@ class GenerationResult:
     stop_string: str | None = None
     parsed: Any = None
 
+    __repr__ = short_repr
+
+    def to_dict(self, tokens: bool = False) -> dict[str, Any]:
+        """The result as plain data, all of which JSON has a form for.
+
+            print(json.dumps(result.to_dict()), file=lines)
+
+        Args:
+            tokens: whether the ids of the tokens are in it, as ``tokens``.
+        """
+        return plain_result(self, tokens=tokens)
+
     def message(self) -> Any:
         """The answer as a message, to be appended to the messages of the chat.
 
@@ -291,6 +307,8 @@ class RenderedChat:
     tokens: tuple[int, ...]
     cached_tokens: int = 0
     notes: tuple[str, ...] = ()
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +361,7 @@ class EngineStats:
         batch_size: requests that decode together now.
         kv_bytes: in the KV caches of the requests in work.
         prompt_cache: of the prompt cache.
+        memory: what the engine has of the memory, and who has what in its process.
     """
 
     state: EngineState
@@ -362,6 +381,7 @@ class EngineStats:
     batch_size: int
     kv_bytes: int
     prompt_cache: PromptCacheStats
+    memory: MemoryStats = NOTHING
 
     @property
     def acceptance_rate(self) -> float:
@@ -372,12 +392,3 @@ class EngineStats:
     def tokens_per_second(self) -> float:
         """Generated tokens over time spent decoding, all requests together; 0 before the first."""
         return self.completion_tokens / self.decode_seconds if self.decode_seconds else 0.0
-
-
-def _json(option: str, value: object) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequest(
-            option, f"must be text, or have a form in JSON, not {shown(value)} ({error})"
-        ) from error

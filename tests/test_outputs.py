@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
 from mlx_engine import GenerationChunk, GenerationResult, InvalidRequest, ToolCall
 from mlx_engine.limits import DEFAULT_LIMITS
-from mlx_engine.outputs import Timings, Usage
+from mlx_engine.outputs import RenderedChat, Timings, TokenLogprob, Usage
 from mlx_engine.requests import ChatPrompt
 
 USER = {"role": "user", "content": "Weather?"}
@@ -138,3 +139,35 @@ def test_options_of_a_chat_are_refused_by_name(options: Any, option: str) -> Non
     with pytest.raises(InvalidRequest) as caught:
         ChatPrompt.of([USER], **options)
     assert caught.value.option == option
+
+
+def test_a_result_as_plain_data() -> None:
+    best = TokenLogprob(8, float("-inf"), (), "b", b"b")
+    logprobs = (TokenLogprob(7, -0.5, (best,), "a", b"a"),)
+    made = result(text='{"x": [1, 2.5]}', tokens=(7, 2), tool_calls=(CALL, CUT), logprobs=logprobs)
+    plain = replace(made, parsed=object()).to_dict()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert "tokens" not in plain
+    assert plain["parsed"] == {"x": [1, 2.5]}
+    assert plain["usage"]["prompt_tokens"] == 1
+    assert plain["tool_calls"][0]["arguments"] == {"city": "Zürich"}
+    assert plain["logprobs"][0]["top"][0] == {
+        "token": 8, "logprob": None, "top": [], "text": "b", "bytes": [98]
+    }  # fmt: skip
+    with_tokens = made.to_dict(tokens=True)
+    assert (with_tokens["tokens"], with_tokens["parsed"]) == ([7, 2], None)
+    assert with_tokens.keys() == {field.name for field in fields(GenerationResult)}
+
+
+def test_a_short_repr() -> None:
+    logprobs = (TokenLogprob(7, -0.5),) * 20
+    shown = repr(result(text="x" * 1000, tokens=tuple(range(1000)), logprobs=logprobs))
+    assert len(shown) < 600
+    assert shown.startswith("GenerationResult(text='xxx")
+    assert "... (1000 characters), tokens=<1000>, finish_reason='stop'" in shown
+    assert "logprobs=<20>" in shown
+    assert "tool_calls" not in shown
+    assert repr(RenderedChat("Hi", (1, 2, 3), 2)) == (
+        "RenderedChat(text='Hi', tokens=(1, 2, 3), cached_tokens=2)"
+    )
+    assert "prefill=0.3333, " in repr(Timings(0, 1 / 3, 0, 0, 0, 0, 0))

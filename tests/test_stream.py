@@ -19,10 +19,11 @@ from mlx_engine import (
     SimpleEngine,
     StreamClosed,
     StreamConsumed,
+    StreamUnfinished,
 )
 from mlx_engine.core import channel as channel_module
 from mlx_engine.core.mlx_thread import mlx_thread
-from tests.conftest import other_tasks, settled
+from tests.conftest import cancel_inside, other_tasks, settled
 from tests.guard import Gate
 from tests.waiting import turns, until
 
@@ -131,7 +132,7 @@ async def test_result_before_the_end_and_without_a_start(
 ) -> None:
     stop = gate("model", 5)
     async with stream_of(engine) as stream:
-        with pytest.raises(asyncio.InvalidStateError):
+        with pytest.raises(StreamUnfinished, match="still being made: read the stream"):
             _ = stream.result
         stop.go()
     unstarted = stream_of(engine)
@@ -141,6 +142,34 @@ async def test_result_before_the_end_and_without_a_start(
         _ = unstarted.result
     with pytest.raises(StreamClosed):
         await anext(unstarted)
+
+
+async def test_collecting_reads_what_is_left(engine: SimpleEngine) -> None:
+    whole = await stream_of(engine).collect()
+    assert len(whole.tokens) == 20
+    stream = stream_of(engine)
+    first = await anext(stream)
+    result = await stream.collect()
+    assert result is stream.result is await stream.collect()
+    assert result.tokens == whole.tokens
+    assert first.tokens == result.tokens[:1]
+    with pytest.raises(StreamConsumed):
+        aiter(stream)
+    closed = stream_of(engine)
+    await anext(closed)
+    await closed.aclose()
+    assert (await closed.collect()).finish_reason == "cancelled"
+    unstarted = stream_of(engine)
+    await unstarted.aclose()
+    with pytest.raises(StreamClosed):
+        await unstarted.collect()
+
+
+async def test_collecting_is_cancelled_as_reading_is(engine: SimpleEngine, gate: MakeGate) -> None:
+    stop = gate("model", 5)
+    stream = stream_of(engine, 500)
+    await cancel_inside(stop, stream.collect())
+    assert stream.result.finish_reason == "cancelled"
 
 
 async def test_break_in_a_context_frees_the_engine_within_one_token(

@@ -16,7 +16,7 @@ from functools import partial
 
 from mlx_engine.cli import interrupts
 from mlx_engine.cli.options import chat_options, engine_options, sampling_params
-from mlx_engine.cli.output import AnswerPrinter, ProgressBar, print_answer, remark, say
+from mlx_engine.cli.output import AnswerPrinter, ProgressBar, loaded, print_answer, remark, say
 from mlx_engine.cli.values import time_limit
 from mlx_engine.core.stream import GenerationStream
 from mlx_engine.engine.simple import SimpleEngine
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     with asyncio.Runner() as runner:
         try:
             interrupts.run(runner, engine.start())
+            loaded(bar)
         finally:
             bar.clear()
         try:

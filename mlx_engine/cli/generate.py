@@ -6,12 +6,11 @@ import argparse
 import asyncio
 import json
 import sys
-from dataclasses import asdict
 
 from mlx_engine.cli import interrupts
 from mlx_engine.cli.constraint import constraint_option
 from mlx_engine.cli.options import chat_options, engine_options, sampling_params
-from mlx_engine.cli.output import AnswerPrinter, ProgressBar, print_answer, remark, say
+from mlx_engine.cli.output import AnswerPrinter, ProgressBar, loaded, print_answer, remark, say
 from mlx_engine.cli.values import time_limit
 from mlx_engine.core.stream import GenerationStream
 from mlx_engine.engine.simple import SimpleEngine
@@ -37,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
             raise
         raise renamed(error, option) from error
     if args.json:
-        json.dump(asdict(result), sys.stdout, ensure_ascii=False, default=str)
+        json.dump(result.to_dict(tokens=True), sys.stdout, ensure_ascii=False)
         sys.stdout.write("\n")
     elif not result.text and (result.reasoning or result.tool_calls):
         say("note: the answer has reasoning or tool calls only; --json shows them")
@@ -50,7 +49,7 @@ async def _generate(
 ) -> GenerationResult:
     try:
         async with SimpleEngine(**engine_options(args), on_progress=bar) as engine:
-            bar.clear()
+            loaded(bar)
             if not (args.raw or engine.has_chat_template or args.system is not None):
                 say("note: the model has no chat template: the prompt is continued, as with --raw")
                 args.raw = True

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import fields
 from typing import TypedDict
 
 from mlx_engine.checks import checked_time_limit, number
 from mlx_engine.cli import guide
 from mlx_engine.limits import RequestLimits
+
+_SIZE = re.compile(r"(-?\d+(?:\.\d+)?)\s*([kmgt]i?b?)?", re.IGNORECASE)
 
 
 class TimeLimit(TypedDict, total=False):
@@ -55,6 +58,21 @@ def count_or_auto(text: str) -> int | str:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number or 'auto', not {text!r}") from None
+
+
+def memory_or_auto(text: str) -> int | float | str:
+    """Bytes such as 8000000000 or 8GB, a part such as 0.5, or 'auto'."""
+    if text.lower() == "auto":
+        return "auto"
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        said = f"must be bytes such as 8GB, a part such as 0.5, or 'auto', not {text!r}"
+        raise argparse.ArgumentTypeError(said)
+    amount, unit = found.groups()
+    if unit:
+        power = "KMGT".index(unit[0].upper()) + 1
+        return int(float(amount) * (1024 if unit[1:2].lower() == "i" else 1000) ** power)
+    return float(amount) if "." in amount else int(amount)
 
 
 def bias(text: str) -> tuple[int, float]:

@@ -16,6 +16,7 @@ from mlx_engine.core.lifecycle import Lifecycle
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.preparer import Preparer, Preparing
 from mlx_engine.core.side_work import SideQueue, SideWork
+from mlx_engine.core.sliced_job import Rest, SlicedJob
 from mlx_engine.core.work import PendingWork, ThreadJob
 from mlx_engine.core.work_queue import WorkQueue
 from mlx_engine.errors import MLXEngineError
@@ -115,6 +116,27 @@ class Scheduler(abc.ABC, Generic[R]):
         preparing = None if _prepare is None else Preparing(self._preparer, job, _prepare)
         with self.admission.enter(entry, job, mlx_thread):
             return await mlx_thread.run(job, preparing)  # type: ignore[no-any-return]
+
+    async def run_sliced(self, name: str, begin: Callable[[], Rest[T]]) -> T:
+        """Do work that begins on the MLX thread, and goes on beside it, taking turns there.
+
+        Args:
+            name: of what it does.
+            begin: as for ``SlicedJob``.
+
+        Cancellation: what has not begun leaves at once; what has, ends at its next turn or
+        ``checkpoint``, and its caller stays until then.
+
+        Raises:
+            EngineNotStarted, EngineStopped, EngineDead: by the engine's state.
+            EngineBusy: too many others wait already, or it has waited too long.
+            BaseException: whatever it raises.
+        """
+        entry = InFlight(self._lifecycle.new_id(name), counted=True)
+        over = functools.partial(self.admission.over, entry)
+        job: SlicedJob[T] = SlicedJob(begin, over, lane=self.admission)
+        with self.admission.enter(entry, job, mlx_thread), job.on_thread(name):
+            return await mlx_thread.run(job)  # type: ignore[no-any-return]
 
 
 class SimpleScheduler(Scheduler[R]):

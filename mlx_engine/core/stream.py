@@ -13,7 +13,7 @@ from mlx_engine.core.channel import Channel
 from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
 from mlx_engine.core.log import logged
 from mlx_engine.core.wakeup import running_loop
-from mlx_engine.errors import InvalidRequest, StreamClosed, StreamConsumed
+from mlx_engine.errors import InvalidRequest, StreamClosed, StreamConsumed, StreamUnfinished
 from mlx_engine.outputs import (
     FinishReason,
     GenerationChunk,
@@ -102,7 +102,7 @@ class GenerationStream:
         """The whole answer, once the stream has been read to its end, or closed.
 
         Raises:
-            asyncio.InvalidStateError: the answer is still being made.
+            StreamUnfinished: the answer is still being made.
             StreamClosed: the stream was closed before the request began.
             MLXEngineError: the error with which the request failed.
         """
@@ -112,8 +112,9 @@ class GenerationStream:
             return self._outcome.result
         if self._closed and self._task is None:
             raise StreamClosed("the stream was closed before it was started: there is no result")
-        raise asyncio.InvalidStateError(
-            "the answer is still being made: read the stream to its end, or close it, first"
+        raise StreamUnfinished(
+            "the answer is still being made: read the stream to its end first, which "
+            "'await stream.collect()' does as well, or close it"
         )
 
     @property
@@ -196,6 +197,23 @@ class GenerationStream:
         which has all the rest in its ``result`` afterwards.
         """
         return _Texts(self)
+
+    async def collect(self) -> GenerationResult:
+        """Read what is left of the stream, and give the whole answer, as ``result`` does then.
+
+            result = await engine.stream_chat(messages).collect()
+
+        Cancellation and errors are those of reading it. What was collected once, or closed, is
+        given again.
+        """
+        async with self:
+            self._iterated = True
+            while not self._closed:
+                try:
+                    await anext(self)
+                except StopAsyncIteration:
+                    break
+        return self.result
 
     def __aiter__(self) -> GenerationStream:
         if self._iterated:

@@ -25,6 +25,7 @@ from mlx_engine.core.wakeup import running_loop
 from mlx_engine.engine.interface import Engine
 from mlx_engine.engine.many import in_order, made_once, mapped, params_for_each
 from mlx_engine.engine.map_interface import asked
+from mlx_engine.engine.sync import SyncEngine
 from mlx_engine.engine.typed import OutputType, TypedWork, as_output, partial_answer
 from mlx_engine.errors import InvalidRequest, MLXEngineError, renamed
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
@@ -120,6 +121,14 @@ class BaseEngine(Engine, abc.ABC):
 
         Cancellation and errors are those of ``count_tokens``.
         """
+
+    def sync(self) -> SyncEngine[Self]:
+        """The same engine without ``await``, for scripts: its methods block.
+
+        with SimpleEngine("demo").sync() as llm:
+            print(llm.generate("The capital of France is").text)
+        """
+        return SyncEngine(self)
 
     async def stop(self) -> ShutdownReport:
         return await self.shutdown(0)

@@ -180,13 +180,15 @@ class Engine(ChatEngine, MapEngine, Protocol):
     async def save_prompt_cache(self, path: str | os.PathLike[str]) -> int:
         """Write the prompt cache into a file, for an engine with the same model to load.
 
-        Whatever happens meanwhile, ``path`` has either the old file or the new one.
+        Requests go on meanwhile: it takes short turns between their steps, and writes beside
+        them. Whatever happens, ``path`` has either the old file or the new one, which only its
+        owner can read.
 
         Returns:
-            The number of prompts written.
+            The number of prompts written: of those that were stored when it began all that were
+            not evicted before their turn.
 
-        Cancellation: waiting for its turn, it leaves at once; once it writes, it does so to
-        the end, and then raises ``CancelledError``.
+        Cancellation: it ends at once, between two pieces of the file; ``path`` has the old one.
 
         Raises:
             InvalidRequest: the file cannot be written.
@@ -198,16 +200,20 @@ class Engine(ChatEngine, MapEngine, Protocol):
     async def load_prompt_cache(self, path: str | os.PathLike[str]) -> int:
         """Add the prompts of a file that ``save_prompt_cache`` has written.
 
-        If there are more than the prompt cache may hold, those used last are kept.
+        Requests go on meanwhile, as they do while one is saved. The whole file is checked before
+        anything is added. If there are more than the prompt cache may hold, those used last are
+        kept.
 
         Returns:
             The number of prompts added.
 
-        Cancellation: as in ``save_prompt_cache``.
+        Cancellation: it ends at once, between two pieces of the file; prompts that were added
+        by then stay.
 
         Raises:
-            InvalidRequest: there is no such file, it is damaged, or of another model or
-                other KV cache options; the prompt cache is as it was.
+            InvalidRequest: there is no such file, it is damaged (a checksum is wrong), or of
+                another version, another model or other KV cache options; the prompt cache is as
+                it was.
             GenerationError: MLX failed meanwhile.
             EngineBusy, EngineNotStarted, EngineStopped, EngineDead: as in ``generate``.
         """

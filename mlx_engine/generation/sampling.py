@@ -22,11 +22,11 @@ from mlx_engine.generation.sampler import Sampler, SamplerOptions
 from mlx_engine.outputs import TokenLogprob
 from mlx_engine.params import LogitsProcessor, SamplingParams
 
-TokenText = Callable[[int], str]
+TokenText = Callable[[int], tuple[str, bytes]]
 
 
-def _no_text(token: int) -> str:
-    return ""
+def _no_text(token: int) -> tuple[str, bytes]:
+    return "", b""
 
 
 class Sampling:
@@ -41,7 +41,7 @@ class Sampling:
 
     Args:
         options, processors, budget, grammar: the same.
-        token_text: gives the text of a token.
+        token_text: gives the text of a token, and its bytes.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ def make_sampling(
             mlx-lm).
         budget: of its reasoning.
         grammar: of its answer.
-        token_text: gives the text of a token, for log-probabilities.
+        token_text: gives the text and the bytes of a token, for log-probabilities.
 
     Raises:
         InvalidRequest: a logits processor cannot be imported.
@@ -213,6 +213,6 @@ def token_logprob(
         mx.eval(ids, values)
         found: list[tuple[int, float]] = list(zip(ids.tolist(), values.tolist(), strict=True))  # type: ignore[arg-type]
         best = sorted(found, key=lambda pair: -pair[1])
-    others = tuple(TokenLogprob(each, value, text=token_text(each)) for each, value in best)
+    others = tuple(TokenLogprob(each, value, (), *token_text(each)) for each, value in best)
     own = float(cast("float", logprobs[token].item()))
-    return TokenLogprob(token, own, others, token_text(token))
+    return TokenLogprob(token, own, others, *token_text(token))

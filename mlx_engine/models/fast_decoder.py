@@ -237,6 +237,12 @@ def _bytes_of(item: str) -> bytes:
         return item.encode()
 
 
+def bytes_of_token(string: str) -> bytes:
+    """The bytes of a token that is a part of a character, by its string."""
+    match = _BYTE_TOKEN.fullmatch(string)
+    return _bytes_of(string) if match is None else bytes([int(match[1], 16)])
+
+
 @cache
 def _byte_table() -> dict[str, int]:
     """GPT-2's characters for bytes: their own where they print, the next free ones elsewhere."""

@@ -1,4 +1,4 @@
-"""The text of single tokens, for those that are told beside an answer: log-probabilities."""
+"""The text of single tokens, and their bytes, for log-probabilities."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_engine.models.detokenizer import make_detokenizer
+from mlx_engine.models.fast_decoder import REPLACEMENT, bytes_of_token
 
 
 class TokenTexts:
@@ -22,13 +23,17 @@ class TokenTexts:
         self._before: list[int] = tokenizer.encode("a", add_special_tokens=False)
         self._start = self._text_of(self._before)
 
-    def __call__(self, token: int) -> str:
-        """The text of a token."""
-        text = self._known.get(token)
-        if text is None:
+    def __call__(self, token: int) -> tuple[str, bytes]:
+        """The text of a token, and its bytes, of which a character may have some from others."""
+        known = self._known.get(token)
+        if known is None:
             text = self._text_of([*self._before, token])[len(self._start) :]
-            self._known[token] = text
-        return text
+            known = self._known[token] = text, self._bytes_of(token, text)
+        return known
+
+    def _bytes_of(self, token: int, text: str) -> bytes:
+        string = self._tokenizer.convert_ids_to_tokens(token) if REPLACEMENT in text else None
+        return bytes_of_token(string) if isinstance(string, str) else text.encode()
 
     def _text_of(self, tokens: list[int]) -> str:
         detokenizer = make_detokenizer(self._tokenizer)
@@ -36,4 +41,4 @@ class TokenTexts:
 
 
 # Texts alone: what held the tokenizer here would keep it for ever.
-_known: WeakKeyDictionary[TokenizerWrapper, dict[int, str]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[TokenizerWrapper, dict[int, tuple[str, bytes]]] = WeakKeyDictionary()

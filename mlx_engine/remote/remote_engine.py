@@ -72,7 +72,7 @@ class RemoteEngine(LinkedEngine):
     def _make_link(self) -> Callable[[], Link]:
         return functools.partial(SocketLink, self._path)
 
-    def _greeting(self) -> bytes:
+    def _greeting(self, memory: int | None) -> bytes:
         return encode([Hello()])
 
     def _file_there(self, path: Path) -> str:

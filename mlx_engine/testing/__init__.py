@@ -4,7 +4,9 @@ Its files:
 
     safety/              whether an engine keeps its promises about cancellation
     fake.py              FakeEngine
+    fake_options.py      its options
     fake_answer.py       its script
+    script_error.py      mistakes in it
     fake_gate.py         a place in it where a test holds the work
     fake_model.py        what plays the script
     fake_request.py      what it was asked
@@ -21,7 +23,7 @@ Its files:
 from mlx_engine.testing.fake import FakeEngine
 from mlx_engine.testing.fake_answer import AnswerLike, Answers, FakeAnswer, Piece
 from mlx_engine.testing.fake_gate import Gate
-from mlx_engine.testing.fake_model import Load
+from mlx_engine.testing.fake_options import FakeOptions, Load
 from mlx_engine.testing.fake_request import FakeRequest, Outcome
 from mlx_engine.testing.safety.check import assert_cancellation_safe
 from mlx_engine.testing.safety.report import (
@@ -30,12 +32,14 @@ from mlx_engine.testing.safety.report import (
     SafetyReport,
     SafetyRow,
 )
+from mlx_engine.testing.script_error import ScriptError
 
 __all__ = [
     "AnswerLike",
     "Answers",
     "FakeAnswer",
     "FakeEngine",
+    "FakeOptions",
     "FakeRequest",
     "Gate",
     "Load",
@@ -45,5 +49,6 @@ __all__ = [
     "SafetyFailure",
     "SafetyReport",
     "SafetyRow",
+    "ScriptError",
     "assert_cancellation_safe",
 ]

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, Unpack
 
 from mlx_engine.config import EngineConfig
 from mlx_engine.core.bridge import checked_callback, in_this_loop
 from mlx_engine.core.scheduler import BatchScheduler, Scheduler, SimpleScheduler
+from mlx_engine.engine.base import Work
 from mlx_engine.engine.in_process import InProcessEngine
 from mlx_engine.errors import EngineDead, InvalidRequest
-from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
-from mlx_engine.outputs import ProgressCallback
-from mlx_engine.requests import GenerationRequest, checked_priority
+from mlx_engine.outputs import GenerationResult, ProgressCallback
+from mlx_engine.params import SamplingParams
+from mlx_engine.requests import (
+    ChatRequestOptions,
+    GenerationRequest,
+    Message,
+    RequestOptions,
+    check_known,
+    checked_priority,
+)
+from mlx_engine.signatures import spelled_out
 from mlx_engine.strategies import EngineDefault, SpecPrefill, Strategies
-from mlx_engine.testing.fake_answer import Answers
-from mlx_engine.testing.fake_model import FakeModel, Load
+from mlx_engine.testing.fake_answer import AnswerLike, Answers, Script
+from mlx_engine.testing.fake_gate import engines
+from mlx_engine.testing.fake_model import FakeModel
+from mlx_engine.testing.fake_options import DEFAULTS, FakeOptions
 from mlx_engine.testing.fake_request import FakeRequest
 from mlx_engine.testing.player import Player
+from mlx_engine.testing.script_error import ScriptError
 from mlx_engine.testing.scripted_request import ScriptedRequest
 
 
@@ -30,6 +44,12 @@ class FakeEngine(InProcessEngine):
             assert engine.requests[0].prompt == "Greet Ann."
             assert engine.requests[0].outcome == "finished"
 
+    One answer for each request, in order, errors among them:
+
+        FakeEngine.script("one", FakeAnswer("two", reasoning="Hm."), GenerationError("boom"))
+
+    A list that is given to ``FakeEngine([...])`` itself is one answer, piece by piece.
+
     The queue, the states, shutdown, streams, errors and cancellation are those of
     ``SimpleEngine`` or, with a ``max_batch_size``, of ``BatchedEngine``: the same code, on
     the same thread. Only the model is made up.
@@ -37,45 +57,36 @@ class FakeEngine(InProcessEngine):
     A piece of an answer is a token, and a chunk of a stream; at the end comes a token without
     text. ``max_tokens``, ``stop``, ``stop_token_ids``, ``ignore_eos`` (the answer begins again),
     ``logprobs`` (all 0, what is scripted is certain), ``max_reasoning_tokens`` and
-    ``context_length`` are honoured, ``timeout`` and ``max_wait`` too, and tokens of earlier
-    prompts and answers are counted as cached. Messages and tools are checked as those of other
-    engines are; calls and reasoning come as deltas and segments, as from them; a script that no
-    model could follow, such as a call without tools, or an answer that breaks the request's
-    ``constraint`` or ``output``, fails its request (``GenerationError``). What else changes how
-    tokens are chosen (temperature, penalties, ``logit_bias``, ``seed``, ...) has no effect;
+    ``context_length`` are honoured, ``timeout`` and ``max_wait`` too, and tokens of earlier prompts
+    and answers are counted as cached. Messages, tools and options are checked as those of other
+    engines are; calls and reasoning come as deltas and segments, as from them. What else changes
+    how tokens
+    are chosen (temperature, penalties, ``logit_bias``, ``seed``, ...) has no effect;
     ``logits_processors`` and ``prefill=SpecPrefill(...)`` are refused.
 
+    A mistake of the script is a ``ScriptError`` for its request, which is no ``MLXEngineError``
+    that an application would do something about, and again for the end of ``async with``: more
+    requests than answers, or fewer, with ``script``; a prompt that is unknown; a function that
+    fails; an answer that no model could give, such as a call without tools, or one that breaks the
+    request's ``constraint`` or ``output``.
+
     Attributes:
-        requests: what it was asked, in order; those that it refused included.
+        requests: what it was asked, in order; those that it refused included. Each says how it
+            has ended.
     """
 
     _holder: FakeModel
 
-    def __init__(
-        self,
-        answers: Answers = "Hello!",
-        *,
-        max_batch_size: int | None = None,
-        seconds_per_token: float = 0.0,
-        prefill_seconds: float = 0.0,
-        load_seconds: float = 0.0,
-        load: Load = (),
-        model: str = "fake",
-        supports_tools: bool = True,
-        supports_reasoning: bool = True,
-        context_length: int | None = None,
-        queue_limit: int | None = None,
-        max_wait: float | None = None,
-        limits: RequestLimits = DEFAULT_LIMITS,
-        on_progress: ProgressCallback | None = None,
-    ) -> None:
+    @spelled_out(FakeOptions, DEFAULTS)
+    def __init__(self, answers: Answers = "Hello!", **options: Unpack[FakeOptions]) -> None:
         """Make an engine; it can be asked once it is started.
 
         Args:
             answers: the answer to everything: text, a list of pieces (strings, ``Gate``,
                 exceptions), or a ``FakeAnswer``. Or a mapping from prompts (from the text of the
                 last message, in a chat) to answers; an iterator, each request taking the next
-                one of it; or a function that is given a ``FakeRequest``, on the engine's thread.
+                one of it; or a function that is given a ``FakeRequest``, on the engine's thread,
+                and gives an answer, or raises an ``MLXEngineError`` in its place.
             max_batch_size: requests in work at once, as in ``BatchedEngine``: each step gives
                 all of them a token, but for those at a gate. ``None`` is one after another, as in
                 ``SimpleEngine``.
@@ -92,35 +103,96 @@ class FakeEngine(InProcessEngine):
                 and as many questions, such as ``count_tokens``.
             max_wait: seconds that a request, or a question, may wait before ``EngineBusy`` is
                 raised.
+            memory: what it may have in all, as in other engines; it needs none.
             limits: how large a request may be; see ``RequestLimits``.
             on_progress: told of the load, in the event loop that starts the engine.
 
         Raises:
             InvalidRequest: an argument is of the wrong type or out of its range.
         """
+        check_known(options, FakeOptions)
+        given: dict[str, Any] = {**DEFAULTS, **options}
         self.requests: list[FakeRequest] = []
-        batch = {} if max_batch_size is None else {"max_batch_size": max_batch_size}
-        queue = {"queue_limit": queue_limit, "max_wait": max_wait, "limits": limits}
+        width = given["max_batch_size"]
+        batch = {} if width is None else {"max_batch_size": width}
+        named = ("context_length", "memory", "queue_limit", "max_wait", "limits")
         config = EngineConfig.of(
             "batched" if batch else "simple",
-            model,
-            {"context_length": context_length, **queue, **batch},
+            given["model"],
+            {**{name: given[name] for name in named}, **batch},
         )
         self.limits = config.limits
         self.takes_priority = bool(batch)
         self._max_batch_size = config.batch.max_batch_size if batch else None
-        self._on_progress = checked_callback(on_progress)
-        holder = FakeModel(
-            answers,
-            load,
-            config.model.context_length,
-            seconds_per_token=seconds_per_token,
-            prefill_seconds=prefill_seconds,
-            load_seconds=load_seconds,
-            supports_tools=supports_tools,
-            supports_reasoning=supports_reasoning,
-        )
+        self._on_progress = checked_callback(given["on_progress"])
+        own = config.model.context_length
+        context_length = own if isinstance(own, int) else None
+        holder = FakeModel(answers, context_length, config.model.memory, given)
         super().__init__(holder, config.queue, config.model.model)
+        engines.add(self)
+
+    @classmethod
+    @spelled_out(FakeOptions, DEFAULTS)
+    def script(cls, *answers: AnswerLike, **options: Unpack[FakeOptions]) -> Self:
+        """An engine with one answer for each request, in the order in which their work begins.
+
+        Args:
+            answers: text, pieces, ``FakeAnswer``, or an exception, which the request raises.
+            options: those of ``FakeEngine``.
+
+        At the end of its ``async with``, and in ``check_script``, answers that were not asked for
+        are a ``ScriptError``, as is a request for which there was none.
+        """
+        return cls(Script(answers), **options)
+
+    @property
+    def mistakes(self) -> Sequence[ScriptError]:
+        """The mistakes of the script that have come up, until ``check_script``."""
+        return tuple(self._holder.mistakes)
+
+    def check_script(self) -> None:
+        """See that its script was right, and of ``script(...)`` that all of it was used.
+
+        ``async with`` does so at its end; this is for tests that start and stop the engine.
+
+        Raises:
+            ScriptError: it was not. What is told once is not told again.
+        """
+        self._holder.check_script()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await super().__aexit__(exc_type, exc, traceback)
+        if exc is None:
+            self.check_script()
+        elif isinstance(exc, Exception) and not isinstance(exc, ScriptError):
+            for error in self.mistakes:
+                exc.add_note(f"before this there was a mistake of the script: {error}")
+
+    def _text_work(
+        self, prompt: object, params: SamplingParams | None, options: RequestOptions
+    ) -> Work:
+        try:
+            return super()._text_work(prompt, params, options)
+        except Exception as error:
+            self.requests.append(FakeRequest.refused(error, params, options, prompt=prompt))
+            raise
+
+    def _chat_work(
+        self,
+        messages: Sequence[Message | Mapping[str, Any] | GenerationResult],
+        params: SamplingParams | None,
+        options: ChatRequestOptions,
+    ) -> Work:
+        try:
+            return super()._chat_work(messages, params, options)
+        except Exception as error:
+            self.requests.append(FakeRequest.refused(error, params, options, messages=messages))
+            raise
 
     def _new_scheduler(self) -> Scheduler[ScriptedRequest]:
         lifecycle, queue, prepare = self._lifecycle, self.queue_limits, self._holder.prepare

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from mlx_engine.checks import choice, shown
 from mlx_engine.constraints import Constraint
-from mlx_engine.errors import InvalidRequest
+from mlx_engine.errors import InvalidRequest, MLXEngineError, describe
 from mlx_engine.outputs import Segment, ToolCall
 from mlx_engine.requests import ChatPrompt, TextPrompt
 from mlx_engine.testing.fake_call import raw_call
@@ -18,6 +19,7 @@ from mlx_engine.testing.fake_constraint import check_calls, check_content
 from mlx_engine.testing.fake_gate import Gate
 from mlx_engine.testing.fake_request import FakeRequest
 from mlx_engine.testing.fake_tokens import words
+from mlx_engine.testing.script_error import ScriptError, mistake
 
 Piece = str | Gate | Exception
 
@@ -59,15 +61,17 @@ class FakeAnswer:
 
     @classmethod
     def of(cls, answer: object) -> FakeAnswer:
-        """An answer from its text or pieces."""
-        return answer if isinstance(answer, FakeAnswer) else cls(answer)  # type: ignore[arg-type]
+        """An answer from its text, its pieces, or the only one of them that is no text."""
+        if isinstance(answer, FakeAnswer):
+            return answer
+        return cls((answer,) if isinstance(answer, Gate | Exception) else answer)  # type: ignore[arg-type]
 
     def check(self, source: TextPrompt | ChatPrompt, constraint: Constraint | None = None) -> None:
         """See that a model could give this answer.
 
         Raises:
             InvalidRequest: the constraint cannot be followed.
-            ValueError: none could: it is a mistake of the script.
+            ScriptError: none could: it is a mistake of the script.
         """
         self._check_calls(source)
         text, whole = self._content()
@@ -76,7 +80,7 @@ class FakeAnswer:
         if constraint is None:
             return
         if self.tool_calls:
-            raise ValueError("tool calls are scripted, but the request's constraint allows none")
+            raise ScriptError("tool calls are scripted, but the request's constraint allows none")
         check_content(constraint, text, whole)
 
     def _content(self) -> tuple[str, bool]:
@@ -90,13 +94,13 @@ class FakeAnswer:
         if not (self.reasoning or self.tool_calls):
             return
         if not isinstance(source, ChatPrompt):
-            raise ValueError("reasoning and tool calls are of chats; this is a plain prompt")
+            raise ScriptError("reasoning and tool calls are of chats; this is a plain prompt")
         if self.tool_calls and not source.offered:
-            raise ValueError("tool calls are scripted, but the request has no tools to be called")
+            raise ScriptError("tool calls are scripted, but the request has no tools to be called")
         known = [tool["function"]["name"] for tool in source.offered or ()]
         for call in self.tool_calls:
             if isinstance(call, ToolCall) and call.ok and call.name not in known:
-                raise ValueError(
+                raise ScriptError(
                     f"a call of {call.name!r} is scripted; the tools of the request are {known}"
                 )
 
@@ -109,7 +113,7 @@ class FakeAnswer:
 
 # Pieces and answers are objects where they are in something: a variable that holds two kinds of
 # them is, to mypy, a list or a mapping of objects. What they are is checked when they are given.
-AnswerLike = str | Sequence[object] | FakeAnswer
+AnswerLike = str | Sequence[object] | FakeAnswer | Gate | Exception
 Answers = AnswerLike | Mapping[Any, object] | Iterator[object] | Callable[[FakeRequest], AnswerLike]
 
 
@@ -132,30 +136,73 @@ def checked_answers(answers: Answers) -> Answers:
     return FakeAnswer.of(answers)
 
 
+class Script(Iterator[FakeAnswer]):
+    """Answers in order, each for one request. Used on the engine's thread, read from any.
+
+    Args:
+        answers: those.
+
+    Attributes:
+        left: answers that nobody has asked for.
+
+    Raises:
+        InvalidRequest: one of them is of the wrong type.
+    """
+
+    def __init__(self, answers: Sequence[object]) -> None:
+        self.left = deque(map(FakeAnswer.of, answers))
+        self._count = len(self.left)
+
+    def __next__(self) -> FakeAnswer:
+        if not self.left:
+            raise ScriptError(f"this is more than the {self._count} requests that are scripted")
+        return self.left.popleft()
+
+    def check_used(self) -> None:
+        """Raise ``ScriptError`` if there are answers left."""
+        if self.left:
+            first = shown("".join(map(str, self.left[0].text)))
+            raise ScriptError(
+                f"{len(self.left)} of {self._count} scripted answers were not asked for; the "
+                f"first of them is {first}"
+            )
+
+
 def choose(answers: Answers, request: FakeRequest) -> FakeAnswer:
     """The answer to a request.
 
     Raises:
-        LookupError: nothing is scripted for this request.
-        Exception: what the test's own function raises.
+        ScriptError: nothing is scripted for this request, or what makes the answers has failed.
+        MLXEngineError: a function of the test raises it, in the place of an answer.
     """
     if isinstance(answers, Mapping):
-        try:
-            return FakeAnswer.of(answers[request.question])
-        except KeyError:
-            raise LookupError(f"no answer is scripted for {shown(request.question)}") from None
-    if isinstance(answers, Iterator):
+        if request.question not in answers:
+            asked, known = shown(request.question), ", ".join(map(shown, answers))
+            raise ScriptError(f"no answer is scripted for {asked}, but for {known:.400}")
+        return FakeAnswer.of(answers[request.question])
+    try:
+        if not isinstance(answers, Iterator):
+            return FakeAnswer.of(answers(request) if callable(answers) else answers)
         for answer in answers:
             return FakeAnswer.of(answer)
-        raise LookupError("there are more requests than scripted answers")
-    return FakeAnswer.of(answers(request) if callable(answers) else answers)
+    except _InvalidScript as error:
+        raise mistake(str(error), error) from error
+    except (ScriptError, MLXEngineError):
+        raise
+    except Exception as error:
+        raise mistake(f"what makes the answers has failed: {describe(error)}", error) from error
+    raise ScriptError("there are more requests than scripted answers")
+
+
+class _InvalidScript(InvalidRequest):
+    """An answer of a script is of the wrong type."""
 
 
 def _pieces(option: str, given: object) -> tuple[Piece, ...]:
     if isinstance(given, str):
         return tuple(words(given))
     if not isinstance(given, Sequence) or not all(isinstance(p, Piece) for p in given):
-        raise InvalidRequest(
+        raise _InvalidScript(
             option, f"must be text, or a list of strings, gates and exceptions, not {shown(given)}"
         )
     return tuple(given)
@@ -163,7 +210,7 @@ def _pieces(option: str, given: object) -> tuple[Piece, ...]:
 
 def _calls(given: object) -> tuple[ToolCall, ...]:
     if not isinstance(given, Sequence) or isinstance(given, str):
-        raise InvalidRequest("tool_calls", f"must be a list of calls, not {shown(given)}")
+        raise _InvalidScript("tool_calls", f"must be a list of calls, not {shown(given)}")
     return tuple(map(_call, given))
 
 
@@ -177,9 +224,9 @@ def _call(given: object) -> ToolCall:
                 plain = dict(arguments)
                 return ToolCall(name, plain, raw_call(name, plain))
     except (TypeError, ValueError) as error:
-        raise InvalidRequest(
+        raise _InvalidScript(
             "tool_calls", f"arguments must have a form in JSON, not {shown(given)} ({error})"
         ) from error
-    raise InvalidRequest(
+    raise _InvalidScript(
         "tool_calls", f"each must be (name, arguments) or a ToolCall, not {shown(given)}"
     )

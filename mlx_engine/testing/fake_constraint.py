@@ -14,6 +14,7 @@ from mlx_engine.constraints import AnyJSON, Constraint, JSONSchema
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import ToolCall
 from mlx_engine.requests import ChatPrompt
+from mlx_engine.testing.script_error import ScriptError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -31,10 +32,10 @@ def check_content(constraint: Constraint, text: str, whole: bool) -> None:
 
     Raises:
         InvalidRequest: the constraint cannot be followed.
-        ValueError: the content breaks it: a mistake of the script.
+        ScriptError: the content breaks it: a mistake of the script.
     """
     if (problem := _problem(constraint, text, whole)) is not None:
-        raise ValueError(
+        raise ScriptError(
             f"the scripted answer breaks the constraint of the request: {problem}; the constraint "
             f"is {shown(constraint)}"
         )
@@ -49,7 +50,7 @@ def check_calls(calls: Sequence[ToolCall], has_text: bool, whole: bool, chat: Ch
         whole: whether the answer came to its own end.
 
     Raises:
-        ValueError: it could not: a mistake of the script.
+        ScriptError: it could not: a mistake of the script.
     """
     choice, offered = chat.tool_choice, offered_tools(chat.offered or ())
     tools = {tool.name: tool for tool in offered}
@@ -58,10 +59,10 @@ def check_calls(calls: Sequence[ToolCall], has_text: bool, whole: bool, chat: Ch
         return
     if asked and (has_text or (whole and not calls)):
         what = "content is scripted" if has_text else "no call is scripted"
-        raise ValueError(f"{what}, but the request has tool_choice={shown(choice)}")
+        raise ScriptError(f"{what}, but the request has tool_choice={shown(choice)}")
     name = choice["function"]["name"] if isinstance(choice, Mapping) else None
     if len(calls) > 1 and (name or not chat.parallel_tool_calls):
-        raise ValueError(f"{len(calls)} calls are scripted, but the request allows one")
+        raise ScriptError(f"{len(calls)} calls are scripted, but the request allows one")
     for call in calls:
         _check_call(call, tools, name, asked)
 
@@ -70,17 +71,17 @@ def _check_call(
     call: ToolCall, tools: Mapping[str, OfferedTool], name: str | None, asked: bool
 ) -> None:
     if not call.ok:
-        raise ValueError(
+        raise ScriptError(
             f"a malformed call is scripted ({call.error}), but the calls of this request are bound"
         )
     if name not in (None, call.name):
-        raise ValueError(f"a call of {call.name!r} is scripted; tool_choice names {name!r}")
+        raise ScriptError(f"a call of {call.name!r} is scripted; tool_choice names {name!r}")
     tool = tools[call.name]
     if not (asked or tool.strict):
         return
     text = json.dumps(_ordered(call.arguments, tool.schema, tool), ensure_ascii=False)
     if (problem := _problem(JSONSchema(tool.schema), text, True)) is not None:
-        raise ValueError(f"the scripted arguments of {call.name!r} break its schema: {problem}")
+        raise ScriptError(f"the scripted arguments of {call.name!r} break its schema: {problem}")
 
 
 def _problem(constraint: Constraint, text: str, whole: bool) -> str | None:

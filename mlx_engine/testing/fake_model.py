@@ -5,16 +5,20 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.checks import flag, number, shown
 from mlx_engine.core.counters import EngineCounters
+from mlx_engine.core.machine import Memory
+from mlx_engine.core.sliced_job import Rest
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError, another
+from mlx_engine.memory_stats import MemoryStats
 from mlx_engine.outputs import (
     Progress,
     ProgressCallback,
@@ -22,16 +26,16 @@ from mlx_engine.outputs import (
 )
 from mlx_engine.questions import PromptFacts, PromptQuestion
 from mlx_engine.requests import ChatPrompt, TextPrompt
-from mlx_engine.testing.fake_answer import Answers, FakeAnswer, checked_answers, choose
+from mlx_engine.testing.fake_answer import Answers, FakeAnswer, Script, checked_answers, choose
 from mlx_engine.testing.fake_cache import FakePromptCache
 from mlx_engine.testing.fake_call import pieces_of
 from mlx_engine.testing.fake_gate import Gate
+from mlx_engine.testing.fake_options import LoadPiece
 from mlx_engine.testing.fake_prompt import encode, render
 from mlx_engine.testing.fake_tokens import TokenTexts
+from mlx_engine.testing.script_error import ScriptError, mistake
 from mlx_engine.testing.scripted_request import ScriptedRequest
 
-LoadPiece = Gate | Exception
-Load = LoadPiece | Sequence[object] | Iterator[object]
 Fail = Callable[[Callable[[], EngineDead]], None]
 
 LOOK = 0.001  # seconds between two looks at a closed gate
@@ -44,32 +48,31 @@ class FakeModel:
     Attributes:
         counters: counters of the work done with it. From any thread.
         dead: why it cannot be used any more.
+        mistakes: those of the script that have come up.
         texts: of its tokens. From any thread.
     """
 
     def __init__(
         self,
         answers: Answers,
-        load: Load,
         context_length: int | None,
-        *,
-        seconds_per_token: float,
-        prefill_seconds: float,
-        load_seconds: float,
-        supports_tools: bool = True,
-        supports_reasoning: bool = True,
+        memory: Memory,
+        options: Mapping[str, Any],
     ) -> None:
         self.texts = TokenTexts()
         self.counters = EngineCounters()
         self.dead: EngineDead | None = None
+        self.mistakes: list[ScriptError] = []
         self._answers = checked_answers(answers)
+        load = options["load"]
         self._load = load if isinstance(load, Iterator) else _load_pieces(load)
         self._context_length = context_length
-        self._seconds_per_token = _seconds("seconds_per_token", seconds_per_token)
-        self._prefill_seconds = _seconds("prefill_seconds", prefill_seconds)
-        self._load_seconds = _seconds("load_seconds", load_seconds)
-        self._supports_tools = flag("supports_tools", supports_tools)
-        self._supports_reasoning = flag("supports_reasoning", supports_reasoning)
+        self._seconds_per_token = _seconds("seconds_per_token", options)
+        self._prefill_seconds = _seconds("prefill_seconds", options)
+        self._load_seconds = _seconds("load_seconds", options)
+        self._supports_tools = flag("supports_tools", options["supports_tools"])
+        self._supports_reasoning = flag("supports_reasoning", options["supports_reasoning"])
+        self._memory = MemoryStats(limit=memory if isinstance(memory, int) else None)
         self._call_numbers = itertools.count(1)
         self._cache: FakePromptCache | None = None
 
@@ -110,6 +113,10 @@ class FakeModel:
         cache = self._cache
         return PromptCacheStats() if cache is None else cache.stats()
 
+    def memory_stats(self) -> MemoryStats:
+        """Memory that it may have; it needs none. From any thread."""
+        return self._memory
+
     def load(self, on_progress: ProgressCallback | None, should_stop: Callable[[], bool]) -> None:
         """Play the script of a load.
 
@@ -134,13 +141,13 @@ class FakeModel:
             raise Interrupted
         self._cache, self.dead = FakePromptCache(), None
 
-    def save_prompt_cache(self, path: Path) -> int:
-        """Write the prompt cache into a file; the number of prompts."""
-        return self.cache.save(path)
+    def save_prompt_cache(self, path: Path) -> Rest[int]:
+        """Begin to write the prompt cache into a file; the rest gives the number of prompts."""
+        return lambda turns: turns.take(self.cache.save, path)
 
-    def load_prompt_cache(self, path: Path) -> int:
-        """Add the prompts of a file to the prompt cache; their number."""
-        return self.cache.load(path)
+    def load_prompt_cache(self, path: Path) -> Rest[int]:
+        """Begin to add the prompts of a file to the prompt cache; the rest gives their number."""
+        return lambda turns: turns.take(self.cache.load, path)
 
     def unload(self) -> None:
         """Forget what was seen."""
@@ -174,6 +181,10 @@ class FakeModel:
         return PromptFacts(len(tokens), text, tuple(tokens), cached)
 
     def _check_source(self, source: TextPrompt | ChatPrompt) -> None:
+        try:
+            (render(source) if isinstance(source, ChatPrompt) else str(source.prompt)).encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(source.option, f"is not valid Unicode text ({error})") from error
         if not isinstance(source, ChatPrompt):
             return
         if source.offered and not self._supports_tools:
@@ -198,7 +209,8 @@ class FakeModel:
 
         Raises:
             EngineDead: the engine ends here.
-            Exception: what is scripted, or comes of the test's own function.
+            ScriptError: nothing is scripted that a model could answer.
+            Exception: what is scripted.
         """
         self.check_alive()
         request.begin(self.cache.look_up(request.prompt))
@@ -211,12 +223,7 @@ class FakeModel:
                 self._cache.store(request.all_tokens)
 
     def _steps(self, request: ScriptedRequest) -> Iterator[float | None]:
-        answer = FakeAnswer()
-        if request.limit != 0:  # else it is to be read, and not to be answered
-            answer = choose(self._answers, request.shown)
-            answer.check(request.asked.source, request.asked.params.constraint)
-        if answer.reasoning and not self._supports_reasoning:
-            raise ValueError("reasoning is scripted, but supports_reasoning is False")
+        answer = FakeAnswer() if request.limit == 0 else self._choose(request)
         for _, _, seconds in _slices(self._prefill_seconds):
             self.counters.step("prefill")
             self.counters.prefill_seconds += seconds
@@ -246,6 +253,29 @@ class FakeModel:
                 return
             if (yield from self._token(request, request.take_end)):
                 return
+
+    def _choose(self, request: ScriptedRequest) -> FakeAnswer:
+        """The answer to a request, which a model could give."""
+        try:
+            answer = choose(self._answers, request.shown)
+            answer.check(request.asked.source, request.asked.params.constraint)
+            if answer.reasoning and not self._supports_reasoning:
+                raise ScriptError("reasoning is scripted, but supports_reasoning is False")
+        except ScriptError as error:
+            self.mistakes.append(error)
+            raise
+        return answer
+
+    def check_script(self) -> None:
+        """Raise what is wrong with the script, once: a mistake that has come up, or answers that
+        were not asked for.
+        """
+        mistakes, self.mistakes = self.mistakes, []
+        if mistakes:
+            more = f" (and {len(mistakes) - 1} more mistakes)" if mistakes[1:] else ""
+            raise mistake(f"{mistakes[0]}{more}", mistakes[0])
+        if isinstance(self._answers, Script):
+            self._answers.check_used()
 
     def _call(self, request: ScriptedRequest, call: ToolCall) -> Generator[float, None, bool]:
         """Make the tokens of a call; whether the request is over with that."""
@@ -300,5 +330,5 @@ def _load_pieces(load: object) -> tuple[LoadPiece, ...]:
     return tuple(pieces)
 
 
-def _seconds(option: str, value: float) -> float:
-    return number(option, value, low=0, what="seconds")
+def _seconds(option: str, options: Mapping[str, Any]) -> float:
+    return number(option, options[option], low=0, what="seconds")

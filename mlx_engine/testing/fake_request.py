@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from mlx_engine.outputs import GenerationResult
-from mlx_engine.requests import ChatPrompt, GenerationRequest
+from mlx_engine.checks import shown
+from mlx_engine.outputs import GenerationResult, Timings, Usage
+from mlx_engine.params import SamplingParams
+from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt
 
-Outcome = Literal["waiting", "running", "finished", "cancelled", "failed"]
+NOTHING = GenerationResult(
+    text="",
+    tokens=(),
+    finish_reason="cancelled",
+    usage=Usage(0, 0),
+    timings=Timings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+)
+
+Outcome = Literal["waiting", "running", "finished", "cancelled", "failed", "refused"]
 
 
 class FakeRequest:
@@ -25,18 +35,21 @@ class FakeRequest:
         params: sampling parameters.
         priority: of the caller's choice; lower goes first.
         timeout, max_wait: seconds of the caller's choice; ``None`` without.
-        outcome: what has become of it: ``waiting``, ``running``, ``finished``, ``cancelled`` or
-            ``failed``. Right as soon as its caller knows.
+        outcome: what has become of it: ``waiting``, ``running``, ``finished``, ``cancelled``,
+            ``failed``, or ``refused``, which is failed before its work began. Right as soon as its
+            caller knows.
         prompt_tokens: token ids that its prompt is counted as, once its turn has come.
-        error: what its caller got, if it failed.
+        error: what its caller got, if it failed or was refused.
+        options: keyword arguments of one that was refused because of them, as they were given;
+            what else is told here of such a one is as it was given, too.
     """
 
     def __init__(
         self,
         asked: GenerationRequest,
-        request_id: str,
-        result: GenerationResult,
-        so_far: Callable[[], GenerationResult | None],
+        request_id: str = "",
+        result: GenerationResult = NOTHING,
+        so_far: Callable[[], GenerationResult | None] | None = None,
     ) -> None:
         source = asked.source
         chat = source if isinstance(source, ChatPrompt) else None
@@ -57,7 +70,27 @@ class FakeRequest:
         self.error: BaseException | None = None
         self.prompt_tokens: list[int] = []
         self._result = result
-        self._so_far: Callable[[], GenerationResult | None] | None = so_far
+        self.options: dict[str, Any] = {}
+        self._unchecked = False
+        self._so_far = so_far
+
+    @classmethod
+    def refused(
+        cls,
+        error: Exception,
+        params: object,
+        options: Mapping[str, Any],
+        *,
+        prompt: Any = None,
+        messages: Any = None,
+    ) -> FakeRequest:
+        """One of which nothing was made, since what was given is not acceptable."""
+        known = params if isinstance(params, SamplingParams) else SamplingParams()
+        made = cls(GenerationRequest(TextPrompt("?"), known))
+        made.prompt, made.messages, made.tools = prompt, messages, options.get("tools")
+        made.outcome, made.error, made.options = "refused", error, dict(options)
+        made._unchecked = True
+        return made
 
     def __repr__(self) -> str:
         return f"<FakeRequest {self.request_id} {self.question!r} {self.outcome}>"
@@ -65,6 +98,8 @@ class FakeRequest:
     @property
     def question(self) -> str | tuple[int, ...]:
         """Key by which answers are looked up: the prompt, or the text of a chat's last message."""
+        if self._unchecked:
+            return shown(self.messages if self.prompt is None else self.prompt)
         if self.messages is not None:
             return str(self.messages[-1].get("content") or "")
         assert self.prompt is not None

@@ -39,7 +39,7 @@ class Player:
             self._model.die(error, self._fail)
             raise
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - told to its caller
-            failed = request.failed(error)
+            failed = request.broken(error)
             raise failed from failed.__cause__
         return request.result()
 
@@ -77,7 +77,7 @@ class Player:
             except EngineDead:
                 raise
             except (Exception, asyncio.CancelledError) as raised:  # noqa: BLE001 - told to its caller
-                error = request.failed(raised)
+                error = request.broken(raised)
             del self._playing[request]
             queue.end(request, error)
         self._model.counters.batch_size = len(self._playing)

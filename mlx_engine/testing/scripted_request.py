@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from mlx_engine.core.request import ActiveRequest, Serve, final_reason
 from mlx_engine.core.stream import Emit, Piece, emit_pieces
+from mlx_engine.errors import drop_frames
 from mlx_engine.outputs import (
     FinishReason,
     GenerationResult,
@@ -26,6 +28,7 @@ from mlx_engine.testing.fake_prompt import encode
 from mlx_engine.testing.fake_request import FakeRequest
 from mlx_engine.testing.fake_text import FakeText
 from mlx_engine.testing.fake_tokens import END, TokenTexts
+from mlx_engine.testing.script_error import ScriptError
 
 
 class ScriptedRequest(ActiveRequest):
@@ -73,7 +76,8 @@ class ScriptedRequest(ActiveRequest):
             shown.outcome = "cancelled"
             raise
         except BaseException as error:
-            shown.outcome, shown.error = "failed", error
+            shown.outcome = "failed" if shown.outcome == "running" else "refused"
+            shown.error = error
             raise
         finally:
             shown._end(self.result())
@@ -88,6 +92,17 @@ class ScriptedRequest(ActiveRequest):
         """
         self.prompt = self.shown.prompt_tokens = encode(self.asked.source, self._texts)
         self.fit(context_length)
+
+    def broken(self, error: BaseException) -> Exception:
+        """End it; the error that its caller gets: ``failed``, or a mistake of the script."""
+        if not isinstance(error, ScriptError):
+            return self.failed(error)
+        self._timer.ended = time.perf_counter()
+        if error.__cause__ is not None:
+            frames = traceback.format_exception(error.__cause__)
+            error.add_note("".join(["On the engine's thread:\n", *frames]))
+        drop_frames(error)
+        return error
 
     def begin(self, cached_tokens: int) -> None:
         """Its work begins, behind so many tokens that need no prefill."""
@@ -223,7 +238,8 @@ class ScriptedRequest(ActiveRequest):
 
     def _logprob(self, token: int) -> TokenLogprob:
         """Log-probability of a token: what is scripted is certain."""
-        own = TokenLogprob(token, 0.0, text=self._texts.text(token))
+        text = self._texts.text(token)
+        own = TokenLogprob(token, 0.0, (), text, text.encode(errors="replace"))
         return replace(own, top=(own,)) if self._params.logprobs else own
 
 

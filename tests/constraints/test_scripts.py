@@ -17,7 +17,7 @@ from mlx_engine import (
     Regex,
     ToolCall,
 )
-from mlx_engine.testing import FakeAnswer, FakeEngine, Gate
+from mlx_engine.testing import FakeAnswer, FakeEngine, Gate, ScriptError
 
 pytestmark = pytest.mark.anyio
 
@@ -92,10 +92,10 @@ async def test_what_keeps_to_it_passes(constraint: Constraint, text: str) -> Non
 async def test_what_breaks_it_is_a_mistake_of_the_script(
     constraint: Constraint, text: str, words: str
 ) -> None:
-    with pytest.raises(GenerationError, match="the scripted answer breaks the constraint") as error:
+    with pytest.raises(ScriptError, match="the scripted answer breaks the constraint") as error:
         await said(text, constraint=constraint)
     assert words in str(error.value)
-    with pytest.raises(GenerationError, match="the scripted answer breaks the constraint"):
+    with pytest.raises(ScriptError, match="the scripted answer breaks the constraint"):
         await said(FakeAnswer(text, reasoning="Hm."), chat=True, constraint=constraint)
 
 
@@ -106,7 +106,7 @@ async def test_what_is_cut_need_not_be_complete() -> None:
     assert (await said(["2026", "-11"], constraint=DATE, max_tokens=1)).text == "2026"
     with pytest.raises(GenerationError, match="out of memory"):
         await said(["2026", GenerationError("out of memory"), "whatever"], constraint=DATE)
-    with pytest.raises(GenerationError, match="breaks the constraint"):
+    with pytest.raises(ScriptError, match="breaks the constraint"):
         await said(FakeAnswer("20x", finish_reason="length"), constraint=DATE)
     for text in ('{"a":"b\\"', '{"a":[1,', '{"a\\"b'):
         cut = await said(FakeAnswer(text, finish_reason="length"), constraint=AnyJSON())
@@ -172,11 +172,11 @@ async def test_calls_that_keep_to_it_pass(calls: Any, options: Any) -> None:
 async def test_calls_that_break_it_are_mistakes_of_the_script(
     answer: Any, options: Any, words: str
 ) -> None:
-    with pytest.raises(GenerationError, match=words):
+    with pytest.raises(ScriptError, match=words):
         await said(answer, chat=True, **{"tools": TOOLS, **options})
 
 
 async def test_a_constraint_leaves_no_place_for_calls() -> None:
     answer = FakeAnswer(tool_calls=[GOOD])
-    with pytest.raises(GenerationError, match="the request's constraint allows none"):
+    with pytest.raises(ScriptError, match="the request's constraint allows none"):
         await said(answer, chat=True, tools=TOOLS, constraint=AnyJSON())

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mlx_engine.chat.renderer import Renderer
-from mlx_engine.core import bridge, preparer
+from mlx_engine.core import bridge, loop_thread, preparer, sliced_job
 from mlx_engine.core.admission import Admission
 from mlx_engine.core.batch_queue import BatchQueue
 from mlx_engine.core.channel import Channel
@@ -105,10 +105,8 @@ class Simulation:
         self._run: _Run | None = None
         self._now = 0.0  # seconds, by the clock that measures work
         self._inside: list[ThreadJob[Any]] = []
-        self._io_loop = SteppedLoop(
-            lambda: self.driver.pause("I/O step"),
-            lambda: self.driver.pause("I/O idle", self._io_has_work) or True,
-        )
+        self._loops: list[SteppedLoop] = []  # of threads: that of I/O, and those of fronts
+        self._io_loop = self._loop_of_a_thread()
 
     @contextmanager
     def installed(self) -> Iterator[Simulation]:
@@ -121,10 +119,11 @@ class Simulation:
         condition, driven = mlx_thread._changed, DrivenCondition(self.driver)
         start, io_loop, io_pid = bridge.Start, io_thread._loop, io_thread._pid
         undo_joints, undo_watch = self.driver.joints(*_JOINTS), self._watch()
-        bridge.Start = preparer.Start = self._start  # type: ignore[assignment,misc]
+        bridge.Start = preparer.Start = sliced_job.Start = self._start  # type: ignore[assignment,misc]
         gather, batch_holder._GATHER = batch_holder._GATHER, 0.0  # nobody else goes on meanwhile
         linger, preparer._LINGER = preparer._LINGER, 0.0
         io_thread._loop, io_thread._pid = self._io_loop, os.getpid()
+        undo_fronts = self._drive_fronts()
         self.driver.start(self._io_loop.run_forever, "I/O")
 
         def swap() -> None:
@@ -150,7 +149,8 @@ class Simulation:
             self.driver.settle()
             self._io_loop.close()
             io_thread._loop, io_thread._pid = io_loop, io_pid
-            bridge.Start = preparer.Start = start  # type: ignore[misc]
+            undo_fronts()
+            bridge.Start = preparer.Start = sliced_job.Start = start  # type: ignore[misc]
             batch_holder._GATHER = gather
             preparer._LINGER = linger
             undo_watch()
@@ -166,9 +166,35 @@ class Simulation:
             limit=lambda: SimpleNamespace(cancel=lambda: None),
         )
 
-    def _io_has_work(self) -> bool:
-        loop = self._io_loop
-        return bool(loop._ready) or loop.next_timer <= loop.time()
+    def _loop_of_a_thread(self) -> SteppedLoop:
+        """An event loop for a thread that is driven, which pauses before each step."""
+
+        def has_work() -> bool:
+            return bool(loop._ready) or loop.next_timer <= loop.time()
+
+        loop = SteppedLoop(
+            lambda: self.driver.pause("step"), lambda: self.driver.pause("idle", has_work) or True
+        )
+        self._loops = [one for one in self._loops if not one.is_closed()] + [loop]
+        return loop
+
+    def _drive_fronts(self) -> Callable[[], None]:
+        """Drive the threads of those who do without await; gives what undoes that."""
+        before = loop_thread.new_loop, loop_thread.start_now, loop_thread.Condition
+
+        def start_now(target: Callable[[], object], name: str) -> Any:
+            over: list[bool] = []
+            self.driver.start(lambda: over.append(bool(target())), name)
+            return SimpleNamespace(join=lambda *_: self.driver.pause("join", lambda: over))
+
+        loop_thread.new_loop = self._loop_of_a_thread  # type: ignore[assignment]
+        loop_thread.start_now = start_now
+        loop_thread.Condition = lambda: DrivenCondition(self.driver)  # type: ignore[misc,assignment]
+
+        def undo() -> None:
+            loop_thread.new_loop, loop_thread.start_now, loop_thread.Condition = before  # type: ignore[misc]
+
+        return undo
 
     def _own_clock(self) -> Callable[[], None]:
         """Replace the clocks for what is driven here; gives what undoes that.
@@ -447,13 +473,15 @@ class Simulation:
         """Nobody has anything to do: time goes on to the next timer of a thread's loop."""
         loop = asyncio.get_running_loop()
         assert isinstance(loop, SteppedLoop)
-        timer = self._io_loop.next_timer
-        if timer - self._io_loop.time() >= loop.next_timer - loop.time():
+        others = [one for one in self._loops if not one.is_closed()]
+        other = min(others, key=lambda one: one.next_timer - one.time())
+        timer = other.next_timer
+        if timer - other.time() >= loop.next_timer - loop.time():
             return False
         if self._run is not None:
             self._run.jumps += 1
             require(self._run.jumps < _MOST_JUMPS, "I4: it waits for something that never comes")
-        self._io_loop.jump(timer)
+        other.jump(timer)
         return True
 
     def _check_now(self) -> None:

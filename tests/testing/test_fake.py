@@ -33,7 +33,7 @@ from mlx_engine import (
     ToolCall,
 )
 from mlx_engine.core.mlx_thread import mlx_thread
-from mlx_engine.testing import FakeAnswer, FakeEngine, FakeRequest, Gate
+from mlx_engine.testing import FakeAnswer, FakeEngine, FakeRequest, Gate, ScriptError
 from mlx_engine.testing.fake_tokens import END, token_id
 from tests.conftest import ROOT, settled
 from tests.remote.hosting import client, hosted
@@ -134,8 +134,13 @@ async def test_answers_by_prompt() -> None:
         assert (await engine.generate([1, 2])).text == "ids"
         chat = [*USER, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
         assert (await engine.chat(chat)).text == "Hello!"
-        with pytest.raises(GenerationError, match="no answer is scripted for 'Hm'"):
+        with pytest.raises(
+            ScriptError, match="no answer is scripted for 'Hm', but for 'Hi', 'Bye'"
+        ):
             await engine.generate("Hm")
+        with pytest.raises(ScriptError, match="no answer is scripted for 'Hm'"):
+            engine.check_script()
+        engine.check_script()
 
 
 async def test_answers_in_turn() -> None:
@@ -143,8 +148,10 @@ async def test_answers_in_turn() -> None:
     async with FakeEngine(answers) as engine:
         for text in ("first", "second", "third"):
             assert (await engine.generate("x")).text == text
-        with pytest.raises(GenerationError, match="more requests than scripted answers"):
+        with pytest.raises(ScriptError, match="more requests than scripted answers"):
             await engine.generate("d")
+        with pytest.raises(ScriptError, match="more requests"):
+            engine.check_script()
 
 
 async def test_answers_of_a_function(width: Any) -> None:
@@ -152,13 +159,13 @@ async def test_answers_of_a_function(width: Any) -> None:
         assert mlx_thread.is_current()
         assert request.messages is not None
         if request.tools is None:
-            raise ZeroDivisionError
+            raise GenerationError("out of memory")
         return f"{request.messages[-1]['content']} {request.params.seed}"
 
     tools = [{"type": "function", "function": {"name": "f"}}]
     async with FakeEngine(answer, max_batch_size=width) as engine:
         assert (await engine.chat(USER, tools=tools, seed=7)).text == "What is the weather? 7"
-        with pytest.raises(GenerationError, match="ZeroDivisionError"):
+        with pytest.raises(GenerationError, match=r"^out of memory$"):
             await engine.chat(USER)
         assert [r.outcome for r in engine.requests] == ["finished", "failed"]
         assert isinstance(engine.requests[1].error, GenerationError)
@@ -173,8 +180,10 @@ async def test_reasoning_and_tool_calls(width: Any) -> None:
     async with FakeEngine(answer, max_batch_size=width) as engine:
         async with engine.stream_chat(USER, tools=tools) as stream:
             chunks = [chunk async for chunk in stream]
-        with pytest.raises(GenerationError, match="are of chats"):
+        with pytest.raises(ScriptError, match="are of chats"):
             await engine.generate("x")
+        with pytest.raises(ScriptError, match="are of chats"):
+            engine.check_script()
     result = stream.result
     assert (result.reasoning, result.text) == ("Let me think.", "I look.")
     call, other = result.tool_calls
@@ -475,7 +484,7 @@ async def test_queue_limits(width: Any) -> None:
             await asyncio.sleep(0)
         with pytest.raises(EngineBusy):
             await engine.generate("z")
-        assert [r.outcome for r in engine.requests[-2:]] == ["waiting", "failed"]
+        assert [r.outcome for r in engine.requests[-2:]] == ["waiting", "refused"]
         gate.open()
         await asyncio.gather(*tasks)
         assert engine.stats().rejected == 1

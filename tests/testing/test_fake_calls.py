@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlx_engine import GenerationChunk, GenerationError, InvalidRequest, StreamConsumed, ToolCall
-from mlx_engine.testing import FakeAnswer, FakeEngine, FakeRequest
+from mlx_engine.testing import FakeAnswer, FakeEngine, FakeRequest, ScriptError
 
 pytestmark = pytest.mark.anyio
 
@@ -143,12 +143,10 @@ async def test_ids_are_unique_in_a_conversation() -> None:
         ({"tools": [tool("other")]}, "a call of 'weather' is scripted"),
     ],
 )
-async def test_a_script_that_no_model_could_follow_fails_its_request(
-    options: Any, problem: str
-) -> None:
+async def test_a_script_that_no_model_could_follow_is_a_mistake(options: Any, problem: str) -> None:
     answer = FakeAnswer(tool_calls=[("weather", {}), ("time", {})])
-    async with FakeEngine(answer) as engine:
-        with pytest.raises(GenerationError, match=problem):
+    with pytest.raises(ScriptError, match=problem):
+        async with FakeEngine(answer) as engine:
             await streamed(engine, **options)
 
 
@@ -180,8 +178,10 @@ async def test_a_model_without_tools_or_reasoning() -> None:
             await engine.chat(USER, tools=TOOLS)
         with pytest.raises(InvalidRequest, match=r"^thinking: .* has no reasoning"):
             await engine.chat(USER, thinking=True)
-        with pytest.raises(GenerationError, match="supports_reasoning is False"):
+        with pytest.raises(ScriptError, match="supports_reasoning is False"):
             await engine.chat(USER)
+        with pytest.raises(ScriptError, match="supports_reasoning is False"):
+            engine.check_script()
 
 
 async def test_options_of_a_chat_are_shown() -> None:

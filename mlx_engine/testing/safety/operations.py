@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from mlx_engine.core.bridge import off_loop
 from mlx_engine.core.stream import GenerationStream
 from mlx_engine.engine.base import BaseEngine
+from mlx_engine.engine.sync import SyncEngine, SyncStream
 from mlx_engine.errors import EngineStopped, MLXEngineError
 from mlx_engine.outputs import EngineState, GenerationResult, ProgressCallback
 from mlx_engine.testing.safety.fault import Fault
@@ -76,12 +78,28 @@ OPERATIONS: Final = (
         "stream_generate, left early", "requests", "leave", beside="another", order="before it"
     ),
     Operation("stream_generate, bare", "requests", "bare_stream"),
+    Operation("sync: generate", "requests", "generate_in_script", beside="another"),
+    Operation("sync: stream_generate", "requests", "stream_in_script"),
     Operation("generate", "requests", "generate"),
     Operation("stop", "life", "stop", beside="another_or_stopped", order="before it"),
     Operation("start", "life", "start", starts=True),
     Operation("async with", "life", "whole_life", starts=True),
+    Operation("sync: with", "life", "whole_script", starts=True),
     Operation("shutdown", "life", "drain", beside="another_or_stopped", order="before it"),
 )
+
+
+class _CtrlC(threading.Event):
+    """An event that, when it is set, cancels what a script blocks for."""
+
+    def __init__(self, front: SyncEngine[BaseEngine]) -> None:
+        super().__init__()
+        self._front = front
+
+    def set(self) -> None:
+        """Be set."""
+        super().set()
+        self._front.cancel()
 
 
 class Fixture(abc.ABC):
@@ -172,7 +190,7 @@ class Fixture(abc.ABC):
         stream = self.engine.stream_generate(self.prompt(), **self.options)
         return self._streamed(stream, [token async for chunk in stream for token in chunk.tokens])
 
-    def _streamed(self, stream: GenerationStream, tokens: list[int]) -> Any:
+    def _streamed(self, stream: GenerationStream | SyncStream, tokens: list[int]) -> Any:
         if stream.result.tokens != tuple(tokens):
             raise Fault("the result of the stream is not what was streamed")
         return self.told(stream.result)
@@ -183,6 +201,44 @@ class Fixture(abc.ABC):
             async for chunk in stream:
                 return chunk.tokens
         raise Fault("the stream ended before its first chunk")
+
+    # Without await: in a thread that blocks, and for which a cancellation is what Ctrl-C is
+
+    async def generate_in_script(self) -> Any:
+        """Continue a prompt there."""
+        return await self._in_script(
+            lambda llm: self.told(llm.generate(self.prompt(), **self.options))
+        )
+
+    async def stream_in_script(self) -> Any:
+        """Read a stream there."""
+
+        def read(llm: SyncEngine[BaseEngine]) -> Any:
+            with llm.stream_generate(self.prompt(), **self.options) as stream:
+                tokens = [token for chunk in stream for token in chunk.tokens]
+            return self._streamed(stream, tokens)
+
+        return await self._in_script(read)
+
+    async def whole_script(self) -> Any:
+        """Start an engine there, use it, and stop it."""
+
+        def script(llm: SyncEngine[BaseEngine]) -> Any:
+            with llm:
+                return self.told(llm.generate(self.prompt(), **self.options))
+
+        return await self._in_script(script)
+
+    async def _in_script(self, script: Callable[[SyncEngine[BaseEngine]], Any]) -> Any:
+        front = self.engine.sync()
+
+        def run() -> Any:
+            try:
+                return script(front)
+            finally:
+                front.close()
+
+        return await off_loop(run, _CtrlC(front))
 
     @abc.abstractmethod
     async def another(self) -> Any:
