@@ -223,13 +223,13 @@ class Batch:
         self._measure()
 
     def _end_prefilled(self, sequence: Sequence) -> Iterator[Over]:
-        """Let a sequence go that wants no tokens, and keep its prompt."""
+        """Let a sequence go that wants no tokens, once its prompt is kept: it is for that."""
         assert sequence.cache is not None
         sequence.finish_drafting()
+        self._store(sequence, sequence.cache)
         if not self:
             self.rest()  # as in _leave
         yield _over(sequence.request, sequence.request.ended_without_tokens)
-        self._store(sequence, sequence.cache)
 
     def _lose_all(self, error: Exception) -> Iterator[Over]:
         """Fail all that decode: after a fault of MLX, nobody knows what the joint cache holds."""

@@ -35,12 +35,12 @@ FOR_EVER: dict[str, Any] = {"max_tokens": 1500, "ignore_eos": True}
 
 
 async def test_the_answer_is_what_there_is_when_its_time_is_over(engine: BaseEngine) -> None:
-    result = await engine.generate("abc", timeout=0.1, **FOR_EVER)
+    result = await engine.generate("abc", timeout=0.4, **FOR_EVER)
     assert result.finish_reason == "timeout"
     assert 0 < len(result.tokens) < 1500
     assert result.text
     worked = result.timings.total - result.timings.queued
-    assert worked >= 0.1
+    assert worked >= 0.4
     whole = await engine.generate("abc", max_tokens=len(result.tokens), ignore_eos=True)
     assert result.tokens == whole.tokens
     assert engine.stats().cancelled == 0
@@ -67,7 +67,7 @@ async def test_time_in_the_queue_does_not_count(simple_type: Any, tiny_path: Pat
     async with simple_type(tiny_path) as engine:
         ahead = asyncio.create_task(engine.generate("a", timeout=0.3, **FOR_EVER))
         await until(lambda: engine.stats().running == 1)
-        behind = await engine.generate("abc", timeout=0.1, **FOR_EVER)
+        behind = await engine.generate("abc", timeout=0.3, **FOR_EVER)
         assert behind.timings.queued > 0.15
         assert behind.finish_reason == "timeout"
         assert len(behind.tokens) > 0
@@ -100,10 +100,10 @@ async def test_it_holds_in_the_prefill_and_what_was_prefilled_is_kept(
 async def test_of_a_cancel_and_a_time_limit_at_once_the_cancel_is_told(
     engine: BaseEngine, gate: MakeGate
 ) -> None:
-    stop = gate("model", 6)
-    task = asyncio.create_task(engine.generate("abc", timeout=0.01, **FOR_EVER))
+    stop = gate("model", 1)
+    task = asyncio.create_task(engine.generate("abc", timeout=0.5, **FOR_EVER))
     await stop.reached()
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0.6)
     task.cancel()
     await asyncio.sleep(0)
     stop.go()
@@ -122,7 +122,7 @@ async def test_with_a_draft_model_too(kind: Any, tiny_path: Path) -> None:
 
 async def test_they_travel_to_another_process(tiny_path: Path) -> None:
     async with ProcessEngine(tiny_path) as engine:
-        result = await engine.generate("abc", timeout=0.1, **FOR_EVER)
+        result = await engine.generate("abc", timeout=0.4, **FOR_EVER)
         assert result.finish_reason == "timeout"
         assert result.text
         ahead = asyncio.create_task(engine.generate("a", **FOR_EVER))
@@ -164,9 +164,9 @@ async def test_max_wait_is_of_the_queue_and_the_smaller_one_counts(batch: int | 
 async def test_a_gate_of_a_fake_is_left_when_the_time_is_over() -> None:
     gate = PlayGate()
     async with FakeEngine(["one", gate, "two"], max_batch_size=2) as engine:
-        result = await engine.generate("x", timeout=0.02)
+        result = await engine.generate("x", timeout=0.2)
         assert (result.text, result.finish_reason) == ("one", "timeout")
-        assert engine.requests[0].timeout == 0.02
+        assert engine.requests[0].timeout == 0.2
         assert engine.requests[0].outcome == "finished"
 
 

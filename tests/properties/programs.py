@@ -59,6 +59,7 @@ class Submit:
         priority: as it is.
         fault: the token, counted from 0, at which its logits processor raises.
         entered: whether a stream is entered at once, rather than when it is first read.
+        timeout: seconds of work.
     """
 
     kind: Literal["generate", "chat", "batch", "stream", "stream_chat"]
@@ -67,6 +68,7 @@ class Submit:
     priority: int
     fault: int | None
     entered: bool
+    timeout: float | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def programs(*, priorities: bool) -> st.SearchStrategy[list[Operation]]:
         priority=st.integers(-1, 1) if priorities else st.just(0),
         fault=st.none() | st.none() | st.none() | st.integers(0, 12),
         entered=st.booleans(),
+        timeout=st.none() | st.none() | st.none() | st.sampled_from((1e-6, 0.005, 0.02)),
     )
     cancel = st.builds(Cancel, which, st.sampled_from(("cancel", "twice", "close", "scope")))
     rest = st.one_of(

@@ -63,6 +63,7 @@ class Asked:
         may: what happened that may have cost it its answer: ``cancelled``, ``stopped``,
             ``refused``, ``broken``.
         must: whether it was cancelled in a way after which no answer may come.
+        timed: whether it has a timeout.
     """
 
     expected: list[GenerationResult]
@@ -76,6 +77,7 @@ class Asked:
     last: str | None = None  # finish reason of the last chunk
     may: set[str] = field(default_factory=set)
     must: bool = False
+    timed: bool = False
 
 
 class Runner:
@@ -152,7 +154,8 @@ class Runner:
         if submit.kind == "batch":
             numbers += [(submit.prompt + n) % pool for n in (1, 2)]
         asked = Asked([self._references[chat, n, submit.params] for n in numbers], submit.fault)
-        options = {**PARAMS[submit.params], "priority": submit.priority}
+        asked.timed = submit.timeout is not None
+        options = {**PARAMS[submit.params], "priority": submit.priority, "timeout": submit.timeout}
         if submit.fault is not None:
             options["logits_processors"] = [
                 _Processor(submit.fault, asked.expected[0].usage.prompt_tokens)
@@ -341,6 +344,13 @@ class Runner:
                 assert asked.stream is not None, "a cancelled caller got a result"
                 assert list(outcome.tokens) == reference[: len(outcome.tokens)]
                 self._counts["perhaps"] += 1
+            case GenerationResult(finish_reason="timeout"):
+                assert asked.timed
+                assert not asked.must, "a cancelled caller got a result"
+                assert list(outcome.tokens) == reference[: len(outcome.tokens)]
+                assert asked.last in (None, "timeout")
+                # A cancel may come when it is over, and its caller has not been told yet.
+                self._counts["perhaps" if "cancelled" in asked.may else "finished"] += 1
             case GenerationResult():
                 assert not asked.must, "a cancelled caller got a result"
                 assert list(outcome.tokens) == reference
