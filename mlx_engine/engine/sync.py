@@ -193,7 +193,8 @@ class SyncStream:
         print(stream.result.usage)
 
     Cancellation: Ctrl-C while it is read cancels the request; ``KeyboardInterrupt`` is raised once
-    the work has left MLX. All else is as in ``GenerationStream``.
+    the work has left MLX. Between two reads it is raised at once, as anywhere in a script, and the
+    end of ``with`` cancels the request. All else is as in ``GenerationStream``.
     """
 
     def __init__(self, stream: GenerationStream, front: SyncEngine[Engine]) -> None:
