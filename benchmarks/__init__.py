@@ -7,6 +7,7 @@
     python -m benchmarks.cancel_latency    how soon a cancelled request is out of the way
     python -m benchmarks.timeline          one cancellation, moment by moment
     python -m benchmarks.join_stall        how long streams stand still when a long prompt joins
+    python -m benchmarks.memory            requests without limits, on memory for a few of them
     python -m benchmarks.newcomers         and while a chat is tokenized, or options are new
     python -m benchmarks.outsiders         and because of what one client of a host sends
     python -m benchmarks.prompt_cache      time to first token with and without the prompt cache
@@ -14,8 +15,10 @@
     python -m benchmarks.specprefill       SpecPrefill by the share that is kept
     python -m benchmarks.needle            what SpecPrefill keeps, with the demo model
     python -m benchmarks.decode            tokens/s with a draft model, and with MTP
-    python -m benchmarks.constrained       what constraints cost, and what forced text saves
+    python -m benchmarks.constrained       what constraints cost: masks, and compiling them
+    python -m benchmarks.forced_text       what is saved where a grammar forces text
     python -m benchmarks.remote            what an engine in another process costs and spares
+    python -m benchmarks.server            what HTTP costs, against in process and mlx_lm.server
     python -m benchmarks.soak              minutes of everything at once: right tokens, no growth
 
 Run from the root of the repository. Each prints Markdown tables and writes JSON, and a picture
@@ -39,6 +42,7 @@ NAMES = (
     "cancel_latency",
     "timeline",
     "join_stall",
+    "memory",
     "newcomers",
     "outsiders",
     "prompt_cache",
@@ -47,6 +51,8 @@ NAMES = (
     "needle",
     "decode",
     "constrained",
+    "forced_text",
     "remote",
+    "server",
     "soak",
 )

@@ -14,10 +14,7 @@ after the same number of tokens, so that ways that choose other tokens do the sa
 A round runs each way once, and the order rotates from round to round; ratios are taken within a
 round, of tokens a second from the first token to the last.
 
-Then: the time to compile a schema, the first time and when it is known; and a call of a tool with
-long keys, with what its grammar forces put in at once, and token by token, whose answers are the
-same. That is for models which write a text as their tokenizer does: one whose tokens are bytes, and
-the demo model; a random one with other tokens likes any that the masks allow.
+Then: the time to compile a schema, the first time and when it is known.
 """
 
 from __future__ import annotations
@@ -49,8 +46,8 @@ from mlx_engine.generation.speculative import decoder
 
 PROMPT = [70, 71, 72, 73, 74, 75, 76, 77]
 MODELS = ((512, 1), (49152, 1), (151936, 1), (49152, 16))  # tokens in the vocabulary, and layers
-BYTES = 262  # tokens where each is a byte, with those that are special
 ROWS = (1, 8, 32)
+FORCED = decoder._FORCED  # tokens that are proposed at most
 ITEMS = JSONSchema(
     {
         "type": "array",
@@ -67,37 +64,7 @@ ITEMS = JSONSchema(
         },
     }
 )
-CALL = JSONSchema(
-    {
-        "type": "object",
-        "properties": {
-            "name": {"const": "replace_text_in_the_file"},
-            "arguments": {
-                "type": "object",
-                "properties": {
-                    "absolute_path_of_the_file": {"enum": ["/src/main.py", "/src/other.py"]},
-                    "text_that_is_to_be_replaced": {"type": "string", "maxLength": 12},
-                    "text_that_comes_in_its_place": {"type": "string", "maxLength": 12},
-                    "number_of_replacements": {"enum": [1, 2, 3]},
-                    "ask_before_it_is_written": {"type": "boolean"},
-                },
-                "required": [
-                    "absolute_path_of_the_file",
-                    "text_that_is_to_be_replaced",
-                    "text_that_comes_in_its_place",
-                    "number_of_replacements",
-                    "ask_before_it_is_written",
-                ],
-                "additionalProperties": False,
-            },
-        },
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }
-)
-
 Run = Callable[[], Awaitable[float]]  # gives tokens a second
-Calls = dict[str, tuple[dict[str, list[float]], int]]  # seconds by the way, and tokens
 
 
 @dataclass
@@ -120,7 +87,7 @@ async def rate(
     rows: int,
     count: int,
     constraint: JSONSchema | None,
-    forced: int = decoder._FORCED,
+    forced: int = FORCED,
 ) -> float:
     """Tokens a second of so many requests at once; ``forced`` tokens are proposed at most."""
     decoder._FORCED = forced
@@ -218,28 +185,6 @@ async def time_compiling(engine: BaseEngine, repeats: int) -> dict[str, list[flo
     return found
 
 
-async def time_forced(model: str, repeats: int) -> tuple[dict[str, list[float]], int]:
-    """Seconds of a call by the way, an entry a round; and its tokens."""
-    tokens: list[int] = []
-
-    async def call(forced: int = decoder._FORCED) -> float:
-        decoder._FORCED = forced
-        result = await engine.generate(PROMPT, max_tokens=400, constraint=CALL)
-        if result.finish_reason != "stop":
-            raise SystemExit("a call was not completed: nothing to compare")
-        if tokens and tokens != [*result.tokens]:
-            raise SystemExit("what is forced has changed the answer: nothing to compare")
-        tokens[:] = result.tokens
-        return result.timings.total
-
-    ways: dict[str, Run] = {
-        "at once": call,
-        "token by token": lambda: call(0),
-    }
-    async with SimpleEngine(model, prompt_cache_bytes=0) as engine:
-        return await measure_ways(ways, repeats), len(tokens)
-
-
 async def measure_model(folder: str, setting: Setting, count: int) -> Measured:
     measured = Measured()
     async with SimpleEngine(folder, prompt_cache_bytes=0) as simple:
@@ -262,7 +207,7 @@ def ratio(found: dict[str, list[float]], name: str, of: str) -> Spread:
     return Spread.of(a / b for a, b in zip(found[name], found[of], strict=True))
 
 
-def tables(every: dict[str, Measured], calls: Calls) -> list[str]:
+def tables(every: dict[str, Measured]) -> list[str]:
     rates, others = [], []
     for model, measured in every.items():
         for where, found in measured.rates.items():
@@ -294,19 +239,6 @@ def tables(every: dict[str, Measured], calls: Calls) -> list[str]:
     return [
         markdown_table([*head, "by hand, of raw"], rates),
         markdown_table(["model", "new schema, ms", "known, ms"], others),
-        markdown_table(
-            ["a call by", "tokens", "ms", "token by token, ms", "of that"],
-            [
-                [
-                    name,
-                    str(tokens),
-                    Spread.of(found["at once"]).text(0, 1e3),
-                    Spread.of(found["token by token"]).text(0, 1e3),
-                    ratio(found, "at once", "token by token").text(2),
-                ]
-                for name, (found, tokens) in calls.items()
-            ],
-        ),
     ]
 
 
@@ -347,18 +279,11 @@ async def measure(setting: Setting) -> None:
         with model_of(size, layers) as folder:
             measured = await measure_model(folder, setting, count)
         every[f"{size:,} tokens, {measured.step:.1f} ms"] = measured
-    calls: Calls = {"the demo model": await time_forced("demo", setting.repeats)}
-    with model_of(BYTES, 8) as folder:
-        calls["a model of bytes"] = await time_forced(folder, setting.repeats)
-    for table in tables(every, calls):
+    for table in tables(every):
         report.add(table)
-    called = {
-        name: {way: Spread.of(each).record() for way, each in found.items()} | {"tokens": tokens}
-        for name, (found, tokens) in calls.items()
-    }
     models = record_of(every)
     about = {"tokens": count, "rounds": setting.repeats}
-    report.finish({**about, "models": models, "call_seconds": called}, draw)
+    report.finish({**about, "models": models}, draw)
 
 
 def main() -> None:

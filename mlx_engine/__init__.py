@@ -29,9 +29,12 @@ Its files:
     constraints.py   what an answer must be
     outputs.py       what engines give back
     cache_stats.py   what they tell of a prompt cache
+    memory_stats.py  and of memory
     plain.py         results as plain data
     checks.py        numbers and paths that callers give
     signatures.py    how functions with such options are shown
+    agents.py        coding agents, and how they are pointed at a server
+    other_names.py   what people type, and what to write here
     errors.py        every exception, as a tree
     guide/           what users read, by ``mlx-engine help``
 """
@@ -56,6 +59,8 @@ if TYPE_CHECKING:
     from mlx_engine.engine.base import BaseEngine
     from mlx_engine.engine.batched import BatchedEngine
     from mlx_engine.engine.interface import Engine
+    from mlx_engine.engine.outcome import Outcome
+    from mlx_engine.engine.outcomes import Outcomes
     from mlx_engine.engine.simple import SimpleEngine
     from mlx_engine.engine.sync import SyncEngine, SyncStream
     from mlx_engine.errors import (
@@ -69,12 +74,14 @@ if TYPE_CHECKING:
         InvalidRequest,
         MLXEngineError,
         ModelLoadError,
+        NotEnoughMemory,
         OutputInvalid,
         StreamClosed,
         StreamConsumed,
         StreamUnfinished,
     )
     from mlx_engine.limits import RequestLimits
+    from mlx_engine.memory_stats import MemoryOwner, MemoryStats, MemoryUse, PressureStage
     from mlx_engine.outputs import (
         EngineState,
         EngineStats,
@@ -108,6 +115,7 @@ if TYPE_CHECKING:
         ChatOptions,
         ChatRequestOptions,
         Message,
+        Prompt,
         RequestOptions,
         ToolChoice,
     )
@@ -154,12 +162,20 @@ __all__ = [
     "JSONSchema",
     "LogitsProcessor",
     "MLXEngineError",
+    "MemoryOwner",
+    "MemoryStats",
+    "MemoryUse",
     "Message",
     "ModelLoadError",
+    "NotEnoughMemory",
+    "Outcome",
+    "Outcomes",
     "OutputInvalid",
+    "PressureStage",
     "ProcessEngine",
     "Progress",
     "ProgressCallback",
+    "Prompt",
     "PromptCacheLookup",
     "PromptCacheStats",
     "RayEngine",
@@ -222,6 +238,8 @@ _HOMES = {
     "mlx_engine.engine.base": ("BaseEngine",),
     "mlx_engine.engine.batched": ("BatchedEngine",),
     "mlx_engine.engine.interface": ("Engine",),
+    "mlx_engine.engine.outcome": ("Outcome",),
+    "mlx_engine.engine.outcomes": ("Outcomes",),
     "mlx_engine.engine.simple": ("SimpleEngine",),
     "mlx_engine.engine.sync": (
         "SyncEngine",
@@ -238,12 +256,19 @@ _HOMES = {
         "InvalidRequest",
         "MLXEngineError",
         "ModelLoadError",
+        "NotEnoughMemory",
         "OutputInvalid",
         "StreamClosed",
         "StreamConsumed",
         "StreamUnfinished",
     ),
     "mlx_engine.limits": ("RequestLimits",),
+    "mlx_engine.memory_stats": (
+        "MemoryOwner",
+        "MemoryStats",
+        "MemoryUse",
+        "PressureStage",
+    ),
     "mlx_engine.outputs": (
         "EngineState",
         "EngineStats",
@@ -290,6 +315,7 @@ _HOMES = {
         "ChatOptions",
         "ChatRequestOptions",
         "Message",
+        "Prompt",
         "RequestOptions",
         "ToolChoice",
     ),

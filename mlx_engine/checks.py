@@ -15,9 +15,10 @@ from functools import partial
 from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar, get_type_hints
+from typing import Any, Literal, TypeGuard, TypeVar, get_type_hints
 
 from mlx_engine.errors import InvalidRequest
+from mlx_engine.other_names import advice
 
 T = TypeVar("T")
 
@@ -73,10 +74,14 @@ def check_options(config: object) -> None:
 
 
 def unknown_option(name: str, known: Iterable[str], of: str = "") -> InvalidRequest:
-    """The error for an option that does not exist, with the nearest one that does."""
+    """The error for an option that does not exist, with what to write instead: what is known by
+    that name elsewhere, or else the nearest one that does exist.
+    """
     known = list(known)
-    close = difflib.get_close_matches(name[:_LONGEST], known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    hint = advice(name[:_LONGEST], known)
+    if hint is None:
+        close = difflib.get_close_matches(name[:_LONGEST], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
     return InvalidRequest(name[:_LONGEST], f"there is no such option{of}; {hint}")
 
 
@@ -120,6 +125,15 @@ def integer(
 def integer_or_none(option: str, value: object, *, low: int, high: int = LARGEST) -> int | None:
     """``value`` as ``integer`` has it, or ``None``."""
     return None if value is None else integer(option, value, low=low, high=high, also="None")
+
+
+def integer_or_auto(
+    option: str, value: object, *, low: int, high: int = LARGEST
+) -> int | Literal["auto"] | None:
+    """``value`` as ``integer_or_none`` has it, or ``"auto"``."""
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return value  # type: ignore[return-value]
+    return integer(option, value, low=low, high=high, also="'auto' or None")
 
 
 def number(
@@ -169,6 +183,18 @@ def number_or_none(
     return number(
         option, value, low=low, high=high, above=above, endless=endless, what=what, also="None"
     )
+
+
+def checked_time_limit(timeout: float | None) -> float | None:
+    """``timeout`` of a request, if it can be one; raises ``InvalidRequest`` if not."""
+    return number_or_none(
+        "timeout", timeout, low=0, above=True, endless=True, what="seconds of work"
+    )
+
+
+def checked_wait(max_wait: float | None) -> float | None:
+    """``max_wait`` of a request, if it can be one; raises ``InvalidRequest`` if not."""
+    return number_or_none("max_wait", max_wait, low=0, endless=True, what="seconds")
 
 
 def choice(option: str, value: object, choices: tuple[T, ...]) -> T:

@@ -12,6 +12,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from numbers import Integral
 from typing import Annotated, Any, Literal, TypedDict, get_args
 
 from mlx_engine.checks import (
@@ -19,7 +20,9 @@ from mlx_engine.checks import (
     choice,
     flag,
     integer,
+    integer_or_auto,
     integer_or_none,
+    number,
     number_or_none,
     option,
     path_or_none,
@@ -44,13 +47,14 @@ class EngineOptions(TypedDict, total=False):
     trust_remote_code: bool
     tool_format: str | Any | None
     reasoning_format: str | Any | None
-    context_length: int | None
+    context_length: int | Literal["auto"] | None
     max_kv_size: int | None
     kv_bits: int | None
     kv_group_size: int
     quantized_kv_start: int
     prefill_step_size: int
     prompt_cache_bytes: int | None
+    memory: int | float | Literal["auto"]
     prefill: SpecPrefill | None
     decode: Decode
     queue_limit: int | None
@@ -84,6 +88,20 @@ def _format(name: str, value: object) -> object:
     return value
 
 
+def _memory(name: str, value: object) -> int | float | Literal["auto"]:
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return integer(name, value, low=_LEAST_MEMORY, what="bytes", also=_PART_OR_AUTO)
+    also = f"bytes (an integer, {_LEAST_MEMORY} or more), or 'auto'"
+    return number(name, value, low=0, high=1, above=True, what=_PART, also=also)
+
+
+_LEAST_MEMORY = 2**20
+_PART = "a part of the machine's memory (a float)"
+_PART_OR_AUTO = f"{_PART}, above 0, up to 1.0, or 'auto'"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Which model to load, and the KV cache that it gets; the options are ``SimpleEngine``'s.
@@ -107,7 +125,12 @@ class ModelConfig:
         str | Any | None, option(_format, "how it marks its reasoning, by name, or 'none'")
     ] = None
     context_length: Annotated[
-        int | None, option(integer_or_none, "tokens of prompt and answer together", low=2)
+        int | Literal["auto"] | None,
+        option(
+            integer_or_auto,
+            "tokens of prompt and answer together; 'auto': as many as fit into memory",
+            low=2,
+        ),
     ] = None
     max_kv_size: Annotated[
         int | None, option(integer_or_none, "tokens that the KV cache keeps", low=8)
@@ -133,6 +156,10 @@ class ModelConfig:
             low=0,
         ),
     ] = None
+    memory: Annotated[
+        int | float | Literal["auto"],
+        option(_memory, "it may have in all: bytes, a part such as 0.5, or 'auto'"),
+    ] = "auto"
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -238,6 +265,26 @@ class EngineConfig:
                     "mlx-lm cannot batch KV caches that are bounded or quantised: leave it out, "
                     "and bound memory with kv_cache_memory_bytes; or use SimpleEngine",
                 )
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        """See that no share of the memory is more than what it is a share of."""
+        memory, stored = self.model.memory, self.model.prompt_cache_bytes
+        caches = self.batch.kv_cache_memory_bytes if self.kind == "batched" else None
+        whole: list[tuple[str, int]] = []
+        if isinstance(memory, int):
+            whole.append(("memory", memory))
+        for name, share in (("kv_cache_memory_bytes", caches), ("prompt_cache_bytes", stored)):
+            if share is None:
+                continue
+            for other, most in whole:
+                if share > most:
+                    raise InvalidRequest(
+                        name,
+                        f"is {share}, and a share of {other}, which is {most}: lower it, or raise "
+                        f"{other}",
+                    )
+            whole.append((name, share))
 
     @classmethod
     def of(

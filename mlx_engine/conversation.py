@@ -40,6 +40,9 @@ class Message(TypedDict, total=False):
     reasoning_content: str
 
 
+LEADING = ("system", "developer")  # roles that speak before all others
+ANY_USER = {"role": "user", "content": "..."}  # where it only matters that there is one
+
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names of an assistant's reasoning
 
 # Those of OpenAI's API come first; the others are of some families' chat templates.

@@ -2,6 +2,7 @@
 
 MLXEngineError
 ├── ModelLoadError                 not found, unsupported, broken files
+│   └── NotEnoughMemory            its weights do not fit beside what others have
 ├── InvalidRequest (ValueError)    a bad option, prompt or message
 │   └── ContextLengthExceeded      prompt + max_tokens does not fit
 ├── EngineBusy                     the queue or wait limit is reached
@@ -17,6 +18,9 @@ MLXEngineError
 
 Errors of MLX, mlx-lm and the file system become one of these at one border each,
 raised ``from`` the original. ``asyncio.CancelledError`` is never wrapped.
+
+Which may be retried, ``error.retryable`` tells: EngineBusy after ``error.retry_after`` seconds,
+EngineDead after ``await engine.restart()``, GenerationError as it is.
 """
 
 from __future__ import annotations
@@ -28,11 +32,36 @@ E = TypeVar("E", bound=BaseException)
 
 
 class MLXEngineError(Exception):
-    """Base of every error of this library."""
+    """Base of every error of this library.
+
+    Attributes:
+        retryable: whether the same request may succeed if it is made again, a little later: the
+            fault was of the moment, not of the request. Before that, ``EngineBusy`` wants
+            ``retry_after`` seconds, and ``EngineDead`` an ``await engine.restart()``.
+    """
+
+    retryable: bool = False
 
 
 class ModelLoadError(MLXEngineError):
     """The model cannot be loaded; the message names the file and what to do."""
+
+
+class NotEnoughMemory(ModelLoadError):
+    """The weights of a model do not fit into the memory that is left, or that it may have.
+
+    Attributes:
+        needed: bytes that it needs, its drafts included.
+        available: bytes that it could have.
+    """
+
+    def __init__(self, message: str, *, needed: int, available: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.available = available
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return rebuild, (type(self), str(self), self.__dict__.copy())
 
 
 class InvalidRequest(MLXEngineError, ValueError):
@@ -82,6 +111,8 @@ class EngineBusy(MLXEngineError):
         retry_after: seconds after which a place is likely to be free, an estimate.
     """
 
+    retryable = True
+
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
@@ -103,7 +134,11 @@ class EngineStopped(EngineNotRunning):
 
 
 class EngineDead(EngineNotRunning):
-    """The process, actor or thread that the engine runs on is gone.
+    """The process, actor or thread that the engine runs on is gone, or MLX does not work any more.
+
+    ``await engine.restart()`` brings it back, and does nothing if it is back already: what was
+    asked may be asked again then, unless ``retryable`` is ``False``, since it may be what has
+    ended it.
 
     Attributes:
         reason: what is known of the end, in words.
@@ -115,6 +150,8 @@ class EngineDead(EngineNotRunning):
             if it had to be ended because it was stuck. Tracebacks show it as a note; it is no
             part of the message, which may go to a client.
     """
+
+    retryable = True
 
     def __init__(
         self,
@@ -136,20 +173,30 @@ class EngineDead(EngineNotRunning):
 
 
 class GenerationError(MLXEngineError):
-    """This request failed inside MLX, in a logits processor or in the tokenizer."""
+    """This request failed inside MLX, in a logits processor or in the tokenizer.
+
+    It may be ``retryable``: memory is short for a while, or another request of a batch was at
+    fault. Where the same would come out again, it is not.
+    """
+
+    retryable = True
 
 
 class OutputInvalid(GenerationError):
     """The answer is complete and as its schema says, but the type of ``output=`` refuses it: by a
     validator of its own, for example, of which no schema tells.
 
+    It is ``retryable`` if tokens were drawn by chance, and without a seed: a greedy answer would
+    be the same one again.
+
     Attributes:
         result: the answer, a ``GenerationResult``; its ``parsed`` is ``None``.
     """
 
-    def __init__(self, message: str, *, result: Any) -> None:
+    def __init__(self, message: str, *, result: Any, retryable: bool = False) -> None:
         super().__init__(message)
         self.result = result
+        self.retryable = retryable
 
     def __reduce__(self) -> tuple[object, ...]:
         return rebuild, (type(self), str(self), self.__dict__.copy())
@@ -172,6 +219,24 @@ def rebuild(kind: type[MLXEngineError], message: str, state: dict[str, object]) 
     error = kind.__new__(kind, message)
     error.args = (message,)
     error.__dict__.update(state)
+    return error
+
+
+def failed_by(error: BaseException, message: str) -> GenerationError:
+    """The error of a request that ``error`` has failed, which is no error of ours: what MLX and
+    the system raise may be of the moment, a mistake in code or data is not.
+    """
+    failed = GenerationError(message)
+    if not isinstance(error, RuntimeError | MemoryError | OSError):
+        failed.retryable = False
+    failed.__cause__ = error
+    return failed
+
+
+def for_good(error: E) -> E:
+    """The same error, which the same request would meet again."""
+    if isinstance(error, MLXEngineError):
+        error.retryable = False
     return error
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mlx_engine.cache_stats import PromptCacheStats
+from mlx_engine.memory_stats import NOTHING, MemoryStats
 from mlx_engine.plain import json_text, plain_result, short_repr
 
-FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+FinishReason = Literal["stop", "length", "tool_calls", "timeout", "cancelled"]
 Segment = Literal["content", "reasoning", "tool_call"]
 
 
@@ -22,7 +23,7 @@ class Progress:
     Attributes:
         phase: ``download``, ``convert`` and ``load`` happen while an engine starts,
             ``score`` (with ``SpecPrefill``) and ``prefill`` at the beginning of a request,
-            ``batch`` in ``generate_batch``.
+            ``batch`` in ``map`` and ``generate_batch``.
         done: bytes (tokens of the prompt in ``score`` and ``prefill``, requests in
             ``batch``) done so far.
         total: of the same unit; ``None`` while it is not known.
@@ -234,7 +235,8 @@ class GenerationResult:
         tokens: every generated token id, the end-of-sequence token included.
         finish_reason: ``stop`` (end of sequence, a stop string or a stop token), ``tool_calls``
             (the same without a stop string, and there are calls that may be made), ``length``
-            (``max_tokens`` or the context is used up) or ``cancelled``.
+            (``max_tokens`` or the context is used up), ``timeout`` (the request's own ``timeout``
+            is over, and this is what there was by then) or ``cancelled``.
         usage: token counts.
         timings: seconds.
         reasoning: what the model thought aloud, in chats with models that do.
@@ -334,7 +336,7 @@ class EngineState(enum.StrEnum):
     RUNNING = "running"  # requests are taken
     DRAINING = "draining"  # what is in flight may finish, new requests are refused
     STOPPED = "stopped"  # nothing is in flight and the model is gone; may be started again
-    FAILED = "failed"  # it cannot serve any more; shut it down
+    FAILED = "failed"  # it cannot serve any more; restart it, or shut it down
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +361,7 @@ class EngineStats:
         batch_size: requests that decode together now.
         kv_bytes: in the KV caches of the requests in work.
         prompt_cache: of the prompt cache.
+        memory: what the engine has of the memory, and who has what in its process.
     """
 
     state: EngineState
@@ -378,6 +381,7 @@ class EngineStats:
     batch_size: int
     kv_bytes: int
     prompt_cache: PromptCacheStats
+    memory: MemoryStats = NOTHING
 
     @property
     def acceptance_rate(self) -> float:

@@ -6,7 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypedDict
 
-from mlx_engine.checks import LARGEST, flag, integer, integer_or_none, shown, unknown_option
+from mlx_engine.checks import (
+    LARGEST,
+    checked_time_limit,
+    checked_wait,
+    flag,
+    integer,
+    integer_or_none,
+    shown,
+    unknown_option,
+)
 from mlx_engine.conversation import Message as Message
 from mlx_engine.conversation import checked_messages, checked_tools, name_of_tool
 from mlx_engine.errors import InvalidRequest
@@ -17,6 +26,10 @@ from mlx_engine.strategies import EngineDefault, SpecPrefill
 
 # A mapping names the one tool to call: {"type": "function", "function": {"name": "f"}}.
 ToolChoice = Literal["auto", "none", "required"] | Mapping[str, Any]
+
+
+# Text, token ids, or the messages of a chat.
+Prompt = str | Sequence[int] | Sequence[Message | Mapping[str, Any] | GenerationResult]
 
 
 class ChatOptions(TypedDict, total=False):
@@ -34,11 +47,13 @@ class ChatOptions(TypedDict, total=False):
 
 
 class AnswerOptions(TypedDict, total=False):
-    """Keyword arguments that are about how an answer is made, of ``generate_batch`` and all that
-    make one answer; ``Engine.generate`` explains them.
+    """Keyword arguments that are about how an answer is made, of all that make answers;
+    ``Engine.generate`` explains them.
     """
 
     output: Any
+    timeout: float | None
+    max_wait: float | None
     priority: int
     prefill: SpecPrefill | EngineDefault | None
     decode: EngineDefault | None
@@ -46,11 +61,11 @@ class AnswerOptions(TypedDict, total=False):
 
 
 class RequestOptions(AnswerOptions, SamplingOptions, total=False):
-    """All keyword arguments of ``generate``, ``stream_generate`` and ``generate_batch``."""
+    """All keyword arguments of ``generate`` and ``stream_generate``."""
 
 
 class ChatRequestOptions(ChatOptions, RequestOptions, total=False):
-    """All keyword arguments of ``chat`` and ``stream_chat``."""
+    """All keyword arguments of ``chat``, ``stream_chat``, ``map`` and ``generate_batch``."""
 
 
 CHAT_DEFAULTS: ChatOptions = {
@@ -64,6 +79,8 @@ CHAT_DEFAULTS: ChatOptions = {
 }
 ANSWER_DEFAULTS: AnswerOptions = {
     "output": None,
+    "timeout": None,
+    "max_wait": None,
     "priority": 0,
     "prefill": "default",
     "decode": "default",
@@ -182,6 +199,8 @@ class GenerationRequest:
         params: how to choose tokens, and when to stop.
         priority: lower goes first.
         prefill, decode: the strategies, as in ``BaseEngine.generate``.
+        timeout: seconds that its work may take; ``None`` is no limit.
+        max_wait: seconds that it may wait for its turn; ``None`` is no limit but the engine's.
     """
 
     source: TextPrompt | ChatPrompt
@@ -189,9 +208,13 @@ class GenerationRequest:
     priority: int = 0
     prefill: SpecPrefill | EngineDefault | None = "default"
     decode: EngineDefault | None = "default"
+    timeout: float | None = None
+    max_wait: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "priority", checked_priority(self.priority))
+        object.__setattr__(self, "timeout", checked_time_limit(self.timeout))
+        object.__setattr__(self, "max_wait", checked_wait(self.max_wait))
 
 
 def chat_prompt(
@@ -218,22 +241,24 @@ def generation_request(
         InvalidRequest: an option is not acceptable.
     """
     given = {**ANSWER_DEFAULTS, **those_of(AnswerOptions, options)}
-    return GenerationRequest(source, params, given["priority"], given["prefill"], given["decode"])
+    names = ("priority", "prefill", "decode", "timeout", "max_wait")
+    return GenerationRequest(source, params, *(given[name] for name in names))
 
 
-def check_known(options: Iterable[str], kind: type[Any]) -> None:
+def check_known(options: Iterable[str], kind: type[Any], also: Sequence[str] = ()) -> None:
     """See that there are such options.
 
     Args:
         kind: the ``TypedDict`` that has them.
+        also: others that there are.
 
     Raises:
-        InvalidRequest: one is unknown; the message names the closest one that exists.
+        InvalidRequest: one is unknown; the message says what to write instead.
     """
     known = kind.__annotations__
     for name in options:
         if name not in known:
-            raise unknown_option(name, known)
+            raise unknown_option(name, (*known, *also))
 
 
 def those_of(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:

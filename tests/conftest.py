@@ -19,8 +19,9 @@ from xdist.scheduler import LoadScopeScheduling
 
 import mlx_engine.models  # noqa: F401 - imports mlx_lm in the one way that does no harm
 from mlx_engine import BaseEngine, BatchedEngine, SimpleEngine
-from mlx_engine.core import preparer
+from mlx_engine.core import preparer, pressure
 from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.pressure import Level
 from mlx_engine.core.work import PendingWork, ThreadJob
 from mlx_engine.core.work_queue import WorkQueue
 from mlx_engine.engine.late import import_mlx
@@ -174,6 +175,17 @@ def old_garbage() -> None:
     """What nobody collects while tests run, since it is older than they."""
     gc.unfreeze()
     gc.collect()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def the_machine_has_memory() -> None:
+    """Or stored prompts would give way when other programs are short of it."""
+
+    class Calm:
+        def level(self) -> Level:
+            return "normal"
+
+    pressure.WATCH.source = Calm()
 
 
 @pytest.fixture(autouse=True, scope="session")

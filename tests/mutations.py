@@ -138,6 +138,27 @@ MUTATIONS = (
         "if False:",
     ),
     Mutation(
+        "a cancelled save waits for the turn that it has asked for",
+        "core/turns.py",
+        "            mlx_thread.abort(turn, Interrupted())\n",
+        "            pass\n",
+        tests=("tests/engine/test_cache_files.py",),
+    ),
+    Mutation(
+        "a save is over for its caller while its thread is at work",
+        "core/sliced_job.py",
+        "        return self._begun\n",
+        "        return False\n",
+        tests=("tests/engine/test_cache_files.py",),
+    ),
+    Mutation(
+        "a save that was stopped leaves its temporary file",
+        "models/whole_file.py",
+        "    finally:\n        temporary.unlink(missing_ok=True)\n",
+        "    finally:\n        pass\n",
+        tests=("tests/engine/test_cache_files.py",),
+    ),
+    Mutation(
         "a start that was cancelled goes on with its trials of the model",
         "core/stop.py",
         "if should_stop is not None and should_stop():",

@@ -133,6 +133,20 @@ class Terminal:
 # ── generate ────────────────────────────────────────────────────────────────────────────────
 
 
+def test_an_answer_has_as_many_seconds_as_it_is_given(tiny_path: Path) -> None:
+    model = ["--model", str(tiny_path)]
+    code, text, errors = finish("generate", "hi", *model, *ENDLESS, "--timeout", "0.2")
+    assert code == 0
+    assert set(text) == {"a", "\n"}
+    cut = re.fullmatch(r"mlx-engine: note: cut after (\d+) tokens, by --timeout\n", errors)
+    assert cut is not None
+    assert int(cut[1]) == len(text) - 1
+    for command in (["generate", "hi"], ["chat"]):
+        code, text, errors = finish(*command, *model, "--timeout", "0")
+        assert (code, text) == (2, "")
+        assert "argument --timeout: must be seconds of work, above 0" in errors
+
+
 def test_generate_reads_stdin_and_json_has_the_same_answer(tiny_path: Path) -> None:
     model = ["--model", str(tiny_path)]
     code, text, errors = finish(
@@ -308,6 +322,34 @@ def test_info_describes_a_model(tiny_path: Path) -> None:
     assert info["bytes_on_disk"] > info["parameters"] * 4 > 0
 
 
+def test_info_tells_what_fits_into_memory(tiny_path: Path) -> None:
+    code, output, errors = finish(
+        "info", str(tiny_path), "--json", "--memory", "--memory-bytes", "20000000"
+    )
+    assert (code, errors) == (0, "")
+    memory = json.loads(output)["memory"]
+    assert memory["machine"] == 20_000_000
+    assert 0 < memory["weights"] < 1_000_000
+    assert memory["longest_context"]["full"] == 16384
+    fits = {row["batch"]: row["fits"] for row in memory["rows"] if row["context"] == 16384}
+    assert fits == {1: True, 4: False, 16: False, 32: False}
+    for row in memory["rows"]:
+        assert row["bytes"] - row["kv_bytes"] == memory["weights"]
+        assert row["kv_bytes"] == row["batch"] * row["context"] * 512
+    code, output, errors = finish("info", str(tiny_path), "--memory", "--memory-bytes", "20000000")
+    assert (code, errors) == (0, "")
+    assert re.search(r"^memory +20\.0 MB$", output, re.MULTILINE)
+    assert re.search(r"^fits, full +16384 tokens of one request$", output, re.MULTILINE)
+    assert re.search(r"^16384 +full +8\.\d MB +\d+\.\d MB\*", output, re.MULTILINE)
+    assert "This model's KV cache cannot be quantised." in output
+    code, output, errors = finish("info", str(tiny_path), "--memory")
+    assert code == 0
+    assert re.search(r"^16384 +full +8\.\d MB", output, re.MULTILINE)
+    code, output, errors = finish("info", str(tiny_path), "--memory", "--memory-bytes", "0")
+    assert (code, output) == (2, "")
+    assert "argument --memory-bytes: must be an integer, 1 or more" in errors
+
+
 def test_quantised_weights_are_counted_one_by_one() -> None:
     shapes = {
         "norm.weight": [64],
@@ -413,6 +455,9 @@ def test_the_options_of_the_fast_paths_become_strategies() -> None:
         ("chat --logprobs 1", "--logprobs"),
         ("generate x --tempe 1", "--tempe"),
         ("info --kv-bits 4", "--kv-bits"),
+        ("info --memory-bytes 4", "--memory-bytes"),
+        ("info --memory --memory-bytes lots", "--memory-bytes"),
+        ("serve --context-length long", "--context-length"),
         ("", "COMMAND"),
     ],
 )

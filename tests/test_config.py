@@ -65,6 +65,7 @@ GIVEN: dict[str, Any] = {
     "quantized_kv_start": 5,
     "prefill_step_size": 3,
     "prompt_cache_bytes": 0,
+    "memory": 0.5,
     "prefill": SpecPrefill("d", keep=0.3),
     "decode": DraftModel("d", 5),
     "queue_limit": 3,
@@ -119,14 +120,15 @@ def test_constructors_explain_every_option_and_name_its_default(
     for name in names(*parts):
         if not isinstance(default := DEFAULTS[name], bool | NoneType):
             text = told[told.index(f" {name}: ") :].partition(":")[2]
-            assert f"{default:g} by default" in " ".join(text.split())[:200]
+            shown = f'``"{default}"``' if isinstance(default, str) else f"{default:g}"
+            assert f"{shown} by default" in " ".join(text.split())[:200]
 
 
 def test_the_command_has_every_option() -> None:
     line = """host m --socket s --revision r --adapter-path a --trust-remote-code --context-length 9
     --kv-bits 4 --kv-group-size 32 --quantized-kv-start 5 --prefill-step-size 3 --max-kv-size 8
-    --prompt-cache-bytes 0 --queue-limit 3 --max-wait 2.5 --max-batch-size 2 --limit messages=3
-    --tool-format hermes --reasoning-format none
+    --prompt-cache-bytes 0 --memory 8GB --max-wait 2.5 --max-batch-size 2 --limit messages=3
+    --queue-limit 3 --tool-format hermes --reasoning-format none
     --max-decode-pause-ms none --kv-cache-memory-bytes 9 --draft-model d --prefill-draft d"""
     given = engine_options(parse(line.split()))
     assert given.keys() == {"model", *hints(BatchedOptions)}

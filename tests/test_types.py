@@ -20,10 +20,12 @@ import mlx_engine
 import mlx_engine.testing
 from mlx_engine import BaseEngine, Engine
 from mlx_engine.engine.chat_interface import ChatEngine
+from mlx_engine.engine.map_interface import MapEngine
 from tests.conftest import ROOT
 from tests.waiting import PATIENCE
 
 RIGHT = """
+from collections.abc import AsyncIterator
 from typing import Any, TypedDict, Unpack
 
 from mlx_engine import (
@@ -41,7 +43,10 @@ from mlx_engine import (
     GenerationResult,
     LogitsProcessor,
     Message,
+    Outcome,
+    Outcomes,
     ProcessEngine,
+    Prompt,
     RayEngine,
     RemoteEngine,
     RenderedChat,
@@ -117,8 +122,34 @@ async def talk(engine: Engine) -> None:
         print(filling.partial, [filling.partial async for _ in filling])
     order: Order = (await engine.generate("Hi", output=Order)).parsed
     print(order["number"])
+    await jobs(engine, messages)
     if engine.state is EngineState.RUNNING and engine.stats().state == "running":
         await engine.stop()
+
+
+async def jobs(engine: Engine, messages: list[Message]) -> None:
+    plain: Outcomes[int] = engine.map(["a", [1, 2], messages], timeout=30, max_wait=5)
+    named: Outcomes[str] = engine.map({"a": "b", "c": "d"}, retries=2, temperature=0.5)
+    pairs = engine.map(zip(["a"], [messages]), ordered=True, concurrency=4)
+    outcome: Outcome[str]
+    async with named:
+        async for outcome in named:
+            print(outcome.id.upper(), outcome.unwrap().text, outcome.attempts + 1)
+    for outcome in [one async for one in pairs] + pairs.unread:
+        error = outcome.error
+        if error is not None and error.retryable:
+            await engine.restart()
+        elif outcome.result is not None:
+            print(outcome.result.text)
+    async for numbered in plain:
+        print(numbered.id + 1)
+
+    async def later() -> AsyncIterator[tuple[int, Prompt]]:
+        yield 1, messages
+
+    print([one.id + 1 async for one in engine.map(later())])
+    results = await engine.generate_batch([messages, "a"], tools=None, timeout=5)
+    print(len(results), (await engine.warm(messages, tools=[])).cached_tokens, engine.width)
 
 
 def scripts() -> None:
@@ -163,6 +194,10 @@ async def ask(engine: Engine) -> None:
     await engine.chat([{"role": "user"}, 5])  # error: list-item
     await engine.chat([{"role": "user"}], tool_choice="sometimes")  # error: arg-type
     await engine.count_tokens(5)  # error: arg-type
+    engine.map(["a"], concurency=5)  # error: call-overload
+    await engine.map(["a"])  # error: misc
+    await engine.stream_chat([])  # error: misc
+    await engine.generate("Hi", time_out=5)  # error: call-arg
 
 
 message: Message = {"rol": "user"}  # error: typeddict-unknown-key
@@ -251,7 +286,7 @@ ENGINES = [e for e in ENGINES if inspect.isclass(e) and issubclass(e, BaseEngine
 ENGINES.append(mlx_engine.testing.FakeEngine)
 METHODS = [
     name
-    for protocol in (Engine, ChatEngine)
+    for protocol in (Engine, ChatEngine, MapEngine)
     for name in vars(protocol)
     if not name.startswith("_") or name in ("__aenter__", "__aexit__")
 ]
@@ -300,6 +335,7 @@ OPEN = {
 INNER = {
     "Body",
     "Channel",
+    "Do",
     "Drains",
     "GenerationRequest",
     "LocalEngine",
@@ -308,12 +344,13 @@ INNER = {
     "Producer",
     "QueueConfig",
     "Signals",
+    "Take",
 }
 
 
 def test_what_is_in_a_signature_is_exported() -> None:
     public = {*mlx_engine.__all__, *mlx_engine.testing.__all__}
-    known = {*dir(builtins), *dir(typing), *dir(collections.abc), *dir(types), "PathLike", "T"}
+    known = {*dir(builtins), *dir(typing), *dir(collections.abc), *dir(types), "PathLike", "K", "T"}
     missing = set()
     for package in (mlx_engine, mlx_engine.testing):
         for name in package.__all__:

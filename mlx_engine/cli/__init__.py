@@ -3,7 +3,7 @@
     generate    one answer, streamed to standard output
     chat        a conversation in the terminal
     host        a model for several programs, on a Unix socket
-    serve       a model by HTTP, to clients of OpenAI's API and to agents
+    serve       models by HTTP, to clients of OpenAI's API and to agents
     launch      a coding agent on such a server
     info        what a model is, without loading its weights
     selftest    whether cancelling is safe, on this machine and with this model
@@ -23,13 +23,15 @@ Its files:
     sampling_options.py  those that say how tokens are chosen
     constraint.py        and what the answer must be
     values.py            their values, out of their text
-    agents.py            agents, and how each is pointed at a server
     generate.py          a command: one answer
     chat.py              a command: a conversation
     host.py              a command: one engine for several programs
-    serve.py             a command: one engine by HTTP
+    serve.py             a command: models by HTTP
+    http_server.py       the connections of clients
+    served_models.py     which ones, and how large they are
     launch.py            a command: a coding agent on such a server
     info.py              a command: what a model is
+    memory_table.py      and what it takes
     selftest.py          a command: whether cancelling is safe
     extract_mtp.py       a command: a model's MTP head, into a file
     help.py              a command: the guide

@@ -17,6 +17,7 @@ from functools import partial
 from mlx_engine.cli import interrupts
 from mlx_engine.cli.options import chat_options, engine_options, sampling_params
 from mlx_engine.cli.output import AnswerPrinter, ProgressBar, loaded, print_answer, remark, say
+from mlx_engine.cli.values import time_limit
 from mlx_engine.core.stream import GenerationStream
 from mlx_engine.engine.simple import SimpleEngine
 from mlx_engine.errors import ContextLengthExceeded, GenerationError
@@ -35,6 +36,7 @@ Message = dict[str, str]
 def run(args: argparse.Namespace) -> int:
     """Talk until the input ends; the exit code."""
     params = sampling_params(args)
+    options = {**chat_options(args), **time_limit(args)}
     bar = ProgressBar()
     engine = SimpleEngine(**engine_options(args), on_progress=bar)
     with asyncio.Runner() as runner:
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             # Ctrl-C between an answer and the next prompt belongs to neither.
             with interrupts.on_ctrl_c(interrupts.do_nothing):
-                stream = partial(engine.stream_chat, params=params, **chat_options(args))
+                stream = partial(engine.stream_chat, params=params, **options)
                 _talk(Conversation(stream, args.system, bar), runner, args.verbose)
         finally:
             runner.run(engine.stop())

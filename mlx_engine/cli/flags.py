@@ -9,7 +9,12 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from mlx_engine.checks import options_of
-from mlx_engine.cli.values import count_or_auto, count_or_none, number_or_none
+from mlx_engine.cli.values import (
+    count_or_auto,
+    count_or_none,
+    memory_or_auto,
+    number_or_none,
+)
 
 # Options of the command whose names are not those of the library with hyphens.
 SPELLINGS = {
@@ -71,8 +76,8 @@ def add_flags(
 def _reader(hint: Any, default: object) -> Callable[[str], object]:
     """The type of an argument, to argparse; ``None`` is left out, unless it is no default."""
     kinds = get_args(hint) or (hint,)
-    if str in map(type, get_args(kinds[-1])):  # Literal["auto"]
-        return count_or_auto
+    if any(str in map(type, get_args(one)) for one in kinds):  # Literal["auto"]
+        return memory_or_auto if float in kinds else count_or_auto
     if NoneType in kinds and default is not None:
         return number_or_none if float in kinds else count_or_none
     kind: Callable[[str], object] = next(one for one in kinds if one is not NoneType)

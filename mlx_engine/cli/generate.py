@@ -11,6 +11,7 @@ from mlx_engine.cli import interrupts
 from mlx_engine.cli.constraint import constraint_option
 from mlx_engine.cli.options import chat_options, engine_options, sampling_params
 from mlx_engine.cli.output import AnswerPrinter, ProgressBar, loaded, print_answer, remark, say
+from mlx_engine.cli.values import time_limit
 from mlx_engine.core.stream import GenerationStream
 from mlx_engine.engine.simple import SimpleEngine
 from mlx_engine.errors import InvalidRequest, renamed
@@ -21,6 +22,7 @@ from mlx_engine.params import SamplingParams
 def run(args: argparse.Namespace) -> int:
     """Answer one prompt; the exit code."""
     params = sampling_params(args)
+    time_limit(args)  # checked before any model is loaded
     if args.prompt == "-":
         args.prompt = sys.stdin.read()
     if not args.prompt.strip():
@@ -52,7 +54,8 @@ async def _generate(
                 say("note: the model has no chat template: the prompt is continued, as with --raw")
                 args.raw = True
             if args.raw:
-                stream = engine.stream_generate(args.prompt, params, on_progress=bar)
+                limit = time_limit(args)
+                stream = engine.stream_generate(args.prompt, params, on_progress=bar, **limit)
             else:
                 stream = _chat(engine, args, params, bar)
             return await _answer(args, stream, bar)
@@ -66,7 +69,8 @@ def _chat(
     messages = [{"role": "user", "content": args.prompt.rstrip("\n")}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
-    return engine.stream_chat(messages, params, on_progress=bar, **chat_options(args))
+    options = {**chat_options(args), **time_limit(args)}
+    return engine.stream_chat(messages, params, on_progress=bar, **options)
 
 
 async def _answer(

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
-from mlx_engine.cli.agents import AGENTS, Agent
+from mlx_engine.agents import AGENTS, Agent
 from mlx_engine.cli.output import say
 from mlx_engine.cli.serve_options import DEFAULT_HOST, KEYS_VARIABLE
 from mlx_engine.errors import InvalidRequest, MLXEngineError
@@ -39,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     base = f"http://{DEFAULT_HOST}:{args.port}"
     key = os.environ.get(KEYS_VARIABLE, "").replace(",", " ").split() or [_ANY_KEY]
     if args.print_only or shutil.which(agent.command) is None:
-        there = _models(base, key[0]) or {args.model or "MODEL": _CONTEXT}
+        there = _contexts(_models(base, key[0])) or {args.model or "MODEL": _CONTEXT}
         model = args.model if args.model in there else next(iter(there))
         places = {"base": base, "key": key[0], "folder": "FOLDER"}
         _explain(agent, model=model, context=there[model], **places)
@@ -83,7 +82,10 @@ def _served(args: argparse.Namespace, base: str, key: str) -> Iterator[tuple[str
                 f"the server at {base} has {', '.join(models)}; take another --port, or stop it",
             )
         model = args.model or next(iter(models))
-        yield model, models[model]
+        if not _is_loaded(models[model]):
+            say(f"waiting for {model} to be loaded")
+            _load(base, key, model)
+        yield model, _contexts(_models(base, key))[model]
         return
     chosen = [] if args.model is None else ["--model", args.model]
     server = subprocess.Popen(
@@ -92,11 +94,11 @@ def _served(args: argparse.Namespace, base: str, key: str) -> Iterator[tuple[str
         start_new_session=True,
     )
     try:
-        while not (models := _models(base, key)):
+        while not any(map(_is_loaded, (models := _models(base, key)).values())):
             if server.poll() is not None:
                 raise MLXEngineError("the server did not start")
             time.sleep(_LOOK)
-        yield next(iter(models.items()))
+        yield next(iter(_contexts(models).items()))
     finally:
         _stop(server)
 
@@ -109,19 +111,15 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
             return
 
 
-def _models(base: str, key: str) -> dict[str, str]:
-    """The models of the server that is there, with the tokens of their contexts.
+def _models(base: str, key: str) -> dict[str, dict[str, Any]]:
+    """The models of the server that is there, by their names.
 
     Raises:
         InvalidRequest: what is there is no such server, or does not take the key.
     """
-    asked = Request(f"{base}/v1/models", headers={"authorization": f"Bearer {key}"})
     try:
-        with build_opener(ProxyHandler({})).open(asked, timeout=_PATIENCE) as answer:
-            told: Any = json.load(answer)
-        return {
-            str(model["id"]): str(model.get("context_length") or _CONTEXT) for model in told["data"]
-        }
+        told: Any = _ask(base, key, "/v1/models", timeout=_PATIENCE)
+        return {str(model["id"]): dict(model) for model in told["data"]}
     except HTTPError as error:
         said = f"{base} is taken by a server that says {error.code}; its key goes in "
         raise InvalidRequest("port", f"{said}${KEYS_VARIABLE}") from error
@@ -131,14 +129,41 @@ def _models(base: str, key: str) -> dict[str, str]:
         raise InvalidRequest("port", f"{base} is taken by something else") from error
 
 
+def _load(base: str, key: str, model: str) -> None:
+    """Have a server load a model, however long that takes.
+
+    Raises:
+        MLXEngineError: it cannot.
+    """
+    body = {"model": model, "messages": [{"role": "user", "content": "."}]}
+    try:
+        _ask(base, key, "/v1/messages/count_tokens", json.dumps(body).encode())
+    except HTTPError as error:
+        raise MLXEngineError(f"{model}: {error.read().decode(errors='replace')}") from error
+    except OSError as error:
+        raise MLXEngineError(f"the server at {base} has gone: {error}") from error
+
+
+def _ask(
+    base: str, key: str, path: str, body: bytes | None = None, timeout: float | None = None
+) -> Any:
+    headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+    asked = Request(base + path, body, headers)
+    with build_opener(ProxyHandler({})).open(asked, timeout=timeout) as answer:
+        return json.load(answer)
+
+
+def _is_loaded(model: dict[str, Any]) -> bool:
+    return model.get("state", "running") == "running"
+
+
+def _contexts(models: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The tokens of their contexts."""
+    return {name: str(one.get("context_length") or _CONTEXT) for name, one in models.items()}
+
+
 def _explain(agent: Agent, **places: str) -> None:
     """Print the commands that a user can give instead."""
     if shutil.which(agent.command) is None:
         say(f"{agent.command} is not there: {agent.install}")
-    lines = [
-        f"export {name}={shlex.quote(value)}" for name, value in agent.environ_for(**places).items()
-    ]
-    lines.append(shlex.join([agent.command, *agent.arguments_for(**places)]))
-    for name, value in agent.files_for(**places).items():
-        lines.insert(0, f"# {places['folder']}/{name}:\n# {value}")
-    print("\n".join(lines))  # noqa: T201 - what was asked for
+    print("\n".join(agent.commands_for(**places)))  # noqa: T201 - what was asked for

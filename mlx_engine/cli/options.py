@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from mlx_engine import __version__
-from mlx_engine.cli.agents import AGENTS
+from mlx_engine.agents import AGENTS
 from mlx_engine.cli.constraint import add_constraints, constraint_of
 from mlx_engine.cli.flags import SPELLINGS, add_flags, flag_of, option_group
 from mlx_engine.cli.sampling_options import sampling_options
@@ -29,6 +29,8 @@ PROGRAM = "mlx-engine"
 _MODEL_HELP = "folder, Hugging Face id, or 'demo', a small built-in model (default)"
 # Of what info takes as well.
 _SOURCE = ("revision", "trust_remote_code", "tool_format", "reasoning_format")
+
+
 # Options that mean nothing without another one.
 _NEEDS = {
     "num_draft_tokens": "draft_model",
@@ -49,6 +51,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 parser.error(f"argument {flag}: not allowed with --raw, which sends no messages")
         if "logprobs" in args and not args.json:
             parser.error("argument --logprobs: needs --json, which shows them")
+    if "memory_bytes" in args and not args.memory:
+        parser.error("argument --memory-bytes: needs --memory")
     if args.command in ("host", "serve") and args.engine == "simple":
         for option in _given(args, BatchConfig):
             parser.error(f"argument {flag_of(option)}: not allowed with --engine simple")
@@ -104,7 +108,8 @@ def spelled(error: InvalidRequest) -> str:
     names = {field.name for kind in kinds for field in fields(kind)} | {*SPELLINGS}
     names |= {"num_draft_tokens", "q_bits", "q_group_size", "seconds", "only", "max_clients"}
     names |= {"cache_folder", "thinking", "max_reasoning_tokens", "host", "port", "api_key_file"}
-    names |= {"schema", "regex", "grammar", "choice"}
+    names |= {"idle_timeout", "max_models", "served_name", "memory_bytes"}
+    names |= {"schema", "regex", "grammar", "choice", "timeout"}
     message = str(error)
     if error.option not in names:
         return message
@@ -193,6 +198,13 @@ def _add_talk(command: argparse.ArgumentParser) -> None:
         help="close the reasoning after N tokens, and go on with the answer",
     )
     command.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        default=argparse.SUPPRESS,
+        help="of work for an answer, which then ends as it is",
+    )
+    command.add_argument(
         "--verbose", action="store_true", help="print statistics to standard error"
     )
 
@@ -219,12 +231,19 @@ def _add_serve(commands: Commands, options: list[argparse.ArgumentParser]) -> No
     command = commands.add_parser(
         "serve",
         help="serve a model by HTTP, to clients of OpenAI's API and to agents",
-        description="Load a model and serve it by HTTP. SIGTERM or Ctrl-C lets requests in flight "
-        "finish; a second one aborts them.",
+        description="Load a model and serve it by HTTP; or several, each when it is asked for. "
+        "SIGTERM or Ctrl-C lets requests in flight finish; a second one aborts them.",
         parents=options,
         allow_abbrev=False,
     )
-    command.add_argument("--model", metavar="MODEL", default=DEMO_MODEL, help=_MODEL_HELP)
+    command.add_argument(
+        "--model",
+        dest="models",
+        action="append",
+        metavar="[NAME=]MODEL",
+        help=f"{_MODEL_HELP}; clients may know it by NAME. May be repeated: then each is loaded "
+        "when the first request names it",
+    )
 
 
 def _add_launch(commands: Commands) -> None:
@@ -253,6 +272,18 @@ def _add_info(commands: Commands, options: list[argparse.ArgumentParser]) -> Non
     )
     _add_model(command)
     command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument(
+        "--memory",
+        action="store_true",
+        help="show what it takes by context, requests at once and bits of its KV cache",
+    )
+    command.add_argument(
+        "--memory-bytes",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="of a machine to plan for instead of this one; needs --memory",
+    )
 
 
 def _add_selftest(commands: Commands, options: list[argparse.ArgumentParser]) -> None:

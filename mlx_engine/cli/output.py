@@ -168,6 +168,8 @@ def remark(result: GenerationResult, *, verbose: bool, whole: bool = False) -> N
     if result.finish_reason == "length" and not whole:
         tokens = result.usage.completion_tokens
         say(f"note: cut after {tokens} tokens, by --max-tokens or the end of the context")
+    if result.finish_reason == "timeout" and not whole:
+        say(f"note: cut after {result.usage.completion_tokens} tokens, by --timeout")
     if verbose:
         say_statistics(result)
 

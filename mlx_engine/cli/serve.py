@@ -1,14 +1,13 @@
-"""``mlx-engine serve``: a model by HTTP, to clients of OpenAI's and Anthropic's APIs.
+"""``mlx-engine serve``: models by HTTP, to clients of OpenAI's and Anthropic's APIs.
 
-Exit codes: those of ``host``. The engine has a process of its own, which is started again if it
-crashes; only when that does not help any more does the server end.
+Exit codes: those of ``host``. Each engine has a process of its own, which is started again if it
+crashes. Only when that does not help any more does the server end, if it has no other model.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import ipaddress
 import logging
 import os
@@ -16,28 +15,25 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from mlx_engine.checks import integer
 from mlx_engine.cli.leaving import EXIT_INTERRUPTED
-from mlx_engine.cli.options import PROGRAM, engine_options, sampling_params
+from mlx_engine.cli.options import PROGRAM, sampling_params
 from mlx_engine.cli.output import ProgressBar, say
 from mlx_engine.cli.serve_options import KEYS_VARIABLE
 from mlx_engine.engine.base import BaseEngine
-from mlx_engine.engine.batched import BatchedEngine
-from mlx_engine.engine.simple import SimpleEngine
 from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError
 from mlx_engine.outputs import EngineState, ShutdownReport
-from mlx_engine.remote.replicas.manager import EngineManager
 from mlx_engine.remote.signals import SignalHandlers, install_signal_handlers
 
 try:
-    import uvicorn
-
+    from mlx_engine.cli.http_server import HttpServer, bound
+    from mlx_engine.cli.served_models import memory_for_weights, served_models
     from mlx_engine.server import LOOPBACK, create_app
-    from mlx_engine.server.site import by_name
+    from mlx_engine.server.models import Models
 except ModuleNotFoundError as error:
     raise InvalidRequest(
         "serve", f"needs {error.name}: pip install 'mlx-engine[server]'"
@@ -57,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         )
     bar = ProgressBar()
     try:
-        with asyncio.Runner() as runner, _bound(args.host, args.port) as door:
+        with asyncio.Runner() as runner, bound(args.host, args.port) as door:
             return runner.run(_serve(args, keys, door, bar))
     finally:
         bar.clear()
@@ -66,97 +62,77 @@ def run(args: argparse.Namespace) -> int:
 async def _serve(
     args: argparse.Namespace, keys: list[str], door: socket.socket, bar: ProgressBar
 ) -> int:
-    engine = _engine(args, bar)
-    names = vars(args).get("served_names")
-    engines = dict.fromkeys(names, engine) if names else by_name(engine)
+    most = vars(args).get("max_models")
     app = create_app(
-        engines,
+        served_models(args, bar),
         api_keys=keys,
         hosts=_hosts(args),
         defaults=replace(sampling_params(args), max_tokens=None),
+        idle_timeout=vars(args).get("idle_timeout"),
+        max_loaded_models=None if most is None else integer("max_models", most, low=1),
+        memory_bytes=memory_for_weights() if most is None else None,
     )
+    models: Models = app.state.models
     if not args.quiet:
         _log_requests()
-    server = _Server(
-        uvicorn.Config(app, lifespan="off", ws="none", log_config=None, server_header=False)
-    )
-    program = _Program(engine, server, args.drain)
+    server = HttpServer(app)
+    program = _Program(models, server, args.drain)
     with install_signal_handlers(program, timeout=args.drain) as handlers:
         program.handlers = handlers
+        serving = asyncio.create_task(server.serve(sockets=[door]))
         try:
-            async with engine:
-                bar.clear()
-                serving = asyncio.create_task(server.serve(sockets=[door]))
-                try:
-                    await server.listening(serving)
-                    say(_greeting(door, keys, engines))
-                    await _end(engine, serving)
-                finally:
-                    server.should_exit = True
-                    await serving
-        except MLXEngineError:  # EngineStopped, or what the load ran into while it was stopped
+            await server.listening(serving)  # clients that come while it loads wait for that
+            await models.preload()
+            bar.clear()
+            if handlers.received is None:
+                say(_greeting(door, keys, models.names))
+                await _end(models, serving)
+        except MLXEngineError:  # what a load that is stopped may run into
             if handlers.received is None:
                 raise
-            await handlers.wait()
+        finally:
+            server.should_exit = True
+            await serving
+            await (models.shutdown(0) if handlers.received is None else handlers.wait())
     return EXIT_INTERRUPTED if handlers.received is signal.SIGINT else 0
 
 
-def _engine(args: argparse.Namespace, bar: ProgressBar) -> BaseEngine:
-    options = engine_options(args)
-    if not args.in_process:
-        return EngineManager(**options, engine=args.engine, on_progress=bar)
-    kind = BatchedEngine if args.engine == "batched" else SimpleEngine
-    return kind(**options, on_progress=bar)
-
-
-async def _end(engine: BaseEngine, serving: asyncio.Task[None]) -> None:
-    """Wait until the server has ended, or the engine for good.
+async def _end(models: Models, serving: asyncio.Task[None]) -> None:
+    """Wait until the server has ended, or the only model for good.
 
     Raises:
         EngineDead: it has.
     """
+    only = next(iter(models)) if len(list(models)) == 1 else None
     while not serving.done():
         await asyncio.wait({serving}, timeout=1)
-        if engine.state is EngineState.FAILED:
+        engine = None if only is None else only.engine
+        if isinstance(engine, BaseEngine) and engine.state is EngineState.FAILED:
             engine.check_running()
             raise EngineDead("the engine has failed")
-
-
-class _Server(uvicorn.Server):
-    """A server that leaves signals to the program."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Nothing of that."""
-        yield
-
-    async def listening(self, serving: asyncio.Task[None]) -> None:
-        """Wait until clients can connect, or it has ended."""
-        while not (self.started or serving.done()):  # noqa: ASYNC110 - nobody tells
-            await asyncio.sleep(0.01)
 
 
 class _Program:
     """The program that signals shut down."""
 
-    def __init__(self, engine: BaseEngine, server: _Server, drain: float | None) -> None:
+    def __init__(self, models: Models, server: HttpServer, drain: float | None) -> None:
         self.handlers: SignalHandlers[ShutdownReport] | None = None
-        self._engine = engine
+        self._models = models
         self._server = server
         self._drain = drain
         self._loading = False  # at the first signal
 
     async def shutdown(self, timeout: float | None) -> ShutdownReport:
-        """Stop the load, or take no more requests and let those in flight finish."""
+        """Stop what loads, take no more requests and let those in flight finish."""
         if self._loading and self.handlers is not None:
             received = self.handlers.received
             os._exit(EXIT_INTERRUPTED if received is signal.SIGINT else 0)
-        self._loading = self._engine.state is EngineState.STARTING
+        self._loading = any(model.state == "loading" for model in self._models)
         self._server.should_exit = True
         if (pending := len(self._server.server_state.tasks)) and timeout != 0:
             limit = "" if self._drain is None else f" up to {self._drain:g} s"
             say(f"waiting{limit} for requests in flight ({pending}); another signal aborts them")
-        report = await self._engine.shutdown(timeout)
+        report = await self._models.shutdown(timeout)
         asyncio.get_running_loop().call_later(_LAST_WORDS, self._leave)
         return report
 
@@ -188,28 +164,6 @@ def _hosts(args: argparse.Namespace) -> list[str] | None:
     if not _is_loopback(args.host) and not allowed:
         return None
     return [*LOOPBACK, args.host, *allowed]
-
-
-@contextlib.contextmanager
-def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that has its address, before a model is loaded in vain; nobody can connect yet."""
-    integer("port", port, low=0, high=65_535)
-    try:
-        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        door = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise InvalidRequest("host", f"{host}, port {port}: {error}") from error
-    with door:
-        try:
-            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            door.bind(address)
-        except OSError as error:
-            raise InvalidRequest(
-                "port", f"cannot listen on {host}, port {port}: {error}"
-            ) from error
-        yield door
 
 
 def _greeting(door: socket.socket, keys: list[str], models: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from mlx_engine.cli.flags import add_flags, option_group
+from mlx_engine.cli.values import number_or_none
 from mlx_engine.params import SamplingParams
 
 DEFAULT_HOST = "127.0.0.1"
@@ -51,7 +52,19 @@ def serve_options() -> argparse.ArgumentParser:
         dest="served_names",
         action="append",
         metavar="NAME",
-        help="what clients call the model, in the place of its own name; may be repeated",
+        help="what clients call the only model, in the place of its own name; may be repeated",
+    )
+    add(
+        "--idle-timeout",
+        type=number_or_none,
+        metavar="SECONDS",
+        help="unload a model that nobody has asked for so long; by default it stays",
+    )
+    add(
+        "--max-models",
+        type=int,
+        metavar="N",
+        help="in memory at once; by default as many as half of the memory holds",
     )
     add(
         "--in-process",

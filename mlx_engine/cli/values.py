@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import fields
+from typing import TypedDict
 
-from mlx_engine.checks import number
+from mlx_engine.checks import checked_time_limit, number
 from mlx_engine.cli import guide
 from mlx_engine.limits import RequestLimits
+
+_SIZE = re.compile(r"(-?\d+(?:\.\d+)?)\s*([kmgt]i?b?)?", re.IGNORECASE)
+
+
+class TimeLimit(TypedDict, total=False):
+    """How long an answer may take; a keyword argument of every request."""
+
+    timeout: float | None
+
+
+def time_limit(args: argparse.Namespace) -> TimeLimit:
+    """The time limit, if one was given.
+
+    Raises:
+        InvalidRequest: it is out of its range.
+    """
+    return {"timeout": checked_time_limit(args.timeout)} if "timeout" in args else {}
 
 
 def count_or_none(text: str) -> int | None:
@@ -39,6 +58,21 @@ def count_or_auto(text: str) -> int | str:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number or 'auto', not {text!r}") from None
+
+
+def memory_or_auto(text: str) -> int | float | str:
+    """Bytes such as 8000000000 or 8GB, a part such as 0.5, or 'auto'."""
+    if text.lower() == "auto":
+        return "auto"
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        said = f"must be bytes such as 8GB, a part such as 0.5, or 'auto', not {text!r}"
+        raise argparse.ArgumentTypeError(said)
+    amount, unit = found.groups()
+    if unit:
+        power = "KMGT".index(unit[0].upper()) + 1
+        return int(float(amount) * (1024 if unit[1:2].lower() == "i" else 1000) ** power)
+    return float(amount) if "." in amount else int(amount)
 
 
 def bias(text: str) -> tuple[int, float]:

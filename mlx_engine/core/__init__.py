@@ -8,7 +8,13 @@ Its files:
     in_flight.py    the registry of what is in flight
     lifecycle.py    states and shutdown
     mlx_thread.py   the MLX thread and the generation lock
+    sliced_job.py   work that begins there, and goes on beside it
+    turns.py        its turns
     batch_queue.py  who gets the next place in a batch
+    ledger.py       who has how much memory
+    machine.py      how much there is
+    pressure.py     what is given up when the system is short of it
+    reclaim.py      memory had back from engines elsewhere
     work_queue.py   queues: entering, waiting, being cancelled
     work.py         pieces of work: PendingWork, ThreadJob
     drain.py        waiting to the end, whatever happens to whoever waits

@@ -1,8 +1,12 @@
-"""Who may enter an engine, how long they may wait, and the counters of what became of them."""
+"""Who may enter an engine, how long they may wait, and the counters of what became of them.
+
+Of two limits on waiting, the engine's and the caller's, the smaller one counts.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -53,9 +57,9 @@ class Admission:
             return
         with self._in_flight.lock:
             self._lifecycle.check_running()
-            self._check_room(queue, "requests")
+            self._check_room(queue, "requests", max_wait := self._max_wait(entry))
             self._in_flight.add(entry)
-        with self._waits(work, queue, "requests"):
+        with self._waits(work, queue, "requests", max_wait):
             yield
 
     @contextmanager
@@ -67,16 +71,22 @@ class Admission:
         entry.waits_in(queue, work)
         with self._in_flight.lock:
             self._lifecycle.check_running()
-            self._check_room(queue, "questions")
+            self._check_room(queue, "questions", max_wait := self._max_wait(entry))
             self._in_flight.add(entry)
-        with self._waits(work, queue, "questions"):
+        with self._waits(work, queue, "questions", max_wait):
             yield
 
     @contextmanager
-    def _waits(self, work: PendingWork[Any], queue: WorkQueue[Any], kind: _Kind) -> Iterator[None]:
+    def _waits(
+        self,
+        work: PendingWork[Any],
+        queue: WorkQueue[Any],
+        kind: _Kind,
+        max_wait: float | None,
+    ) -> Iterator[None]:
         timers: list[asyncio.TimerHandle] = []  # one or none
-        if self._limits.max_wait:
-            self._limit_wait(timers, work, queue, kind)
+        if max_wait and not math.isinf(max_wait):
+            self._limit_wait(timers, work, queue, kind, max_wait)
         try:
             yield
         finally:
@@ -118,14 +128,18 @@ class Admission:
         ]
         return sum(work is not None and work.waiting for work in inside)
 
-    def _check_room(self, queue: WorkQueue[Any], kind: _Kind) -> None:
-        if self._limits.queue_limit is None and self._limits.max_wait != 0:
+    def _max_wait(self, entry: InFlight) -> float | None:
+        given = [one for one in (self._limits.max_wait, entry.max_wait) if one is not None]
+        return min(given, default=None)
+
+    def _check_room(self, queue: WorkQueue[Any], kind: _Kind, max_wait: float | None) -> None:
+        if self._limits.queue_limit is None and max_wait != 0:
             return
         inside, limit = self._waiting(queue, kind), self._limits.queue_limit
         waiting = max(0, inside - queue.free)
         full = limit is not None and waiting >= limit
         busy = inside >= max(1, queue.free) or queue.busy
-        if (full or self._limits.max_wait == 0) and busy:
+        if (full or max_wait == 0) and busy:
             self._rejected += kind == "requests"
             why = f"queue_limit={limit}" if full else "max_wait=0"
             raise self._busy(f"{waiting} {kind} are waiting ({why})", waiting, queue, kind)
@@ -136,11 +150,11 @@ class Admission:
         work: PendingWork[Any],
         queue: WorkQueue[Any],
         kind: _Kind,
+        max_wait: float,
     ) -> None:
-        assert self._limits.max_wait is not None
-        seconds = self._limits.max_wait if not timers else max(self._limits.max_wait, _LOOK)
+        seconds = max_wait if not timers else max(max_wait, _LOOK)
         loop = asyncio.get_running_loop()
-        timers[:] = [loop.call_later(seconds, self._expire, timers, work, queue, kind)]
+        timers[:] = [loop.call_later(seconds, self._expire, timers, work, queue, kind, max_wait)]
 
     def _expire(
         self,
@@ -148,12 +162,13 @@ class Admission:
         work: PendingWork[Any],
         queue: WorkQueue[Any],
         kind: _Kind,
+        max_wait: float,
     ) -> None:
         if work.preparing:  # that is work, not waiting
-            self._limit_wait(timers, work, queue, kind)
+            self._limit_wait(timers, work, queue, kind, max_wait)
             return
         waiting = queue.waiting_with(work)  # many may expire at once: nothing is counted here
-        message = f"the {kind[:-1]} has waited for {self._limits.max_wait} s (max_wait)"
+        message = f"the {kind[:-1]} has waited for {max_wait:g} s (max_wait)"
         queue.expire(work, self._busy(message, waiting, queue, kind))
 
     def _busy(self, message: str, waiting: int, queue: WorkQueue[Any], kind: _Kind) -> EngineBusy:

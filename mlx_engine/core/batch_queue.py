@@ -20,6 +20,10 @@ class Schedulable(Protocol):
     request_id: str
     priority: int
 
+    @property
+    def max_wait(self) -> float | None:
+        """Seconds that it may wait for its turn, if its caller has a limit of his own."""
+
     def cancel(self) -> None:
         """Ask it to stop. From any thread."""
 

@@ -7,14 +7,22 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from mlx_engine.checks import shown
 from mlx_engine.core.drain import wait_shielded
 from mlx_engine.core.threads import Start
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.core.work import ThreadJob
-from mlx_engine.errors import EngineDead
+from mlx_engine.errors import EngineDead, InvalidRequest
 from mlx_engine.outputs import Progress, ProgressCallback
 
 T = TypeVar("T")
+
+
+def checked_callback(on_progress: ProgressCallback | None) -> ProgressCallback | None:
+    """``on_progress``, if it can be called; raises ``InvalidRequest`` if not."""
+    if on_progress is not None and not callable(on_progress):
+        raise InvalidRequest("on_progress", f"must be callable or None, not {shown(on_progress)}")
+    return on_progress
 
 
 def in_this_loop(callback: ProgressCallback | None) -> ProgressCallback | None:

@@ -27,6 +27,7 @@ class InFlight:
         reported: whether a shutdown reports on it: it is a request, whose name its caller knows.
         abortable: whether a shutdown may abort it; else it does not wait for it either.
         loop: the event loop without which it would never end; ``None`` if another thread ends it.
+        max_wait: seconds that its caller lets it wait for its turn; ``None`` is no limit of his.
 
     Attributes:
         abort: ends it promptly with an error, and tells whether it did.
@@ -43,8 +44,10 @@ class InFlight:
         reported: bool = False,
         abortable: bool = True,
         loop: asyncio.AbstractEventLoop | None = None,
+        max_wait: float | None = None,
     ) -> None:
         self.request_id = request_id
+        self.max_wait = max_wait
         self.counted = counted
         self.reported = reported
         self.abortable = abortable

@@ -15,7 +15,7 @@ from mlx_engine.core.forks import NO_FORK, tell_after_fork
 from mlx_engine.core.in_flight import InFlight, InFlightRegistry
 from mlx_engine.core.log import LOG
 from mlx_engine.core.wakeup import running_loop
-from mlx_engine.errors import EngineDead, EngineNotStarted, EngineStopped
+from mlx_engine.errors import EngineDead, EngineNotStarted, EngineStopped, MLXEngineError
 from mlx_engine.outputs import EngineState, ShutdownReport
 
 _S = EngineState
@@ -47,6 +47,7 @@ class Lifecycle:
         self._draining: list[InFlight] = []
         self._starter: InFlight | None = None
         self._releasing: asyncio.AbstractEventLoop | None = None  # in which that is done
+        self._reviving = False  # a failed engine is stopped to be started again
         self._report = ShutdownReport()
         self._failure: Callable[[], Exception] = _unknown
         self._inherited = False
@@ -127,7 +128,8 @@ class Lifecycle:
             case EngineState.STARTING:
                 raise EngineNotStarted("the engine is still loading its model: await start()")
             case EngineState.DRAINING | EngineState.STOPPED:
-                raise EngineStopped(f"the engine is {self._state}: no new requests")
+                again = "start() it again" if self._state is EngineState.STOPPED else "it ends"
+                raise EngineStopped(f"the engine is {self._state}: no new requests; {again}")
             case EngineState.FAILED:
                 raise self._failure()
             case EngineState.RUNNING:
@@ -181,6 +183,7 @@ class Lifecycle:
             if self._state is not EngineState.STARTING or not self.is_starter(entry):
                 return False
             self.move(EngineState.RUNNING)
+            self._reviving = False
         LOG.info("%s has started, in %.1f s", self.name, time.monotonic() - self._began)
         return True
 
@@ -203,17 +206,54 @@ class Lifecycle:
         timeout = checked_timeout(timeout)
         running_loop()
         with self._lock:
-            if self._inherited:  # there is nothing here to stop
-                self._state = EngineState.STOPPED
-                self._report = ShutdownReport()
-            if self._state is EngineState.STOPPED:
-                return self._report
-            if self._state is not EngineState.DRAINING:
-                loading = self._state is EngineState.STARTING
-                self.move(EngineState.DRAINING)
-                self._draining = [one for one in self.in_flight if one.abortable]
-                if loading:  # nobody wants the model any more
-                    self._abort_all()
+            self._reviving = False  # whoever wants it started again finds it stopped
+            over = self._begin_draining()
+        return self._report if over else await self._drain(timeout, release)
+
+    async def clear_failure(self, release: Callable[[], Awaitable[None]]) -> None:
+        """Stop a FAILED engine, so that it can be started again; any other is left alone.
+
+        Several tasks may do so at once, and all of them wait. What is still in flight gets the
+        error with which the engine has failed.
+
+        Raises:
+            EngineStopped: it is stopped, or being stopped, by somebody who wants it so.
+            RuntimeError: this process is a fork of the one in which it was started.
+        """
+        running_loop()
+        with self._lock:
+            if self._inherited:
+                raise self._failure()
+            if self._state in (EngineState.DRAINING, EngineState.STOPPED) and not self._reviving:
+                self.check_running()
+            if self._state in (EngineState.CREATED, EngineState.STARTING, EngineState.RUNNING):
+                return
+            self._reviving = True
+            over = self._begin_draining()
+        if not over:
+            await self._drain(0.0, release)
+        with self._lock:
+            if self._state is EngineState.STOPPED and not self._reviving:
+                self.check_running()
+
+    def _begin_draining(self) -> bool:
+        """Be DRAINING; whether it is STOPPED already. Under the lock."""
+        if self._inherited:  # there is nothing here to stop
+            self._state = EngineState.STOPPED
+            self._report = ShutdownReport()
+        if self._state is EngineState.STOPPED:
+            return True
+        if self._state is not EngineState.DRAINING:
+            loading = self._state is EngineState.STARTING
+            self.move(EngineState.DRAINING)
+            self._draining = [one for one in self.in_flight if one.abortable]
+            if loading:  # nobody wants the model any more
+                self._abort_all()
+        return False
+
+    async def _drain(
+        self, timeout: float | None, release: Callable[[], Awaitable[None]]
+    ) -> ShutdownReport:
         end = partial(self._finish, release)
         try:
             await self._idle(timeout)
@@ -266,9 +306,13 @@ class Lifecycle:
             left = [one for one in self._draining if one in self.in_flight]
         for one in left:
             if not one.aborted and one.abort is not None:
-                one.aborted = one.abort(
-                    EngineStopped("the engine was stopped while this was in flight")
-                )
+                one.aborted = one.abort(self._why_aborted())
+
+    def _why_aborted(self) -> MLXEngineError:
+        failure = self._failure() if self._reviving else None
+        if isinstance(failure, MLXEngineError):
+            return failure
+        return EngineStopped("the engine was stopped while this was in flight")
 
     async def _idle(self, timeout: float | None) -> None:
         """Wait until none of the work to drain is in flight, for ``timeout`` seconds at most."""
@@ -294,4 +338,4 @@ def _forked() -> RuntimeError:
 
 
 def _unknown() -> EngineDead:
-    return EngineDead("the engine has failed")
+    return EngineDead("the engine has failed; await engine.restart()")

@@ -15,13 +15,17 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_engine.core.forks import NO_FORK, tell_after_fork
 from mlx_engine.core.threads import start_now
 from mlx_engine.core.work import PendingWork, Stage, ThreadJob, current_job
 from mlx_engine.core.work_queue import WorkQueue
-from mlx_engine.errors import EngineDead
+from mlx_engine.errors import EngineDead, for_good
+
+T = TypeVar("T")
+
+_NO_LANE = object()
 
 
 class MLXThread(WorkQueue[ThreadJob[Any]]):
@@ -38,6 +42,7 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
         self._running: ThreadJob[Any] | None = None
         # What is queued, by lane, each in the order of arrival.
         self._lanes: dict[object, OrderedDict[ThreadJob[Any], None]] = {}
+        self._sliced: object = _NO_LANE  # the one that has just had a slice
         self._thread: threading.Thread | None = None
         self._pid = 0
         self._closing = False
@@ -99,7 +104,7 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
         with self._changed:
             if self._thread is not None and not self._closing:
                 self._chores.append(chore)
-                self._changed.notify()
+                self._changed.notify_all()
 
     def is_used_by_others(self, mine: ThreadJob[Any] | None) -> bool:
         """Whether a job other than ``mine`` is on the thread, or queued and not held up."""
@@ -139,18 +144,46 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
         """
         with self._changed:
             if self._closing:
-                raise EngineDead("the MLX thread has ended, or the interpreter is shutting down")
+                raise _ended("the MLX thread has ended, or the interpreter is shutting down")
             if self._thread is None:
                 self._start()
             if job.stage is Stage.QUEUED:  # else it was aborted on its way here
                 self._queue[job] = None
                 self._lanes.setdefault(job.lane, OrderedDict())[job] = None
-                self._changed.notify()
+                self._changed.notify_all()
+
+    def call(self, job: ThreadJob[T]) -> T:
+        """Have an unattended job done, and wait for that, on another thread that may stand still.
+
+        Raises:
+            EngineDead: as ``submit`` does.
+            BaseException: what the job raises, or ``abort`` was given.
+        """
+        self.submit(job)
+        self.wait_for(lambda: job.stage is Stage.DONE)
+        return job.outcome()
+
+    def wait_for(self, predicate: Callable[[], bool]) -> None:
+        """Wait, on another thread, until that is true of a job."""
+        with self._changed:
+            self._changed.wait_for(predicate)
+
+    def end(self, job: ThreadJob[Any]) -> None:
+        """End a job that has gone on elsewhere, if it has not ended. From any thread."""
+        with self._changed:
+            if job.stage is Stage.DONE or job is self._running:
+                return
+            job.stage = Stage.DONE
+        job.announce()
 
     def _first(self) -> ThreadJob[Any] | None:
         """The job to take up next: of those that are first in their lanes. Under the lock."""
         heads = (next(iter(lane)) for lane in self._lanes.values())
-        return min((job for job in heads if job.ready), key=_arrival, default=None)
+        return min((job for job in heads if job.ready), key=self._place, default=None)
+
+    def _place(self, job: ThreadJob[Any]) -> tuple[bool, int]:
+        """Its place in the order of those that are first in their lanes."""
+        return job.lane is self._sliced, job.rank[1]
 
     def _withdraw(self, one: PendingWork[Any]) -> None:
         super()._withdraw(one)
@@ -167,7 +200,7 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
 
     def _moved(self, one: PendingWork[Any]) -> None:
         with self._changed:
-            self._changed.notify()
+            self._changed.notify_all()
 
     def _enter(self, job: ThreadJob[Any]) -> None:
         self.check_outside()
@@ -196,11 +229,11 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
             self._running = None
             if running is not None:
                 running.stage = Stage.DONE
-                running.aborted_with = EngineDead("the MLX thread has ended")
+                running.aborted_with = _ended("the MLX thread has ended")
         if running is not None:
             running.announce()
         for job in waiting:
-            self.abort(job, EngineDead("the MLX thread has ended"))
+            self.abort(job, _ended("the MLX thread has ended"))
 
     def _serve(self) -> None:
         while True:
@@ -215,6 +248,7 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
                         return
                     continue
                 job = self._running = first
+                self._sliced = job.lane if job.is_slice else _NO_LANE
                 del self._queue[job], first
                 self._leave_lane(job)
                 job.stage = Stage.RUNNING
@@ -223,11 +257,15 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
             else:
                 job.execute()
             with self._changed:
-                job.stage = Stage.DONE
                 self._running = None
-                if job.attended:
+                if job.attended or job.is_slice:
                     self.attended_seconds += job.ended - job.started
-            job.announce()
+                over = not job.goes_on()
+                if over:
+                    job.stage = Stage.DONE
+                self._changed.notify_all()
+            if over:
+                job.announce()
             del job  # or its result would live until the next one
 
     def _close(self) -> None:
@@ -237,14 +275,15 @@ class MLXThread(WorkQueue[ThreadJob[Any]]):
         with self._changed:
             self._closing = True
             jobs = [*self._queue, *([self._running] if self._running else [])]
-            self._changed.notify()
+            self._changed.notify_all()
         for job in jobs:
-            self.abort(job, EngineDead("the interpreter is shutting down"))
+            self.abort(job, _ended("the interpreter is shutting down"))
         self._thread.join()
 
 
-def _arrival(job: ThreadJob[Any]) -> int:
-    return job.rank[1]
+def _ended(reason: str) -> EngineDead:
+    """The error of who wants a thread that nothing brings back."""
+    return for_good(EngineDead(f"{reason}: only another process can use MLX again"))
 
 
 def _call_all(jobs: list[Callable[[], None]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextvars
+import math
 import threading
 import time
 import traceback
@@ -16,10 +17,10 @@ from mlx_engine.core.stream import Emit
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.errors import (
     ContextLengthExceeded,
-    GenerationError,
     MLXEngineError,
     describe,
     drop_frames,
+    failed_by,
 )
 from mlx_engine.outputs import (
     FinishReason,
@@ -108,11 +109,17 @@ class ActiveRequest(abc.ABC):
         self._serve = serve
         self._emit: Emit | None = None
         self._stopped = False
+        self._deadline = math.inf  # by time.perf_counter; once its work has begun
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer = RequestTimer()
         self._tokens: list[int] = []
         self._cached_tokens = 0
         self._finish_reason: FinishReason = "cancelled"
+
+    @property
+    def max_wait(self) -> float | None:
+        """Seconds that it may wait for its turn, if its caller has a limit of his own."""
+        return self.asked.max_wait
 
     def run(self, emit: Emit | None) -> Awaitable[GenerationResult]:
         """Begin it, for a caller who waits in this event loop; see ``Producer``."""
@@ -144,8 +151,30 @@ class ActiveRequest(abc.ABC):
 
     @property
     def should_stop(self) -> bool:
-        """Whether it was cancelled, or its event loop closed, so that nobody waits for it."""
-        return self._stopped or (self._loop is not None and self._loop.is_closed())
+        """Whether it was cancelled, its ``timeout`` is over, or its event loop is closed, so that
+        nobody waits for it.
+        """
+        return self.stop_reason is not None
+
+    @property
+    def stop_reason(self) -> FinishReason | None:
+        """The finish reason with which it should stop now; ``None`` if it should go on.
+
+        A time limit is looked at where cancellations are, so that it holds wherever they do, and
+        ends the request in the same way; but its caller gets a result. What comes first counts:
+        one that was cancelled in time stays cancelled.
+        """
+        if self._stopped or (self._loop is not None and self._loop.is_closed()):
+            return "cancelled"
+        return "timeout" if time.perf_counter() >= self._deadline else None
+
+    def work_begins(self) -> None:
+        """Its turn has come: from now on its ``timeout`` counts, however often it makes way."""
+        if self._timer.started:
+            return
+        self._timer.started = time.perf_counter()
+        if self.asked.timeout is not None:
+            self._deadline = self._timer.started + self.asked.timeout
 
     @property
     def over(self) -> bool:
@@ -177,12 +206,11 @@ class ActiveRequest(abc.ABC):
         if isinstance(error, MLXEngineError):
             drop_frames(error)
             return error
-        failed = GenerationError(f"{self.request_id} failed: {describe(error)}")
+        failed = failed_by(error, f"{self.request_id} failed: {describe(error)}")
         if error.__traceback__ is not None:
             where = f"On the thread {threading.current_thread().name!r}:\n"
             error.add_note("".join([where, *traceback.format_exception(error)]))
         drop_frames(error)
-        failed.__cause__ = error
         return failed
 
     def fit(self, context: int | None) -> None:

@@ -10,12 +10,13 @@ from typing import Any, Generic, TypeVar
 
 from mlx_engine.config import QueueConfig
 from mlx_engine.core.admission import Admission
-from mlx_engine.core.batch_queue import BatchQueue, QueuedRequest, R
+from mlx_engine.core.batch_queue import BatchQueue, QueuedRequest, R, Schedulable
 from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.lifecycle import Lifecycle
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.preparer import Preparer, Preparing
 from mlx_engine.core.side_work import SideQueue, SideWork
+from mlx_engine.core.sliced_job import Rest, SlicedJob
 from mlx_engine.core.work import PendingWork, ThreadJob
 from mlx_engine.core.work_queue import WorkQueue
 from mlx_engine.errors import MLXEngineError
@@ -116,6 +117,27 @@ class Scheduler(abc.ABC, Generic[R]):
         with self.admission.enter(entry, job, mlx_thread):
             return await mlx_thread.run(job, preparing)  # type: ignore[no-any-return]
 
+    async def run_sliced(self, name: str, begin: Callable[[], Rest[T]]) -> T:
+        """Do work that begins on the MLX thread, and goes on beside it, taking turns there.
+
+        Args:
+            name: of what it does.
+            begin: as for ``SlicedJob``.
+
+        Cancellation: what has not begun leaves at once; what has, ends at its next turn or
+        ``checkpoint``, and its caller stays until then.
+
+        Raises:
+            EngineNotStarted, EngineStopped, EngineDead: by the engine's state.
+            EngineBusy: too many others wait already, or it has waited too long.
+            BaseException: whatever it raises.
+        """
+        entry = InFlight(self._lifecycle.new_id(name), counted=True)
+        over = functools.partial(self.admission.over, entry)
+        job: SlicedJob[T] = SlicedJob(begin, over, lane=self.admission)
+        with self.admission.enter(entry, job, mlx_thread), job.on_thread(name):
+            return await mlx_thread.run(job)  # type: ignore[no-any-return]
+
 
 class SimpleScheduler(Scheduler[R]):
     """One request at a time, in the order of arrival: each is one job on the MLX thread.
@@ -141,7 +163,7 @@ class SimpleScheduler(Scheduler[R]):
             self._generate,
             request,
             on_cancel=request.cancel,
-            _entry=InFlight(request.request_id, counted=True, reported=True),
+            _entry=_entry_of(request),
             _prepare=functools.partial(self._prepare, request),
         )
 
@@ -179,7 +201,7 @@ class BatchScheduler(Scheduler[R]):
 
     async def serve(self, request: R) -> GenerationResult:
         """See ``Scheduler``."""
-        entry = InFlight(request.request_id, counted=True, reported=True)
+        entry = _entry_of(request)
         over = functools.partial(self.admission.over, entry)
         queued = QueuedRequest(request, over, self._ensure_job)
         preparing = Preparing(self._preparer, queued, functools.partial(self._prepare, request))
@@ -216,3 +238,7 @@ class BatchScheduler(Scheduler[R]):
             self.queue.end_all(job.aborted_with)
         else:
             self._ensure_job()
+
+
+def _entry_of(request: Schedulable) -> InFlight:
+    return InFlight(request.request_id, counted=True, reported=True, max_wait=request.max_wait)

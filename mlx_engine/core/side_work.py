@@ -10,7 +10,7 @@ from mlx_engine.checks import LARGEST
 from mlx_engine.core.stop import Interrupted, checkpoint, stoppable
 from mlx_engine.core.work import PendingWork, Stage
 from mlx_engine.core.work_queue import WorkQueue
-from mlx_engine.errors import GenerationError, MLXEngineError, describe, drop_frames
+from mlx_engine.errors import MLXEngineError, describe, drop_frames, failed_by
 
 T = TypeVar("T")
 
@@ -52,9 +52,7 @@ class SideWork(PendingWork[T]):
             return error
         except BaseException as error:  # noqa: BLE001 - the border: tokenizers raise anything
             drop_frames(error)
-            failed = GenerationError(f"{self._what} failed: {describe(error)}")
-            failed.__cause__ = error
-            return failed
+            return failed_by(error, f"{self._what} failed: {describe(error)}")
         finally:
             self.ended = time.perf_counter() if self.started else 0.0
         return None

@@ -7,7 +7,7 @@ import functools
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from mlx_engine.core.channel import Channel
 from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
@@ -247,6 +247,14 @@ class GenerationStream:
         if self._outcome.error is not None:
             raise self._outcome.error.with_traceback(None)
         raise StopAsyncIteration
+
+    if not TYPE_CHECKING:  # for who types "await", and not for type checkers, which know better
+
+        def __await__(self):
+            raise TypeError(
+                "a stream is not awaited: write 'async with engine.stream_chat(...) as stream', "
+                "and 'async for chunk in stream' in it; or await generate() or chat() for the whole"
+            )
 
     def _read(self, chunk: GenerationChunk) -> GenerationChunk:
         if self._partial is not None:

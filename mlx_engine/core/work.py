@@ -160,7 +160,13 @@ class ThreadJob(PendingWork[T]):
             is called with no context variables.
         lane: jobs of one lane go in their order, whether or not the first of them is ready;
             ``None`` is for those that always are.
+
+    Attributes:
+        is_slice: whether it is a part of work that somebody waits for. After one of a lane
+            another lane has its turn, if it wants one.
     """
+
+    is_slice = False
 
     def __init__(
         self,
@@ -191,6 +197,10 @@ class ThreadJob(PendingWork[T]):
         except BaseException as error:  # noqa: BLE001 - the border: the caller raises it
             self.error = error
         self.ended = time.perf_counter()
+
+    def goes_on(self) -> bool:
+        """Whether it is not over when its function has returned, but goes on elsewhere."""
+        return False
 
     def announce(self) -> None:
         """Tell everyone that it is over. From any thread, once."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,23 +14,28 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from mlx_engine.chat.formats import choose_format
-from mlx_engine.checks import checked_path, shown
+from mlx_engine.checks import checked_path, checked_time_limit, checked_wait
 from mlx_engine.config import EngineConfig, QueueConfig
+from mlx_engine.conversation import ANY_USER, LEADING
+from mlx_engine.core.bridge import checked_callback
 from mlx_engine.core.drain import clean_up
 from mlx_engine.core.log import logged
 from mlx_engine.core.stream import GenerationStream, PartialAnswer, Producer
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.engine.interface import Engine
-from mlx_engine.engine.many import at_once, in_order, made_once, params_for_each
+from mlx_engine.engine.many import in_order, made_once, mapped, params_for_each
+from mlx_engine.engine.map_interface import asked
 from mlx_engine.engine.sync import SyncEngine
 from mlx_engine.engine.typed import OutputType, TypedWork, as_output, partial_answer
 from mlx_engine.errors import InvalidRequest, MLXEngineError, renamed
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import (
+    EngineState,
     GenerationResult,
     ProgressCallback,
     RenderedChat,
     ShutdownReport,
+    Usage,
 )
 from mlx_engine.params import SamplingOptions, SamplingParams
 from mlx_engine.questions import (
@@ -45,12 +49,12 @@ from mlx_engine.questions import (
 from mlx_engine.requests import (
     ALL_DEFAULTS,
     ANSWER_DEFAULTS,
-    AnswerOptions,
     ChatOptions,
     ChatPrompt,
     ChatRequestOptions,
     GenerationRequest,
     Message,
+    Prompt,
     RequestOptions,
     TextPrompt,
     chat_prompt,
@@ -83,11 +87,6 @@ class BaseEngine(Engine, abc.ABC):
     queue_limits: QueueConfig = QueueConfig()
     _entered_in: asyncio.AbstractEventLoop | None = None
     takes_priority: bool = True
-
-    @property
-    @abc.abstractmethod
-    def width(self) -> int:
-        """Requests that can be in work at once. From any thread."""
 
     @abc.abstractmethod
     def check_running(self) -> None:
@@ -216,7 +215,10 @@ class BaseEngine(Engine, abc.ABC):
             checked_callback(options.get("on_progress")),
         )
         partial = None if chosen.constraint is None else partial_answer(chosen.constraint)
-        return work if output is None else TypedWork(work, output), partial
+        if output is None:
+            return work, partial
+        sampled = not chosen.greedy and chosen.seed is None
+        return TypedWork(work, output, sampled=sampled), partial
 
     def _sampling(
         self, output: OutputType | None, params: SamplingParams | None, options: Mapping[str, Any]
@@ -276,33 +278,73 @@ class BaseEngine(Engine, abc.ABC):
             raise renamed(error, "tokens") from error
         return facts.text
 
-    @spelled_out(RequestOptions, ALL_DEFAULTS)
+    @spelled_out(ChatOptions, ALL_DEFAULTS)
+    async def warm(self, prompt: Prompt, **options: Unpack[ChatOptions]) -> Usage:
+        running_loop()
+        check_known(options, ChatOptions)
+        source = self._beginning(prompt, options)
+        self.check_running()
+        return await self._warm(GenerationRequest(source, SamplingParams(max_tokens=0)))
+
+    def _beginning(self, prompt: Prompt, options: ChatOptions) -> TextPrompt | ChatPrompt:
+        if not is_chat(prompt):
+            check_plain(options)
+            return TextPrompt.of(prompt, self.limits)
+        source = chat_prompt(prompt, options, self.limits)
+        if all(message["role"] in LEADING for message in source.messages):
+            source.messages.append(dict(ANY_USER))  # many templates want one
+        return source
+
+    async def _warm(self, request: GenerationRequest) -> Usage:
+        """Put a prompt into the prompt cache."""
+        if not self.stats().prompt_cache.limit:
+            raise InvalidRequest(
+                "prompt_cache_bytes",
+                "this engine keeps no prompts: there is nothing to warm; make it with more than 0",
+            )
+        work = self.submit(request)
+        return (await logged(work.request_id, work.run(None))).usage
+
+    @spelled_out(ChatRequestOptions, ALL_DEFAULTS)
     async def generate_batch(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams | None] | None = None,
-        **options: Unpack[RequestOptions],
+        **options: Unpack[ChatRequestOptions],
     ) -> list[GenerationResult | MLXEngineError]:
         running_loop()
-        check_known(options, RequestOptions)
-        given: dict[str, Any] = {**ANSWER_DEFAULTS, **those_of(AnswerOptions, options)}
-        on_progress = given.pop("on_progress")
+        check_known(options, ChatRequestOptions)
+        given: dict[str, Any] = {**ANSWER_DEFAULTS, **options}
+        on_progress = checked_callback(given.pop("on_progress"))
         checked_priority(given["priority"], self.takes_priority)
+        checked_time_limit(given["timeout"])
+        max_wait = checked_wait(given.pop("max_wait"))
         self.check_strategies(given["prefill"], given["decode"])
-        asked = params_for_each(prompts, params)
+        own = params_for_each(prompts, params)
         self.check_running()
-        sampling = those_of(SamplingOptions, options)
+        sampling = those_of(SamplingOptions, given)
+        rest = {name: value for name, value in given.items() if name not in sampling}
         output = None if given["output"] is None else OutputType.of(given["output"])
-        given["output"] = output
-        each = await made_once(asked, lambda own: self._sampling(output, own, sampling))
+        rest["output"] = output
+        each = await made_once(own, lambda one: self._sampling(output, one, sampling))
 
-        async def one(prompt: str | Sequence[int], own: SamplingParams) -> GenerationResult:
-            return await self.generate(prompt, own, **given)
+        async def ask(item: tuple[Prompt, SamplingParams], left: float | None) -> GenerationResult:
+            return await asked(self, *item, {**rest, "max_wait": left})
 
-        calls = [functools.partial(one, *pair) for pair in zip(prompts, each, strict=True)]
-        return await in_order(
-            calls, at_once(self.width, self.queue_limits), checked_callback(on_progress)
+        items = dict(enumerate(zip(prompts, each, strict=True)))
+        many = mapped(
+            items, ask, self, concurrency=None, max_wait=max_wait, on_progress=on_progress
         )
+        return await in_order(many, len(items))
+
+    async def restart(self) -> None:
+        await self._clear_failure()
+        await self.start()
+
+    async def _clear_failure(self) -> None:
+        """Stop the engine, if it has failed, so that it can be started; see ``restart``."""
+        if self.state is EngineState.FAILED:
+            await self.stop()
 
     async def save_prompt_cache(self, path: str | os.PathLike[str]) -> int:
         running_loop()
@@ -332,10 +374,3 @@ def checked_formats(config: EngineConfig) -> EngineConfig:
     model = config.model
     choose_format(None, tool_format=model.tool_format, reasoning_format=model.reasoning_format)
     return config
-
-
-def checked_callback(on_progress: ProgressCallback | None) -> ProgressCallback | None:
-    """``on_progress``, if it can be called; raises ``InvalidRequest`` if not."""
-    if on_progress is not None and not callable(on_progress):
-        raise InvalidRequest("on_progress", f"must be callable or None, not {shown(on_progress)}")
-    return on_progress

@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_engine.config import BatchConfig
 from mlx_engine.core.batch_queue import BatchQueue
+from mlx_engine.core.ledger import ledger
 from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.pressure import admits
 from mlx_engine.engine.late import mlx_work
 from mlx_engine.engine.model_holder import ModelHolder
-from mlx_engine.errors import EngineDead, MLXEngineError, describe, drop_frames
+from mlx_engine.errors import EngineDead, describe, drop_frames
 from mlx_engine.generation.request import Request
 
 if TYPE_CHECKING:
@@ -60,30 +61,21 @@ class BatchHolder(ModelHolder):
     def _equip(self, runner: ModelRunner) -> None:
         model, pause = runner.loaded.model, self._config.max_decode_pause_ms
         mlx_work.check_batchable(model, runner.config)
-        memory = self._config.kv_cache_memory_bytes
-        limit = mlx_work.memory_for_caches() if memory is None else memory
-        self._budget = mlx_work.MemoryBudget(runner.footprint, limit, runner.strategies.footprints)
+        if (share := self._config.kv_cache_memory_bytes) is not None:
+            self.memory.share_caches(share)
+        limit, drafts = self.memory.account.room("live", "stored"), runner.strategies.footprints
+        self._budget = mlx_work.MemoryBudget(runner.footprint, limit, drafts)
         self._batch = mlx_work.Batch(runner, self._budget, None if pause is None else pause / 1000)
 
-    def prepare(self, request: Request) -> MLXEngineError | None:
-        """Make its prompt into tokens, and see whether it fits; the error if either fails.
+    def _kv_limit(self) -> int | None:
+        limit, share = super()._kv_limit(), self._config.kv_cache_memory_bytes
+        return limit if share is None else share if limit is None else min(share, limit)
 
-        On any thread, without MLX.
-        """
-        error = super().prepare(request)
-        if error is not None or not request.prompt:
-            return error
-        try:
-            self.budget.check(request)
-        except MLXEngineError as refused:
-            return request.failed(refused)
-        return None
+    def _check(self, request: Request) -> None:
+        self.budget.check(request)
 
-    def load_prompt_cache(self, path: Path) -> int:
-        """Add the prompts of a file to the prompt cache; their number. On the MLX thread."""
-        loaded = super().load_prompt_cache(path)
+    def _prompt_loaded(self) -> None:
         self.batch().make_room()
-        return loaded
 
     def run_batch(self, fail: Callable[[str], None], queue: Queue, stop: threading.Event) -> None:
         """Work until there is nothing to do, or others have waited for long enough.
@@ -114,6 +106,7 @@ class BatchHolder(ModelHolder):
         share = _QUANTUM if self._gave_way is None else max(_QUANTUM, others - self._gave_way)
         self._gave_way = None
         while _fill(batch, queue) and not stop.is_set():
+            ledger().relieve()
             for request, error in batch.step():
                 if batch.broken is None:  # else they are told, with all others
                     queue.end(request, error)
@@ -134,7 +127,7 @@ def _fill(batch: Batch, queue: Queue) -> bool:
     if not len(batch):
         queue.gather(_GATHER)
     for queued in queue.turns():
-        if not batch.fits(queued.request):
+        if not admits(ledger(), len(batch)) or not batch.fits(queued.request):
             break
         if queue.take(queued) and (over := batch.add(queued.request)) is not None:
             queue.end(*over)
@@ -144,7 +137,7 @@ def _fill(batch: Batch, queue: Queue) -> bool:
 def _tell_all(error: BaseException, fail: Callable[[str], None], queue: Queue) -> None:
     """MLX cannot be used any more: tell everybody, and refuse what comes."""
     reason = f"MLX does not work any more ({describe(error)})"
-    fail(f"the engine has failed: {reason}; shut it down and start it again")
+    fail(f"the engine has failed: {reason}; await engine.restart(), or use a new process")
     drop_frames(error)
     dead = EngineDead(reason)
     dead.__cause__ = error

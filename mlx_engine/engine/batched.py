@@ -48,8 +48,8 @@ class BatchedEngine(LocalEngine):
                 each chunk have ``prefill_step_size`` tokens.
             kv_cache_memory_bytes: bytes that the KV caches of the requests in work and the
                 prompt cache may take together. A request that does not fit waits, one that
-                never could is refused. ``None`` is 90 % of the device's memory that the model
-                leaves, or no limit where that is not known (on CPUs).
+                never could is refused. A share of ``memory``; ``None`` is 90 % of what the models
+                leave of it.
             options: those of ``SimpleEngine``, but for ``kv_bits`` and ``max_kv_size``, which
                 mlx-lm cannot batch.
 

@@ -7,9 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Unpack
 
 from mlx_engine.core.stream import GenerationStream
-from mlx_engine.outputs import GenerationResult, RenderedChat
+from mlx_engine.outputs import GenerationResult, RenderedChat, Usage
 from mlx_engine.params import SamplingParams
-from mlx_engine.requests import ALL_DEFAULTS, ChatOptions, ChatRequestOptions, Message
+from mlx_engine.requests import (
+    ALL_DEFAULTS,
+    ChatOptions,
+    ChatRequestOptions,
+    Message,
+    Prompt,
+)
 from mlx_engine.signatures import spelled_out
 
 
@@ -77,6 +83,8 @@ class ChatEngine(Protocol):
             continue_final_message: whether the answer goes on with the last message, which is
                 the assistant's, rather than replying to it.
             chat_template_kwargs: variables for the template, e.g. ``{"documents": [...]}``.
+            timeout: seconds of work, as in ``generate``: then the answer ends as it is.
+            max_wait: seconds in the queue, as in ``generate``.
             priority: lower goes first; 0 is all that ``SimpleEngine`` takes.
             prefill: ``None`` prefills all of this prompt; ``SpecPrefill(...)`` changes what
                 an engine keeps that has been made with one.
@@ -140,6 +148,28 @@ class ChatEngine(Protocol):
 
         Arguments are those of ``chat``; turn, cancellation and errors those of ``count_tokens``.
         The prompt cache is only looked at; of several replicas, it is that of one.
+        """
+
+    @abc.abstractmethod
+    @spelled_out(ChatOptions, ALL_DEFAULTS)
+    async def warm(self, prompt: Prompt, **options: Unpack[ChatOptions]) -> Usage:
+        """Prefill a prompt into the prompt cache, so that those that begin like it need not.
+
+            await engine.warm([{"role": "system", "content": RULES}], tools=TOOLS)
+
+        It is a request without an answer (``max_tokens=0``), and takes its turn as one. Messages
+        without one of the user's are the beginning of conversations: all that begin with the same
+        system message and tools find it. What is kept is dropped like other stored prompts, when
+        it was used least recently. An ``EngineManager`` has it done by all replicas that are up.
+
+        Args:
+            prompt: text, token ids, or the messages of a chat; the rest as in ``chat``.
+
+        Returns:
+            Tokens of the prompt, and how many of them the prompt cache had before.
+
+        Cancellation and errors are those of ``chat``; ``InvalidRequest`` too if the engine keeps
+        no prompts.
         """
 
     @abc.abstractmethod

@@ -21,10 +21,12 @@ from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.lifecycle import Lifecycle
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.scheduler import Scheduler
+from mlx_engine.core.sliced_job import Rest
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
+from mlx_engine.memory_stats import MemoryStats
 from mlx_engine.outputs import (
     EngineState,
     EngineStats,
@@ -70,11 +72,20 @@ class Holder(Protocol):
     def prompt_cache_stats(self) -> PromptCacheStats:
         """Counters of the prompt cache. From any thread."""
 
-    def save_prompt_cache(self, path: Path) -> int:
-        """Write the prompt cache into a file; the number of prompts. On the MLX thread."""
+    def memory_stats(self) -> MemoryStats:
+        """Memory that it has, and may have. From any thread."""
 
-    def load_prompt_cache(self, path: Path) -> int:
-        """Add the prompts of a file to the prompt cache; their number. On the MLX thread."""
+    def save_prompt_cache(self, path: Path) -> Rest[int]:
+        """Begin to write the prompt cache into a file; the rest gives the number of prompts.
+
+        On the MLX thread.
+        """
+
+    def load_prompt_cache(self, path: Path) -> Rest[int]:
+        """Begin to add the prompts of a file to the prompt cache; the rest gives their number.
+
+        On the MLX thread.
+        """
 
     def unload(self) -> None:
         """Drop the model. On the MLX thread."""
@@ -153,6 +164,7 @@ class InProcessEngine(BaseEngine):
             batch_size=counters.batch_size,
             kv_bytes=counters.kv_bytes,
             prompt_cache=self._holder.prompt_cache_stats(),
+            memory=self._holder.memory_stats(),
         )
 
     async def start(self) -> None:
@@ -209,6 +221,9 @@ class InProcessEngine(BaseEngine):
             )
         return await self._lifecycle.shutdown(timeout, self._release)
 
+    async def _clear_failure(self) -> None:
+        await self._lifecycle.clear_failure(self._release)
+
     async def failed(self) -> Exception:
         """Wait until the engine cannot serve any more; gives what requests are told then.
 
@@ -236,14 +251,12 @@ class InProcessEngine(BaseEngine):
         return await self._scheduler.run_beside(question.subject, work)
 
     async def _save_prompt_cache(self, path: Path) -> int:
-        return await self._cache_file("save", self._holder.save_prompt_cache, path)
+        begin = functools.partial(self._holder.save_prompt_cache, path)
+        return await self._scheduler.run_sliced("save", begin)
 
     async def _load_prompt_cache(self, path: Path) -> int:
-        return await self._cache_file("load", self._holder.load_prompt_cache, path)
-
-    def _cache_file(self, name: str, work: Callable[[Path], int], path: Path) -> Awaitable[int]:
-        entry = InFlight(self._lifecycle.new_id(name), counted=True)
-        return self._run_blocking_serialized(work, path, _entry=entry)
+        begin = functools.partial(self._holder.load_prompt_cache, path)
+        return await self._scheduler.run_sliced("load", begin)
 
     def _run_blocking_serialized(
         self, func: Callable[..., T], /, *args: Any, **options: Any

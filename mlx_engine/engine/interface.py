@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self, TypeVar, Unpack
 
 from mlx_engine.core.stream import GenerationStream
 from mlx_engine.engine.chat_interface import ChatEngine
-from mlx_engine.errors import MLXEngineError
+from mlx_engine.engine.map_interface import MapEngine
 from mlx_engine.outputs import (
     EngineState,
     EngineStats,
@@ -24,7 +24,7 @@ from mlx_engine.signatures import spelled_out
 T = TypeVar("T")
 
 
-class Engine(ChatEngine, Protocol):
+class Engine(ChatEngine, MapEngine, Protocol):
     """A model behind ``await``, as its callers see it: all engines are that, and so is what an
     application puts around one, to log or to remember answers.
 
@@ -35,6 +35,11 @@ class Engine(ChatEngine, Protocol):
     @abc.abstractmethod
     def state(self) -> EngineState:
         """Where the engine is in its life. From any thread."""
+
+    @property
+    @abc.abstractmethod
+    def width(self) -> int:
+        """Requests that can be in work at once. From any thread."""
 
     @abc.abstractmethod
     def stats(self) -> EngineStats:
@@ -52,8 +57,27 @@ class Engine(ChatEngine, Protocol):
             InvalidRequest: an option does not suit the model.
             EngineStopped: the engine is being shut down.
             EngineNotStarted: the start that another task had begun did not succeed.
-            EngineDead: the engine has failed; ``stop()`` it first. Or there is no thread for it.
+            EngineDead: the engine has failed: ``restart()`` it. Or there is no thread for it.
             RuntimeError: this process was forked from one that has used MLX.
+        """
+
+    @abc.abstractmethod
+    async def restart(self) -> None:
+        """Bring an engine back that has failed (``EngineDead``): let go of what is left of it, and
+        start it again. No-op when the engine runs.
+
+        It may be called by all who got that error at the same time: it is done once, and all wait
+        for it. An engine that was never started is started. One that somebody has stopped stays
+        so: ``start()`` it. To load the model of one that runs anew, ``stop()`` and ``start()``.
+
+        The prompt cache is empty afterwards.
+
+        Cancellation: as that of ``stop`` and of ``start``; it can be done again.
+
+        Raises:
+            EngineStopped: the engine is stopped, or is being stopped.
+            ModelLoadError, InvalidRequest, EngineNotStarted, EngineDead, RuntimeError: as
+                ``start`` does; it can be done again.
         """
 
     @abc.abstractmethod
@@ -113,6 +137,12 @@ class Engine(ChatEngine, Protocol):
                 ``TypeAdapter`` of pydantic's, or a JSON schema, of which ``parsed`` is plain
                 data. It stands for ``constraint=JSONSchema(...)``, and puts nothing into the
                 prompt. Objects of a class have its fields and no others.
+            timeout: seconds of work, from the moment when its turn has come; then the answer ends
+                as it is, with the finish reason ``timeout``, at the next token or prefill chunk.
+                ``None`` is no limit. ``asyncio.timeout`` around the call is another thing: it
+                counts the time in the queue too, and nothing is left of the answer.
+            max_wait: seconds in the queue, after which ``EngineBusy`` is raised; 0 waits for
+                nobody. Of this and the engine's own ``max_wait`` the smaller one counts.
             priority: lower goes first; 0 is all that ``SimpleEngine`` takes.
             prefill: ``None`` prefills all of this prompt; ``SpecPrefill(...)`` changes what
                 an engine keeps that has been made with one.
@@ -147,52 +177,18 @@ class Engine(ChatEngine, Protocol):
         """
 
     @abc.abstractmethod
-    @spelled_out(RequestOptions, ALL_DEFAULTS)
-    async def generate_batch(
-        self,
-        prompts: Sequence[str | Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams | None] | None = None,
-        **options: Unpack[RequestOptions],
-    ) -> list[GenerationResult | MLXEngineError]:
-        """Continue many prompts, as many at once as the engine can.
-
-        Args:
-            prompts: texts, or lists of token ids.
-            params: sampling parameters of all, or a list with those of each.
-            output: as in ``generate``, for all.
-            priority: lower goes first; 0 is all that ``SimpleEngine`` takes.
-            prefill: as in ``generate``, for all.
-            decode: as in ``generate``, for all.
-            on_progress: told in this event loop how many requests are over.
-            options: fields of ``SamplingParams`` for all; they go before ``params``.
-
-        Returns:
-            For each prompt, in order, its result, or the error with which it failed: one that
-            fails costs no other its result.
-
-        In the queue are, at any time, as many requests as can be in work at once and a few
-        more, which wait for the next place. Where there is no place, because of others' requests
-        or ``queue_limit`` or ``max_wait``, they wait until there is one.
-
-        Cancellation: all requests are cancelled; ``CancelledError`` is raised when they are
-        out of MLX.
-
-        Raises:
-            InvalidRequest: an argument is not acceptable for any prompt.
-            EngineNotStarted, EngineStopped, EngineDead: by the engine's state, at the call.
-        """
-
-    @abc.abstractmethod
     async def save_prompt_cache(self, path: str | os.PathLike[str]) -> int:
         """Write the prompt cache into a file, for an engine with the same model to load.
 
-        Whatever happens meanwhile, ``path`` has either the old file or the new one.
+        Requests go on meanwhile: it takes short turns between their steps, and writes beside
+        them. Whatever happens, ``path`` has either the old file or the new one, which only its
+        owner can read.
 
         Returns:
-            The number of prompts written.
+            The number of prompts written: of those that were stored when it began all that were
+            not evicted before their turn.
 
-        Cancellation: waiting for its turn, it leaves at once; once it writes, it does so to
-        the end, and then raises ``CancelledError``.
+        Cancellation: it ends at once, between two pieces of the file; ``path`` has the old one.
 
         Raises:
             InvalidRequest: the file cannot be written.
@@ -204,16 +200,20 @@ class Engine(ChatEngine, Protocol):
     async def load_prompt_cache(self, path: str | os.PathLike[str]) -> int:
         """Add the prompts of a file that ``save_prompt_cache`` has written.
 
-        If there are more than the prompt cache may hold, those used last are kept.
+        Requests go on meanwhile, as they do while one is saved. The whole file is checked before
+        anything is added. If there are more than the prompt cache may hold, those used last are
+        kept.
 
         Returns:
             The number of prompts added.
 
-        Cancellation: as in ``save_prompt_cache``.
+        Cancellation: it ends at once, between two pieces of the file; prompts that were added
+        by then stay.
 
         Raises:
-            InvalidRequest: there is no such file, it is damaged, or of another model or
-                other KV cache options; the prompt cache is as it was.
+            InvalidRequest: there is no such file, it is damaged (a checksum is wrong), or of
+                another version, another model or other KV cache options; the prompt cache is as
+                it was.
             GenerationError: MLX failed meanwhile.
             EngineBusy, EngineNotStarted, EngineStopped, EngineDead: as in ``generate``.
         """

@@ -8,11 +8,13 @@ import threading
 from collections.abc import Callable
 
 from mlx_engine.config import EngineConfig
-from mlx_engine.core.bridge import in_this_loop, off_loop
+from mlx_engine.core.bridge import checked_callback, in_this_loop, off_loop
+from mlx_engine.core.ledger import ledger
+from mlx_engine.core.reclaim import reclaim
 from mlx_engine.core.stop import Interrupted
-from mlx_engine.engine.base import checked_callback, checked_formats
+from mlx_engine.engine.base import checked_formats
 from mlx_engine.engine.in_process import InProcessEngine
-from mlx_engine.engine.late import import_mlx, mlx_is_imported
+from mlx_engine.engine.late import import_mlx, mlx_is_imported, mlx_work
 from mlx_engine.engine.model_holder import ModelHolder
 from mlx_engine.generation.request import Request
 from mlx_engine.outputs import ProgressCallback
@@ -43,6 +45,7 @@ class LocalEngine(InProcessEngine):
         progress = in_this_loop(self._on_progress)
         find = functools.partial(self._holder.find, model, strategies, progress, should_stop)
         sources = await off_loop(find, stop)
+        await reclaim(ledger(), sum(map(mlx_work.stored_bytes, sources.values())))
         if stop.is_set():
             raise Interrupted
         await self._run_blocking_serialized(
@@ -54,6 +57,16 @@ class LocalEngine(InProcessEngine):
             should_stop,
             on_cancel=stop.set,
         )
+
+    def limit_memory(self, nbytes: int | None, owner: str = "") -> None:
+        """Have ``nbytes`` at most of the memory, whatever else is said. From any thread.
+
+        Args:
+            nbytes: ``None`` takes nothing back.
+            owner: what the engine is called in ``stats().memory``.
+        """
+        self._holder.memory.owner = owner or self._holder.memory.owner
+        self._holder.memory.limit(nbytes)
 
     def check_strategies(
         self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None

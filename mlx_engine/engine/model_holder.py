@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
+from mlx_engine.core.ledger import ledger
 from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.sliced_job import Rest
 from mlx_engine.core.stop import Interrupted, checkpoint, stoppable
+from mlx_engine.core.turns import Turns
+from mlx_engine.engine.engine_memory import EngineMemory
 from mlx_engine.engine.late import mlx_work
 from mlx_engine.errors import (
     EngineDead,
@@ -22,6 +26,7 @@ from mlx_engine.errors import (
     drop_frames,
 )
 from mlx_engine.generation.request import Request
+from mlx_engine.memory_stats import MemoryStats
 from mlx_engine.outputs import (
     GenerationResult,
     ProgressCallback,
@@ -34,6 +39,8 @@ if TYPE_CHECKING:
     from mlx_engine.models.loading import LoadedModel
     from mlx_engine.models.vocabulary import Vocabulary
 
+T = TypeVar("T")
+
 
 class ModelHolder:
     """Holds the model of one engine, and what belongs to it.
@@ -42,6 +49,7 @@ class ModelHolder:
 
     Attributes:
         counters: of the work done with it. From any thread.
+        memory: what it has, and may have. From any thread.
         batched: whether its requests share a batch.
     """
 
@@ -50,6 +58,7 @@ class ModelHolder:
     def __init__(self) -> None:
         self._runner: ModelRunner | None = None
         self.counters = EngineCounters()
+        self.memory = EngineMemory()
 
     @property
     def loaded(self) -> bool:
@@ -85,6 +94,10 @@ class ModelHolder:
         runner = self._runner
         return PromptCacheStats() if runner is None else runner.prompt_cache.stats()
 
+    def memory_stats(self) -> MemoryStats:
+        """A snapshot of what it has. From any thread."""
+        return self.memory.stats()
+
     def find(
         self,
         config: ModelConfig,
@@ -118,6 +131,7 @@ class ModelHolder:
 
         Raises:
             ModelLoadError, InvalidRequest, Interrupted: as ``load_model`` does.
+            NotEnoughMemory: the weights do not fit; nothing has been loaded then.
         """
         load = functools.partial(
             mlx_work.load_model, on_progress=on_progress, should_stop=should_stop
@@ -127,10 +141,16 @@ class ModelHolder:
                 self._load_models(config, strategies, sources, load)
                 mlx_thread.at_exit(self.unload)
                 checkpoint()
+                self._settle_memory(config, self.runner())
                 self._equip(self.runner())
+                self.runner().keep_prompts()
                 mlx_work.warm_up(self.runner(), batched=self.batched)
-        except Exception as error:
+        except BaseException as error:
             drop_frames(error)  # this frame stays: nothing here may hold a model
+            if self._runner is None:
+                self.memory.close()  # else with the model
+            if not isinstance(error, Exception):
+                raise
             if isinstance(error, MLXEngineError | Interrupted):
                 raise error from error.__cause__
             raise ModelLoadError(
@@ -144,9 +164,30 @@ class ModelHolder:
         sources: Mapping[str, Path],
         load: Callable[[ModelConfig, Path], LoadedModel],
     ) -> None:
+        self.memory.open(
+            config.model,
+            config.memory,
+            mlx_work.stored_bytes(sources[config.model]),
+            sum(mlx_work.stored_bytes(sources[name]) for name in strategies.drafts),
+        )
         loaded = load(config, sources[config.model])
         drafts = {name: load(config.for_draft(name), sources[name]) for name in strategies.drafts}
-        self._runner = mlx_work.ModelRunner(loaded, config, self.counters, drafts, strategies)
+        if config.context_length == "auto":
+            loaded = mlx_work.fit_context(loaded, config, drafts, self._kv_limit())
+        self._runner = mlx_work.ModelRunner(
+            loaded, config, self.counters, drafts, strategies, self.memory.account
+        )
+
+    def _settle_memory(self, config: ModelConfig, runner: ModelRunner) -> None:
+        """Claim what the weights and those of all drafts take, now that they are there."""
+        weights = mlx_work.loaded_bytes(runner.loaded.model)
+        drafts = mlx_work.loaded_bytes(runner.loaded.model, *runner.helpers) - weights
+        self.memory.correct(config.model, weights, drafts)
+        mlx_work.RESIDENCY.keep(self.memory.part)
+
+    def _kv_limit(self) -> int | None:
+        """Bytes that the KV caches of requests may take; ``None`` if there is no known bound."""
+        return self.memory.account.room("live", "stored")
 
     def _equip(self, runner: ModelRunner) -> None:
         """Make what else the engine needs; raises what the start then raises."""
@@ -178,11 +219,18 @@ class ModelHolder:
         """Make its prompt into tokens; the error if that fails. On any thread, without MLX."""
         try:
             mlx_work.prepare(request, self.vocabulary)
+            if request.prompt:  # else it was cancelled meanwhile
+                self._check(request)
         except Interrupted:
             pass  # its turn, if it still gets one, ends it
         except BaseException as error:  # noqa: BLE001 - the border: templates raise anything
             return request.failed(error)
         return None
+
+    def _check(self, request: Request) -> None:
+        """Refuse a request, with both numbers, that could never have what it needs."""
+        runner = self.runner()
+        mlx_work.check_prompt(runner.account, runner.footprint, request)
 
     def answer(self, question: PromptQuestion) -> PromptFacts:
         """Answer a question about a prompt. On any thread, without MLX.
@@ -198,24 +246,27 @@ class ModelHolder:
         """Do a prepared request by itself. On the MLX thread."""
         return mlx_work.generate_single(request, self.runner())
 
-    def save_prompt_cache(self, path: Path) -> int:
-        """Write the prompt cache into a file; the number of prompts. On the MLX thread."""
-        return self._run("saving the prompt cache", lambda runner: runner.save_prompt_cache(path))
+    def save_prompt_cache(self, path: Path) -> Rest[int]:
+        """Begin to write the prompt cache into a file. On the MLX thread.
 
-    def load_prompt_cache(self, path: Path) -> int:
-        """Add the prompts of a file to the prompt cache; their number. On the MLX thread."""
-        return self._run("loading the prompt cache", lambda runner: runner.load_prompt_cache(path))
+        Returns:
+            The rest, which gives the number of prompts.
+        """
+        return _told("saving the prompt cache", lambda: self.runner().save_prompt_cache(path))
 
-    def _run(self, what: str, work: Callable[[ModelRunner], int]) -> int:
-        """Tell what MLX raises inside in an error of ours, without the frames that hold arrays."""
-        try:
-            return work(self.runner())
-        except MLXEngineError as error:
-            drop_frames(error)
-            raise
-        except Exception as error:
-            drop_frames(error)
-            raise GenerationError(f"{what} failed: {describe(error)}") from error
+    def load_prompt_cache(self, path: Path) -> Rest[int]:
+        """Begin to add the prompts of a file to the prompt cache. On the MLX thread.
+
+        Returns:
+            The rest, which gives their number.
+        """
+        stored = self._prompt_loaded
+        return _told(
+            "loading the prompt cache", lambda: self.runner().load_prompt_cache(path, stored)
+        )
+
+    def _prompt_loaded(self) -> None:
+        """A prompt of a file was added. On the MLX thread."""
 
     def unload(self) -> None:
         """Drop the model. On the MLX thread."""
@@ -223,3 +274,27 @@ class ModelHolder:
         self.counters.kv_bytes = self.counters.batch_size = 0
         mlx_thread.remove_exit_job(self.unload)
         mlx_work.clear_cache()
+        self.memory.close()
+        if not ledger().use.models:
+            mlx_work.RESIDENCY.give_up()
+
+
+def _told(what: str, begin: Callable[[], Rest[int]]) -> Rest[int]:
+    """A beginning and its rest, of which errors of MLX become ours, without their frames."""
+    begun = _in_our_words(what, begin)
+
+    def rest(turns: Turns) -> int:
+        return _in_our_words(what, lambda: begun(turns))
+
+    return rest
+
+
+def _in_our_words(what: str, work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except (MLXEngineError, Interrupted) as error:
+        drop_frames(error)  # which hold arrays
+        raise
+    except Exception as error:
+        drop_frames(error)
+        raise GenerationError(f"{what} failed: {describe(error)}") from error

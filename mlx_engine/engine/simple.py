@@ -45,7 +45,8 @@ class SimpleEngine(LocalEngine):
                 chat template.
             reasoning_format: the same for how it marks what it thinks aloud.
             context_length: tokens that prompt and answer may have together; ``None`` takes
-                it from the model's configuration.
+                it from the model's configuration, ``"auto"`` too, or as many as the memory
+                beside the model holds for one request, if those are fewer.
             max_kv_size: tokens that the KV cache keeps at most (the first 4 and the latest
                 ones), and one prefill chunk more while a prompt goes in; ``None`` is unbounded.
                 What a longer prompt gives then depends on ``prefill_step_size``.
@@ -58,8 +59,12 @@ class SimpleEngine(LocalEngine):
             prefill_step_size: tokens per prefill chunk, 512 by default; a cancelled request
                 leaves MLX after the chunk that it is in.
             prompt_cache_bytes: bytes that earlier prompts and answers may take, so that they
-                need no second prefill; 0 switches that off, ``None`` is a quarter of the
-                device's memory that the model leaves, or 1 GiB where that is not known.
+                need no second prefill; 0 switches that off, ``None`` is a quarter of what the
+                models leave of ``memory``, and on Linux 1 GiB at most unless that is given.
+            memory: what the engine may have in all, weights, drafts and KV caches: bytes (an
+                integer), or a part of the machine's memory (a float up to 1.0); ``"auto"`` by
+                default: as much as other engines of this process leave. ``stats().memory``
+                tells who has what.
             prefill: ``SpecPrefill(...)`` leaves parts of long prompts out; ``None`` prefills
                 all of them.
             decode: ``DraftModel(...)`` or ``MTP()`` proposes tokens, several of which the

@@ -105,14 +105,20 @@ class OutputType:
 class TypedWork:
     """A request whose answer is made into a value; a ``Producer`` around that of the engine.
 
+    Args:
+        work: that of the engine.
+        output: what the answer is made into.
+        sampled: whether another attempt may give another answer.
+
     Attributes:
         request_id: the engine's name for it.
     """
 
-    def __init__(self, work: Producer, output: OutputType) -> None:
+    def __init__(self, work: Producer, output: OutputType, *, sampled: bool = False) -> None:
         self.request_id = work.request_id
         self._work = work
         self._output = output
+        self._sampled = sampled
 
     def run(self, emit: Emit | None) -> Awaitable[GenerationResult]:
         """Do the work; ``OutputInvalid`` is raised when it is over."""
@@ -121,7 +127,11 @@ class TypedWork:
     async def _typed(self, work: Awaitable[GenerationResult]) -> GenerationResult:
         with as_output():
             result = await work
-        return self._output.parsed(result)
+        try:
+            return self._output.parsed(result)
+        except OutputInvalid as error:
+            error.retryable = self._sampled
+            raise
 
     def cancel(self) -> None:
         """Ask the work to stop."""
@@ -207,6 +217,8 @@ def _without(result: GenerationResult) -> str | None:
         return "the answer has tool calls"
     if result.finish_reason == "length":
         return "the answer was cut by max_tokens, or by the end of the context"
+    if result.finish_reason == "timeout":
+        return "the answer was cut by its timeout"
     return "the request was cancelled" if result.finish_reason == "cancelled" else None
 
 

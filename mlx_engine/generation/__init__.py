@@ -17,6 +17,8 @@ Its files:
     sparse/              SpecPrefill: parts of a prompt left out
     trials/              what is tried with a model before it serves
     memory.py            memory for KV caches, and for whom it is enough
+    live_memory.py       that of a request by itself, claimed before it is needed
+    sizing.py            what a model takes, and what of that fits into this machine
     cache/               KV caches, of requests and of earlier prompts
     prefill.py           tokens of a prompt into a KV cache
     prompt.py            prompts and chats -> token ids

@@ -19,9 +19,9 @@ from weakref import WeakKeyDictionary
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_engine.conversation import LEADING
 from mlx_engine.core.stop import Interrupted
 
-_LEADING = ("system", "developer")
 _MARK = "heron95"  # what a user says where only what comes before it matters
 _HEADS = 32  # beginnings that are remembered for each tokenizer
 _HEAD_CHARACTERS = 2**22  # of all of them
@@ -133,7 +133,7 @@ class ChatPlaces:
         is rendered when they come for the first time.
         """
         count = next(
-            (n for n, each in enumerate(self._messages) if each.get("role") not in _LEADING),
+            (n for n, each in enumerate(self._messages) if each.get("role") not in LEADING),
             len(self._messages),
         )
         if not count and not self._tools:

@@ -4,34 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import mlx.core as mx
-
 from mlx_engine.config import ModelConfig
+from mlx_engine.core.ledger import Account
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache.kv_cache import KVFootprint
 from mlx_engine.generation.cache.prompt_cache import PromptCache
 from mlx_engine.generation.request import Request
 from mlx_engine.strategies import Strategies
 
-_GUESS = 2**30  # bytes of prompt cache where nothing is known of the device's memory
-_SHARE = 0.9  # of what the model leaves; the rest is for activations and copies
+_GUESS = 2**30  # bytes of prompt cache where others need the machine's memory, too
 _TYPICAL = 8192  # tokens of a request, for dividing memory
 
 
-def memory_for_caches() -> int | None:
-    """Bytes of the device's memory that caches may take besides the loaded model, if known."""
-    size = mx.device_info().get("max_recommended_working_set_size")
-    if not isinstance(size, int):
-        return None
-    return max(0, int((size - mx.get_active_memory()) * _SHARE))
+def prompt_cache_limit(config: ModelConfig, account: Account) -> int:
+    """Bytes that all prompt caches of an engine may take together.
 
-
-def prompt_cache_limit(config: ModelConfig) -> int:
-    """Bytes that all prompt caches of an engine may take together."""
+    By default a quarter of what the models leave; on machines whose memory is everybody's, a GiB
+    at most, unless the engine was told how much it may have.
+    """
     if config.prompt_cache_bytes is not None:
         return config.prompt_cache_bytes
-    free = memory_for_caches()
-    return _GUESS if free is None else free // 4
+    room = account.room("live", "stored")
+    if room is None:
+        return _GUESS
+    return room // 4 if account.planned else min(room // 4, _GUESS)
 
 
 def share_out(limit: int, caches: Sequence[tuple[PromptCache, KVFootprint]]) -> None:

@@ -15,6 +15,7 @@ from mlx_engine.generation.sequence import Sequence
 _CAUTIOUS = 64  # tokens of the first slice beside running sequences, before any was measured
 _SMALLEST = 16  # tokens of a slice, however slow the prefill is
 _SMOOTHING = 0.5  # weight of the newest slice in the average
+_WORTH_WAITING = 64  # tokens in common; fewer are prefilled together sooner than one by one
 
 
 class _Pace:
@@ -58,25 +59,54 @@ class PrefillQueue:
 
     def add(self, sequence: Sequence) -> None:
         """Put a sequence behind those of the same priority."""
+        for other in self.sequences:
+            if other.cache is not None:
+                self._follow(sequence, other)
         self.sequences.append(sequence)
         self.sequences.sort(key=lambda each: each.request.priority)  # stable
 
     def choose(self) -> Sequence:
         """The sequence whose slice is next: by turns the first, and the one with least left.
 
-        So a long prompt does not hold up short ones, and is not held up by them for ever.
+        So a long prompt does not hold up short ones, and is not held up by them for ever. Of those
+        that begin alike one goes ahead, and the others wait until it has what they share.
         """
-        first = self.sequences[0]
         self._first_next = not self._first_next
         if not self._first_next or len(self.sequences) == 1:
-            return first
-        shortest = min(self.sequences, key=lambda each: each.left)
-        if shortest.cache is None and shortest is not first:
-            # What they have in common is stored once the first one is done.
-            common = common_prefix(shortest.request.prompt, first.request.prompt)
-            if common > first.left:
-                return first
-        return shortest
+            chosen = self.sequences[0]
+        else:
+            chosen = min(self.sequences, key=lambda each: each.left)
+        return self._leader(chosen) or chosen
+
+    def _shared(self, one: Sequence, other: Sequence) -> int:
+        """Tokens with which both begin, and of which one can have the other's; 0 if too few."""
+        cache = self._runner.prompt_cache
+        strategies = one.request.strategies, other.request.strategies
+        if not cache.limit or any(each.prefill is not None for each in strategies):
+            return 0
+        step = cache.grid or 1
+        ends = len(one.request.prompt) - 1, len(other.request.prompt) - 1
+        common = min(common_prefix(one.request.prompt, other.request.prompt), *ends)
+        common = common // step * step
+        return common if common >= _WORTH_WAITING else 0
+
+    def _follow(self, sequence: Sequence, leader: Sequence) -> None:
+        """Let a sequence that has not begun wait until ``leader``, which has, has what they share
+        and has stored it, if that saves enough.
+        """
+        place = self._shared(sequence, leader)
+        if leader.sparse is not None or place - leader.held < _WORTH_WAITING:
+            return
+        if self._leader(sequence) is None or sequence.leads[1] < place:
+            leader.places = tuple(sorted({*leader.places, place}))
+            sequence.leads = leader, place
+
+    def _leader(self, sequence: Sequence) -> Sequence | None:
+        """Whom a sequence waits for, if it waits."""
+        leader, place = sequence.leads
+        if leader is not None and (leader not in self.sequences or leader.held >= place):
+            sequence.leads = None, 0
+        return sequence.leads[0]
 
     def slice(
         self, sequence: Sequence, *, beside_others: bool
@@ -131,6 +161,9 @@ class PrefillQueue:
         assert sequence.cache is not None
         if self._runner.strategies.sparse is not None:  # caches of one kind can be merged
             sequence.cache = sparse(sequence.cache)
+        for other in self.sequences:
+            if other.cache is None:
+                self._follow(other, sequence)
 
     def _group(self, sequence: Sequence, size: int) -> list[Sequence]:
         """The sequence, and others that can be prefilled with it in one slice."""
@@ -141,6 +174,8 @@ class PrefillQueue:
         for other in self.sequences:
             left = max(longest, other.left)
             if other is sequence or other.alone or left * (len(group) + 1) > size:
+                continue
+            if self._leader(other) is not None:
                 continue
             try:
                 self._begin(other)

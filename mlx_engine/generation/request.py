@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mlx_engine.core.request import ActiveRequest, Serve, final_reason
 from mlx_engine.core.stream import emit_pieces
-from mlx_engine.errors import GenerationError, MLXEngineError
+from mlx_engine.errors import GenerationError, MLXEngineError, for_good
 from mlx_engine.outputs import (
     FinishReason,
     GenerationResult,
@@ -78,12 +78,12 @@ class Request(ActiveRequest):
         self._text, self._make_sampling, self._ends = text, make_sampling, ends
 
     def begin(self) -> bool:
-        """Begin on the MLX thread, with a sampler; ``False`` if it was cancelled.
+        """Begin on the MLX thread, with a sampler; ``False`` if it should stop already.
 
         Raises:
             InvalidRequest: a logits processor cannot be imported.
         """
-        self._timer.started = time.perf_counter()
+        self.work_begins()
         make, self._make_sampling = self._make_sampling, None
         if make is None or self.should_stop:
             self.cancelled()
@@ -126,8 +126,8 @@ class Request(ActiveRequest):
             reason = "stop"
         elif len(self._tokens) == self.limit:
             reason = "length"
-        elif self.should_stop:
-            reason = "cancelled"
+        else:
+            reason = self.stop_reason
         if reason is not None:
             self._finish(reason, (token,), pieces)
             return True
@@ -167,6 +167,9 @@ class Request(ActiveRequest):
         Args:
             by_model: whether the model's own logits were so.
         """
+        return for_good(self._nothing_to_sample(by_model))
+
+    def _nothing_to_sample(self, by_model: bool) -> GenerationError:
         if not by_model:
             return GenerationError(
                 f"{self.request_id} failed: its logits processors leave nothing to sample (a NaN, "
@@ -199,8 +202,8 @@ class Request(ActiveRequest):
         self._finish("length", (), [])
 
     def cancelled(self) -> None:
-        """End the request, cancelled."""
-        self._finish("cancelled", (), [])
+        """End the request, which should stop: cancelled, or by its ``timeout``."""
+        self._finish(self.stop_reason or "cancelled", (), [])
 
     def failed(self, error: BaseException) -> MLXEngineError:
         """End the request; the error for its caller, without the frames that ``error`` holds."""
@@ -244,7 +247,7 @@ class Request(ActiveRequest):
         text = self._text
         if text is not None:
             pieces = pieces + text.finish()
-            if text.stopped and reason == "length":
+            if text.stopped and reason in ("length", "timeout"):
                 reason = "stop"  # by a stop string that was held back until now
             reason = final_reason(reason, text.tool_calls, by_string=text.stopped)
         self._finish_reason = reason

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +11,15 @@ from mlx_lm.generate import generation_stream
 
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
+from mlx_engine.core.ledger import Account
+from mlx_engine.core.sliced_job import Rest
 from mlx_engine.core.stop import Interrupted, stoppable
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache import prompt_cache_file
 from mlx_engine.generation.cache.cached_model import CachedModel
 from mlx_engine.generation.cache.kv_cache import (
     Cache,
+    KVFootprint,
     check_kv_options,
     make_kv_cache,
     sample_kv_cache,
@@ -24,6 +27,7 @@ from mlx_engine.generation.cache.kv_cache import (
 from mlx_engine.generation.cache.prompt_cache import Hit, PromptCache
 from mlx_engine.generation.cache.snapshot import trimmable
 from mlx_engine.generation.cache.sparse_cache import SparseKVCache
+from mlx_engine.generation.cache.stored_prompts import StoredPrompts
 from mlx_engine.generation.memory import prompt_cache_limit, share_out
 from mlx_engine.generation.prefill import settle
 from mlx_engine.generation.request import Request
@@ -53,6 +57,7 @@ class ModelRunner:
         counters: of the work done with it.
         drafts: other models that the strategies need, by name.
         strategies: how prompts are prefilled, and how it decodes.
+        account: of the engine's memory.
 
     Raises:
         InvalidRequest: a strategy, or an option of the KV cache, does not suit the model.
@@ -63,6 +68,8 @@ class ModelRunner:
         prompt_cache: KV caches of earlier prompts.
         strategies: those at work.
         footprint: bytes of the KV cache that a request has.
+        account: of the engine's memory, in which stored prompts are counted.
+        helpers: the modules of drafts, and of an MTP head.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class ModelRunner:
         counters: EngineCounters,
         drafts: Mapping[str, LoadedModel],
         strategies: Strategies,
+        account: Account,
     ) -> None:
         check_kv_options(loaded.model, config)
         # With a cache that is bounded or quantised while a prompt goes in, what comes out depends
@@ -91,8 +99,23 @@ class ModelRunner:
         self.footprint = target.footprint
         self.strategies = StrategyRuntime.of(strategies, target, others)
         self._verifies = True if self.strategies.speculation is not None else None  # once tried
-        limit = prompt_cache_limit(config)
-        share_out(limit, [(cache, target.footprint), *self.strategies.side_caches])
+        self.account = account
+        head = None if self.strategies.speculation is None else self.strategies.speculation.weights
+        models = [draft.loaded.model for draft in others.values()]
+        self.helpers = models if head is None else [*models, head]
+
+    def keep_prompts(self) -> None:
+        """Keep prompts from now on: all else of the engine that stays is in its account by now."""
+        caches = [(self.prompt_cache, self.footprint), *self.strategies.side_caches]
+        StoredPrompts([cache for cache, _ in caches], self.account)
+        share_out(prompt_cache_limit(self.config, self.account), caches)
+
+    def footprints_of(self, sequence: Sequence) -> list[KVFootprint]:
+        """Bytes of its KV cache, and of what its drafts keep, for so many tokens."""
+        drafts = self.strategies.footprints
+        scored = [drafts["prefill"]] if sequence.sparse is not None else []
+        proposed = [drafts["decode"]] if sequence.drafter is not None else []
+        return [self.footprint, *scored, *proposed]
 
     def start(self, sequence: Sequence) -> None:
         """Give a sequence its KV cache, what is stored of its prompt in it, and its strategies.
@@ -198,16 +221,17 @@ class ModelRunner:
             for cache in caches:
                 cache.shrink(limit * cache.nbytes // total)
 
-    def save_prompt_cache(self, path: Path) -> int:
-        """Write the prompt cache to a file, as ``prompt_cache_file.save`` does."""
+    def save_prompt_cache(self, path: Path) -> Rest[int]:
+        """Begin to write the prompt cache to a file, as ``prompt_cache_file.save`` does."""
         model = prompt_cache_file.fingerprint(self.loaded)
-        return prompt_cache_file.save(path, self.prompt_cache, model)
+        return prompt_cache_file.save(path, self.prompt_cache, model, self.counters.piece)
 
-    def load_prompt_cache(self, path: Path) -> int:
-        """Add what a file has to the prompt cache, as ``prompt_cache_file.load`` does."""
+    def load_prompt_cache(self, path: Path, stored: Callable[[], None]) -> Rest[int]:
+        """Begin to add what a file has, as ``prompt_cache_file.load`` does."""
         model = prompt_cache_file.fingerprint(self.loaded)
         template = sample_kv_cache(self.loaded.model, self.config)
-        return prompt_cache_file.load(path, self.prompt_cache, model, template)
+        beat = self.counters.piece
+        return prompt_cache_file.load(path, self.prompt_cache, model, template, beat, stored)
 
     def speculative_decoder(
         self, sequence: Sequence, cache: Cache, pending: Pending | None = None

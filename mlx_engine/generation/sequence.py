@@ -32,6 +32,8 @@ class Sequence:
         drafter: what proposes tokens for it, if anything does.
         forces: whether what its constraint leaves no choice about is proposed.
         batched: tokens that it got in steps with others.
+        leads: whom it waits for before it begins, if anybody: one that begins with the same
+            tokens, and how many of them that is to have.
     """
 
     def __init__(self, request: Request) -> None:
@@ -52,6 +54,7 @@ class Sequence:
         self.logprobs: mx.array | None = None  # of its next token
         self.new = True  # the token that goes in next is the prompt's last, or was told before
         self.batched = 0
+        self.leads: tuple[Sequence | None, int] = (None, 0)
         self._seen: TokenBuffer | None = None
 
     @property

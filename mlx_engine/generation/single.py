@@ -13,10 +13,12 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step, generation_stream
 
 from mlx_engine.config import ModelConfig
+from mlx_engine.core.ledger import ledger
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.generation.cache.kv_cache import Cache
 from mlx_engine.generation.cache.snapshot import trimmable
+from mlx_engine.generation.live_memory import LiveMemory
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.sampler import can_be_sampled
@@ -62,29 +64,37 @@ def _attempt(request: Request, runner: ModelRunner) -> MLXEngineError | None:
 def _run(request: Request, runner: ModelRunner) -> None:
     sequence = Sequence(request)
     runner.start(sequence)
-    _prefill(runner, sequence)
+    live = LiveMemory(runner.account, sequence, runner.footprints_of(sequence))
+    try:
+        _serve(runner, sequence, live)
+    finally:
+        live.close()
+    assert sequence.cache is not None
+    runner.store(sequence, sequence.cache)  # if it was cancelled, a retry goes on from there
+
+
+def _serve(runner: ModelRunner, sequence: Sequence, live: LiveMemory) -> None:
+    request = sequence.request
+    _prefill(runner, sequence, live)
     cache = sequence.cache
     assert cache is not None
     if request.should_stop:
         request.cancelled()
-        runner.store(sequence, cache)  # a retry goes on from there
         return
     if request.limit == 0:
         request.ended_without_tokens()
         sequence.finish_drafting()
-        runner.store(sequence, cache)
         return
     if sequence.keeps_end and not trimmable(cache):  # what is decoded cannot be taken out again
         runner.store(sequence, cache)
     try:
-        _decode(runner, sequence)
+        _decode(runner, sequence, live)
     except Interrupted:
         request.cancelled()
     sequence.finish_drafting()
-    runner.store(sequence, cache)
 
 
-def _prefill(runner: ModelRunner, sequence: Sequence) -> None:
+def _prefill(runner: ModelRunner, sequence: Sequence, live: LiveMemory) -> None:
     request, counters, step = sequence.request, runner.counters, runner.config.prefill_step_size
     assert sequence.cache is not None
     while sequence.left:
@@ -93,9 +103,11 @@ def _prefill(runner: ModelRunner, sequence: Sequence) -> None:
         began = time.perf_counter()
         # Chunks end at multiples of the step, wherever the first one began.
         size = step if sequence.sparse is not None else step - sequence.held % step
+        live.prefill(size)
         runner.prefill_step(sequence, size)
+        ledger().relieve()
         counters.prefill_seconds += time.perf_counter() - began
-        counters.kv_bytes = sequence.nbytes
+        counters.kv_bytes = live.measure()
         if sequence.held in sequence.places:
             runner.store(sequence, sequence.cache)
     else:
@@ -103,7 +115,7 @@ def _prefill(runner: ModelRunner, sequence: Sequence) -> None:
     sequence.keep_scored()
 
 
-def _decode(runner: ModelRunner, sequence: Sequence) -> None:
+def _decode(runner: ModelRunner, sequence: Sequence, live: LiveMemory) -> None:
     """Take tokens until one of them, or the text they make, is the last."""
     request, counters = sequence.request, runner.counters
     assert sequence.cache is not None
@@ -117,9 +129,11 @@ def _decode(runner: ModelRunner, sequence: Sequence) -> None:
             before = now
             counters.step("decode")
             if count % _MEASURE == 0:
-                counters.kv_bytes = sequence.nbytes
+                counters.kv_bytes = live.measure()
+            ledger().relieve()
             for token, logprobs in emitted:
                 counters.completion_tokens += 1
+                live.decode()
                 if request.take(token, logprobs):
                     return
 

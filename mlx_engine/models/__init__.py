@@ -4,6 +4,8 @@ Its files:
 
     loading.py             the only mlx_lm.load
     info.py                facts from the files
+    weights.py             bytes of weights, on disk and in memory
+    device.py              the memory of MLX's device
     vocabulary.py          all of a model that needs no MLX
     grammar.py             constraints -> what follows an answer token by token
     grammar_problem.py     why one does not compile, and where

@@ -15,7 +15,6 @@ import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList, ConcatenateKVCache, KVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from mlx_engine.chat.formats import AnswerFormat, choose_format
 from mlx_engine.chat.template import ChatTemplate
@@ -142,14 +141,13 @@ def load_model(
         raise
     except Exception as error:  # the border: mlx_lm, safetensors and transformers raise anything
         raise ModelLoadError(f"{source}: {_explain(error, config)}") from error
-    # Metal only, elsewhere it does nothing: lets the weights stay resident.
-    maybe_set_recommended_wired_limit()
     eos, size = frozenset(tokenizer.eos_token_ids), vocab_size(model_config, tokenizer)
+    own = context_length(model_config)
     vocabulary = Vocabulary(
         tokenizer=tokenizer,
         eos=eos,
         vocab_size=size,
-        context_length=config.context_length or context_length(model_config),
+        context_length=config.context_length if isinstance(config.context_length, int) else own,
         longest_token=max(map(len, tokenizer.get_vocab()), default=1),
         newline_tokens=tuple(tokenizer.encode("\n", add_special_tokens=False)),
         grammars=Grammars(tokenizer, size, eos),
@@ -157,6 +155,25 @@ def load_model(
         cuttable=all(_cuttable(entry) for entry in make_prompt_cache(model)),
     )
     return LoadedModel(model, vocabulary, model_config, source)
+
+
+def unread_model(config: ModelConfig, folder: Path) -> nn.Module:
+    """A model of which no weights are read: their shapes and types are known, and no more.
+
+    Whoever evaluates what it computes reads them after all.
+
+    Raises:
+        ModelLoadError: the message names the folder and what is wrong with it.
+    """
+    check_files(folder)
+    try:
+        found = mlx_lm.utils.load_model(
+            folder, lazy=True, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:  # the border, as above
+        raise ModelLoadError(f"{folder}: {_explain(error, config)}") from error
+    model: nn.Module = found[0]
+    return model
 
 
 def answer_format(config: ModelConfig, tokenizer: TokenizerWrapper) -> AnswerFormat:

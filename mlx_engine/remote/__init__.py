@@ -11,6 +11,7 @@ Its files, a request's way from top to bottom:
     client.py          its life, its connection, and what is asked over it
     connection.py      one life of an engine elsewhere, from start to end
     liveness.py        its heartbeats, and the watchdog
+    part.py            its part of this process's memory
     calls.py           what has been asked
     health.py          whether its work goes on
     links/             ways to what serves an engine

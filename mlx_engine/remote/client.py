@@ -26,6 +26,7 @@ from mlx_engine.remote.connection import Connection
 from mlx_engine.remote.exits import Exit
 from mlx_engine.remote.io_thread import io_thread
 from mlx_engine.remote.links.link import Link
+from mlx_engine.remote.part import Part
 from mlx_engine.remote.wire.heartbeat import Watchdog
 from mlx_engine.remote.wire.messages import Welcome
 
@@ -70,13 +71,18 @@ class Client:
         return None if connection is None or connection.exit is not None else connection.welcome
 
     async def start(
-        self, make_link: Callable[[], Link], greeting: bytes, on_progress: ProgressCallback | None
+        self,
+        make_link: Callable[[], Link],
+        greeting: Callable[[int | None], bytes],
+        on_progress: ProgressCallback | None,
+        part: Part | None = None,
     ) -> None:
         """Open a connection, and wait until the engine at its other end is ready.
 
         Args:
             make_link, greeting: as for ``Connection``.
             on_progress: told of the load, in the running event loop.
+            part: what the engine may have of this process's memory.
 
         Cancellation and errors: see ``LinkedEngine.start``.
         """
@@ -91,6 +97,7 @@ class Client:
             in_this_loop(on_progress),
             functools.partial(_drain, lifecycle),
             functools.partial(_end, lifecycle),
+            part,
         )
 
         def abort(_: MLXEngineError) -> bool:
@@ -102,6 +109,8 @@ class Client:
             return
         try:
             self.connection = connection
+            if part is not None:
+                connection.memory = await part.take()
             await io_thread.run(connection.open)
             if connection.exit is not None:
                 raise connection.exit.error()
@@ -112,6 +121,8 @@ class Client:
             self._finalizer = weakref.finalize(self, _abandoned, connection)
             self._finalizer.atexit = False
         except BaseException as error:
+            if part is not None and connection.link is None:
+                part.close()
             if isinstance(error, EngineDead):  # for want of a thread or a file, say
                 error.phase = error.phase or connection.liveness.heartbeat.phase
             if is_destroyed(error):
@@ -132,6 +143,11 @@ class Client:
         if connection is not None:
             connection.end_by(None if timeout is None else time.monotonic() + timeout)
         return await self.lifecycle.shutdown(timeout, functools.partial(self._release, connection))
+
+    async def clear_failure(self) -> None:
+        """Be stopped, if the engine has failed, so that it can be started again."""
+        release = functools.partial(self._release, self.connection, 0.0)
+        await self.lifecycle.clear_failure(release)
 
     def new_number(self) -> int:
         """A number for a call that no other one of this client has."""

@@ -16,6 +16,7 @@ from mlx_engine.remote.exits import Exit, ExitKind
 from mlx_engine.remote.io_thread import io_thread
 from mlx_engine.remote.links.link import Ending, Link
 from mlx_engine.remote.liveness import Liveness
+from mlx_engine.remote.part import Part
 from mlx_engine.remote.wire.frames import WireError
 from mlx_engine.remote.wire.heartbeat import Watchdog
 from mlx_engine.remote.wire.messages import (
@@ -50,11 +51,12 @@ class Connection:
     Args:
         name: of the engine, for the log.
         make_link: called in the I/O loop.
-        greeting: the payload of the first frame.
+        greeting: makes the payload of the first frame, with the bytes that the engine may have.
         watchdog: ``None`` watches nothing.
         on_progress: told of the start, on the I/O thread.
         on_draining: called when the other end drains because somebody else has asked it to.
         on_exit: called once, when the other end is gone.
+        part: what the other end has of this process's memory.
 
     Attributes:
         calls: what has been asked.
@@ -63,17 +65,19 @@ class Connection:
         stats: the latest that it has told.
         liveness: its heartbeats.
         exit: how it ended, once it has.
+        memory: bytes that the engine may have; ``None`` is no bound.
     """
 
     def __init__(
         self,
         name: str,
         make_link: Callable[[], Link],
-        greeting: bytes,
+        greeting: Callable[[int | None], bytes],
         watchdog: Watchdog | None,
         on_progress: ProgressCallback | None,
         on_draining: Callable[[Connection], None],
         on_exit: Callable[[Exit], None],
+        part: Part | None = None,
     ) -> None:
         self.calls = Calls(self._send_soon)
         self.welcome: Welcome | None = None
@@ -81,6 +85,8 @@ class Connection:
         self.liveness = Liveness()
         self.exit: Exit | None = None
         self.link: Link | None = None
+        self.memory: int | None = None
+        self._part = part
         self._name = name
         self._make_link = make_link
         self._greeting = greeting
@@ -141,7 +147,9 @@ class Connection:
             await _first(opening, link.gone)
             if opening.done():
                 opening.result()
-                link.send(self._greeting)
+                link.send(self._greeting(self.memory))
+                if self._part is not None:
+                    self._part.send = self._send_soon
                 await _first(self._ready, link.gone)
             if self._start_error is not None:
                 raise self._start_error
@@ -246,13 +254,14 @@ class Connection:
                 self.calls.answered(message)
             case Heartbeat():
                 self.liveness.beat(message)
-                self.stats = message.stats or self.stats
+                self._told(message.stats)
                 self.calls.cancel_orphans()
                 if self.stats is not None and self.stats.state == "failed" and not message.pending:
                     self._verdict = _FAILED  # everybody has been told why
                     self._kill()
             case Welcome():
-                self.welcome, self.stats = message, message.stats
+                self.welcome = message
+                self._told(message.stats)
                 self.liveness.beat(Heartbeat(phase="idle"))
                 self._set_ready()
             case Draining():
@@ -260,6 +269,11 @@ class Connection:
                 self._on_draining(self)
             case Stopped():
                 self._stopped = True
+
+    def _told(self, stats: EngineStats | None) -> None:
+        self.stats = stats or self.stats
+        if stats is not None and self._part is not None:
+            self._part.told(stats.memory)
 
     def _set_ready(self) -> None:
         if self._ready is not None and not self._ready.done():
@@ -294,6 +308,8 @@ class Connection:
             self.liveness.heartbeat.phase,
             ending.stderr,
         )
+        if self._part is not None:
+            self._part.close()
         with waking_together():
             self._on_exit(self.exit)  # callers who are told find the engine in its new state
             self.calls.lost(self.exit.error)

@@ -38,7 +38,9 @@ class Exit:
             reason: its message; ``None`` is that of a request that was in flight.
         """
         return EngineDead(
-            reason or f"the engine is gone: {self.detail} (while in phase {self.phase!r})",
+            reason
+            or f"the engine is gone: {self.detail} (while in phase {self.phase!r}); "
+            "await engine.restart() brings it back",
             exit_code=self.exit_code,
             signal=self.signal,
             phase=self.phase,

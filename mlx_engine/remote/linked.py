@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.checks import shown
+from mlx_engine.core.bridge import checked_callback
 from mlx_engine.core.in_flight import InFlight
 from mlx_engine.core.wakeup import running_loop
-from mlx_engine.engine.base import BaseEngine, checked_callback
+from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import (
     EngineState,
@@ -28,6 +29,7 @@ from mlx_engine.remote.health import Health, health_of
 from mlx_engine.remote.io_thread import io_thread
 from mlx_engine.remote.links.link import Link
 from mlx_engine.remote.liveness import Liveness
+from mlx_engine.remote.part import Part
 from mlx_engine.remote.remote_request import RemoteRequest
 from mlx_engine.remote.totals import bygone
 from mlx_engine.remote.wire.frames import MAX_FRAME
@@ -68,8 +70,16 @@ class LinkedEngine(BaseEngine):
         """A function that makes a link, in the I/O loop; it must not hold this engine."""
 
     @abc.abstractmethod
-    def _greeting(self) -> bytes:
-        """The first frame."""
+    def _greeting(self, memory: int | None) -> bytes:
+        """The first frame.
+
+        Args:
+            memory: bytes that the engine may have.
+        """
+
+    def _new_part(self) -> Part | None:
+        """The part of this process's memory that the next life of the engine is to have."""
+        return None
 
     @property
     def state(self) -> EngineState:
@@ -129,13 +139,15 @@ class LinkedEngine(BaseEngine):
 
         Raises:
             ModelLoadError, InvalidRequest: as raised by the engine itself.
+            NotEnoughMemory: there is not enough of it beside the other engines of this process.
             EngineDead: what runs it has ended, or makes no progress; or a thread, a file or a
                 process cannot be had for it, and it says what to do.
             EngineStopped: the engine is being shut down.
             EngineNotStarted: the start that another task had begun did not succeed.
             RuntimeError: this process was forked from one that uses engines elsewhere.
         """
-        await self._client.start(self._make_link(), self._greeting(), self._on_progress)
+        part = self._new_part()
+        await self._client.start(self._make_link(), self._greeting, self._on_progress, part)
 
     async def shutdown(self, timeout: float | None = None) -> ShutdownReport:
         """Refuse new requests from now on, let those in flight finish, end what runs the engine.
@@ -158,6 +170,9 @@ class LinkedEngine(BaseEngine):
             InvalidRequest: ``timeout`` is not such a number.
         """
         return await self._client.shutdown(timeout)
+
+    async def _clear_failure(self) -> None:
+        await self._client.clear_failure()
 
     async def wait_exit(self) -> Exit:
         """Wait until what runs the engine is gone, and tell how it ended.

@@ -15,6 +15,7 @@ from mlx_engine.outputs import ProgressCallback
 from mlx_engine.remote.linked import LinkedEngine
 from mlx_engine.remote.links.link import Link
 from mlx_engine.remote.links.process_link import ProcessLink
+from mlx_engine.remote.part import Part
 from mlx_engine.remote.wire.heartbeat import HEARTBEAT_INTERVAL, Watchdog
 from mlx_engine.remote.wire.messages import Configure, Hello, encode_strictly
 from mlx_engine.remote.wire.options import options_to_wire, settled
@@ -29,7 +30,7 @@ class ProcessEngine(LinkedEngine):
 
     A crash or a hang in native code, which nothing in a process can survive, ends that process:
     requests get ``EngineDead``, with its exit code or signal and its last words, and the
-    application goes on. Then ``stop()`` and ``start()`` again, or let ``EngineManager`` do it.
+    application goes on. Then ``restart()`` it, or let ``EngineManager`` do that.
 
     The process is started as a new interpreter, never forked, and ends when this one does,
     however it ends. It works from scripts without ``__main__`` guard, from notebooks, from any
@@ -59,7 +60,9 @@ class ProcessEngine(LinkedEngine):
             watchdog: when its process counts as stuck and is killed; ``None``: never.
             name: for logs, and among the arguments of its process.
             on_progress: told of download and loading, in the event loop that starts it.
-            options: those of ``SimpleEngine``, or of ``BatchedEngine``.
+            options: those of ``SimpleEngine``, or of ``BatchedEngine``. Its process gets
+                ``memory`` for itself; with ``"auto"`` what is free, of which it gives back what
+                it has no use for when another engine of this process starts.
 
         Raises:
             InvalidRequest: an argument is of the wrong type, out of its range, contradicts
@@ -78,11 +81,21 @@ class ProcessEngine(LinkedEngine):
     def _make_link(self) -> Callable[[], Link]:
         return functools.partial(ProcessLink, self.name)
 
-    def _greeting(self) -> bytes:
-        config, options = self._config, options_to_wire(self._config)
-        paths = [path for entry in sys.path if (path := _absolute(entry)) is not None]
-        model, interval = config.model.model, HEARTBEAT_INTERVAL
-        return encode_strictly([Hello(), Configure(config.kind, model, options, paths, interval)])
+    def _new_part(self) -> Part | None:
+        return Part(self.name, self._config)
+
+    def _greeting(self, memory: int | None) -> bytes:
+        config = self._config
+        configure = Configure(
+            kind=config.kind,
+            model=config.model.model,
+            options=options_to_wire(config),
+            sys_path=[path for entry in sys.path if (path := _absolute(entry)) is not None],
+            heartbeat_interval=HEARTBEAT_INTERVAL,
+            memory=memory,
+            name=self.name,
+        )
+        return encode_strictly([Hello(), configure])
 
     def check_strategies(
         self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None

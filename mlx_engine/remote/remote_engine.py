@@ -27,7 +27,7 @@ class RemoteEngine(LinkedEngine):
     ``mlx-engine host MODEL --socket PATH``, or ``EngineHost``, serves there. ``start()``
     connects, and loads nothing. ``stop()`` and ``shutdown()`` end what was asked over this
     connection and then the connection; the host and its other clients go on. When the host
-    goes away, requests get ``EngineDead``; ``stop()`` and ``start()`` connect again. When it is
+    goes away, requests get ``EngineDead``; ``restart()`` connects again. When it is
     asked to end, what is in flight may finish, and new requests get ``EngineStopped``.
 
     Requests are those of a client among others: ``stats`` and ``check_health`` are of the
@@ -72,7 +72,7 @@ class RemoteEngine(LinkedEngine):
     def _make_link(self) -> Callable[[], Link]:
         return functools.partial(SocketLink, self._path)
 
-    def _greeting(self) -> bytes:
+    def _greeting(self, memory: int | None) -> bytes:
         return encode([Hello()])
 
     def _file_there(self, path: Path) -> str:

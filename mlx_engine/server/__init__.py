@@ -5,7 +5,10 @@
 It needs the extra ``server``. Its files, a request's way from top to bottom:
 
     app.py               create_app: routes
-    status.py            models, health, metrics, a page
+    status.py            models, health, metrics, numbers
+    page.py              the page at /, page.html
+    openapi.py           what is there, in OpenAPI
+    field_table.py       the fields of each API, and what becomes of them
     endpoint.py          a request, from its body to the end of its answer
     body.py              its body, and its client's going away
     volatile.py          its text that spoils the prompt cache
@@ -24,9 +27,13 @@ It needs the extra ``server``. Its files, a request's way from top to bottom:
     call_deltas.py       tool calls in a stream
     api.py               what an API is
     answers.py           the engine's streams
+    turns.py             whose answer is next
     asked.py             what a request asks for, whichever API it came by
     reply.py             the response, events and signs of life
     site.py              what all endpoints share
+    models.py            models by their names, loaded when asked for
+    stay.py              one of them, as long as it is in memory
+    served.py            models as they are given
     access.py            keys, host names, limits of a client
     metrics.py           numbers for Prometheus
     failures.py          errors, and their status
@@ -34,5 +41,6 @@ It needs the extra ``server``. Its files, a request's way from top to bottom:
 
 from mlx_engine.server.access import LOOPBACK
 from mlx_engine.server.app import create_app
+from mlx_engine.server.served import ServedModel
 
-__all__ = ["LOOPBACK", "create_app"]
+__all__ = ["LOOPBACK", "ServedModel", "create_app"]

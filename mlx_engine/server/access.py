@@ -39,6 +39,11 @@ class Access:
         self._most = most
         self._busy: Counter[bytes] = Counter()
 
+    @property
+    def keyed(self) -> bool:
+        """Whether clients need a key."""
+        return bool(self._keys)
+
     def check(self, scope: Scope, *, keyed: bool = True) -> bytes:
         """Whether it may come in; a name of the client for ``place``.
 

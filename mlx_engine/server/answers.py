@@ -14,6 +14,7 @@ from mlx_engine.errors import ContextLengthExceeded
 from mlx_engine.outputs import GenerationChunk, GenerationResult, Progress, TokenLogprob
 from mlx_engine.params import SamplingParams
 from mlx_engine.server.asked import Asked
+from mlx_engine.server.turns import Asker, Turns
 
 Take = Callable[[int, GenerationChunk], Awaitable[None]]
 
@@ -39,9 +40,10 @@ class Answering:
     """A request at work: one stream of the engine for each of its answers.
 
     Args:
-        engine: has the model.
         asked: what is wanted.
         defaults: for options that it has not.
+        turns: of the engine, each of which is an answer.
+        asker: who asks.
         take: awaited with each chunk, and the number of the answer that it is of. It may take its
             time: the engine does not wait for it.
 
@@ -51,17 +53,23 @@ class Answering:
     """
 
     def __init__(
-        self, engine: Engine, asked: Asked, defaults: SamplingParams, take: Take | None = None
+        self,
+        asked: Asked,
+        defaults: SamplingParams,
+        turns: Turns,
+        asker: Asker,
+        take: Take | None = None,
     ) -> None:
         self.prompt_tokens = 0
         self.cached_tokens = 0
-        self._engine = engine
         self._asked = asked
         self._defaults = defaults
+        self._turns = turns
+        self._asker = asker
         self._take = take
 
-    async def run(self) -> list[Answer]:
-        """All answers, in order.
+    async def run(self, engine: Engine) -> list[Answer]:
+        """All answers of an engine, in order.
 
         Cancellation: raised once all of its work has left MLX.
 
@@ -69,7 +77,7 @@ class Answering:
             MLXEngineError: one of them has failed; the others are ended.
         """
         if self._asked.choices == 1:
-            return [await self._answer(0)]
+            return [await self._answer(engine, 0)]
         found: dict[int, Answer] = {}
         errors: list[Exception] = []
         begun = asyncio.Event()  # so that the others find what the first has prefilled
@@ -78,7 +86,7 @@ class Answering:
             try:
                 if index % self._asked.n:
                     await begun.wait()
-                found[index] = await self._answer(index, begun)
+                found[index] = await self._answer(engine, index, begun)
             except Exception as error:  # noqa: BLE001 - raised below
                 errors.append(error)
                 group.cancel_scope.cancel()
@@ -90,31 +98,34 @@ class Answering:
             raise errors[0]
         return [found[index] for index in range(self._asked.choices)]
 
-    async def _answer(self, index: int, begun: asyncio.Event | None = None) -> Answer:
+    async def _answer(
+        self, engine: Engine, index: int, begun: asyncio.Event | None = None
+    ) -> Answer:
         options = dict(self._asked.options)
         limit = options.get("max_tokens", self._defaults.max_tokens)
-        context = self._engine.context_length
+        context = engine.context_length
         if limit is None and context is None:
             options["max_tokens"] = _WITHOUT_CONTEXT
         elif isinstance(limit, int) and context is not None and limit >= context:
             options["max_tokens"] = None
         if isinstance(seed := options.get("seed"), int):
             options["seed"] = (seed + index % self._asked.n) % 2**64 if seed >= 0 else seed
-        try:
-            return await self._read(index, options, begun)
-        except ContextLengthExceeded as error:
-            tokens = error.prompt_tokens
-            if not error.max_tokens or tokens is None or tokens >= error.context_length:
-                raise
-        # Agents ask for more than is left, and mean all of that.
-        return await self._read(index, {**options, "max_tokens": None}, begun)
+        async with self._turns.turn(self._asker, engine):
+            try:
+                return await self._read(engine, index, options, begun)
+            except ContextLengthExceeded as error:
+                tokens = error.prompt_tokens
+                if not error.max_tokens or tokens is None or tokens >= error.context_length:
+                    raise
+            # Agents ask for more than is left, and mean all of that.
+            return await self._read(engine, index, {**options, "max_tokens": None}, begun)
 
     async def _read(
-        self, index: int, options: Mapping[str, Any], begun: asyncio.Event | None
+        self, engine: Engine, index: int, options: Mapping[str, Any], begun: asyncio.Event | None
     ) -> Answer:
         on_progress = self._progress if index == 0 else None
         reasoning_tokens, logprobs = 0, list[TokenLogprob]()
-        stream = self._asked.begin(self._engine, index, self._defaults, options, on_progress)
+        stream = self._asked.begin(engine, index, self._defaults, options, on_progress)
         async with stream:
             async for chunk in stream:
                 if begun is not None:

@@ -19,13 +19,8 @@ from mlx_engine.server.anthropic_input import Conversation, choice, functions, s
 from mlx_engine.server.asked import EFFORTS, Asked, Fields, reasoning
 from mlx_engine.server.chat_completions import text_of
 from mlx_engine.server.failures import Failure
-from mlx_engine.server.openai_values import SAMPLING, new_id, response_format
-
-# Fields that are for other servers than one's own, or say what holds here anyway.
-_MEANINGLESS = (
-    *("metadata", "service_tier", "safeguards", "inference_geo", "speed", "cache_control"),
-    *("betas", "diagnostics"),
-)
+from mlx_engine.server.field_table import MESSAGES, SAMPLING, quiet
+from mlx_engine.server.openai_values import new_id, response_format
 
 
 class Messages:
@@ -34,6 +29,8 @@ class Messages:
     Args:
         name: in logs and metrics.
     """
+
+    table = MESSAGES
 
     def __init__(self, name: str = "messages") -> None:
         self.name = name
@@ -67,7 +64,8 @@ class Messages:
             messages=talk.messages,
             chat=chat,
             stream=fields.flag("stream"),
-            ignored=(*fields.ignored(_MEANINGLESS), *skipped, *unknown, *talk.skipped),
+            user=_user(fields.take("metadata")),
+            ignored=(*fields.ignored(quiet(self.table)), *skipped, *unknown, *talk.skipped),
             extra={"thoughts": thoughts},
         )
 
@@ -125,3 +123,9 @@ def _effort(effort: object, chat: dict[str, Any]) -> tuple[dict[str, Any], list[
     if effort is None or (isinstance(effort, str) and effort in EFFORTS):
         return reasoning(effort, chat), []
     return chat, ["output_config.effort"]
+
+
+def _user(metadata: object) -> str:
+    """For whom a client asks, as it says itself."""
+    user = metadata.get("user_id") if isinstance(metadata, dict) else None
+    return user if isinstance(user, str) else ""

@@ -19,6 +19,7 @@ _STOPS: dict[FinishReason, str] = {
     "stop": "end_turn",
     "length": "max_tokens",
     "tool_calls": "tool_use",
+    "timeout": "max_tokens",
     "cancelled": "end_turn",
 }
 _TYPES: dict[Kind, str] = {

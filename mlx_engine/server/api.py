@@ -15,6 +15,7 @@ from mlx_engine.outputs import GenerationChunk
 from mlx_engine.server.answers import Answer
 from mlx_engine.server.asked import Asked, Fields
 from mlx_engine.server.failures import Failure
+from mlx_engine.server.field_table import Table
 
 
 class Events(Protocol):
@@ -45,9 +46,11 @@ class Api(Protocol):
 
     Attributes:
         name: in logs and metrics.
+        table: the fields of its requests.
     """
 
     name: str
+    table: Table
 
     def read(self, fields: Fields) -> Asked:
         """The request that a body is.

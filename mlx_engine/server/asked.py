@@ -61,6 +61,11 @@ class Fields:
             raise InvalidRequest(name, f"must be text, not {shown(value)}")
         return value
 
+    def user(self) -> str:
+        """For whom a client of OpenAI's APIs asks."""
+        named = self.take("safety_identifier"), self.take("user")
+        return next((name for name in named if isinstance(name, str)), "")
+
     def mapping(self, name: str) -> dict[str, Any]:
         """A field that is an object; empty if it is not there."""
         value = self.take(name, {})
@@ -94,6 +99,7 @@ class Asked:
         n: answers to each.
         stream: whether the client wants it as it is made.
         usage: whether a stream is to end with token counts, where an API leaves that open.
+        user: for whom the client asks, as it says itself.
         ignored: names of fields that mean something, and nothing here.
         extra: what the API itself needs again for its answer.
     """
@@ -106,6 +112,7 @@ class Asked:
     n: int = 1
     stream: bool = False
     usage: bool = True
+    user: str = ""
     ignored: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 

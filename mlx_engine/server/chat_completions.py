@@ -14,8 +14,8 @@ from mlx_engine.server.api import event
 from mlx_engine.server.asked import MOST_CHOICES, Asked, Fields, reasoning
 from mlx_engine.server.call_deltas import CallDeltas
 from mlx_engine.server.failures import Failure
+from mlx_engine.server.field_table import CHAT, quiet
 from mlx_engine.server.openai_values import (
-    MEANINGLESS,
     MOST_LOGPROBS,
     content_logprobs,
     error_body,
@@ -33,6 +33,7 @@ class ChatCompletions:
     """The API."""
 
     name = "chat.completions"
+    table = CHAT
 
     def read(self, fields: Fields) -> Asked:
         """See ``Api``."""
@@ -62,8 +63,9 @@ class ChatCompletions:
             chat=chat,
             n=fields.integer("n", 1, low=1, high=MOST_CHOICES),
             stream=fields.flag("stream"),
+            user=fields.user(),
             usage=bool(fields.mapping("stream_options").get("include_usage")),
-            ignored=(*fields.ignored(MEANINGLESS), *skipped),
+            ignored=(*fields.ignored(quiet(self.table)), *skipped),
         )
 
     def whole(self, asked: Asked, answers: Sequence[Answer], model: str) -> dict[str, Any]:

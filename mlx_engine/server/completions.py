@@ -12,8 +12,8 @@ from mlx_engine.server.answers import Answer
 from mlx_engine.server.api import event
 from mlx_engine.server.asked import MOST_CHOICES, Asked, Fields
 from mlx_engine.server.failures import Failure
+from mlx_engine.server.field_table import COMPLETIONS, quiet
 from mlx_engine.server.openai_values import (
-    MEANINGLESS,
     MOST_LOGPROBS,
     error_body,
     logprob,
@@ -34,6 +34,7 @@ class Completions:
     """The API."""
 
     name = "completions"
+    table = COMPLETIONS
 
     def read(self, fields: Fields) -> Asked:
         """See ``Api``."""
@@ -52,8 +53,9 @@ class Completions:
             prompts=prompts,
             n=fields.integer("n", 1, low=1, high=MOST_CHOICES // len(prompts)),
             stream=fields.flag("stream"),
+            user=fields.user(),
             usage=bool(fields.mapping("stream_options").get("include_usage")),
-            ignored=fields.ignored((*MEANINGLESS, "best_of")),
+            ignored=fields.ignored(quiet(self.table)),
         )
 
     def whole(self, asked: Asked, answers: Sequence[Answer], model: str) -> dict[str, Any]:

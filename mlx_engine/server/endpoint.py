@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from mlx_engine.engine.interface import Engine
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.server.access import Scope
 from mlx_engine.server.answers import Answer, Answering
@@ -17,8 +16,10 @@ from mlx_engine.server.api import Api
 from mlx_engine.server.asked import Asked, Fields
 from mlx_engine.server.body import read_json, while_connected
 from mlx_engine.server.failures import Failure
+from mlx_engine.server.models import Model
 from mlx_engine.server.reply import ClientGone, EventStream, Headers, Receive, Reply, Send
 from mlx_engine.server.site import Site
+from mlx_engine.server.turns import Asker
 from mlx_engine.server.volatile import steady
 
 _log = logging.getLogger("mlx_engine.server")
@@ -48,6 +49,7 @@ class Exchange:
         self._id = f"req_{secrets.token_hex(12)}"
         self._reply = Reply(send, self._id)
         self._began = time.perf_counter()
+        self._asker = Asker()
         self._told = ""  # of the answer, for the log
 
     async def run(self, scope: Scope) -> None:
@@ -74,9 +76,12 @@ class Exchange:
                 del body
                 if self._site.steady_prompts and isinstance(asked.messages, list):
                     asked = replace(asked, messages=steady(asked.messages))
-                model, engine = self._site.engine(asked.model)
+                name, model = self._site.models.choose(asked.model)
+                if name != asked.model:
+                    self._reply.headers += _remarks("model", [name])
                 self._reply.headers += _remarks("ignored", asked.ignored)
-                return await self._answer(asked, model, engine)
+                self._asker = Asker(client, asked.user)
+                return await self._answer(asked, name, model)
         except Exception as error:  # noqa: BLE001 - the border: the client is told
             failure, told = self._failed(error)
             if not self._reply.status:
@@ -89,28 +94,30 @@ class Exchange:
         except RecursionError as error:
             raise InvalidRequest("body", "is nested too deep") from error
 
-    async def _answer(self, asked: Asked, model: str, engine: Engine) -> str:
+    async def _answer(self, asked: Asked, name: str, model: Model) -> str:
         if not asked.stream:
-            answering = Answering(engine, asked, self._site.defaults)
+            answering = Answering(asked, self._site.defaults, model.turns, self._asker)
             answers: list[Answer] = []
 
             async def wait() -> None:
-                answers.extend(await answering.run())
+                async with self._site.models.use(model) as engine:
+                    answers.extend(await answering.run(engine))
 
             await while_connected(self._receive, wait)
             self._note(answers)
             notes = dict.fromkeys(note for each in answers for note in each.result.notes)
             self._reply.headers += _remarks("notes", list(notes))
-            await self._reply.json(200, self._api.whole(asked, answers, model))
+            await self._reply.json(200, self._api.whole(asked, answers, name))
             return "200"
-        return await self._stream(asked, model, engine)
+        return await self._stream(asked, name, model)
 
-    async def _stream(self, asked: Asked, model: str, engine: Engine) -> str:
-        events = self._api.events(asked, model)
+    async def _stream(self, asked: Asked, name: str, model: Model) -> str:
+        events = self._api.events(asked, name)
         answering = Answering(
-            engine,
             asked,
             self._site.defaults,
+            model.turns,
+            self._asker,
             lambda index, chunk: stream.write(partial(events.chunk, index, chunk)),
         )
         stream = EventStream(
@@ -125,7 +132,8 @@ class Exchange:
         async def work() -> None:
             nonlocal ending
             try:
-                answers = await answering.run()
+                async with self._site.models.use(model) as engine:
+                    answers = await answering.run(engine)
                 self._note(answers)
                 await stream.write(partial(events.end, answers), more=False)
             except ClientGone:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from mlx_engine.engine.interface import Engine
+from mlx_engine.server.models import Models
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
@@ -39,9 +39,9 @@ _COUNTERS = {
 class Metrics:
     """The metrics of one application, in a registry of their own."""
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
+    def __init__(self, models: Models) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Engines(engines))
+        self._registry.register(_Engines(models))
         self._requests = Counter(
             "mlx_engine_http_requests",
             "requests, by how they ended: a status, or that the client was gone",
@@ -67,17 +67,26 @@ class Metrics:
 
 
 class _Engines(Collector):
-    """Statistics of the engines."""
+    """Statistics of the engines that are there."""
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
-        self._engines = engines
+    def __init__(self, models: Models) -> None:
+        self._models = models
 
     def collect(self) -> Iterator[Metric]:
         """Metrics of now."""
-        stats = {model: engine.stats() for model, engine in self._engines.items()}
+        there = {model.name: model.engine for model in self._models}
+        stats = {name: engine.stats() for name, engine in there.items() if engine is not None}
         for kind, fields in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
             for field, help in fields.items():
                 family = kind(f"mlx_engine_{field}", help, labels=["model"])
-                for model, each in stats.items():
-                    family.add_metric([model], getattr(each, field))
+                for name, each in stats.items():
+                    family.add_metric([name], getattr(each, field))
                 yield family
+        loaded = GaugeMetricFamily("mlx_engine_loaded", "whether it is there", labels=["model"])
+        held = GaugeMetricFamily(
+            "mlx_engine_http_waiting", "requests that wait for a turn", labels=["model"]
+        )
+        for model in self._models:
+            loaded.add_metric([model.name], model.name in stats)
+            held.add_metric([model.name], model.turns.waiting)
+        yield from (loaded, held)

@@ -13,18 +13,8 @@ from mlx_engine.outputs import TokenLogprob, Usage
 from mlx_engine.server.answers import Answer
 from mlx_engine.server.asked import Fields
 from mlx_engine.server.failures import Failure, Kind
+from mlx_engine.server.field_table import SAMPLING
 
-# Fields of ``SamplingParams`` under the same names; the first ones are OpenAI's own.
-SAMPLING = (
-    *("temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias", "seed"),
-    *("stop", "top_k", "min_p", "repetition_penalty", "xtc_probability", "xtc_threshold"),
-    *("stop_token_ids", "ignore_eos"),
-)
-# Fields that are for other servers than one's own, or say what holds here anyway.
-MEANINGLESS = (
-    *("store", "metadata", "user", "safety_identifier", "prompt_cache_key", "service_tier"),
-    *("prompt_cache_retention", "client_metadata", "modalities", "verbosity"),
-)
 MOST_LOGPROBS = 20  # at the place of a token
 
 _TYPES: dict[Kind, str] = {

@@ -13,8 +13,8 @@ from mlx_engine.server.answers import Answer
 from mlx_engine.server.asked import Asked, Fields, reasoning
 from mlx_engine.server.chat_completions import call_of, text_of
 from mlx_engine.server.failures import Failure
+from mlx_engine.server.field_table import RESPONSES, quiet
 from mlx_engine.server.openai_values import (
-    MEANINGLESS,
     error_body,
     new_id,
     now,
@@ -29,7 +29,6 @@ from mlx_engine.server.response_tools import Tools, custom_input
 
 # What would need something that is kept here from one request to the next.
 _STATE = ("previous_response_id", "conversation", "prompt", "background")
-_MEANINGLESS = (*MEANINGLESS, "include", "stream_options", "max_tool_calls", "instructions")
 _SEALED = "reasoning.encrypted_content"
 _LOGPROBS = "message.output_text.logprobs"
 # Fields that are told back as they came.
@@ -43,6 +42,7 @@ class Responses:
     """The API."""
 
     name = "responses"
+    table = RESPONSES
 
     def read(self, fields: Fields) -> Asked:
         """See ``Api``."""
@@ -71,7 +71,8 @@ class Responses:
             messages=messages,
             chat=chat,
             stream=fields.flag("stream"),
-            ignored=(*fields.ignored(_MEANINGLESS), *tools.skipped, *left_out),
+            user=fields.user(),
+            ignored=(*fields.ignored(quiet(self.table)), *tools.skipped, *left_out),
             extra={"tools": tools, "sealed": _SEALED in included, "told": told},
         )
 

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import html
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from starlette.routing import BaseRoute, Route
 
-from mlx_engine.outputs import EngineState
 from mlx_engine.server.access import Scope
-from mlx_engine.server.api import encode
+from mlx_engine.server.api import Api, encode
 from mlx_engine.server.failures import Failure
 from mlx_engine.server.metrics import CONTENT_TYPE
+from mlx_engine.server.models import Model
 from mlx_engine.server.openai_values import error_body, new_id
+from mlx_engine.server.openapi import openapi
+from mlx_engine.server.page import PAGE_HEADERS, SHOWN, page_of
 from mlx_engine.server.reply import JSON, ClientGone, Headers, Receive, Reply, Send
 from mlx_engine.server.site import Site
 
 Told = tuple[int, bytes, Headers]  # status, body, headers
-
-_PAGE = """<!doctype html><meta charset="utf-8"><title>mlx-engine</title>
-<style>:root {{ color-scheme: light dark }} body {{ font-family: system-ui; margin: 2rem }}</style>
-<h1>mlx-engine</h1><p>Models:</p><ul>{models}</ul><p>Endpoints:</p><ul>{paths}</ul>
-"""
 
 
 class _Page:
@@ -49,47 +46,56 @@ class _Page:
             pass
 
 
-def status_routes(site: Site, paths: Sequence[str]) -> Iterator[BaseRoute]:
+def status_routes(site: Site, apis: Sequence[tuple[str, Api]]) -> Iterator[BaseRoute]:
     """The routes.
 
     Args:
-        paths: of the APIs, behind their base.
+        apis: by their paths, behind their base.
     """
+    models = site.models
 
-    def models(scope: Scope) -> Told:
-        entries = [_entry(site, name) for name in site.engines]
+    def listed(scope: Scope) -> Told:
+        entries = [_entry(site, name, model) for name, model in models.names.items()]
         ends = {"first_id": entries[0]["id"], "last_id": entries[-1]["id"], "has_more": False}
         return 200, encode({"object": "list", "data": entries, **ends}), JSON
 
-    def model(scope: Scope) -> Told:
-        name, _ = site.engine(scope["path_params"]["model"])
-        return 200, encode(_entry(site, name)), JSON
+    def one(scope: Scope) -> Told:
+        return 200, encode(_entry(site, *models.find(scope["path_params"]["model"]))), JSON
 
     def health(scope: Scope) -> Told:
-        states = {name: engine.state for name, engine in site.engines.items()}
-        well = all(state is EngineState.RUNNING for state in states.values())
-        told = {"status": "ok" if well else "unavailable", "models": states}
+        states = {name: model.state for name, model in models.names.items()}
+        well = any(model.is_well for model in models)
+        waits = "loading" in states.values()
+        told = {"status": "ok" if well else "loading" if waits else "unavailable", "models": states}
         return 200 if well else 503, encode(told), JSON
 
     def metrics(scope: Scope) -> Told:
         return 200, site.metrics.text(), [(b"content-type", CONTENT_TYPE)]
 
+    def numbers(scope: Scope) -> Told:
+        told = {"seconds": int(time.time()) - site.created, "models": list(map(_numbers, models))}
+        return 200, encode(told), [*JSON, (b"cache-control", b"no-store")]
+
     def page(scope: Scope) -> Told:
-        shown = _PAGE.format(
-            models=_items(list(site.engines)), paths=_items(["/v1" + p for p in paths])
-        )
-        return 200, shown.encode(), [(b"content-type", b"text/html; charset=utf-8")]
+        return 200, page_of(site, scope), PAGE_HEADERS
+
+    def described(scope: Scope) -> Told:
+        return 200, encode(openapi(apis, scope.get("root_path", ""))), JSON
 
     for base in ("/v1", ""):
-        yield Route(f"{base}/models", _Page(site, models), methods=["GET"])
-        yield Route(f"{base}/models/{{model:path}}", _Page(site, model), methods=["GET"])
+        yield Route(f"{base}/models", _Page(site, listed), methods=["GET"])
+        yield Route(f"{base}/models/{{model:path}}", _Page(site, one), methods=["GET"])
     yield Route("/health", _Page(site, health, keyed=False), methods=["GET"])
     yield Route("/metrics", _Page(site, metrics), methods=["GET"])
-    yield Route("/", _Page(site, page), methods=["GET"])
+    yield Route("/status", _Page(site, numbers), methods=["GET"])
+    yield Route("/openapi.json", _Page(site, described, keyed=False), methods=["GET"])
+    # A browser cannot send a key with the address of a page; it tells nothing that needs one.
+    yield Route("/", _Page(site, page, keyed=False), methods=["GET"])
 
 
-def _entry(site: Site, name: str) -> dict[str, Any]:
+def _entry(site: Site, name: str, model: Model) -> dict[str, Any]:
     """A model, in a form that clients of OpenAI's and of Anthropic's API both read."""
+    engine = model.engine
     return {
         "id": name,
         "object": "model",
@@ -98,9 +104,18 @@ def _entry(site: Site, name: str) -> dict[str, Any]:
         "type": "model",
         "display_name": name,
         "created_at": datetime.fromtimestamp(site.created, UTC).isoformat(),
-        "context_length": site.engines[name].context_length,
+        "context_length": None if engine is None else engine.context_length,
+        "state": model.state,
     }
 
 
-def _items(texts: Sequence[str]) -> str:
-    return "".join(f"<li><code>{html.escape(text)}</code></li>" for text in texts)
+def _numbers(model: Model) -> dict[str, Any]:
+    """What the page shows of a model."""
+    told: dict[str, Any] = {"name": model.name, "state": model.state}
+    if (engine := model.engine) is None:
+        return told
+    stats = engine.stats()
+    numbers = {name: getattr(stats, name) for name in SHOWN}
+    waiting = stats.waiting + model.turns.waiting
+    cache = stats.prompt_cache.nbytes
+    return {**told, **numbers, "waiting": waiting, "prompt_cache_bytes": cache}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from mlx_engine.engine.interface import Engine
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.server.access import Scope
 from mlx_engine.server.asked import Asked
 from mlx_engine.server.body import while_connected
 from mlx_engine.server.endpoint import Endpoint, Exchange
+from mlx_engine.server.models import Model
 from mlx_engine.server.reply import Receive, Send
 
 
@@ -22,13 +22,14 @@ class TokenCount(Endpoint):
 class _Counting(Exchange):
     """One request and its count, for which the model's turn is not waited for."""
 
-    async def _answer(self, asked: Asked, model: str, engine: Engine) -> str:
+    async def _answer(self, asked: Asked, name: str, model: Model) -> str:
         counts: list[int] = []
         if not (messages := asked.messages):  # which would be an empty plain prompt
             raise InvalidRequest("messages", "must not be empty")
 
         async def count() -> None:
-            counts.append(await engine.count_tokens(messages, **asked.chat_options(engine)))
+            async with self._site.models.use(model) as engine:
+                counts.append(await engine.count_tokens(messages, **asked.chat_options(engine)))
 
         await while_connected(self._receive, count)
         await self._reply.json(200, {"input_tokens": counts[0]})

@@ -8,9 +8,9 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from mlx_engine.config import EngineConfig
-from mlx_engine.core.bridge import in_this_loop
+from mlx_engine.core.bridge import checked_callback, in_this_loop
 from mlx_engine.core.scheduler import BatchScheduler, Scheduler, SimpleScheduler
-from mlx_engine.engine.base import Work, checked_callback
+from mlx_engine.engine.base import Work
 from mlx_engine.engine.in_process import InProcessEngine
 from mlx_engine.errors import EngineDead, InvalidRequest
 from mlx_engine.outputs import GenerationResult, ProgressCallback
@@ -57,9 +57,10 @@ class FakeEngine(InProcessEngine):
     A piece of an answer is a token, and a chunk of a stream; at the end comes a token without
     text. ``max_tokens``, ``stop``, ``stop_token_ids``, ``ignore_eos`` (the answer begins again),
     ``logprobs`` (all 0, what is scripted is certain), ``max_reasoning_tokens`` and
-    ``context_length`` are honoured, and tokens of earlier prompts and answers are counted as
-    cached. Messages, tools and options are checked as those of other engines are; calls and
-    reasoning come as deltas and segments, as from them. What else changes how tokens
+    ``context_length`` are honoured, ``timeout`` and ``max_wait`` too, and tokens of earlier prompts
+    and answers are counted as cached. Messages, tools and options are checked as those of other
+    engines are; calls and reasoning come as deltas and segments, as from them. What else changes
+    how tokens
     are chosen (temperature, penalties, ``logit_bias``, ``seed``, ...) has no effect;
     ``logits_processors`` and ``prefill=SpecPrefill(...)`` are refused.
 
@@ -102,6 +103,7 @@ class FakeEngine(InProcessEngine):
                 and as many questions, such as ``count_tokens``.
             max_wait: seconds that a request, or a question, may wait before ``EngineBusy`` is
                 raised.
+            memory: what it may have in all, as in other engines; it needs none.
             limits: how large a request may be; see ``RequestLimits``.
             on_progress: told of the load, in the event loop that starts the engine.
 
@@ -113,7 +115,7 @@ class FakeEngine(InProcessEngine):
         self.requests: list[FakeRequest] = []
         width = given["max_batch_size"]
         batch = {} if width is None else {"max_batch_size": width}
-        named = ("context_length", "queue_limit", "max_wait", "limits")
+        named = ("context_length", "memory", "queue_limit", "max_wait", "limits")
         config = EngineConfig.of(
             "batched" if batch else "simple",
             given["model"],
@@ -123,7 +125,9 @@ class FakeEngine(InProcessEngine):
         self.takes_priority = bool(batch)
         self._max_batch_size = config.batch.max_batch_size if batch else None
         self._on_progress = checked_callback(given["on_progress"])
-        holder = FakeModel(answers, config.model.context_length, given)
+        own = config.model.context_length
+        context_length = own if isinstance(own, int) else None
+        holder = FakeModel(answers, context_length, config.model.memory, given)
         super().__init__(holder, config.queue, config.model.model)
         engines.add(self)
 
@@ -200,8 +204,8 @@ class FakeEngine(InProcessEngine):
     def die(self, error: EngineDead | None = None) -> None:
         """End the engine as if what it runs on were gone. From any thread.
 
-        It is ``FAILED``, and whoever waits for it gets ``EngineDead`` at the next token; after
-        a ``stop`` it can be started again. To let it die in the middle of an answer, put an
+        It is ``FAILED``, and whoever waits for it gets ``EngineDead`` at the next token;
+        ``restart`` brings it back. To let it die in the middle of an answer, put an
         ``EngineDead`` among the pieces.
 
         Args:

@@ -78,6 +78,8 @@ class FakePromptCache:
         """A snapshot. From any thread."""
         return PromptCacheStats(
             entries=len(self._prompts),
+            nbytes=self._tokens,  # as if a token took one
+            limit=_MOST_TOKENS,
             hits=self._hits,
             misses=self._misses,
             hit_tokens=self._hit_tokens,

@@ -14,8 +14,11 @@ from typing import Any
 from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.checks import flag, number, shown
 from mlx_engine.core.counters import EngineCounters
+from mlx_engine.core.machine import Memory
+from mlx_engine.core.sliced_job import Rest
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError, another
+from mlx_engine.memory_stats import MemoryStats
 from mlx_engine.outputs import (
     Progress,
     ProgressCallback,
@@ -50,7 +53,11 @@ class FakeModel:
     """
 
     def __init__(
-        self, answers: Answers, context_length: int | None, options: Mapping[str, Any]
+        self,
+        answers: Answers,
+        context_length: int | None,
+        memory: Memory,
+        options: Mapping[str, Any],
     ) -> None:
         self.texts = TokenTexts()
         self.counters = EngineCounters()
@@ -65,6 +72,7 @@ class FakeModel:
         self._load_seconds = _seconds("load_seconds", options)
         self._supports_tools = flag("supports_tools", options["supports_tools"])
         self._supports_reasoning = flag("supports_reasoning", options["supports_reasoning"])
+        self._memory = MemoryStats(limit=memory if isinstance(memory, int) else None)
         self._call_numbers = itertools.count(1)
         self._cache: FakePromptCache | None = None
 
@@ -105,6 +113,10 @@ class FakeModel:
         cache = self._cache
         return PromptCacheStats() if cache is None else cache.stats()
 
+    def memory_stats(self) -> MemoryStats:
+        """Memory that it may have; it needs none. From any thread."""
+        return self._memory
+
     def load(self, on_progress: ProgressCallback | None, should_stop: Callable[[], bool]) -> None:
         """Play the script of a load.
 
@@ -129,13 +141,13 @@ class FakeModel:
             raise Interrupted
         self._cache, self.dead = FakePromptCache(), None
 
-    def save_prompt_cache(self, path: Path) -> int:
-        """Write the prompt cache into a file; the number of prompts."""
-        return self.cache.save(path)
+    def save_prompt_cache(self, path: Path) -> Rest[int]:
+        """Begin to write the prompt cache into a file; the rest gives the number of prompts."""
+        return lambda turns: turns.take(self.cache.save, path)
 
-    def load_prompt_cache(self, path: Path) -> int:
-        """Add the prompts of a file to the prompt cache; their number."""
-        return self.cache.load(path)
+    def load_prompt_cache(self, path: Path) -> Rest[int]:
+        """Begin to add the prompts of a file to the prompt cache; the rest gives their number."""
+        return lambda turns: turns.take(self.cache.load, path)
 
     def unload(self) -> None:
         """Forget what was seen."""
@@ -211,7 +223,7 @@ class FakeModel:
                 self._cache.store(request.all_tokens)
 
     def _steps(self, request: ScriptedRequest) -> Iterator[float | None]:
-        answer = self._choose(request)
+        answer = FakeAnswer() if request.limit == 0 else self._choose(request)
         for _, _, seconds in _slices(self._prefill_seconds):
             self.counters.step("prefill")
             self.counters.prefill_seconds += seconds
@@ -297,12 +309,12 @@ class FakeModel:
         return take()
 
     def _stops(self, request: ScriptedRequest) -> bool:
-        """Whether it has been cancelled, and so is over."""
+        """Whether it has been cancelled, or its time is over, and so is it."""
         self.check_alive()
-        if request.should_stop:
-            request.end("cancelled")
-            return True
-        return False
+        reason = request.stop_reason
+        if reason is not None:
+            request.end(reason)
+        return reason is not None
 
 
 def _slices(seconds: float) -> Iterator[tuple[int, int, float]]:

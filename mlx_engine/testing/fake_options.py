@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final, TypedDict
 
+from mlx_engine.core.machine import Memory
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import ProgressCallback
 from mlx_engine.testing.fake_gate import Gate
@@ -27,6 +28,7 @@ class FakeOptions(TypedDict, total=False):
     context_length: int | None
     queue_limit: int | None
     max_wait: float | None
+    memory: Memory
     limits: RequestLimits
     on_progress: ProgressCallback | None
 
@@ -43,6 +45,7 @@ DEFAULTS: Final[FakeOptions] = {
     "context_length": None,
     "queue_limit": None,
     "max_wait": None,
+    "memory": "auto",
     "limits": DEFAULT_LIMITS,
     "on_progress": None,
 }

@@ -34,6 +34,7 @@ class FakeRequest:
             of a chat.
         params: sampling parameters.
         priority: of the caller's choice; lower goes first.
+        timeout, max_wait: seconds of the caller's choice; ``None`` without.
         outcome: what has become of it: ``waiting``, ``running``, ``finished``, ``cancelled``,
             ``failed``, or ``refused``, which is failed before its work began. Right as soon as its
             caller knows.
@@ -64,6 +65,7 @@ class FakeRequest:
         self.continue_final_message = chat is not None and chat.continue_final_message
         self.params = asked.params
         self.priority = asked.priority
+        self.timeout, self.max_wait = asked.timeout, asked.max_wait
         self.outcome: Outcome = "waiting"
         self.error: BaseException | None = None
         self.prompt_tokens: list[int] = []

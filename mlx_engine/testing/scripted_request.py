@@ -106,7 +106,7 @@ class ScriptedRequest(ActiveRequest):
 
     def begin(self, cached_tokens: int) -> None:
         """Its work begins, behind so many tokens that need no prefill."""
-        self._timer.started = time.perf_counter()
+        self.work_begins()
         self.shown.outcome = "running"
         self.prefill_begins(cached_tokens)
 

@@ -22,9 +22,10 @@ pytestmark = pytest.mark.anyio
 NAMES = list(SCHEMAS)
 
 
-async def test_answers_of_a_batch_validate(tiny_path: Path) -> None:
+@pytest.mark.parametrize("first", [0, 15])
+async def test_answers_of_a_batch_validate(tiny_path: Path, first: int) -> None:
     async with BatchedEngine(tiny_path, max_batch_size=16) as engine:
-        drawn = await draw(engine, NAMES, range(14))
+        drawn = await draw(engine, NAMES, range(first, first + 15))
     assert drawn.answers["stop"] > 0.9 * drawn.answers.total() > 800
     assert len(drawn.schemas) > 0.9 * len(NAMES)
 

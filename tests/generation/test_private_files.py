@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 from mlx_engine import InvalidRequest, SimpleEngine
+from mlx_engine.generation.cache.entry_file import EntryWriter
 from mlx_engine.generation.cache.prompt_cache import PromptCache
-from mlx_engine.generation.cache.prompt_cache_file import load, save
-from mlx_engine.models import whole_file
 from mlx_engine.testing.fake_cache import FakePromptCache
+from tests.generation.slices import load, save
 from tests.generation.test_prompt_cache import MB, kv, on_mlx_thread, words
 from tests.remote.hosting import short_folder
 
@@ -50,14 +49,14 @@ def test_a_prompt_cache_is_its_owners_alone_whatever_the_umask(
     engine: SimpleEngine, tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    save_safetensors = mx.save_safetensors
+    write = EntryWriter.write
 
-    def spy(path: str, *args: object) -> None:
-        seen.append(mode(Path(path)))
-        save_safetensors(path, *args)  # type: ignore[arg-type]
-        seen.append(mode(Path(path)))
+    def spy(writer: EntryWriter, data: memoryview) -> None:
+        seen.extend(map(mode, tmp_path.iterdir()))
+        write(writer, data)
+        seen.extend(map(mode, tmp_path.iterdir()))
 
-    monkeypatch.setattr(whole_file.mx, "save_safetensors", spy)
+    monkeypatch.setattr(EntryWriter, "write", spy)
     assert save(tmp_path / "cache", stored(), "model") == 1
     assert seen == [0o600, 0o600], "while it is written too"
     assert mode(tmp_path / "cache") == 0o600

@@ -24,10 +24,14 @@ from mlx_lm.models.cache import (
 from mlx_lm.models.deepseek_v41 import LayerCache
 
 from mlx_engine import InvalidRequest, SimpleEngine
+from mlx_engine.core.stop import Interrupted
+from mlx_engine.generation.cache import array_bytes, entry_file
+from mlx_engine.generation.cache.entry_file import EntryReader, EntryWriter, digest_of
 from mlx_engine.generation.cache.prompt_cache import PromptCache
-from mlx_engine.generation.cache.prompt_cache_file import fingerprint, load, save
+from mlx_engine.generation.cache.prompt_cache_file import fingerprint
 from mlx_engine.generation.cache.snapshot import arrays
 from tests.conftest import ROOT, make_tiny
+from tests.generation.slices import TurnsHere, load, nothing, save
 from tests.generation.test_prompt_cache import (
     MB,
     frozen,
@@ -209,33 +213,91 @@ def test_a_file_that_may_not_be_read_says_so(engine: SimpleEngine, tmp_path: Pat
     refused(path, "Permission")
 
 
-async def test_a_file_that_fails_while_it_is_read_changes_nothing(
-    engine: SimpleEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("at", range(1, 9))
+async def test_a_file_that_fails_while_it_is_read_changes_nothing_or_adds_what_is_whole(
+    engine: SimpleEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("[read] Unable to read")
+    fill, reads = EntryReader._fill, 0
+
+    def broken(reader: EntryReader, start: int, data: memoryview) -> None:
+        nonlocal reads
+        reads += 1
+        if reads == at:
+            raise OSError(5, "Input/output error")
+        fill(reader, start, data)
 
     def check() -> None:
-        path, stored = tmp_path / "cache", PromptCache(MB)
-        stored.store(words(1, 40), kv(40))
-        save(path, stored, "model")
-        stored.clear()
-        monkeypatch.setattr(mx, "eval", broken)
-        with pytest.raises(InvalidRequest, match="Unable to read"):
-            load(path, stored, "model", kv(1))
-        assert len(stored) == 0
+        path, old, new = tmp_path / "cache", PromptCache(MB), PromptCache(MB)
+        for seed in range(3):
+            old.store(words(seed, 40), kv(40))
+        save(path, old, "model")
+        monkeypatch.setattr(EntryReader, "_fill", broken)
+        with pytest.raises(InvalidRequest, match="Input/output error") as caught:
+            load(path, new, "model", kv(1))
+        assert caught.value.option == "path"
+        # Trailer, index, three entries to check them, and three to add them.
+        assert len(new) == max(0, at - 6)
+        for entry, whole in zip(new.entries(), old.entries(), strict=False):
+            assert entry.tokens.tolist() == whole.tokens.tolist()
+            assert frozen(entry.cache) == frozen(whole.cache)
 
     await engine.run_blocking(check)
 
 
+@on_mlx_thread
+def test_a_damaged_prompt_is_named_and_nothing_is_added(
+    engine: SimpleEngine, tmp_path: Path
+) -> None:
+    path, stored = tmp_path / "cache", PromptCache(MB)
+    for seed in range(3):
+        stored.store(words(seed, 40), kv(40))
+    save(path, stored, "model")
+    whole, entries = path.read_bytes(), index_of(path)["entries"]
+    for number, entry in enumerate(entries, 1):
+        for place in (0, entry["nbytes"] // 2, entry["nbytes"] - 1):
+            damaged = bytearray(whole)
+            damaged[entry["at"] + place] ^= 1
+            path.write_bytes(damaged)
+            refused(path, f"entry {number} of 3 is damaged: the checksum is wrong")
+    start = entries[0]["at"] + 3 * entries[0]["nbytes"]
+    for place in (*range(26), *range(start, len(whole), 7)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        refused(path, "no readable prompt cache|written in format")
+    path.write_bytes(whole)
+    assert load(path, PromptCache(MB), "model", kv(1)) == 3
+
+
+@on_mlx_thread
+def test_files_of_other_versions_are_told_from_what_is_none(
+    engine: SimpleEngine, tmp_path: Path
+) -> None:
+    path = tmp_path / "cache.safetensors"
+    about = {"mlx_engine.prompt_cache": json.dumps({"format": 1, "entries": []})}
+    mx.save_safetensors(str(path), {"0": mx.ones(3)}, about)
+    refused(path, "written in format 1, this version reads 2; delete it")
+    save(path, PromptCache(MB), "model")
+    whole = path.read_bytes()
+    for number in ("3", "17"):
+        path.write_bytes(whole.replace(b"cache 2\n", f"cache {number}\n".encode(), 1))
+        refused(path, f"written in format {number}, this version reads 2")
+
+
+def index_of(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return EntryReader(file, nothing).about
+
+
 def edited(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Write the file again with other metadata."""
-    found, metadata = mx.load(str(path), return_metadata=True)
-    (key,) = metadata
-    about = json.loads(metadata[key])
+    """Write the file again with another index, and a checksum that is right."""
+    about = index_of(path)
+    start, _, _ = entry_file._TRAILER.unpack(path.read_bytes()[-entry_file._TRAILER.size :])
+    data = path.read_bytes()[:start]
     change(about)
-    mx.eval(found)
-    mx.save_safetensors(str(path), found, {key: json.dumps(about)})
+    index = json.dumps(about).encode()
+    checksum = digest_of(data[: data.index(b"\n") + 1], index)
+    path.write_bytes(data + index + entry_file._TRAILER.pack(start, len(index), checksum))
 
 
 def first_layer(about: dict[str, Any]) -> dict[str, Any]:
@@ -245,7 +307,6 @@ def first_layer(about: dict[str, Any]) -> dict[str, Any]:
 
 BROKEN = "no readable"
 CHANGES: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
-    ("format 99", lambda about: about.update(format=99)),
     ("another model", lambda about: about.update(fingerprint="other")),
     ("another model", lambda about: about.pop("fingerprint")),
     ("not as this engine makes them", lambda about: about.update(exact=[512, 0])),
@@ -263,6 +324,22 @@ CHANGES: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
     (BROKEN, lambda about: first_layer(about).update(keys={"array": "99"})),
     (BROKEN, lambda about: first_layer(about).update(keys=5)),
     (BROKEN, lambda about: first_layer(about).pop("values")),
+    (BROKEN, lambda about: about["entries"].append(7)),
+    (BROKEN, lambda about: about["entries"][0].update(at=0)),
+    (BROKEN, lambda about: about["entries"][0].update(at=about["entries"][0]["at"] + 1)),
+    (BROKEN, lambda about: about["entries"][0].update(nbytes=10**15)),
+    (BROKEN, lambda about: about["entries"][0].update(nbytes=-1)),
+    (BROKEN, lambda about: about["entries"][0].update(nbytes="a")),
+    (BROKEN, lambda about: about["entries"][0].update(digest=None)),
+    (BROKEN, lambda about: about["entries"][0].update(arrays=7)),
+    (BROKEN, lambda about: about["entries"][0]["arrays"].pop()),
+    (BROKEN, lambda about: about["entries"][0]["arrays"].append(["float32", [1]])),
+    (BROKEN, lambda about: about["entries"][0]["arrays"].append(["float32", [2**40, 0]])),
+    (BROKEN, lambda about: about["entries"][0]["arrays"].append(["float32", [-1]])),
+    (BROKEN, lambda about: about["entries"][0]["arrays"][0].__setitem__(0, "object")),
+    (BROKEN, lambda about: about["entries"][0]["arrays"][1].__setitem__(1, [1, 2, 4, 40])),
+    (BROKEN, lambda about: about["entries"][0].update(marks=[[20, 5]])),
+    (BROKEN, lambda about: about["entries"][0].update(marks=[[0, [None]]])),
 ]
 
 
@@ -333,8 +410,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 
-from mlx_engine.generation.cache import prompt_cache_file
 from mlx_engine.generation.cache.prompt_cache import PromptCache
+from tests.generation.slices import save
 from tests.generation.test_prompt_cache import kv, words
 
 path, at, calls, sync = Path(sys.argv[1]), int(sys.argv[2]), [], os.fsync
@@ -347,10 +424,10 @@ def fsync(handle):
 
 stored = PromptCache(10**6)
 stored.store(words(1, 40), kv(40))
-prompt_cache_file.save(path, stored, "model")
+save(path, stored, "model")
 stored.store(words(2, 50), kv(50))
 os.fsync = fsync
-prompt_cache_file.save(path, stored, "model")
+save(path, stored, "model")
 """
 
 
@@ -375,6 +452,142 @@ async def test_a_kill_while_saving_leaves_the_old_file_or_the_new_one(
         assert os.listdir(tmp_path) == ["cache"], "what the killed one left is gone"
 
     await engine.run_blocking(check)
+
+
+WRITES = (  # of a save of two prompts, a slice an array: what fails, and at which call
+    *((EntryWriter, "write", number) for number in (1, 4, 6)),
+    (EntryWriter, "end_entry", 2),
+    (EntryWriter, "finish", 1),
+    *((os, name, 1) for name in ("open", "fchmod", "fsync", "replace")),
+)
+
+
+@pytest.mark.parametrize(("holder", "name", "at"), WRITES)
+async def test_a_disk_that_is_full_at_any_call_leaves_the_old_file_and_nothing_else(
+    engine: SimpleEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    holder: Any,
+    name: str,
+    at: int,
+) -> None:
+    plain, calls = getattr(holder, name), 0
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise OSError(28, "No space left on device")
+        return plain(*args, **kwargs)
+
+    def check() -> None:
+        path, stored = tmp_path / "cache", PromptCache(MB)
+        stored.store(words(1, 40), kv(40))
+        save(path, stored, "model")
+        old = path.read_bytes()
+        stored.store(words(2, 40), kv(40))
+        monkeypatch.setattr(array_bytes, "_SLICE", 1)
+        monkeypatch.setattr(holder, name, full)
+        with pytest.raises(InvalidRequest, match="No space left") as caught:
+            save(path, stored, "model")
+        assert caught.value.option == "path"
+        assert calls >= at
+        assert os.listdir(tmp_path) == ["cache"]
+        assert path.read_bytes() == old
+
+    await engine.run_blocking(check)
+
+
+@pytest.mark.parametrize("make", [llama, hybrid, windowed])
+@on_mlx_thread
+def test_slices_of_any_size_make_the_same_file(
+    engine: SimpleEngine, tmp_path: Path, make: Callable[..., Any]
+) -> None:
+    model = make(engine) if make is llama else make()
+    stored, files = filled(model, [20, 60, 45]), []
+    whole = array_bytes._SLICE
+    try:
+        for size in (1, 5000, whole):
+            array_bytes._SLICE = size
+            turns, path = TurnsHere(), tmp_path / str(size)
+            assert save(path, stored, "model", turns) == 3
+            files.append((path.read_bytes(), turns.count))
+            new, turns = PromptCache(16 * MB), TurnsHere()
+            assert load(path, new, "model", put(model, [1]), turns) == 3
+            assert [frozen(entry.cache) for entry in new.entries()] == [
+                frozen(entry.cache) for entry in stored.entries()
+            ]
+    finally:
+        array_bytes._SLICE = whole
+    contents, counts = zip(*files, strict=True)
+    assert contents[0] == contents[1] == contents[2]
+    assert counts[0] > counts[1] > counts[2] == 3 + 1, "a turn each, and one to see the end"
+
+
+@on_mlx_thread
+def test_work_that_is_to_end_ends_at_any_turn(
+    engine: SimpleEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(array_bytes, "_SLICE", 1)
+    path, stored, turns = tmp_path / "cache", PromptCache(MB), TurnsHere()
+    stored.store(words(1, 40), kv(40))
+    save(path, stored, "model")
+    old = path.read_bytes()
+    stored.store(words(2, 40), kv(40))
+    save(tmp_path / "whole", stored, "model", turns)
+    assert turns.count > 6
+    for most in range(turns.count):
+        with pytest.raises(Interrupted):
+            save(path, stored, "model", TurnsHere(most))
+        assert path.read_bytes() == old
+        assert sorted(os.listdir(tmp_path)) == ["cache", "whole"]
+    turns = TurnsHere()
+    load(tmp_path / "whole", PromptCache(MB), "model", kv(1), turns)
+    for most in range(turns.count):
+        new = PromptCache(MB)
+        with pytest.raises(Interrupted):
+            load(tmp_path / "whole", new, "model", kv(1), TurnsHere(most))
+        for entry in new.entries():
+            assert any(frozen(entry.cache) == frozen(each.cache) for each in stored.entries())
+
+
+@on_mlx_thread
+def test_what_is_evicted_before_its_turn_is_left_out(engine: SimpleEngine, tmp_path: Path) -> None:
+    path, old, new = tmp_path / "cache", PromptCache(MB), PromptCache(MB)
+    for seed in range(4):
+        old.store(words(seed, 40), kv(40))
+    turns = TurnsHere(between=lambda: old.shrink(2 * old.nbytes // len(old)))
+    assert save(path, old, "model", turns) == 2, "those used last"
+    assert load(path, new, "model", kv(1)) == 2
+    assert [entry.tokens.tolist() for entry in new.entries()] == [words(2, 40), words(3, 40)]
+
+
+@on_mlx_thread
+def test_a_conversation_that_goes_on_meanwhile_is_saved_as_it_is_then(
+    engine: SimpleEngine, tmp_path: Path
+) -> None:
+    path, old, new = tmp_path / "cache", PromptCache(MB), PromptCache(MB)
+    chat = words(1, 60)
+    old.store(chat[:40], kv(40))
+    old.store(words(2, 40), kv(40))
+    turns = TurnsHere(between=lambda: turns.count == 1 and old.store(chat, kv(60)))
+    assert save(path, old, "model", turns) == 2
+    assert load(path, new, "model", kv(1)) == 2
+    assert sorted(len(entry.tokens) for entry in new.entries()) == [40, 60]
+
+
+@on_mlx_thread
+def test_two_that_save_at_once_do_not_meet(engine: SimpleEngine, tmp_path: Path) -> None:
+    path, one, other = tmp_path / "cache", PromptCache(MB), PromptCache(MB)
+    for seed in range(3):
+        one.store(words(seed, 40), kv(40))
+    other.store(words(7, 50), kv(50))
+    inner: list[int] = []
+    turns = TurnsHere(between=lambda: turns.count == 2 and inner.append(save(path, other, "model")))
+    assert save(path, one, "model", turns) == 3
+    assert inner == [1]
+    assert os.listdir(tmp_path) == ["cache"]
+    assert load(path, PromptCache(MB), "model", kv(1)) == 3
 
 
 @on_mlx_thread

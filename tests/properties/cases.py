@@ -163,6 +163,13 @@ async def one_long(engine: BaseEngine, faults: Faults) -> Answers:
     return [await outcome(engine.generate(LONG, **GREEDY))]
 
 
+async def three_that_begin_alike(engine: BaseEngine, faults: Faults) -> Answers:
+    """One goes ahead and the others wait for what they share; all of them by one call."""
+    prompts = [[*LONG, 200 + number, *OTHERS[number % 2]] for number in range(3)]
+    outcomes = engine.map(prompts, concurrency=3, ordered=True, **GREEDY)
+    return [each.error or each.unwrap().tokens async for each in outcomes]
+
+
 async def one_makes_way(engine: BaseEngine, faults: Faults) -> Answers:
     """One that decodes with its drafter is joined by another."""
 
@@ -230,6 +237,7 @@ CASES: dict[str, Case] = {
     "batched, constrained": Case(batched(), two_beside_a_bound_one),
     "batched, questions": Case(batched(), three_with_questions),
     "batched, joined": Case(batched(), one_joins_two),
+    "batched, alike": Case(batched(), three_that_begin_alike),
     "batched, chat": Case(batched(), one_chat),
     "simple, draft": Case(simple(decode=_draft), one_sampled),
     "batched, draft": Case(batched(decode=_draft), one_makes_way),

@@ -161,7 +161,7 @@ class Scripted(BaseEngine):
         return 1000 if self._state is EngineState.RUNNING else None
 
     def stats(self) -> EngineStats:
-        cache = PromptCacheStats(entries=1, nbytes=self.nbytes, hits=1)
+        cache = PromptCacheStats(entries=1, nbytes=self.nbytes, limit=1000, hits=1)
         running = len(self.requests)
         return EngineStats(
             self._state.value,

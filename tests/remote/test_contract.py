@@ -83,6 +83,12 @@ async def streamed(engine: BaseEngine, chat: bool = False, **options: Any) -> ob
     return chunks, stream.result
 
 
+async def mapped(engine: BaseEngine, items: Any, **options: Any) -> object:
+    """What became of items, in order."""
+    outcomes = [outcome async for outcome in engine.map(items, ordered=True, **options)]
+    return [(o.id, o.index, o.attempts, o.result or repr(o.error)) for o in outcomes]
+
+
 OUTCOMES: dict[str, Outcome] = {
     "text": lambda e: e.generate("Once upon", max_tokens=30),
     "token ids": lambda e: e.generate([1, 2, 3, 250], max_tokens=30, ignore_eos=True),
@@ -116,6 +122,8 @@ OUTCOMES: dict[str, Outcome] = {
     "a batch with a fault": lambda e: e.generate_batch(
         ["a", [999_999], "c"], [None, None, SamplingParams(seed=1, temperature=1)], max_tokens=9
     ),
+    "a map": lambda e: mapped(e, {"a": "a", "b": [999_999], "c": USER}, max_tokens=9),
+    "conversations in a batch": lambda e: e.generate_batch([USER, "c"], max_tokens=9),
     "an answer of a type": lambda e: e.generate(
         "a", output=Flag, max_tokens=99, temperature=1, seed=4
     ),
@@ -136,6 +144,7 @@ OUTCOMES: dict[str, Outcome] = {
     "a prompt of another type": lambda e: e.generate(3.5),  # type: ignore[arg-type]
     "too long": lambda e: e.generate([1] * 20_000),
     "far too long": lambda e: e.generate("x" * 4_000_000),
+    "time that is none": lambda e: e.generate("a", timeout=0),
     "no such option": lambda e: e.generate("a", max_tokns=3),  # type: ignore[call-arg]
     "out of range": lambda e: e.generate("a", temperature=-1),
     "a processor that fails": lambda e: e.generate("a", logits_processors=[NAMED + "fail"]),

@@ -1071,3 +1071,74 @@ async def _read(manager: EngineManager, stream: bool) -> str:
         async for _ in chunks:
             pass
     return chunks.request_id
+
+
+# Time limits, jobs, and a manager that comes back ---------------------------------------------
+
+
+async def test_max_wait_of_a_request_is_of_all_its_waiting(world: World) -> None:
+    async with managed(world, 1) as manager:
+        gate = await down(world, manager, 1)
+        with pytest.raises(EngineBusy, match=r"waited for 0.05 s \(max_wait\)"):
+            await manager.generate("hi", max_wait=0.05)
+        with pytest.raises(EngineBusy, match="max_wait=0"):
+            await manager.generate("hi", max_wait=0)
+        world.answer_at_once = False
+        task = await generating(manager, max_wait=60, timeout=5)
+        await asyncio.sleep(0.02)
+        gate.set()
+        (request,) = await requested(world)
+        assert request.ask.timeout == 5
+        assert request.ask.max_wait is not None
+        assert 0 < request.ask.max_wait <= 60 - 0.02
+        request.finish()
+        await task
+
+
+async def test_a_failed_manager_is_restarted_once_for_all(world: World) -> None:
+    async with managed(world, 2, NEVER) as manager:
+        world[1].crash()
+        world[2].crash()
+        await until(lambda: manager.state is EngineState.FAILED)
+        with pytest.raises(EngineDead) as dead:
+            await manager.generate("hi")
+        assert dead.value.retryable
+        await asyncio.gather(*(manager.restart() for _ in range(3)))
+        assert manager.state is EngineState.RUNNING
+        assert states(manager) == ["running"] * 2
+        assert (await manager.generate("hi")).finish_reason == "stop"
+        await manager.restart()
+        assert len(world.lives) == 5  # with the prototype
+
+
+async def test_what_may_be_what_kills_replicas_is_not_to_be_tried_again(
+    world: World, manager: EngineManager
+) -> None:
+    world.answer_at_once = False
+    task = await generating(manager)
+    (first,) = await requested(world)
+    first.engine.crash()
+    await until(lambda: world.requests not in ([], [first]))
+    (second,) = world.requests
+    second.engine.crash()
+    with pytest.raises(EngineDead) as dead:
+        await task
+    assert not dead.value.retryable
+
+
+async def test_a_map_goes_on_while_replicas_come_and_go(
+    world: World, manager: EngineManager
+) -> None:
+    done = 0
+    async for outcome in manager.map((str(n) for n in range(50)), retries=1, ordered=True):
+        assert outcome.ok
+        assert outcome.id == done
+        done += 1
+        if done in (10, 30):
+            world[1 + (done == 30)].crash()
+    assert done == 50
+
+
+async def test_all_replicas_are_warmed(world: World, manager: EngineManager) -> None:
+    await manager.warm("a beginning")
+    assert [world[number].served for number in (1, 2)] == [1, 1]

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from mlx_engine.cli.agents import AGENTS
+from mlx_engine.agents import AGENTS
 from mlx_engine.errors import ContextLengthExceeded
 from mlx_engine.server import create_app
 from mlx_engine.testing import FakeAnswer, FakeEngine, FakeRequest, Gate

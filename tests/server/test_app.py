@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from mlx_engine import (
     InvalidRequest,
     ModelLoadError,
 )
+from mlx_engine.agents import AGENTS
 from mlx_engine.server import LOOPBACK, create_app
 from mlx_engine.testing import FakeEngine, Gate
 from tests.server.asgi import CHAT, Client, ask
@@ -91,7 +93,6 @@ async def test_with_and_without_v1(app: Any, path: str) -> None:
         ({**HELLO, "reasoning_effort": "utmost"}, 400, "reasoning_effort"),
         ({**HELLO, "chat_template_kwargs": {"tools": 1}}, 400, "chat_template_kwargs"),
         ({**HELLO, "model": 7}, 400, "model"),
-        ({**HELLO, "model": "gpt-5"}, 404, "model"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -221,6 +222,26 @@ async def test_keys(engine: FakeEngine, caplog: pytest.LogCaptureFixture) -> Non
     assert "onf" not in caplog.text
 
 
+async def test_the_page_tells_nothing_that_needs_a_key(engine: FakeEngine) -> None:
+    app = create_app(engine, api_keys=["secret"])
+    page = await ask(app, None, "/", method="GET", headers={"host": "<b>:1"})
+    assert page.status == 200
+    assert b"tiny" not in page.data
+    assert b"secret" not in page.data
+    assert b"<b>" not in page.data
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert (await ask(app, None, "/status", method="GET")).status == 401
+    mounted = Starlette(routes=[Mount("/llm", app)])
+    assert b"http://localhost:8080/llm\n" in (await ask(mounted, None, "/llm/", method="GET")).data
+
+
+async def test_the_page_loads_nothing_from_elsewhere(app: Any) -> None:
+    page = (await ask(app, None, "/", method="GET")).data.decode()
+    addresses = set(re.findall(r"https?://[^/\s\"'&<]*", page))
+    assert addresses == {"http://localhost:8080"}
+    assert not re.findall(r"(?:src|href)=(?!\"data:,)", page)
+
+
 @pytest.mark.parametrize("keys", ["one", [""], ["\xe9"]])
 def test_keys_that_are_none(engine: FakeEngine, keys: Any) -> None:
     with pytest.raises(InvalidRequest, match="api_keys"):
@@ -291,8 +312,14 @@ async def test_models_are_told_to_both_kinds_of_clients(app: Any) -> None:
 
 async def test_what_it_tells_of_itself(app: Any, engine: FakeEngine) -> None:
     await ask(app, HELLO)
-    page = await ask(app, None, "/", method="GET")
-    assert b"org/tiny" in page.data
+    page = (await ask(app, None, "/", method="GET")).data.decode()
+    assert "export ANTHROPIC_BASE_URL=http://localhost:8080\n" in page
+    assert "export ANTHROPIC_MODEL=org/tiny\n" in page
+    for agent in AGENTS.values():
+        assert f"\n{agent.command}" in page or f">{agent.command}" in page
+    (model,) = (await ask(app, None, "/status", method="GET")).json["models"]
+    assert (model["name"], model["state"], model["running"]) == ("org/tiny", "running", 0)
+    assert model["completion_tokens"] == engine.stats().completion_tokens
     metrics = (await ask(app, None, "/metrics", method="GET")).data.decode()
     assert f'mlx_engine_finished_total{{model="org/tiny"}} {engine.stats().finished}.0' in metrics
     assert 'mlx_engine_http_requests_total{ending="200",endpoint="chat.completions"}' in metrics
@@ -308,6 +335,24 @@ async def test_what_is_not_there(app: Any, path: str, method: str, status: int) 
     reply = await ask(app, None, path, method=method)
     assert reply.status == status
     assert path in reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "kind"),
+    [
+        ("/v1/messages", "GET", "invalid_request_error"),
+        ("/messages/batches", "POST", "not_found_error"),
+        ("/v1/messages/count_tokens/x", "POST", "not_found_error"),
+    ],
+)
+async def test_what_is_not_there_has_the_form_of_its_api(
+    app: Any, path: str, method: str, kind: str
+) -> None:
+    reply = await ask(app, None, path, method=method)
+    assert reply.status == (404 if kind == "not_found_error" else 405)
+    assert reply.json["type"] == "error"
+    assert reply.json["error"]["type"] == kind
+    assert reply.json["request_id"] == reply.headers["request-id"]
 
 
 async def test_what_was_ignored_is_said(app: Any) -> None:
@@ -337,7 +382,8 @@ async def test_functions_cannot_be_imported_from_outside(app: Any, engine: FakeE
 async def test_several_models(engine: FakeEngine) -> None:
     async with FakeEngine("I am the other.") as other:
         app = create_app({"one": engine, "two": other})
-        assert (await ask(app, HELLO)).status == 404
+        for model in ("", "gpt-5"):
+            assert (await ask(app, {**HELLO, "model": model})).status == 404
         reply = await ask(app, {**HELLO, "model": "two"})
         assert reply.json["choices"][0]["message"]["content"] == "I am the other."
 

@@ -11,8 +11,8 @@ from socket import create_server
 
 import pytest
 
+from mlx_engine.agents import AGENTS
 from mlx_engine.cli import launch
-from mlx_engine.cli.agents import AGENTS
 from mlx_engine.cli.options import parse
 from tests.waiting import PATIENCE
 

@@ -12,11 +12,15 @@ import httpx2
 import openai
 import pytest
 
-from mlx_engine.cli import serve
+from mlx_engine.cli import http_server, serve
 from mlx_engine.cli.options import parse, sampling_params
+from mlx_engine.cli.served_models import memory_for_weights, served_models, weight_bytes
 from mlx_engine.errors import InvalidRequest
+from mlx_engine.server import create_app
+from mlx_engine.testing import FakeEngine, Gate
 from tests.remote.test_host_command import started_as
-from tests.waiting import PATIENCE
+from tests.server.asgi import CHAT
+from tests.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.anyio
 
@@ -98,7 +102,7 @@ def test_arguments_that_are_not_acceptable(
 
 
 def test_an_address_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serve._bound("127.0.0.1", 0) as door:
+    with http_server.bound("127.0.0.1", 0) as door:
         door.listen()
         port = door.getsockname()[1]
         with pytest.raises(InvalidRequest, match="cannot listen"):
@@ -110,7 +114,11 @@ def test_what_requests_leave_open_can_be_said(monkeypatch: pytest.MonkeyPatch) -
     args = parse(line.split())
     assert sampling_params(args).temperature == 0.7
     assert args.served_names == ["a", "b"]
-    assert args.model == "demo"
+    served = served_models(args, print)
+    assert set(served) == {"a", "b"}
+    assert served["a"] is served["b"]
+    assert served["a"].preload
+    assert list(served_models(parse(["serve"]), print)) == ["demo"]
     monkeypatch.setenv(serve.KEYS_VARIABLE, "one, two,three")
     assert serve._keys(None) == ["one", "two", "three"]
     assert serve._keys(None) == [], "what was read is no more in the environment"
@@ -127,3 +135,114 @@ def test_what_requests_leave_open_can_be_said(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_names_of_the_host(line: str, hosts: list[str] | None) -> None:
     assert serve._hosts(parse(line.split())) == hosts
+
+
+def test_several_models_have_names(tiny_path: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "a=b"
+    odd.mkdir()
+    given = ["--model", "org/x", "--model", f"small={tiny_path}", "--model", str(odd)]
+    served = served_models(parse(["serve", *given]), print)
+    assert list(served) == ["org/x", "small", "a=b"]
+    assert not any(model.preload for model in served.values())
+    assert served["small"].weight_bytes() == weight_bytes(str(tiny_path))
+    assert (weight_bytes(str(tiny_path)) or 0) > 1_000
+    assert weight_bytes("nobody/has-this") is None
+    assert (memory_for_weights() or 2**40) > 2**28
+
+
+@pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        ("serve --model a --model b --served-name c", "served_name"),
+        ("serve --model x=a --model x=b", "model"),
+        ("serve --model /p/a --model /q/a", "model"),
+        ("serve --model a --model b --max-batch-size 0", "max_batch_size"),
+        ("serve --port 0 --max-models 0", "max_models"),
+        ("serve --port 0 --idle-timeout 0", "idle_timeout"),
+    ],
+)
+def test_models_that_are_not_acceptable(line: str, option: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        serve.run(parse(line.split()))
+    assert caught.value.option == option
+
+
+async def test_it_serves_several_and_unloads_them(tiny_path: Path) -> None:
+    models = [f"--model={name}={tiny_path}" for name in ("one", "two")]
+    arguments = ("--port", "0", "--max-models", "1", "--idle-timeout", "600", *models)
+    async with (
+        started_as("-m", "mlx_engine", "serve", *arguments) as command,
+        asyncio.timeout(PATIENCE),
+    ):
+        found = re.search(r"serving one and two on (\S+) ", await command.line())
+        assert found
+        async with openai.AsyncOpenAI(base_url=f"{found[1]}/v1", api_key="any") as client:
+            for name in ("one", "two", "one"):
+                answer = await client.chat.completions.create(
+                    model=name, messages=HELLO, max_tokens=5
+                )
+                assert answer.model == name
+                states = {model.id: model.state async for model in client.models.list()}  # type: ignore[attr-defined]
+                assert states == {**dict.fromkeys(("one", "two"), "unloaded"), name: "running"}
+        command.send(signal.SIGTERM)
+        code, _ = await command.end()
+        assert code == 0
+
+
+async def test_a_model_that_cannot_be_loaded_ends_it(tmp_path: Path) -> None:
+    async with (
+        started_as("-m", "mlx_engine", "serve", "--port", "0", "--model", str(tmp_path)) as command,
+        asyncio.timeout(PATIENCE),
+    ):
+        code, said = await command.end()
+        assert code == 1
+        assert str(tmp_path) in said
+
+
+async def test_a_head_that_does_not_come_to_its_end_and_an_answer_that_takes_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http_server, "_HEAD_SECONDS", 0.2)
+    gate = Gate()
+    async with FakeEngine([gate, "Hi."]) as engine:
+        server = http_server.HttpServer(create_app(engine))
+        with http_server.bound("127.0.0.1", 0) as door:
+            serving = asyncio.create_task(server.serve(sockets=[door]))
+            await server.listening(serving)
+            port = door.getsockname()[1]
+            slow = [await asyncio.open_connection("127.0.0.1", port) for _ in range(50)]
+            for _, writer in slow:
+                writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nx-slow: ")
+            async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+                asking = asyncio.create_task(client.post(CHAT, json={"messages": HELLO}))
+                await gate.reached()
+                async with asyncio.timeout(PATIENCE):
+                    for reader, writer in slow:
+                        assert await reader.read() == b""
+                        writer.close()
+                assert not asking.done()
+                gate.open()
+                assert (await asking).status_code == 200
+                assert (await client.get("/health")).status_code == 200
+            server.should_exit = True
+            await serving
+
+
+async def test_more_connections_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_CONNECTIONS", 20)
+    async with FakeEngine("Hi.") as engine:
+        server = http_server.HttpServer(create_app(engine))
+        with http_server.bound("127.0.0.1", 0) as door:
+            serving = asyncio.create_task(server.serve(sockets=[door]))
+            await server.listening(serving)
+            port = door.getsockname()[1]
+            idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
+            async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+                assert (await client.get("/health")).status_code == 503
+                for _, writer in idle:
+                    writer.close()
+                    await writer.wait_closed()
+                await until(lambda: len(server.server_state.connections) < 2)
+                assert (await client.get("/health")).status_code == 200
+            server.should_exit = True
+            await serving

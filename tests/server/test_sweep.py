@@ -143,6 +143,29 @@ class Swept:
         require(not busy, f"I6: places are taken: {busy}")
 
 
+@dataclass
+class Loading(Swept):
+    """An application that loads its model for the request, and unloads it behind that."""
+
+    def __post_init__(self) -> None:
+        self.app = create_app({"fake": lambda: self.engine})
+
+    async def _ask(self) -> Any:
+        return await self._unloaded(super()._ask)
+
+    async def _probe(self) -> None:
+        await self._unloaded(super()._probe)
+
+    async def _unloaded(self, work: Work[Any]) -> Any:
+        models = self.app.state.models
+        try:
+            return await work()
+        finally:
+            await models.shutdown(0)
+            models._closed = False
+            require(not (models._stays or models._here), "I6: a model is there still")
+
+
 def sweep(simulation: Simulation, scene: Scene, ways: Any, schedule: Schedule) -> int:
     """Play it unharmed, and then struck at every moment, in every way; the number of runs."""
     before = Simulation.runs
@@ -249,4 +272,25 @@ def test_with_a_real_model(
             runs = sweep(simulation, scene, (Gone, Cut), LOOP_FIRST)
         finally:
             simulation.in_a_loop(engine.stop)
+    record_property("interleavings", runs)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_goes_away_at_any_moment_of_a_load(
+    simulation: Simulation, stream: bool, record_property: Record
+) -> None:
+    path, body = BODIES["messages"]
+    scene = Loading(FakeEngine(answer), path, {**body, "stream": stream}).scene(0, beside=False)
+    runs = sum(sweep(simulation, scene, (Gone, Cut), schedule) for schedule in SCHEDULES[:3])
+    record_property("interleavings", runs)
+
+
+def test_a_client_that_goes_away_at_any_moment_of_the_load_of_a_real_model(
+    simulation: Simulation, folder: Path, record_property: Record
+) -> None:
+    with loaded_once(simulation):
+        engine = Kind("batched").make(folder)
+        body = {**SAID, **REAL, "stream": True}
+        scene = Loading(engine, CHAT, body).scene(4, beside=False)
+        runs = sweep(simulation, scene, (Gone,), LOOP_FIRST)
     record_property("interleavings", runs)

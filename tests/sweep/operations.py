@@ -28,6 +28,10 @@ Make = Callable[[], BaseEngine]
 
 EXTRA = (
     Operation("generate, constrained", "requests", "bound", beside="another"),
+    Operation("generate, out of time", "requests", "out_of_time", beside="another"),
+    Operation("map, left early", "requests", "leave_map", beside="another", order="before it"),
+    Operation("warm", "files", "warm"),
+    Operation("restart", "life", "revive"),
     Operation("stream_chat, left early", "requests", "leave_chat", beside="another"),
     Operation("start, twice", "life", "start", beside="start_too", starts=True),
     Operation(
@@ -60,7 +64,7 @@ class SweptEngine(Fixture):
         self._make = make
         self._asked = asked
         self._late = late
-        self._known: dict[int, Any] = {}
+        self._known: dict[Any, Any] = {}
 
     # What is asked, and told
 
@@ -114,6 +118,38 @@ class SweptEngine(Fixture):
         require(told[0] in ("aba", "abb"), f"I9: an answer is {told}")
         return told
 
+    async def out_of_time(self) -> Any:
+        """An answer whose time may be over at any moment, by a clock that goes on in jumps."""
+        result = await self.engine.generate(self._asked, timeout=2e-4, **self.options)
+        require(
+            result.finish_reason in ("timeout", "length"), f"it ended by {result.finish_reason}"
+        )
+        known = self._known.setdefault("timely", None)
+        if result.finish_reason == "length":
+            require(known in (None, result.tokens), "its tokens are not always the same")
+            self._known["timely"] = result.tokens
+        return True
+
+    async def leave_map(self) -> Any:
+        async with self.engine.map(self.prompts(), **self.options) as outcomes:
+            async for outcome in outcomes:
+                return outcome.attempts
+        raise Fault("there was no outcome")
+
+    async def warm(self) -> Any:
+        return (await self.engine.warm(self._asked)).prompt_tokens
+
+    async def revive(self) -> Any:
+        """Bring an engine back that has just failed."""
+        engine = self.engine
+        lifecycle = engine._client.lifecycle if isinstance(engine, LinkedEngine) else None
+        if lifecycle is None:
+            assert isinstance(engine, LocalEngine)
+            lifecycle = engine._lifecycle
+        lifecycle.fail("the sweep says so")
+        await engine.restart()
+        return self.must_be(EngineState.RUNNING)
+
     async def start_too(self) -> None:
         try:
             await self.engine.start()
@@ -137,8 +173,8 @@ class SweptEngine(Fixture):
                 run, self.another, behind, rested=self.rested, probe=self.probe, late=self._late
             )
         states = {EngineState.STOPPED}
-        if operation.starts:
-            states.add(EngineState.CREATED)
+        if operation.starts or operation.method == "revive":
+            states |= {EngineState.CREATED, EngineState.FAILED}
         if operation.name != "async with":
             states.add(EngineState.RUNNING)
         return Scene(

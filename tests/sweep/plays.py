@@ -127,7 +127,13 @@ class Play:
 
 _MTP = dataclasses.replace(MIMO, config={"num_hidden_layers": 1})
 _WHERE = ("simple", "batched", "process", "process, batched")
-_OFTEN = ("generate, before another", "stream_generate", "chat", "generate_batch")
+_OFTEN = (
+    "generate, before another",
+    "generate, out of time",
+    "stream_generate",
+    "chat",
+    "generate_batch",
+)
 
 
 def _all_plays() -> Iterator[Play]:
@@ -151,11 +157,13 @@ PLAYS = {str(play): play for play in _all_plays()}
 # These are played under all schedules each time, the others under one.
 _CORE = {
     "simple: generate, before another",
+    "simple: generate, out of time",
     "simple: stream_generate",
     "simple: run_blocking",
     "simple: start",
     "simple: stop",
     "batched: generate, before another",
+    "batched: generate, out of time",
     "batched: stream_generate",
     "process: generate, before another",
 }

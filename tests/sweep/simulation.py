@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mlx_engine.chat.renderer import Renderer
-from mlx_engine.core import bridge, loop_thread, preparer
+from mlx_engine.core import bridge, loop_thread, preparer, sliced_job
 from mlx_engine.core.admission import Admission
 from mlx_engine.core.batch_queue import BatchQueue
 from mlx_engine.core.channel import Channel
@@ -119,7 +119,7 @@ class Simulation:
         condition, driven = mlx_thread._changed, DrivenCondition(self.driver)
         start, io_loop, io_pid = bridge.Start, io_thread._loop, io_thread._pid
         undo_joints, undo_watch = self.driver.joints(*_JOINTS), self._watch()
-        bridge.Start = preparer.Start = self._start  # type: ignore[assignment,misc]
+        bridge.Start = preparer.Start = sliced_job.Start = self._start  # type: ignore[assignment,misc]
         gather, batch_holder._GATHER = batch_holder._GATHER, 0.0  # nobody else goes on meanwhile
         linger, preparer._LINGER = preparer._LINGER, 0.0
         io_thread._loop, io_thread._pid = self._io_loop, os.getpid()
@@ -150,7 +150,7 @@ class Simulation:
             self._io_loop.close()
             io_thread._loop, io_thread._pid = io_loop, io_pid
             undo_fronts()
-            bridge.Start = preparer.Start = start  # type: ignore[misc]
+            bridge.Start = preparer.Start = sliced_job.Start = start  # type: ignore[misc]
             batch_holder._GATHER = gather
             preparer._LINGER = linger
             undo_watch()

@@ -78,7 +78,7 @@ def fails(make: Callable[[], BaseEngine], **options: Any) -> SafetyReport:
 EVERYTHING = {
     *("save_prompt_cache", "load_prompt_cache", "generate", "generate, behind another"),
     *("generate, before another", "stream_generate", "stream_generate, bare"),
-    *("stream_generate, left early", "chat", "generate_batch"),
+    *("stream_generate, left early", "chat", "generate_batch", "map"),
     *("count_tokens", "render_chat"),
     *("logits processor", "run_blocking", "run_blocking, deaf"),
     *("start", "async with", "stop", "shutdown"),

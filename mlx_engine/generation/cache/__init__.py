@@ -9,8 +9,12 @@ Its files:
     rollback.py           rejected tokens taken back out
     snapshot.py           copies that share memory
     prompt_cache.py       KV caches of earlier prompts
+    stored_prompts.py     all of an engine's, in the ledger of memory
     stored_prompt.py      one of these prompts, and an index of them
-    prompt_cache_file.py  all of them on disk
+    prompt_cache_file.py  all of them on disk, in slices
+    recorded_prompt.py    one of them there
+    array_bytes.py        its arrays as bytes
+    entry_file.py         the file's format, and its checksums
     layer_record.py       a layer there
     cached_model.py       a model with its prompt cache
 """

@@ -13,6 +13,7 @@ from mlx_lm.models.cache import (
     ArraysCache,
     CacheList,
     KVCache,
+    QuantizedKVCache,
     RotatingKVCache,
     make_prompt_cache,
 )
@@ -178,6 +179,8 @@ def footprint_of(cache: Cache) -> KVFootprint:
         if isinstance(part, KVCache | RotatingKVCache):
             most = part.max_size if isinstance(part, RotatingKVCache) else None
             layers.append((part.nbytes // part.keys.shape[2], most))
+        elif isinstance(part, QuantizedKVCache):
+            layers.append((part.nbytes // part.keys[0].shape[2], None))
         else:
             fixed += part.nbytes
     return KVFootprint(fixed, tuple(layers))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +26,8 @@ from mlx_engine.generation.cache.stored_prompt import (
     Tokens,
     common_prefix,
 )
+
+_clock = itertools.count(1)  # ticks whenever a stored prompt of any engine is used
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,9 @@ class PromptCache:
 
     Attributes:
         index: their tokens, for other threads.
+        room: bytes that it may come to now, besides ``limit``; ``None`` is any number.
+        claim: called with the bytes that all entries are to take, before they become more, which
+            it may refuse, and after each change.
     """
 
     def __init__(self, limit: int, *, grid: int | None = None, quantized_from: int = 0) -> None:
@@ -71,7 +77,10 @@ class PromptCache:
         self._limit = limit
         self._step = grid or 1
         self.index = PromptIndex(self._step)
+        self.room: Callable[[], int | None] = _endless
+        self.claim: Callable[[int], bool] = _anything
         self._entries: OrderedDict[int, Entry] = OrderedDict()  # least recently used first
+        self._used: dict[int, int] = {}  # when, by the clock
         self._next_key = 0
         # Counted here, so that stats() on another thread never walks what this one changes.
         self._nbytes = 0
@@ -97,9 +106,31 @@ class PromptCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def oldest(self) -> int | None:
+        """When the entry was used that would go first, by the clock of all prompt caches."""
+        first = next(iter(self._entries), None)
+        return None if first is None else self._used[first]
+
     def entries(self) -> list[Entry]:
         """Everything stored, least recently used first."""
         return list(self._entries.values())
+
+    def outlines(self) -> list[tuple[int, Tokens]]:
+        """Key and tokens of everything stored, least recently used first."""
+        return [(key, entry.tokens) for key, entry in self._entries.items()]
+
+    def heir(self, key: int, tokens: Tokens) -> tuple[int, Entry | None]:
+        """The entry that had a key and tokens in ``outlines``, or one that goes on from there.
+
+        Returns:
+            Its key and the entry; ``None`` if it was evicted.
+        """
+        if (entry := self._entries.get(key)) is not None:
+            return key, entry
+        for other, entry in self._entries.items():
+            if entry.covers(tokens, 0):
+                return other, entry
+        return key, None
 
     def stats(self) -> PromptCacheStats:
         """Counters and the latest lookup. From any thread."""
@@ -139,7 +170,7 @@ class PromptCache:
                 closest, most = entry, common
         cache: Cache | None = None
         if used is not None:
-            self._entries.move_to_end(used)
+            self._touch(used)
             entry = self._entries[used]
             cache = entry.taken(cached)
         if counted:
@@ -192,7 +223,7 @@ class PromptCache:
             if not entry.covers(ids, last):
                 continue
             if entry.first <= first or last in entry.places:
-                self._entries.move_to_end(key)
+                self._touch(key)
                 return True
             if shared and not entry.trimmable:
                 return self._mark(key, cache, last, places)
@@ -207,12 +238,14 @@ class PromptCache:
         for key, entry in list(self._entries.items()):
             if new.first <= entry.first and new.covers(entry.tokens, entry.last):
                 self._drop(key)
-        self.shrink(self._limit - new.nbytes)
+        if not self._make_room(new.nbytes, new.nbytes):
+            return False
         new.evaluate()
         self._entries[self._next_key] = new
+        self._touch(self._next_key)
         self.index.put(self._next_key, new)
         self._next_key += 1
-        self._nbytes += new.nbytes
+        self._change(new.nbytes)
         self._stored += 1
         return True
 
@@ -223,8 +256,9 @@ class PromptCache:
         if marked.nbytes > self._limit:
             self._refused += 1
             return False
-        self._entries.move_to_end(key)
-        self.shrink(self._limit - marked.nbytes + self._entries[key].nbytes)
+        self._touch(key)
+        if not self._make_room(marked.nbytes, marked.nbytes - self._entries[key].nbytes):
+            return False
         marked.evaluate()
         self._replace(key, marked)
         self._stored += 1
@@ -233,18 +267,52 @@ class PromptCache:
     def shrink(self, limit: int) -> None:
         """Drop what was used least recently until ``nbytes`` is at most ``limit``."""
         while self._nbytes > limit and self._entries:
+            self.evict()
+
+    def evict(self) -> None:
+        """Drop what was used least recently, if there is anything."""
+        if self._entries:
             self._drop(next(iter(self._entries)))
             self._evicted += 1
 
     def clear(self) -> None:
         """Drop everything; counters stay."""
         self._entries.clear()
+        self._used.clear()
         self.index.clear()
-        self._nbytes = 0
+        self._change(-self._nbytes)
+
+    def _make_room(self, whole: int, more: int) -> bool:
+        """Drop what was used least recently until an entry fits; whether there is room for it.
+
+        Args:
+            whole: its bytes; nothing is dropped for what is too much by itself.
+            more: bytes that come with it.
+        """
+        room = self.room()
+        most = self._limit if room is None else min(self._limit, room)
+        if whole <= most:
+            self.shrink(most - more)
+        if whole <= most and self.claim(self._nbytes + more):
+            return True
+        self._refused += 1
+        return False
+
+    def _touch(self, key: int) -> None:
+        """An entry is used now."""
+        self._entries.move_to_end(key)
+        self._used[key] = next(_clock)
+
+    def _change(self, nbytes: int) -> None:
+        """Have so many bytes more, or less."""
+        self._nbytes += nbytes
+        self.claim(self._nbytes)
 
     def _drop(self, key: int) -> None:
-        self._nbytes -= self._entries.pop(key).nbytes
+        entry = self._entries.pop(key)
+        del self._used[key]
         self.index.drop(key)
+        self._change(-entry.nbytes)
 
     def _reach(self, cache: Cache, size: int, prefilled: int, can_trim: bool) -> tuple[int, int]:
         """The fewest and the most of its first ``size`` tokens that can be reused exactly.
@@ -288,13 +356,15 @@ class PromptCache:
             self._replace(key, replace(entry, marks=left))
             if entry.turn and common >= entry.turn:
                 self._entries.move_to_end(key, last=False)
+                self._used[key] = 0
         ordered = tuple(marks[place] for place in sorted(marks))
         return replace(new, marks=ordered).thinned(keep, self._limit)
 
     def _replace(self, key: int, entry: Entry) -> None:
-        self._nbytes += entry.nbytes - self._entries[key].nbytes
+        more = entry.nbytes - self._entries[key].nbytes
         self._entries[key] = entry
         self.index.put(key, entry)
+        self._change(more)
 
     def _explain(
         self, request_id: str, prompt: Tokens, cached: int, closest: Entry | None, common: int
@@ -337,3 +407,11 @@ class PromptCache:
             f"{same} tokens are the same, but a quantised or bounded cache is reused only in whole "
             f"prefill chunks of {self.grid}, here from {closest.first} to {closest.last} tokens"
         )
+
+
+def _anything(_nbytes: int) -> bool:
+    return True
+
+
+def _endless() -> int | None:
+    return None

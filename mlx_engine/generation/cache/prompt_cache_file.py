@@ -1,31 +1,46 @@
-"""A prompt cache in a file, so that it outlives the process."""
+"""A prompt cache in a file, so that it outlives the process.
+
+It is saved and loaded in slices, a few arrays a turn of the MLX thread, so that requests go on.
+What is the file's is done on another thread, which keeps nothing of MLX's between two turns.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_engine.core.sliced_job import Rest
+from mlx_engine.core.turns import Turns
 from mlx_engine.errors import InvalidRequest
+from mlx_engine.generation.cache.array_bytes import as_bytes, described_arrays, in_slices
+from mlx_engine.generation.cache.entry_file import (
+    FORMAT,
+    Described,
+    EntryReader,
+    EntryWriter,
+    WrongFormat,
+)
 from mlx_engine.generation.cache.kv_cache import Cache
-from mlx_engine.generation.cache.layer_record import can_be_recorded, fits, holds, rebuild, record
+from mlx_engine.generation.cache.layer_record import can_be_recorded, record
 from mlx_engine.generation.cache.prompt_cache import PromptCache
-from mlx_engine.generation.cache.snapshot import arrays, cut_to, state_arrays
-from mlx_engine.generation.cache.stored_prompt import Mark
+from mlx_engine.generation.cache.recorded_prompt import RecordedPrompt
 from mlx_engine.models.loading import LoadedModel
-from mlx_engine.models.whole_file import replace_safetensors
+from mlx_engine.models.whole_file import replacing
 
-_FORMAT = 1
-_KEY = "mlx_engine.prompt_cache"  # in the metadata of the safetensors file
 _SAMPLE = 64  # values of each parameter that go into a fingerprint
 _ADVICE = "delete it, or give another path"
+_BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+Beat = Callable[[], None]
 
 
 def fingerprint(loaded: LoadedModel) -> str:
@@ -44,69 +59,197 @@ def fingerprint(loaded: LoadedModel) -> str:
     return digest.hexdigest()
 
 
-def save(path: Path, cache: PromptCache, fingerprint: str) -> int:
-    """Write all of it into one file, in place of the one that is there. On the MLX thread.
+def save(path: Path, cache: PromptCache, fingerprint: str, beat: Beat) -> Rest[int]:
+    """Begin to write all of it into one file, in place of the one that is there.
 
-    Whatever happens, the path has either the old file or the new one, which only its owner can
-    read. Prompts with caches of a class that a file cannot have are left out.
+    On the MLX thread. Whatever happens, the path has either the old file or the new one, which
+    only its owner can read. Prompts with caches of a class that a file cannot have are left out,
+    and so are those that are evicted before their turn: what was used last is written first.
 
     Args:
         fingerprint: of the model.
+        beat: called after each piece of it.
 
     Returns:
-        The number of prompts written.
-
-    Raises:
-        InvalidRequest: it cannot be written, or is no regular file; what was there is as it was.
+        The rest, which gives the number of prompts written. It raises ``InvalidRequest`` if it
+        cannot be written, or what is there is no regular file; that is as it was then.
     """
-    try:
-        path = path.resolve()  # a symbolic link stays one
-    except (OSError, RuntimeError) as error:  # a ring of them, say
-        raise InvalidRequest("path", f"{path}: {error}; give another path") from error
-    found: dict[str, mx.array] = {}
-    entries = [
-        {
+    about = {
+        "fingerprint": fingerprint,
+        "mlx_lm": mlx_lm.__version__,
+        "exact": [cache.grid, cache.quantized_from],
+    }
+    slices = _slices(cache)
+
+    def rest(turns: Turns) -> int:
+        try:
+            with _told(path), replacing(_resolved(path), private=True) as temporary:
+                with temporary.open("wb") as file:
+                    writer = EntryWriter(file, beat)
+                    while (one := turns.take(next, slices, None)) is not None:
+                        data, described = one
+                        beat()
+                        writer.write(data)
+                        if described is not None:
+                            writer.end_entry(described)
+                    writer.entries.reverse()  # what was used last comes last
+                    writer.finish(about)
+                return len(writer.entries)
+        finally:
+            turns.drop(slices.close)
+
+    return rest
+
+
+def _slices(cache: PromptCache) -> Generator[tuple[memoryview, Described | None]]:
+    """Slices of all entries, to be written; after an entry's last one, what there is to say of it.
+
+    Each step of it is a turn. Until the next one it holds the entry that is under way.
+    """
+    written: set[int] = set()
+    for old_key, tokens in reversed(cache.outlines()):
+        key, entry = cache.heir(old_key, tokens)
+        if entry is None or key in written or not can_be_recorded(entry.cache):
+            continue
+        written.add(key)
+        found: dict[str, mx.array] = {}
+        described = {
             "tokens": record(mx.array(entry.tokens), found),
             "prefilled": entry.prefilled,
             "layers": record(entry.cache, found),
             "marks": [[mark.tokens, record(mark.state, found)] for mark in entry.marks],
+            "arrays": described_arrays(found.values()),
         }
-        for entry in cache.entries()
-        if can_be_recorded(entry.cache)
-    ]
-    about = {
-        "format": _FORMAT,
-        "fingerprint": fingerprint,
-        "mlx_lm": mlx_lm.__version__,
-        "exact": [cache.grid, cache.quantized_from],
-        "entries": entries,
-    }
-    try:
-        replace_safetensors(path, found, {_KEY: json.dumps(about)}, private=True)
-    except (OSError, RuntimeError) as error:  # mlx raises the latter
-        raise InvalidRequest(
-            "path", f"{path}: the prompt cache cannot be written there ({error}); give another path"
-        ) from error
-    return len(entries)
+        left = list(found.values())
+        for count in in_slices([array.nbytes for array in left]):
+            some, left = left[:count], left[count:]
+            yield as_bytes(some), None if left else described
 
 
-def load(path: Path, cache: PromptCache, fingerprint: str, template: Cache) -> int:
-    """Add what a file has to ``cache``, which is not touched before all is read and checked.
+def load(
+    path: Path,
+    cache: PromptCache,
+    fingerprint: str,
+    template: Cache,
+    beat: Beat,
+    stored: Callable[[], None] = lambda: None,
+) -> Rest[int]:
+    """Begin to add what a file has to ``cache``.
 
-    If there is more than its limit, what was used most recently is kept. On the MLX thread.
+    On the MLX thread. Nothing is added before all of the file was read and checked once. What a
+    load that is stopped then has added stays: each of them is whole. If there is more than the
+    limit of the cache, what was used most recently is kept.
 
     Args:
         fingerprint: of the model.
         template: a cache of the model with a token in it, as its prompts get it; quantised
             if the engine quantises, from whichever token on.
+        beat: called after each piece of it.
+        stored: called on the MLX thread after each prompt that was added.
 
     Returns:
-        The number of prompts added.
-
-    Raises:
-        InvalidRequest: there is no such file, or it is broken, of another version, of
-            another model, or of an engine with other KV cache options.
+        The rest, which gives the number of prompts added. It raises ``InvalidRequest`` if there
+        is no such file, or it is broken, of another version, of another model, or of an engine
+        with other KV cache options.
     """
+    shelf = _Shelf(cache, template, stored)
+
+    def rest(turns: Turns) -> int:
+        try:
+            with _readable(path) as file:
+                reader = EntryReader(file, beat)
+                if reader.about.get("fingerprint") != fingerprint:
+                    raise InvalidRequest(
+                        "path", f"{path}: the prompt cache of another model; {_ADVICE}"
+                    )
+                for entry in reader.entries:
+                    reader.check(entry)
+                kept = turns.take(shelf.latest, reader.about, reader.entries)
+                if kept is None:
+                    raise _other_options(path)
+                for prompt in kept:
+                    for data in reader.read(prompt.described, map(sum, prompt.slices)):
+                        turns.take(shelf.take, prompt, data)
+                        beat()
+                    turns.take(shelf.store, prompt)
+                return shelf.count
+        finally:
+            turns.drop(shelf.clear)
+
+    return rest
+
+
+class _Shelf:
+    """Where a load puts what it has read. On the MLX thread, all but ``count``.
+
+    Attributes:
+        count: prompts that were added.
+    """
+
+    def __init__(self, cache: PromptCache, template: Cache, stored: Callable[[], None]) -> None:
+        self.count = 0
+        self._made: tuple[PromptCache, Cache] | None = cache, template
+        self._stored = stored
+        self._arrays: list[mx.array] = []  # of the prompt that is under way
+
+    def latest(self, about: Described, entries: list[Described]) -> list[RecordedPrompt] | None:
+        """The last ones, as many as the cache can have; ``None`` if some do not fit the model."""
+        cache, template = self._parts()
+        prompts = [RecordedPrompt(entry) for entry in entries]
+        fit = about["exact"] == [cache.grid, cache.quantized_from] and all(
+            prompt.fits(template, until_quantized=cache.quantized_from > 0) for prompt in prompts
+        )
+        if not fit:
+            return None
+        left = cache.limit
+        for index in range(len(prompts) - 1, -1, -1):
+            left -= prompts[index].nbytes
+            if left < 0:
+                return prompts[index + 1 :]
+        return prompts
+
+    def take(self, prompt: RecordedPrompt, data: memoryview) -> None:
+        """The next slice of a prompt is read."""
+        self._arrays += prompt.arrays_in(data, after=len(self._arrays))
+
+    def store(self, prompt: RecordedPrompt) -> None:
+        """All of it is read, and its checksum was right."""
+        made, self._arrays = self._arrays, []
+        tokens, kept, marks = prompt.rebuilt(made)
+        cache, _ = self._parts()
+        self.count += cache.store(tokens, kept, prefilled=prompt.prefilled, marks=marks)
+        self._stored()
+
+    def clear(self) -> None:
+        """Nothing more comes."""
+        self._arrays, self._made = [], None
+
+    def _parts(self) -> tuple[PromptCache, Cache]:
+        assert self._made is not None, "it is cleared after the last turn"
+        return self._made
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()  # a symbolic link stays one
+    except RuntimeError as error:  # a ring of them, say
+        raise OSError(str(error)) from error
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """A block in which a file is written; errors of the system become ours."""
+    try:
+        yield
+    except OSError as error:
+        raise InvalidRequest(
+            "path", f"{path}: the prompt cache cannot be written there ({error}); give another path"
+        ) from error
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[BufferedReader]:
+    """A file to be read in the block; errors that it is broken become ours."""
     try:
         there, regular = path.exists(), path.is_file()
     except OSError:  # its name is too long, say
@@ -116,96 +259,24 @@ def load(path: Path, cache: PromptCache, fingerprint: str, template: Cache) -> i
     if not there:
         raise InvalidRequest("path", f"{path}: there is no such file; save a prompt cache first")
     try:
-        with path.open("rb"):
-            pass  # mlx does not say why a file cannot be opened
-        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
-        found, metadata = loaded
-        about = json.loads(metadata[_KEY])
-        version = about["format"]
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise _unreadable(path, error) from error
-    if version != _FORMAT:
+        with path.open("rb") as file:
+            yield file
+    except InvalidRequest:  # which is a ValueError
+        raise
+    except WrongFormat as error:
         raise InvalidRequest(
-            "path", f"{path}: written in format {version}, this version reads {_FORMAT}; {_ADVICE}"
-        )
-    if about.get("fingerprint") != fingerprint:
-        raise InvalidRequest("path", f"{path}: the prompt cache of another model; {_ADVICE}")
-    try:
-        entries = [_FileEntry(each, found) for each in about["entries"]]
-        fit = about["exact"] == [cache.grid, cache.quantized_from] and all(
-            fits(entry.cache, template, until_quantized=cache.quantized_from > 0)
-            for entry in entries
-        )
-        kept = _latest(entries, cache.limit) if fit else []
-        # Until now they are only bound to the file.
-        mx.eval([[entry.tokens, *entry.arrays] for entry in kept])
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise _unreadable(path, error) from error
-    if not fit:
+            "path", f"{path}: written in format {error}, this version reads {FORMAT}; {_ADVICE}"
+        ) from error
+    except (OSError, *_BROKEN) as error:
+        said = f"{type(error).__name__}: {error}"
         raise InvalidRequest(
-            "path",
-            f"{path}: its KV caches are not as this engine makes them; load it with the kv_bits, "
-            f"max_kv_size and prefill_step_size that it was saved with, {_ADVICE}",
-        )
-    return sum(
-        cache.store(
-            np.array(entry.tokens).tolist(),
-            entry.cache,
-            prefilled=entry.prefilled,
-            marks=entry.marks,
-        )
-        for entry in kept
+            "path", f"{path}: no readable prompt cache ({said}); {_ADVICE}"
+        ) from error
+
+
+def _other_options(path: Path) -> InvalidRequest:
+    return InvalidRequest(
+        "path",
+        f"{path}: its KV caches are not as this engine makes them; load it with the kv_bits, "
+        f"max_kv_size and prefill_step_size that it was saved with, {_ADVICE}",
     )
-
-
-class _FileEntry:
-    """An entry as a file has it; its arrays are not read yet.
-
-    Raises ValueError, LookupError, TypeError or AttributeError if it is broken.
-    """
-
-    def __init__(self, described: dict[str, Any], found: dict[str, mx.array]) -> None:
-        self.tokens: mx.array = rebuild(described["tokens"], found)
-        self.prefilled: int = described["prefilled"]
-        self.cache: Cache = rebuild(described["layers"], found)
-        self.marks = [
-            Mark(place, state, sum(array.nbytes for array in state_arrays(state)))
-            for place, state in rebuild(described.get("marks", []), found)
-        ]
-        size = self.tokens.size
-        if not (
-            self.tokens.ndim == 1
-            and self.tokens.dtype == mx.int32
-            and 0 <= self.prefilled <= size
-            and all(holds(entry, size) for entry in self.cache)
-            and all(self._has_place(mark) for mark in self.marks)
-        ):
-            raise ValueError("a KV cache does not hold the tokens that it should")
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        states = [state_arrays(mark.state) for mark in self.marks]
-        return [*arrays(self.cache), *itertools.chain(*states)]
-
-    def _has_place(self, mark: Mark) -> bool:
-        """Whether the prompt can be taken back there, and is of the same kind then."""
-        if not 0 < mark.tokens < self.tokens.size:
-            return False
-        there = cut_to(self.cache, mark.state, mark.tokens)
-        return all(holds(entry, mark.tokens) for entry in there) and fits(
-            there, self.cache, until_quantized=False
-        )
-
-
-def _latest(entries: list[_FileEntry], limit: int) -> list[_FileEntry]:
-    """The last ones, as many as ``limit`` bytes can have."""
-    for index in range(len(entries) - 1, -1, -1):
-        limit -= sum(array.nbytes for array in entries[index].arrays)
-        if limit < 0:
-            return entries[index + 1 :]
-    return entries
-
-
-def _unreadable(path: Path, error: Exception) -> InvalidRequest:
-    said = f"{type(error).__name__}: {error}"
-    return InvalidRequest("path", f"{path}: no readable prompt cache ({said}); {_ADVICE}")

@@ -107,9 +107,14 @@ def packed(cache: Cache, length: int | None = None) -> tuple[Cache, int]:
             held += array.nbytes
             return kept
         held += kept.nbytes
-        return mx.contiguous(kept)  # copies nothing where the array is all of its buffer
+        return mx.contiguous(kept) if tokens in (None, array.shape[-2]) else _alone(kept)
 
     return [_copied(entry, length, take) for entry in cache], held
+
+
+def _alone(part: mx.array) -> mx.array:
+    """A copy in a buffer of its own: ``contiguous`` makes none of one head's first tokens."""
+    return mx.concatenate([part, part[..., :0, :]], axis=-2)
 
 
 def _copied(entry: Any, length: int | None, take: _Take) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_engine.checks import path_text
@@ -38,6 +39,7 @@ class Speculation:
         prompt_cache: what the drafters of earlier requests kept.
         footprint: bytes that a request's drafter keeps.
         note: for each result, what is wrong with it; ``None`` if nothing is.
+        weights: the module of an MTP head, if it is one that proposes.
     """
 
     make_drafter: Callable[[], Drafter]
@@ -46,6 +48,7 @@ class Speculation:
     prompt_cache: PromptCache
     footprint: KVFootprint
     note: str | None = None
+    weights: nn.Module | None = None
 
 
 def set_up_draft(
@@ -99,4 +102,4 @@ def set_up_head(asked: MTP, target: CachedModel, _drafts: Mapping[str, CachedMod
         return MTPDrafter(head, chooser, histories)
 
     forward = Forward(loaded.model, head.trunk)
-    return Speculation(make, chooser, forward, histories, footprint_of(trial), note)
+    return Speculation(make, chooser, forward, histories, footprint_of(trial), note, head.parts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,7 +20,7 @@ from mlx_engine.core.stream import Producer
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineStopped, InvalidRequest, MLXEngineError
-from mlx_engine.outputs import EngineState, EngineStats, ProgressCallback, ShutdownReport
+from mlx_engine.outputs import EngineState, EngineStats, ProgressCallback, ShutdownReport, Usage
 from mlx_engine.questions import PromptFacts, PromptQuestion
 from mlx_engine.remote.health import Health
 from mlx_engine.remote.process_engine import ProcessEngine
@@ -31,7 +30,7 @@ from mlx_engine.remote.replicas.replica import Factory, Replica, ReplicaInfo, Tr
 from mlx_engine.remote.replicas.replica_set import ReplicaSet
 from mlx_engine.remote.replicas.restarts import RestartPolicy
 from mlx_engine.remote.replicas.routed import RoutedRequest, answered
-from mlx_engine.remote.replicas.supervisor import Supervisor
+from mlx_engine.remote.replicas.supervisor import Supervisor, abandoned
 from mlx_engine.remote.replicas.tasks import all_results
 from mlx_engine.remote.replicas.waiting_room import BOUNDED, WaitingRoom, waiting_limits
 from mlx_engine.remote.wire.heartbeat import Watchdog
@@ -245,7 +244,7 @@ class EngineManager(BaseEngine):
             for one in self._replicas:
                 self._traits = Traits.of(one.engine)
             self._supervisor.watch()
-            self._finalizer = weakref.finalize(self, _abandoned, self._supervisor)
+            self._finalizer = weakref.finalize(self, abandoned, self._supervisor)
             self._finalizer.atexit = False
             if not self._lifecycle.start_succeeded(entry):
                 raise EngineStopped("the manager was stopped while its replicas were starting")
@@ -284,6 +283,15 @@ class EngineManager(BaseEngine):
             deadline = time.monotonic() + timeout
             self._deadline = min(self._deadline or deadline, deadline)
         return await self._lifecycle.shutdown(timeout, self._release)
+
+    async def _clear_failure(self) -> None:
+        self._check_loop()
+        await self._lifecycle.clear_failure(self._release)
+
+    async def _warm(self, request: GenerationRequest) -> Usage:
+        with self._work("warm") as work:
+            up = await work.do(self._replicas.until_up())
+            return (await work.do(all_results([one.engine._warm(request) for one in up])))[0]
 
     async def scale(self, replicas: int) -> None:
         """Have so many replicas.
@@ -388,13 +396,3 @@ class EngineManager(BaseEngine):
         **kwargs: Any,
     ) -> T:
         return await self._prototype.run_blocking(func, *args, on_cancel=on_cancel, **kwargs)
-
-
-def _abandoned(supervisor: Supervisor) -> None:
-    """Its manager became garbage: nobody will ever stop it."""
-    supervisor.abandon()
-    warnings.warn(
-        "a manager was dropped without being stopped; use 'async with', or await stop()",
-        ResourceWarning,
-        stacklevel=2,
-    )

@@ -159,11 +159,12 @@ class ReplicaSet:
             )
             return [replica for _, replica in ranked[:count]]
 
-    async def until_up(self, waited: float = 0.0) -> list[Replica]:
+    async def until_up(self, waited: float = 0.0, max_wait: float | None = None) -> list[Replica]:
         """Wait until replicas can be asked; gives them.
 
         Args:
             waited: seconds that the request has waited before.
+            max_wait: seconds that its caller lets it wait.
 
         Raises:
             EngineDead: the set is closed.
@@ -173,14 +174,14 @@ class ReplicaSet:
         if up := self.up():
             return up
         began = time.monotonic()
-        with self.room.entered(self._retry_after()):
+        with self.room.entered(self._retry_after(), max_wait):
             while True:
                 with self.change() as changed:
                     self.check()
                     if up := self.up():
                         return up
                     so_far = waited + time.monotonic() - began
-                    left = self.room.left(so_far, self._retry_after())
+                    left = self.room.left(so_far, self._retry_after(), max_wait)
                     timeout = _RECHECK if left is None else min(left, _RECHECK)
                     await asyncio.wait({changed}, timeout=timeout)
 

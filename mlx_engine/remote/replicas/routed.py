@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from mlx_engine.core.lifecycle import Lifecycle
 from mlx_engine.core.stream import Emit, Producer
-from mlx_engine.errors import EngineBusy, EngineDead, EngineNotRunning
+from mlx_engine.errors import EngineBusy, EngineDead, EngineNotRunning, for_good
 from mlx_engine.outputs import (
     GenerationChunk,
     GenerationResult,
@@ -35,9 +35,10 @@ class RoutedRequest:
 
     While no replica is up it waits for one, as far as the manager's waiting room allows. If its
     replica ends before anything of the answer has been given to the caller, it is done again on
-    another one, from the beginning: ``on_progress`` is then told of a second prefill. After
-    ``MAX_DEATHS`` it gets its ``EngineDead``, since it may be what kills them. A replica that is
-    busy is passed over.
+    another one, from the beginning: ``on_progress`` is then told of a second prefill, and its
+    ``timeout`` counts anew. After ``MAX_DEATHS`` it gets its ``EngineDead``, since it may be what
+    kills them. A replica that is busy is passed over. ``max_wait`` is of all of its waiting: for
+    a replica, and at those that were busy.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class RoutedRequest:
                 self._replicas,
                 functools.partial(self._attempt, work, emit),
                 lambda: self._emitted or self._cancelled,
+                self._request.max_wait,
             )
 
     def cancel(self) -> None:
@@ -85,14 +87,17 @@ class RoutedRequest:
         return producer.partial_result()
 
     async def _attempt(
-        self, work: AbortableWork, emit: Emit | None, engine: LinkedEngine
+        self, work: AbortableWork, emit: Emit | None, engine: LinkedEngine, waited: float
     ) -> GenerationResult:
         def tell(chunk: GenerationChunk) -> None:
             if emit is not None and not work.over:
                 self._emitted = True
                 emit(chunk)
 
-        producer = self._producer = engine.submit(self._request, self._on_progress, self.request_id)
+        request = self._request
+        if request.max_wait is not None:
+            request = replace(request, max_wait=max(0.0, request.max_wait - waited))
+        producer = self._producer = engine.submit(request, self._on_progress, self.request_id)
         if self._cancelled:
             producer.cancel()
 
@@ -108,7 +113,7 @@ async def answered(
     """The answer of any replica to a question; raises as ``attempted`` does."""
     # No replica is chosen for the beginning of a prompt that it does not prefill.
     return await attempted(
-        RequestCost(0, 0), work, replicas, lambda engine: work.do(engine.answer(question))
+        RequestCost(0, 0), work, replicas, lambda engine, _: work.do(engine.answer(question))
     )
 
 
@@ -116,8 +121,9 @@ async def attempted(
     cost: RequestCost,
     work: AbortableWork,
     replicas: ReplicaSet,
-    attempt: Callable[[LinkedEngine], Awaitable[T]],
+    attempt: Callable[[LinkedEngine, float], Awaitable[T]],
     is_last: Callable[[], bool] = lambda: False,
+    max_wait: float | None = None,
 ) -> T:
     """Result of an attempt at a replica; another one is asked if it is busy, or ends under it.
 
@@ -125,8 +131,9 @@ async def attempted(
         cost: of the request.
         work: that this is a part of.
         replicas: that may be asked.
-        attempt: asks one.
+        attempt: asks one, told for how many seconds it has waited by then.
         is_last: whether there must be no other attempt.
+        max_wait: seconds that it may wait.
 
     Raises:
         EngineBusy: all are.
@@ -137,14 +144,15 @@ async def attempted(
     attempts = deaths = 0
     waited, none_up = 0.0, False
     while True:
+        began = time.monotonic()
         if none_up:
-            began = time.monotonic()
-            await work.do(replicas.until_up(waited))
+            await work.do(replicas.until_up(waited, max_wait))
             waited += time.monotonic() - began
             none_up = False
+            began = time.monotonic()
         try:
             with replicas.assigned(cost, busy) as (name, engine):
-                return await attempt(engine)
+                return await attempt(engine, waited)
         except NoneUp:
             if busy and replicas.up():
                 raise min(busy.values(), key=lambda error: error.retry_after) from None
@@ -152,6 +160,7 @@ async def attempted(
             none_up = True
         except EngineBusy as error:
             busy[name] = error
+            waited += time.monotonic() - began
         except EngineNotRunning as error:
             if work.aborted:
                 raise
@@ -160,7 +169,9 @@ async def attempted(
             if isinstance(error, EngineDead):
                 deaths += 1
                 engine.kill()  # if there is anything left of it: its exit has to follow
-            if deaths == MAX_DEATHS or attempts == MAX_ATTEMPTS or is_last():
+            if deaths == MAX_DEATHS:  # this request may be what kills them
+                raise for_good(_as_dead(error, name)) from error.__cause__
+            if attempts == MAX_ATTEMPTS or is_last():
                 raise _as_dead(error, name) from error.__cause__
 
 

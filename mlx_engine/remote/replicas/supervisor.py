@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
+import warnings
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -234,3 +235,13 @@ class Supervisor:
         """Forget a replica that is gone; what it has done still counts."""
         self._leaving = [one for one in self._leaving if one is not replica]
         self._past = (bygone(total(EngineState.STOPPED, (*self._past, replica.stats()))),)
+
+
+def abandoned(supervisor: Supervisor) -> None:
+    """Its manager became garbage: nobody will ever stop it."""
+    supervisor.abandon()
+    warnings.warn(
+        "a manager was dropped without being stopped; use 'async with', or await stop()",
+        ResourceWarning,
+        stacklevel=2,
+    )

@@ -42,17 +42,18 @@ class WaitingRoom:
         self._lock, self.waiting = threading.RLock(), 0
 
     @contextmanager
-    def entered(self, retry_after: float) -> Iterator[None]:
+    def entered(self, retry_after: float, max_wait: float | None = None) -> Iterator[None]:
         """Count one more that waits, within.
 
         Args:
             retry_after: seconds until a replica is likely to be up.
+            max_wait: its caller's own limit.
 
         Raises:
             EngineBusy: too many wait already, or nobody may.
         """
         with self._lock:
-            refused = self._refused()
+            refused = self._refused(max_wait)
             if refused is None:
                 self.waiting += 1
         if refused is not None:
@@ -66,13 +67,18 @@ class WaitingRoom:
             with self._lock:
                 self.waiting -= 1
 
-    def left(self, waited: float, retry_after: float) -> float | None:
+    def left(
+        self, waited: float, retry_after: float, max_wait: float | None = None
+    ) -> float | None:
         """Seconds that one may go on waiting; ``None`` is for ever.
+
+        Args:
+            max_wait: its caller's own limit.
 
         Raises:
             EngineBusy: it has waited too long.
         """
-        if (most := self._limits.max_wait) is None:
+        if (most := self._most(max_wait)) is None:
             return None
         if waited < most:
             return most - waited
@@ -80,12 +86,15 @@ class WaitingRoom:
             f"the request has waited for {most:g} s (max_wait) and no replica is up", retry_after
         )
 
-    def _refused(self) -> str | None:
+    def _most(self, max_wait: float | None) -> float | None:
+        return min((w for w in (self._limits.max_wait, max_wait) if w is not None), default=None)
+
+    def _refused(self, max_wait: float | None) -> str | None:
         """The limit that lets nobody in now, if one does."""
         limit = self._limits.queue_limit
         if limit is not None and self.waiting >= limit:
             return f"queue_limit={limit}"
-        return "max_wait=0" if self._limits.max_wait == 0 else None
+        return "max_wait=0" if self._most(max_wait) == 0 else None
 
     def _busy(self, message: str, retry_after: float) -> EngineBusy:
         with self._lock:

@@ -31,6 +31,7 @@ from mlx_engine.remote.serving.client_requests import ClientRequests
 from mlx_engine.remote.serving.heartbeats import Heartbeats
 from mlx_engine.remote.wire.frames import FrameSplitter, framed
 from mlx_engine.remote.wire.messages import (
+    Budget,
     Configure,
     Draining,
     Hello,
@@ -96,6 +97,7 @@ class _Server(asyncio.Protocol):
         self._code = 0
         self._draining: list[asyncio.Task[None]] = []
         self._engine: LocalEngine | None = None
+        self._memory: int | None = None  # bytes that it may have, if that has changed
         self._requests: ClientRequests | None = None
 
     async def run(self, sock: socket.socket) -> NoReturn:
@@ -109,7 +111,8 @@ class _Server(asyncio.Protocol):
         configure = await self._configured
         self._beating = asyncio.create_task(self._beat_for_ever(configure.heartbeat_interval))
         try:
-            self._engine = await self._started(configure)
+            engine = self._engine = await self._made(configure)
+            await engine.start()
         except Exception as error:  # noqa: BLE001 - the border: the parent raises it
             if not isinstance(error, MLXEngineError):
                 error = ModelLoadError(f"the engine cannot be started: {describe(error)}")
@@ -117,10 +120,10 @@ class _Server(asyncio.Protocol):
             await self._end_with(EXIT_FAILED)
         loop.add_signal_handler(signal.SIGTERM, self._sigterm)
         self._requests = ClientRequests(
-            self._engine, self._outbox, trusted=True, on_over=self._request_over
+            engine, self._outbox, trusted=True, on_over=self._request_over
         )
         self._heartbeats.clients.add(self._requests)
-        self._heartbeats.engine = self._engine
+        self._heartbeats.engine = engine
         self._outbox.put(self._requests.welcome())
         await self._end
         await self._end_with(0)
@@ -133,7 +136,7 @@ class _Server(asyncio.Protocol):
         await asyncio.Event().wait()
         raise AssertionError("the process ends in connection_lost")
 
-    async def _started(self, configure: Configure) -> LocalEngine:
+    async def _made(self, configure: Configure) -> LocalEngine:
         sys.path += [path for path in configure.sys_path if path not in sys.path]
         self._heartbeats.phase = "load"
         kind = {"simple": "SimpleEngine", "batched": "BatchedEngine"}[configure.kind]
@@ -144,7 +147,10 @@ class _Server(asyncio.Protocol):
             **options_from_wire(configure.options),
             on_progress=self._load_progress,
         )
-        await engine.start()
+        engine.limit_memory(
+            configure.memory if self._memory is None else self._memory, configure.name
+        )
+        self._heartbeats.loading = engine
         return engine
 
     def _load_progress(self, progress: Progress) -> None:
@@ -174,6 +180,11 @@ class _Server(asyncio.Protocol):
                 pass  # it is of the same version: it was started from the same files
             case Configure():
                 self._configured.set_result(message)
+            case Budget():
+                self._memory = message.memory
+                if self._engine is not None:
+                    self._engine.limit_memory(message.memory)
+                    self._tell_soon()
             case Shutdown():  # not while it loads: then the parent kills it
                 self._drain(message.remaining)
             case _:
@@ -217,6 +228,9 @@ class _Server(asyncio.Protocol):
 
     def _request_over(self) -> None:
         self._heartbeats.step()
+        self._tell_soon()
+
+    def _tell_soon(self) -> None:
         self._outbox.put_last(self._heartbeats.heartbeat)  # whoever asks for statistics has them
 
 

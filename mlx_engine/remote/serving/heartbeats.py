@@ -17,12 +17,14 @@ class Heartbeats:
 
     Attributes:
         phase: ``start`` or ``load``, until there is an engine.
+        loading: the engine before that, as soon as there is one.
         engine: once it runs.
         clients: the requests of each of those who use it.
     """
 
     def __init__(self) -> None:
         self.phase: Phase = "start"
+        self.loading: LocalEngine | None = None
         self.engine: LocalEngine | None = None
         self.clients: set[ClientRequests] = set()
         self._steps = 0  # of the load, and requests that are over
@@ -47,9 +49,11 @@ class Heartbeats:
         pending, steps, stats = 0, self._steps, None
         if self.engine is not None:
             counters, pending = self.engine.counters, self.pending
-            steps += counters.steps
+            steps += counters.steps + counters.pieces
             self.phase = counters.phase if pending else "idle"
             stats = self.engine.stats()
+        elif self.loading is not None:
+            stats = self.loading.stats()
         now = time.monotonic()
         if steps != self._seen or self.phase == "idle":
             self._seen, self._since = steps, now

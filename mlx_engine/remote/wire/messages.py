@@ -50,6 +50,8 @@ class Configure(_Message):
         options: keyword arguments of the engine, as ``options.to_wire`` makes them.
         sys_path: where functions that are given by name may be found.
         heartbeat_interval: seconds.
+        memory: bytes that it may have, whatever its options say; ``None`` is no bound.
+        name: of the engine, as its parent calls it.
     """
 
     kind: str
@@ -57,6 +59,14 @@ class Configure(_Message):
     options: dict[str, Any]
     sys_path: list[str]
     heartbeat_interval: float
+    memory: int | None = None
+    name: str = ""
+
+
+class Budget(_Message):
+    """Bytes that the engine may have from now on; only the parent of its process says that."""
+
+    memory: int
 
 
 Chat = tuple[list[Any], list[Any] | None, dict[str, Any], dict[str, Any]]
@@ -76,6 +86,7 @@ class Generate(_Message):
         stream: whether chunks are wanted.
         progress: whether its progress is to be told.
         name: what its caller calls it; for messages.
+        timeout, max_wait: seconds; ``None`` is no limit.
     """
 
     number: int
@@ -88,6 +99,8 @@ class Generate(_Message):
     stream: bool
     progress: bool
     name: str = ""
+    timeout: float | None = None
+    max_wait: float | None = None
 
 
 class Cancel(_Message):
@@ -208,7 +221,7 @@ class Heartbeat(_Message):
         phase: what the engine is doing.
         age: seconds since ``progress`` last grew, or since there was nothing to do.
         pending: requests that it has.
-        stats: its counters, once it runs.
+        stats: its counters, once it is there.
     """
 
     progress: int = 0
@@ -230,7 +243,7 @@ class Stopped(_Message):
     report: ShutdownReport
 
 
-ToServer = Hello | Configure | Generate | Ask | Cancel | CacheFile | Shutdown
+ToServer = Hello | Configure | Budget | Generate | Ask | Cancel | CacheFile | Shutdown
 ToClient = (
     Welcome
     | Refused

@@ -69,6 +69,8 @@ def request_to_wire(
         stream=stream,
         progress=progress,
         name=name,
+        timeout=request.timeout,
+        max_wait=request.max_wait,
     )
     return _payload(message, {**message.params, "priority": request.priority}, limit)
 
@@ -176,7 +178,9 @@ def request_from_wire(
     prefill: Any = message.prefill
     if isinstance(prefill, dict):
         prefill = _made(SpecPrefill, "prefill", prefill)
-    return GenerationRequest(source, params, message.priority, prefill, message.decode)  # type: ignore[arg-type]
+    decode: Any = message.decode
+    limits_of_time = message.timeout, message.max_wait
+    return GenerationRequest(source, params, message.priority, prefill, decode, *limits_of_time)
 
 
 def question_from_wire(message: Ask, *, limits: RequestLimits) -> PromptQuestion:

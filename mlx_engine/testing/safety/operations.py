@@ -62,6 +62,7 @@ OPERATIONS: Final = (
         "generate, behind another", "requests", "generate", beside="another", order="before it"
     ),
     Operation("generate_batch", "requests", "batch", requests=2, beside="another"),
+    Operation("map", "requests", "mapped", requests=2, beside="another"),
     Operation("chat", "requests", "chat", need="chat template"),
     Operation("count_tokens", "requests", "count", requests=0, beside="another"),
     Operation(
@@ -173,6 +174,11 @@ class Fixture(abc.ABC):
             if isinstance(result, MLXEngineError):
                 raise result
         return [self.told(result) for result in results if isinstance(result, GenerationResult)]
+
+    async def mapped(self) -> Any:
+        """Map two prompts, in order."""
+        outcomes = self.engine.map(self.prompts(), ordered=True, **self.options)
+        return [self.told(outcome.unwrap()) async for outcome in outcomes]
 
     async def stream(self) -> Any:
         """Read a stream in an ``async with``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,14 @@ class Agent:
     def files_for(self, **places: str) -> dict[str, str]:
         """The texts of its files; see ``environ_for``."""
         return {name: json.dumps(_filled(value, places)) for name, value in self.files.items()}
+
+    def commands_for(self, **places: str) -> list[str]:
+        """Lines for a shell that run it, with what its files have as comments; see
+        ``environ_for``."""
+        lines = [f"# {places['folder']}/{n}:\n# {v}" for n, v in self.files_for(**places).items()]
+        for name, value in self.environ_for(**places).items():
+            lines.append(f"export {name}={shlex.quote(value)}")
+        return [*lines, shlex.join([self.command, *self.arguments_for(**places)])]
 
     def write_files(self, **places: str) -> None:
         """Write its files; see ``environ_for``."""

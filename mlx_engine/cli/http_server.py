@@ -1,0 +1,110 @@
+"""uvicorn, as ``serve`` needs it: signals are the program's, and connections have limits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from mlx_engine.checks import integer
+from mlx_engine.errors import InvalidRequest
+
+_HEAD_SECONDS = 15.0  # for the head of a request; a body has a limit of its own, the application's
+_CONNECTIONS = 2_000  # at once; others get a 503
+_FILES = 4_096  # open ones that are enough for that; macOS begins with 256
+
+
+class HttpServer(uvicorn.Server):
+    """A server that leaves signals to the program."""
+
+    def __init__(self, app: Any) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=_Connection,
+                lifespan="off",
+                ws="none",
+                log_config=None,
+                server_header=False,
+                limit_concurrency=_CONNECTIONS,
+            )
+        )
+        _allow_files()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing of that."""
+        yield
+
+    async def listening(self, serving: asyncio.Task[None]) -> None:
+        """Wait until clients can connect, or it has ended."""
+        while not (self.started or serving.done()):  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+
+
+class _Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """A connection that is closed when the head of a request does not come to its end."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """See ``asyncio.Protocol``."""
+        super().connection_made(transport)
+        self._look(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See ``asyncio.Protocol``."""
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def _look(self, before: object) -> None:
+        """Close it, if it waits for the same request as it did ``before``."""
+        cycle = self.cycle
+        waits = cycle is None or cycle.response_complete
+        if waits and before is cycle:
+            self.transport.close()
+        else:
+            mark = cycle if waits else self
+            self._timer = self.loop.call_later(_HEAD_SECONDS, self._look, mark)
+
+
+@contextlib.contextmanager
+def bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that has its address, before a model is loaded in vain; nobody can connect yet.
+
+    Raises:
+        InvalidRequest: there is no such address, or it is taken.
+    """
+    integer("port", port, low=0, high=65_535)
+    try:
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        door = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise InvalidRequest("host", f"{host}, port {port}: {error}") from error
+    with door:
+        try:
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            door.bind(address)
+        except OSError as error:
+            raise InvalidRequest(
+                "port", f"cannot listen on {host}, port {port}: {error}"
+            ) from error
+        yield door
+
+
+def _allow_files() -> None:
+    """Let this process have as many files open as there may be connections, if it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,216 @@
+"""What a model takes is known before its weights are read, and what fits beside it at start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_engine import (
+    BaseEngine,
+    BatchedEngine,
+    ContextLengthExceeded,
+    DraftModel,
+    InvalidRequest,
+    ModelLoadError,
+    ProcessEngine,
+    SimpleEngine,
+)
+from mlx_engine.config import ModelConfig
+from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.work import ThreadJob
+from mlx_engine.engine.local import LocalEngine
+from mlx_engine.engine.model_holder import ModelHolder
+from mlx_engine.generation.cache.kv_cache import KVFootprint, measure_kv
+from mlx_engine.generation.sizing import (
+    BATCHES,
+    KV_BITS,
+    ModelSize,
+    room_beside,
+    size_of,
+    size_unread,
+    table,
+)
+from mlx_engine.models.loading import load_model
+from tests.architectures import make
+from tests.conftest import make_tiny, on_mlx_thread
+from tests.engine.test_families import FAMILIES
+
+pytestmark = pytest.mark.anyio
+
+LLAMA: dict[str, Any] = {}
+WIDE = {"head_dim": 64}  # of which groups of 64 can be quantised
+BYTES_A_TOKEN = 512  # of the tiny model
+ARCHITECTURES = (
+    "llama",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_5",
+    "gemma3_text",
+    "phi3",
+    "cohere",
+    "smollm3",
+    "gpt2",
+    "mamba",
+    "falcon_h1",
+    "glm4_moe",
+    "deepseek_v3",
+)
+
+
+def measured(config: ModelConfig, folder: Path) -> tuple[int, KVFootprint]:
+    """Bytes of weights and of a KV cache, of the model in memory. On the MLX thread."""
+    loaded = load_model(config, folder)
+    weights = sum(value.nbytes for _, value in tree_flatten(loaded.model.parameters()))
+    return weights, measure_kv(loaded.model, config)
+
+
+@pytest.mark.parametrize("family", ["llama", "wide", *FAMILIES])
+async def test_the_size_before_weights_are_read_is_that_of_the_model_in_memory(
+    tmp_path: Path, family: str
+) -> None:
+    other = {"llama": LLAMA, "wide": WIDE, **FAMILIES}[family]
+    folder = make_tiny(tmp_path / "model", "--other", json.dumps(other))
+    config = ModelConfig(model=str(folder))
+
+    def compare() -> None:
+        before = mx.get_active_memory()
+        size = size_unread(config, folder, None)
+        assert mx.get_active_memory() - before < 10_000, "weights were read"
+        assert set(size.footprints) == (set(KV_BITS) if family == "wide" else {None})
+        for bits, footprint in size.footprints.items():
+            quantised = ModelConfig(model=str(folder), kv_bits=bits)
+            assert (size.weights, footprint) == measured(quantised, folder)
+
+    await mlx_thread.run(ThreadJob(compare))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@on_mlx_thread
+def test_a_kv_cache_is_sized_without_computing_in_every_architecture(name: str) -> None:
+    model, config = make(name), ModelConfig(model=name)
+    size = size_of(model, config, None)
+    assert size.footprints[None] == measure_kv(model, config)
+    assert size.weights == sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+
+
+def test_rows_add_up_and_say_what_fits() -> None:
+    plain, small = KVFootprint(100, ((10, None),)), KVFootprint(0, ((3, None),))
+    size = ModelSize(10_000, {None: plain, 4: small}, 20_000)
+    assert size.contexts() == [4096, 8192, 16384, 20_000]
+    memory = 1_000_000
+    rows = table(size, memory)
+    assert len(rows) == 4 * len(BATCHES) + 4
+    for row in rows:
+        footprint = size.footprints[row["kv_bits"]]
+        assert row["kv_bytes"] == row["batch"] * footprint.nbytes(row["context"])
+        assert row["bytes"] == 10_000 + row["kv_bytes"]
+        assert row["fits"] == (row["kv_bytes"] <= 0.9 * (memory - 10_000))
+    assert {row["fits"] for row in rows} == {True, False}
+    assert {row["batch"] for row in rows if row["kv_bits"] == 4} == {1}
+    assert {row["fits"] for row in table(size, None)} == {None}
+
+
+def test_the_longest_context_is_the_memorys_or_the_models() -> None:
+    size = ModelSize(1000, {None: KVFootprint(0, ((10, None),))}, 20_000)
+    assert size.longest(None, None) == 20_000
+    assert size.longest(None, 10**9) == 20_000
+    longest = size.longest(None, 101_000)
+    assert longest is not None
+    room = room_beside(1000, 101_000)
+    assert room == 90_000
+    assert 10 * longest <= room < 10 * (longest + 256)
+    assert size.longest(None, 500) == 0, "the weights alone do not fit"
+    endless = ModelSize(1000, {None: KVFootprint(5, ())}, None)
+    assert endless.longest(None, 10**9) is None
+    assert endless.contexts()[-1] == 131_072
+    assert ModelSize(1, {}, 100).contexts() == [100]
+
+
+# ── context_length="auto" ───────────────────────────────────────────────────────────────────
+
+
+async def test_auto_is_the_models_own_where_memory_is_not_known_or_ample(
+    engine_type: type[BaseEngine], tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in (None, 2**40):
+        monkeypatch.setattr(ModelHolder, "_kv_limit", lambda self, room=room: room)
+        async with engine_type(tiny_path, context_length="auto") as engine:  # type: ignore[call-arg]
+            assert engine.context_length == 16384
+
+
+@pytest.mark.parametrize("tokens", [256, 1024])
+async def test_auto_is_as_much_as_fits(
+    engine_type: type[BaseEngine],
+    tiny_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+) -> None:
+    monkeypatch.setattr(ModelHolder, "_kv_limit", lambda self: tokens * BYTES_A_TOKEN + 100)
+    async with engine_type(tiny_path, context_length="auto") as engine:  # type: ignore[call-arg]
+        assert engine.context_length == tokens
+        result = await engine.generate([1] * (tokens - 3), max_tokens=None, ignore_eos=True)
+        assert len(result.tokens) == 3
+        with pytest.raises(ContextLengthExceeded, match=str(tokens)):
+            await engine.generate([1] * (tokens + 1), max_tokens=1)
+        assert isinstance(engine, LocalEngine)
+        footprint = engine._holder.runner().footprint
+        assert (
+            footprint.nbytes(tokens) <= tokens * BYTES_A_TOKEN + 100 < footprint.nbytes(tokens + 1)
+        )
+
+
+async def test_auto_takes_what_a_batched_engine_may_take(tiny_path: Path) -> None:
+    budget = 512 * BYTES_A_TOKEN
+    async with BatchedEngine(
+        tiny_path, context_length="auto", kv_cache_memory_bytes=budget
+    ) as engine:
+        assert engine.context_length == 512
+        result = await engine.generate([1] * 510, max_tokens=None, ignore_eos=True)
+        assert len(result.tokens) == 2
+
+
+async def test_a_draft_takes_its_part_of_it(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelHolder, "_kv_limit", lambda self: 1024 * BYTES_A_TOKEN)
+    draft = DraftModel(str(tiny_path))
+    async with SimpleEngine(tiny_path, context_length="auto", decode=draft) as engine:
+        assert engine.context_length == 512
+
+
+async def test_where_nothing_fits_the_start_says_so(
+    engine_type: type[BaseEngine], tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelHolder, "_kv_limit", lambda self: 1000)
+    engine = engine_type(tiny_path, context_length="auto")  # type: ignore[call-arg]
+    with pytest.raises(InvalidRequest, match=r"^context_length: .*1000 bytes.*131072") as caught:
+        await engine.start()
+    assert caught.value.option == "context_length"
+
+
+async def test_a_bounded_cache_leaves_the_context_alone(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelHolder, "_kv_limit", lambda self: 256 * BYTES_A_TOKEN)
+    async with SimpleEngine(tiny_path, context_length="auto", max_kv_size=64) as engine:
+        assert engine.context_length == 16384
+
+
+async def test_auto_goes_to_another_process(tiny_path: Path) -> None:
+    budget = 512 * BYTES_A_TOKEN
+    async with ProcessEngine(
+        tiny_path, engine="batched", context_length="auto", kv_cache_memory_bytes=budget
+    ) as engine:
+        assert engine.context_length == 512
+
+
+@on_mlx_thread
+def test_files_that_are_missing_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"config\.json is missing"):
+        size_unread(ModelConfig(model=str(tmp_path)), tmp_path, None)

@@ -1,0 +1,134 @@
+"""The ledger's bytes are MLX's: compared while engines work, for models of many architectures."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_engine import DraftModel, SimpleEngine
+from mlx_engine.core.ledger import Ledger
+from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.work import ThreadJob
+from tests.architectures import CONFIG, OTHER
+from tests.chat_models import ARCHITECTURES
+from tests.conftest import make_tiny
+from tests.memory.machines import machine_of
+
+pytestmark = pytest.mark.anyio
+
+KINDS = [
+    "llama",
+    "deepseek_v3",
+    "falcon_h1",
+    "gemma3_text",
+    "gpt_oss",
+    "lfm2",
+    "mamba2",
+    "qwen3_moe",
+    "qwen3_next",
+    "smollm3",
+]
+LARGER = {"hidden_size": 128, "block_dim": 128, "num_hidden_layers": 4}
+TOLERANCE = 0.05
+VOCABULARY = 263
+
+
+class Measured:
+    """MLX's bytes beside the ledger's, at many moments of work on the MLX thread.
+
+    Attributes:
+        pairs: (the ledger's, MLX's).
+    """
+
+    def __init__(self, book: Ledger) -> None:
+        self.pairs: list[tuple[int, int]] = []
+        self._book = book
+        self._before = 0
+        self.tokens = 0  # of the request in work
+
+    async def begin(self) -> None:
+        gc.collect()
+        await mlx_thread.run(ThreadJob(mx.clear_cache))
+        self._before = await mlx_thread.run(ThreadJob(mx.get_active_memory))
+
+    def look(self) -> None:
+        self.pairs.append((self._book.use.total, mx.get_active_memory() - self._before))
+
+    def processor(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        # What has just been stored shares its buffers with the request until that writes there,
+        # and a draft begins with the first proposal: for a token or two there is less than told.
+        self.tokens += 1
+        if self.tokens > 3:
+            self.look()
+        return logits
+
+
+def config_of(kind: str) -> dict[str, Any]:
+    changed = {**CONFIG, **OTHER.get(kind, {}), **LARGER, **ARCHITECTURES.get(kind, {})}
+    if kind == "gpt_oss":
+        changed["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    return {**changed, "model_type": kind, "vocab_size": VOCABULARY}
+
+
+@pytest.fixture(params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return make_tiny(tmp_path / "model", "--other", json.dumps(config_of(request.param)))
+
+
+async def test_the_ledger_tells_what_mlx_does(folder: Path) -> None:
+    draw = random.Random(5)
+    with machine_of(10**9) as book:
+        measured = Measured(book)
+        await measured.begin()
+        async with SimpleEngine(folder, prompt_cache_bytes=40 * 2**20) as engine:
+            await engine.run_blocking(measured.look)
+            before: list[int] = []
+            for n in range(6):
+                length = draw.choice([40, 300, 1500])
+                prompt = before[: draw.randrange(len(before) + 1)]
+                measured.tokens = 0
+                prompt = [*prompt, *(draw.randrange(1, 250) for _ in range(length))]
+                result = await engine.generate(
+                    prompt,
+                    max_tokens=draw.choice([3, 40, 300]),
+                    ignore_eos=True,
+                    logits_processors=[measured.processor],
+                )
+                before = [*prompt, *result.tokens]
+                await engine.run_blocking(measured.look)
+                if n == 3:
+                    await engine.run_blocking(engine._holder.runner().prompt_cache.evict)
+                    await engine.run_blocking(measured.look)
+        await mlx_thread.run(ThreadJob(measured.look))
+    compare(measured)
+
+
+async def test_so_it_does_with_a_draft(tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path / "model", "--other", json.dumps(config_of("llama")))
+    with machine_of(10**9) as book:
+        measured = Measured(book)
+        await measured.begin()
+        async with SimpleEngine(folder, decode=DraftModel(folder, 2)) as engine:
+            for n in range(4):
+                measured.tokens = 0
+                await engine.generate(
+                    [n + 1] * 900, max_tokens=30, logits_processors=[measured.processor]
+                )
+                await engine.run_blocking(measured.look)
+        await mlx_thread.run(ThreadJob(measured.look))
+    compare(measured)
+
+
+def compare(measured: Measured) -> None:
+    """Within 5 % at each moment, and nothing is left behind."""
+    *during, (left, still_there) = measured.pairs
+    assert len(during) > 50
+    assert [pair for pair in during if abs(pair[1] - pair[0]) > TOLERANCE * pair[0]] == []
+    assert left == 0
+    assert still_there < 2**16
