@@ -29,6 +29,7 @@ from mlx_engine import (
     ModelLoadError,
     ProcessEngine,
     Progress,
+    RemoteEngine,
     SimpleEngine,
     StreamClosed,
     StreamConsumed,
@@ -43,6 +44,7 @@ from mlx_engine.engine.map_interface import MapEngine
 from mlx_engine.engine.outcomes import Outcomes
 from mlx_engine.engine.sync_map import SyncOutcomes
 from mlx_engine.testing import FakeEngine, Gate
+from tests.remote.hosting import hosted
 from tests.tiny import main as make_model
 from tests.waiting import PROMPTLY, until_now
 
@@ -283,6 +285,21 @@ def test_an_engine_that_others_have_started(tiny_path: Path) -> None:
             assert (await engine.generate("x", max_tokens=1)).tokens
 
     asyncio.run(main())
+
+
+def test_an_engine_that_a_host_serves(tiny_path: Path) -> None:
+    def script(path: Path) -> list[int]:
+        with RemoteEngine(path).sync() as llm:
+            lengths = [len(llm.generate("x", max_tokens=3, ignore_eos=True).tokens)]
+            with llm.stream_generate("x", max_tokens=4, ignore_eos=True) as stream:
+                lengths.append(sum(len(chunk.tokens) for chunk in stream))
+            return lengths + [one.attempts for one in llm.map(["a", "b"], max_tokens=1)]
+
+    async def main() -> list[int]:
+        async with SimpleEngine(tiny_path) as engine, hosted(engine) as host:
+            return await asyncio.to_thread(script, host.path)
+
+    assert asyncio.run(main()) == [3, 4, 1, 1]
 
 
 def test_the_end_of_with_ends_what_other_threads_do(tiny_path: Path) -> None:
