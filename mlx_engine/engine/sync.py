@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from mlx_engine.core.stream import GenerationStream
 from mlx_engine.engine.interface import Engine
-from mlx_engine.engine.sync_front import BlockingIterator, E_co
+from mlx_engine.engine.sync_front import BlockingIterator, E_co, without_await
 from mlx_engine.engine.sync_map import MapFront
 from mlx_engine.outputs import EngineState, EngineStats, GenerationChunk, GenerationResult
 
@@ -28,6 +28,7 @@ def _blocking(
         own: Callable[P, Awaitable[T]] = getattr(front.engine, method.__name__)
         return front.run(own, *args, **kwargs)
 
+    call.__doc__ = without_await(method.__doc__)
     return call
 
 

@@ -56,6 +56,22 @@ class Front(Generic[E_co]):
         self._thread.close()
 
 
+def without_await(docstring: str | None) -> str:
+    """The docstring of an engine's method for who does not await it."""
+    text = docstring or ""
+    for old, new in _WORDS:
+        text = text.replace(old, new)
+    return text
+
+
+_WORDS = (
+    ("await engine.", "llm."),
+    ("async with engine.", "with llm."),
+    ("async for ", "for "),
+    ("An async iterator", "An iterator"),
+)
+
+
 class BlockingIterator(Iterator[T]):
     """An asynchronous iterator, for each of whose values its reader blocks."""
 

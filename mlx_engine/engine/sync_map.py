@@ -10,7 +10,7 @@ from typing import Any, Generic, Self, TypeVar, Unpack, overload
 from mlx_engine.engine.interface import Engine
 from mlx_engine.engine.outcome import Outcome
 from mlx_engine.engine.outcomes import Outcomes
-from mlx_engine.engine.sync_front import BlockingIterator, E_co, Front
+from mlx_engine.engine.sync_front import BlockingIterator, E_co, Front, without_await
 from mlx_engine.params import SamplingParams
 from mlx_engine.requests import ChatRequestOptions, Prompt
 
@@ -110,5 +110,5 @@ class MapFront(Front[E_co]):
 
 
 _SHOWN = inspect.signature(Engine.map).replace(return_annotation="SyncOutcomes[Any]")
-MapFront.map.__doc__ = Engine.map.__doc__
+MapFront.map.__doc__ = without_await(Engine.map.__doc__)
 MapFront.map.__signature__ = _SHOWN  # type: ignore[attr-defined]
