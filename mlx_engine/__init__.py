@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from mlx_engine.engine.outcomes import Outcomes
     from mlx_engine.engine.simple import SimpleEngine
     from mlx_engine.engine.sync import SyncEngine, SyncStream
+    from mlx_engine.engine.sync_map import SyncOutcomes
     from mlx_engine.errors import (
         ContextLengthExceeded,
         EngineBusy,
@@ -199,6 +200,7 @@ __all__ = [
     "StreamConsumed",
     "StreamUnfinished",
     "SyncEngine",
+    "SyncOutcomes",
     "SyncStream",
     "Timings",
     "TokenLogprob",
@@ -245,6 +247,7 @@ _HOMES = {
         "SyncEngine",
         "SyncStream",
     ),
+    "mlx_engine.engine.sync_map": ("SyncOutcomes",),
     "mlx_engine.errors": (
         "ContextLengthExceeded",
         "EngineBusy",

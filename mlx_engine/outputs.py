@@ -184,6 +184,8 @@ class Usage:
     kept_tokens: int | None = None
     kept_ranges: tuple[tuple[int, int], ...] | None = None
 
+    __repr__ = short_repr
+
     @property
     def total_tokens(self) -> int:
         """Prompt and completion together."""

@@ -170,6 +170,20 @@ MUTATIONS = (
         "except BaseException as error:  # noqa: BLE001 - the border: the caller raises it",
         "except Exception as error:  # noqa: BLE001 - the border: the caller raises it",
     ),
+    Mutation(
+        "who blocks without await leaves at Ctrl-C, while the work is inside",
+        "core/loop_thread.py",
+        "        while not self._over:\n",
+        "        while not (self._over or self._interrupt):\n",
+        tests=("tests/engine/test_sync.py", "tests/engine/test_sync_signals.py"),
+    ),
+    Mutation(
+        "a mistake of a script is an error that applications retry",
+        "testing/scripted_request.py",
+        "        if not isinstance(error, ScriptError):\n            return self.failed(error)\n",
+        "        return self.failed(error)\n",
+        tests=("tests/testing/test_fake_scripts.py",),
+    ),
 )
 
 

@@ -51,6 +51,7 @@ from mlx_engine import (
     RemoteEngine,
     RenderedChat,
     SimpleEngine,
+    SyncEngine,
     ToolCallDelta,
 )
 from mlx_engine.testing import Answers, FakeAnswer, FakeEngine, Gate, Load, Piece
@@ -152,7 +153,29 @@ async def jobs(engine: Engine, messages: list[Message]) -> None:
     print(len(results), (await engine.warm(messages, tools=[])).cached_tokens, engine.width)
 
 
+def without_await(engine: Engine) -> None:
+    with SimpleEngine("demo").sync() as llm:
+        result: GenerationResult = llm.generate("Hi", max_tokens=5, timeout=3)
+        messages: list[Message] = [{"role": "user", "content": "Hi"}, result.message()]
+        with llm.stream_chat(messages, thinking=False) as stream:
+            for text in stream.text():
+                print(text.upper(), stream.partial)
+        for chunk in llm.stream_generate([1, 2]):
+            print(chunk.content)
+        whole: GenerationResult = llm.stream_chat(messages).collect()
+        print(whole.to_dict()["text"], llm.engine.limits)
+        for outcome in llm.map({"a": "Hi"}, concurrency=2):
+            print(outcome.id.upper(), outcome.unwrap().text)
+        number: int = llm.run_blocking(lambda: 5) + llm.count_tokens(messages)
+        print(number, llm.stats().running, llm.run(llm.engine.failed))
+    front: SyncEngine[Engine] = SyncEngine(engine)
+    print(front.encode("x")[0] + 1)
+
+
 def scripts() -> None:
+    FakeEngine.script("one", FakeAnswer("two"), GenerationError("boom"), ["a", Gate()], model="m")
+    with FakeEngine.script("one").sync() as llm:
+        print(llm.engine.requests[0].outcome)
     gate = Gate()
     answers = {"Hi": ["Hel", gate, "lo"]}
     FakeEngine(answers)
@@ -201,6 +224,12 @@ async def ask(engine: Engine) -> None:
 
 
 message: Message = {"rol": "user"}  # error: typeddict-unknown-key
+llm = mlx_engine.SimpleEngine("demo").sync()
+llm.generate("Hi", max_token=5)  # error: call-arg
+llm.generat("Hi")  # error: attr-defined
+text: int = llm.generate("Hi").text  # error: assignment
+llm.stream_chat([], tool_choice="sometimes")  # error: arg-type
+llm.map(["Hi"], concurency=3)  # error: call-overload
 """
 
 
@@ -337,6 +366,8 @@ INNER = {
     "Channel",
     "Do",
     "Drains",
+    "Front",
+    "Future",
     "GenerationRequest",
     "LocalEngine",
     "PartialAnswer",

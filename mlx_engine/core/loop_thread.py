@@ -53,7 +53,7 @@ class BlockingCall(Generic[T]):
         loop.call_soon_threadsafe(self._begin)
 
     def give_up(self, error: BaseException) -> None:
-        """It could not be entered, or not quite: its caller gets ``error`` once it is over."""
+        """Interrupt a call that could not be entered, or not quite."""
         self.interrupt(error)
         if self._loop is None:
             self.end()
@@ -117,7 +117,7 @@ class BlockingCall(Generic[T]):
         self.end()
 
     def end(self) -> None:
-        """It is over; without an outcome it was cancelled."""
+        """Be over; without an outcome it was cancelled."""
         self._task = None
         if self._error is None and not self._values:
             self._error = CancelledError("the call was cancelled")

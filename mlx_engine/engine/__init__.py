@@ -7,6 +7,8 @@ Its files:
     map_interface.py   and about many of them by one call: map, generate_batch
     base.py            generate, stream_generate, chat, stream_chat, warm, count_tokens, restart
     sync.py            engines without await
+    sync_map.py        many requests by one call, without await
+    sync_front.py      the thread on which they are awaited
     typed.py           answers as values of a type: output=, result.parsed
     many.py            many requests by one call: attempts, and retries
     items.py           where they come from

@@ -88,6 +88,9 @@ class BaseEngine(Engine, abc.ABC):
     _entered_in: asyncio.AbstractEventLoop | None = None
     takes_priority: bool = True
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.model!r}, {self.state}>"
+
     @abc.abstractmethod
     def check_running(self) -> None:
         """Raise the error that tells why requests are refused, unless they are taken.

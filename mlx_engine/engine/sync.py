@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from types import TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from mlx_engine.core.loop_thread import LoopThread
 from mlx_engine.core.stream import GenerationStream
 from mlx_engine.engine.interface import Engine
+from mlx_engine.engine.sync_front import BlockingIterator, E_co, without_await
+from mlx_engine.engine.sync_map import MapFront
 from mlx_engine.outputs import EngineState, EngineStats, GenerationChunk, GenerationResult
 
 P = ParamSpec("P")
 T = TypeVar("T")
-E_co = TypeVar("E_co", bound=Engine, covariant=True)
-
-_AT_REST = (EngineState.CREATED, EngineState.STOPPED)
 
 
 def _blocking(
@@ -30,6 +28,7 @@ def _blocking(
         own: Callable[P, Awaitable[T]] = getattr(front.engine, method.__name__)
         return front.run(own, *args, **kwargs)
 
+    call.__doc__ = without_await(method.__doc__)
     return call
 
 
@@ -48,7 +47,7 @@ def _streaming(
     return make
 
 
-class SyncEngine(Generic[E_co]):
+class SyncEngine(MapFront[E_co]):
     """An engine whose methods block, rather than being awaited: what ``engine.sync()`` gives.
 
         with SimpleEngine("demo").sync() as llm:
@@ -76,14 +75,6 @@ class SyncEngine(Generic[E_co]):
             from any thread.
     """
 
-    def __init__(self, engine: E_co) -> None:
-        """Make one of any engine; ``engine.sync()`` does that."""
-        self.engine = engine
-        self._thread = LoopThread("mlx-engine sync", lambda: engine.state in _AT_REST)
-
-    def __repr__(self) -> str:
-        return f"<SyncEngine of {self.engine!r}>"
-
     def __enter__(self) -> Self:
         """Start the engine."""
         started = False
@@ -110,32 +101,11 @@ class SyncEngine(Generic[E_co]):
         """Stop the engine."""
         self.run(self.engine.__aexit__, exc_type, exc, traceback)
 
-    def run(self, func: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Await what ``func`` gives, in this event loop, and block until it is there.
-
-            llm.run(llm.engine.wait_exit)
-
-        For coroutine functions of your own, and methods that only some engines have.
-        """
-        return self._thread.call(functools.partial(func, *args, **kwargs))
-
-    def cancel(self) -> None:
-        """Cancel the calls that block in other threads now. From any thread; returns at once.
-
-        Each raises ``concurrent.futures.CancelledError`` when its work has left MLX.
-        """
-        self._thread.cancel()
-
-    def close(self) -> None:
-        """End the thread of this front, and the calls and streams in it; the engine goes on.
-
-        Only of use where others have started the engine: else its own end does that.
-        """
-        self._thread.close()
-
     start = _blocking(Engine.start)
     stop = _blocking(Engine.stop)
     shutdown = _blocking(Engine.shutdown)
+    restart = _blocking(Engine.restart)
+    warm = _blocking(Engine.warm)
     generate = _blocking(Engine.generate)
     generate_batch = _blocking(Engine.generate_batch)
     stream_generate = _streaming(Engine.stream_generate)
@@ -179,6 +149,11 @@ class SyncEngine(Generic[E_co]):
         """See ``Engine``."""
         return self.engine.context_length
 
+    @property
+    def width(self) -> int:
+        """See ``Engine``."""
+        return self.engine.width
+
     def stats(self) -> EngineStats:
         """See ``Engine``."""
         return self.engine.stats()
@@ -193,7 +168,8 @@ class SyncStream:
         print(stream.result.usage)
 
     Cancellation: Ctrl-C while it is read cancels the request; ``KeyboardInterrupt`` is raised once
-    the work has left MLX. All else is as in ``GenerationStream``.
+    the work has left MLX. Between two reads it is raised at once, as anywhere in a script, and the
+    end of ``with`` cancels the request. All else is as in ``GenerationStream``.
     """
 
     def __init__(self, stream: GenerationStream, front: SyncEngine[Engine]) -> None:
@@ -229,13 +205,13 @@ class SyncStream:
 
     def text(self) -> Iterator[str]:
         """An iterator of what is for whoever reads the answer. See ``GenerationStream``."""
-        return _Blocking(aiter(self._stream.text()), self._front)
+        return BlockingIterator(aiter(self._stream.text()), self._front)
 
     def __iter__(self) -> Iterator[GenerationChunk]:
-        return _Blocking(aiter(self._stream), self._front)
+        return BlockingIterator(aiter(self._stream), self._front)
 
     def __next__(self) -> GenerationChunk:
-        return next(_Blocking(self._stream, self._front))
+        return next(BlockingIterator(self._stream, self._front))
 
     def __enter__(self) -> Self:
         self._front.run(self._stream.__aenter__)
@@ -248,23 +224,3 @@ class SyncStream:
         traceback: TracebackType | None,
     ) -> None:
         self._front.run(self._stream.__aexit__, exc_type, exc, traceback)
-
-
-class _Blocking(Iterator[T]):
-    """An asynchronous iterator, for each of whose values its reader blocks."""
-
-    def __init__(self, values: AsyncIterator[T], front: SyncEngine[Engine]) -> None:
-        self._values = values
-        self._front = front
-
-    def __next__(self) -> T:
-        for value in self._front.run(self._next):
-            return value
-        raise StopIteration
-
-    async def _next(self) -> list[T]:
-        """One, or none at the end."""
-        try:
-            return [await anext(self._values)]
-        except StopAsyncIteration:
-            return []

@@ -103,7 +103,7 @@ class Watched(Protocol):
 
     @property
     def mistakes(self) -> Sequence[ScriptError]:
-        """Those of its script that have come up."""
+        """Mistakes of its script that have come up."""
 
     def stats(self) -> EngineStats:
         """Its counters."""

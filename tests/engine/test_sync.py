@@ -7,6 +7,7 @@ import gc
 import inspect
 import threading
 import time
+import typing
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextvars import ContextVar
@@ -28,6 +29,7 @@ from mlx_engine import (
     ModelLoadError,
     ProcessEngine,
     Progress,
+    RemoteEngine,
     SimpleEngine,
     StreamClosed,
     StreamConsumed,
@@ -38,7 +40,11 @@ from mlx_engine import (
 from mlx_engine.core import loop_thread
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.engine.chat_interface import ChatEngine
+from mlx_engine.engine.map_interface import MapEngine
+from mlx_engine.engine.outcomes import Outcomes
+from mlx_engine.engine.sync_map import SyncOutcomes
 from mlx_engine.testing import FakeEngine, Gate
+from tests.remote.hosting import hosted
 from tests.tiny import main as make_model
 from tests.waiting import PROMPTLY, until_now
 
@@ -97,7 +103,7 @@ def test_it_has_all_that_an_engine_has(name: str) -> None:
         return
     asked, given = inspect.signature(of_engine), inspect.signature(own)
     assert asked.parameters == given.parameters
-    swapped = {"GenerationStream": "SyncStream"}
+    swapped = {"GenerationStream": "SyncStream", "Outcomes[Any]": "SyncOutcomes[Any]"}
     returned = str(asked.return_annotation)
     assert given.return_annotation == swapped.get(returned, returned)
     assert not inspect.iscoroutinefunction(own)
@@ -110,6 +116,22 @@ def test_a_stream_has_all_that_a_stream_has() -> None:
         if not name.startswith("_"):
             own = inspect.getattr_static(SyncStream, other.get(name, name))
             assert isinstance(own, property) is isinstance(value, property)
+
+
+def test_overloads_are_those_of_the_engine() -> None:
+    def written(method: Any) -> list[str]:
+        return [str(inspect.signature(one)) for one in typing.get_overloads(method)]
+
+    engine = [text.replace("'Outcomes", "'SyncOutcomes") for text in written(MapEngine.map)]
+    assert written(SyncEngine.map) == engine
+    assert len(engine) == 3
+
+
+def test_outcomes_have_all_that_outcomes_have() -> None:
+    other = {"aclose": "close"}
+    for name in vars(Outcomes):
+        if not name.startswith("_"):
+            assert hasattr(SyncOutcomes, other.get(name, name))
 
 
 def test_it_answers_as_the_engine_does(llm: SyncEngine[BaseEngine], tmp_path: Path) -> None:
@@ -129,6 +151,13 @@ def test_it_answers_as_the_engine_does(llm: SyncEngine[BaseEngine], tmp_path: Pa
     assert llm.stream_chat(USER, max_tokens=4).collect().text == text
     results = llm.generate_batch(["a", "b", ""], max_tokens=2)
     assert [type(one) for one in results] == [GenerationResult] * 2 + [InvalidRequest]
+    asked: Any = {"a": "a", "b": USER, "c": ""}
+    with llm.map(asked, max_tokens=2, ordered=True) as outcomes:
+        told = [(one.id, one.ok) for one in outcomes]
+    assert told == [("a", True), ("b", True), ("c", False)]
+    assert sum(one.ok for one in llm.map(["a", "b"], max_tokens=2)) == 2
+    assert llm.warm(USER).prompt_tokens == llm.count_tokens(USER)
+    llm.restart()
     assert llm.count_tokens(USER) == len(llm.render_chat(USER).tokens)
     assert llm.decode(llm.encode("hello")) in ("hello", "<s>hello")
     assert llm.save_prompt_cache(tmp_path / "cache") >= 1
@@ -256,6 +285,21 @@ def test_an_engine_that_others_have_started(tiny_path: Path) -> None:
             assert (await engine.generate("x", max_tokens=1)).tokens
 
     asyncio.run(main())
+
+
+def test_an_engine_that_a_host_serves(tiny_path: Path) -> None:
+    def script(path: Path) -> list[int]:
+        with RemoteEngine(path).sync() as llm:
+            lengths = [len(llm.generate("x", max_tokens=3, ignore_eos=True).tokens)]
+            with llm.stream_generate("x", max_tokens=4, ignore_eos=True) as stream:
+                lengths.append(sum(len(chunk.tokens) for chunk in stream))
+            return lengths + [one.attempts for one in llm.map(["a", "b"], max_tokens=1)]
+
+    async def main() -> list[int]:
+        async with SimpleEngine(tiny_path) as engine, hosted(engine) as host:
+            return await asyncio.to_thread(script, host.path)
+
+    assert asyncio.run(main()) == [3, 4, 1, 1]
 
 
 def test_the_end_of_with_ends_what_other_threads_do(tiny_path: Path) -> None:

@@ -146,6 +146,8 @@ def _all_plays() -> Iterator[Play]:
 def _usual(play: Play) -> bool:
     """Those that are played each time: all, where strategy or process make no other path."""
     kind, operation = play.kind, play.operation
+    if operation.name.startswith("sync: ") and operation.name != "sync: generate":
+        return kind.where == "simple" and not kind.strategy  # the same threads in all others
     if kind.where == "process, batched" or (kind.strategy and kind.where == "process"):
         return operation.name == "generate, before another"
     if not kind.strategy or operation.name in _OFTEN or operation.group == "files":

@@ -81,6 +81,7 @@ EVERYTHING = {
     *("stream_generate, left early", "chat", "generate_batch", "map"),
     *("count_tokens", "render_chat"),
     *("logits processor", "run_blocking", "run_blocking, deaf"),
+    *("sync: generate", "sync: stream_generate", "sync: with"),
     *("start", "async with", "stop", "shutdown"),
 }
 

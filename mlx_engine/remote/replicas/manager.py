@@ -81,8 +81,7 @@ class EngineManager(BaseEngine):
         """Make a manager; no process is started before the manager is.
 
         Args:
-            model: a folder in mlx-lm's layout, a Hugging Face repository id, or ``"demo"``, a
-                small model that is fetched once (93 MB; 4 to 10 tokens/s on a CPU).
+            model: a folder in mlx-lm's layout, a Hugging Face repository id, or ``"demo"``.
             replicas: how many engines there are to be.
             engine: ``"simple"`` or ``"batched"``, what each of them is.
             restart: when they are started again.

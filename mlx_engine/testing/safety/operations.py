@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextvars
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -238,7 +239,9 @@ class Fixture(abc.ABC):
             finally:
                 front.close()
 
-        return await off_loop(run, _CtrlC(front))
+        # Not in the context of that thread's job, which whatever is started there would keep.
+        context = contextvars.copy_context()
+        return await off_loop(lambda: context.run(run), _CtrlC(front))
 
     @abc.abstractmethod
     async def another(self) -> Any:
