@@ -154,7 +154,7 @@ def _ask(
 
 
 def _is_loaded(model: dict[str, Any]) -> bool:
-    return model.get("state", "running") == "running"
+    return bool(model.get("state", "running") == "running")
 
 
 def _contexts(models: dict[str, dict[str, Any]]) -> dict[str, str]:

@@ -28,7 +28,7 @@ _SHARE = 0.5  # of the memory of the machine, for the weights of all models; the
 def served_models(
     args: argparse.Namespace, on_progress: ProgressCallback
 ) -> dict[str, ServedModel]:
-    """What is to be served, by its names; the only model is loaded at once.
+    """Models to be served, by their names; the only one is loaded at once.
 
     Args:
         on_progress: told of the load of the only model.

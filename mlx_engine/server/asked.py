@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +81,7 @@ class Fields:
         """Some fields, as far as they are there; somebody else may still take them."""
         return {name: self._left[name] for name in names if name in self._left}
 
-    def ignored(self, meaningless: Sequence[str]) -> tuple[str, ...]:
+    def ignored(self, meaningless: Collection[str]) -> tuple[str, ...]:
         """Names of what nobody has taken, but for what would change nothing."""
         return tuple(name[:_LONGEST] for name in self._left if name not in meaningless)
 

@@ -38,7 +38,7 @@ Given = Engine | ServedModel | Callable[[], Engine]
 def by_name(
     given: Given | Mapping[str, Given], *, owned: bool = False
 ) -> dict[str, Engine | ServedModel]:
-    """What is served, by the names of the models; a folder's name is the last part of its path.
+    """Models by their names; a folder's name is the last part of its path.
 
     Args:
         owned: whether engines are started and stopped with the application.
@@ -69,6 +69,6 @@ def _served(given: Given, owned: bool) -> Engine | ServedModel:
 
 
 def name_of(model: str) -> str:
-    """What clients call a model: its id, or the last part of the path of its folder."""
+    """A model's name for clients: its id, or the last part of the path of its folder."""
     path = PurePath(model)
     return (path.name or _UNNAMED) if path.is_absolute() or model.startswith(".") else model

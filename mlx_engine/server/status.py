@@ -110,7 +110,7 @@ def _entry(site: Site, name: str, model: Model) -> dict[str, Any]:
 
 
 def _numbers(model: Model) -> dict[str, Any]:
-    """What the page shows of a model."""
+    """Numbers of a model, for the page."""
     told: dict[str, Any] = {"name": model.name, "state": model.state}
     if (engine := model.engine) is None:
         return told

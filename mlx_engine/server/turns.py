@@ -7,11 +7,14 @@ import contextlib
 from collections import Counter, deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.engine.interface import Engine
 from mlx_engine.engine.many import at_once
 from mlx_engine.server.failures import Failure
+
+K = TypeVar("K")
 
 _WEIGHT = 0.2  # of the last turn in the mean of their seconds
 
@@ -31,7 +34,7 @@ class Asker:
 
 @dataclass(slots=True)
 class _Line:
-    """Those that wait, of one asker.
+    """Requests of one asker that wait.
 
     Attributes:
         served: the number of the turn that it had last.
@@ -150,10 +153,10 @@ class Turns:
                 turn.set_result(None)
 
 
-def _less(counts: Counter[Asker] | Counter[bytes], key: Asker | bytes) -> bool:
+def _less(counts: Counter[K], key: K) -> bool:
     """Count one less; whether none is left."""
-    counts[key] -= 1  # type: ignore[index]
-    if counts[key]:  # type: ignore[index]
+    counts[key] -= 1
+    if counts[key]:
         return False
-    del counts[key]  # type: ignore[arg-type]
+    del counts[key]
     return True

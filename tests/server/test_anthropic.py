@@ -279,7 +279,6 @@ def conversation(content: Any, **fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("given", "status", "kind", "said"),
     [
-        (body("Hello", model="gpt"), 404, "not_found_error", "no model 'gpt'"),
         (body("Hello", messages=[]), 400, "invalid_request_error", "messages: must not be empty"),
         (body("Hello", messages="Hi"), 400, "invalid_request_error", "messages: must be a list"),
         (body("Hello", messages=[1]), 400, "invalid_request_error", "messages: number 0"),

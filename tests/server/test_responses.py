@@ -11,7 +11,7 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel
 
-from mlx_engine import AnyJSON, EngineBusy, GenerationError, JSONSchema, ToolCall
+from mlx_engine import AnyJSON, GenerationError, JSONSchema, ToolCall
 from mlx_engine.server import create_app
 from mlx_engine.testing import FakeAnswer, FakeEngine, FakeRequest, Gate
 from tests.server.asgi import Client, ask
@@ -523,9 +523,4 @@ async def test_a_busy_engine_says_when_to_come_again() -> None:
         assert (await first).status == 200
     assert answer.status == 429
     assert int(answer.headers["retry-after"]) >= 1
-    assert isinstance(engine.requests[-1].error, EngineBusy)
-
-
-async def test_an_unknown_model_is_not_found(client: openai.AsyncOpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
-        await client.responses.create(model="other", input="Hello")
+    assert len(engine.requests) == 1
