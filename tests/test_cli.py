@@ -20,7 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_engine.cli.options import engine_options, parse, sampling_params, spelled
+from mlx_engine.cli.flags import spelled
+from mlx_engine.cli.options import engine_options, parse, sampling_params
 from mlx_engine.cli.output import AnswerPrinter, ProgressBar
 from mlx_engine.config import ModelConfig
 from mlx_engine.errors import InvalidRequest

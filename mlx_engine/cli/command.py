@@ -8,8 +8,9 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
+from mlx_engine.cli.flags import spelled
 from mlx_engine.cli.leaving import EXIT_INTERRUPTED
-from mlx_engine.cli.options import parse, spelled
+from mlx_engine.cli.options import parse
 from mlx_engine.cli.output import say
 from mlx_engine.engine.late import import_mlx
 from mlx_engine.errors import InvalidRequest, MLXEngineError

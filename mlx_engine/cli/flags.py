@@ -15,6 +15,9 @@ from mlx_engine.cli.values import (
     memory_or_auto,
     number_or_none,
 )
+from mlx_engine.config import BatchConfig, ModelConfig, QueueConfig
+from mlx_engine.errors import InvalidRequest
+from mlx_engine.params import SamplingParams
 
 # Options of the command whose names are not those of the library with hyphens.
 SPELLINGS = {
@@ -82,3 +85,17 @@ def _reader(hint: Any, default: object) -> Callable[[str], object]:
         return number_or_none if float in kinds else count_or_none
     kind: Callable[[str], object] = next(one for one in kinds if one is not NoneType)
     return kind
+
+
+def spelled(error: InvalidRequest) -> str:
+    """The error's message, with the option as it is spelled here."""
+    kinds = (SamplingParams, ModelConfig, QueueConfig, BatchConfig)
+    names = {field.name for kind in kinds for field in fields(kind)} | {*SPELLINGS}
+    names |= {"num_draft_tokens", "q_bits", "q_group_size", "seconds", "only", "max_clients"}
+    names |= {"cache_folder", "thinking", "max_reasoning_tokens", "host", "port", "api_key_file"}
+    names |= {"idle_timeout", "max_models", "served_name", "memory_bytes"}
+    names |= {"schema", "regex", "grammar", "choice", "timeout"}
+    message = str(error)
+    if error.option not in names:
+        return message
+    return f"argument {flag_of(error.option)}: {message.removeprefix(f'{error.option}: ')}"

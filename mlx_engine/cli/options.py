@@ -14,12 +14,11 @@ from typing import Any
 from mlx_engine import __version__
 from mlx_engine.agents import AGENTS
 from mlx_engine.cli.constraint import add_constraints, constraint_of
-from mlx_engine.cli.flags import SPELLINGS, add_flags, flag_of, option_group
+from mlx_engine.cli.flags import add_flags, flag_of, option_group
 from mlx_engine.cli.sampling_options import sampling_options
 from mlx_engine.cli.serve_options import DEFAULT_PORT, serve_options
 from mlx_engine.cli.values import count_or_auto, number_or_none, request_limit, topic
 from mlx_engine.config import DEMO_MODEL, BatchConfig, ModelConfig, QueueConfig
-from mlx_engine.errors import InvalidRequest
 from mlx_engine.limits import RequestLimits
 from mlx_engine.params import SamplingParams
 from mlx_engine.strategies import MTP, DraftModel, SpecPrefill
@@ -100,20 +99,6 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     if "prefill_draft" in args:
         chosen["prefill"] = SpecPrefill(**_given(args, SpecPrefill) | {"draft": args.prefill_draft})
     return chosen
-
-
-def spelled(error: InvalidRequest) -> str:
-    """The error's message, with the option as it is spelled here."""
-    kinds = (SamplingParams, ModelConfig, QueueConfig, BatchConfig)
-    names = {field.name for kind in kinds for field in fields(kind)} | {*SPELLINGS}
-    names |= {"num_draft_tokens", "q_bits", "q_group_size", "seconds", "only", "max_clients"}
-    names |= {"cache_folder", "thinking", "max_reasoning_tokens", "host", "port", "api_key_file"}
-    names |= {"idle_timeout", "max_models", "served_name", "memory_bytes"}
-    names |= {"schema", "regex", "grammar", "choice", "timeout"}
-    message = str(error)
-    if error.option not in names:
-        return message
-    return f"argument {flag_of(error.option)}: {message.removeprefix(f'{error.option}: ')}"
 
 
 def _given(args: argparse.Namespace, kind: type[Any]) -> dict[str, Any]:

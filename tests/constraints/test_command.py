@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from mlx_engine.cli import generate
-from mlx_engine.cli.options import parse, sampling_params, spelled
+from mlx_engine.cli.flags import spelled
+from mlx_engine.cli.options import parse, sampling_params
 from mlx_engine.constraints import Choice, Grammar, JSONSchema, Regex
 from mlx_engine.errors import InvalidRequest
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from mlx_engine import EngineDead, EngineStopped, GenerationError
-from mlx_engine.cli.options import engine_options, parse, spelled
+from mlx_engine.cli.flags import spelled
+from mlx_engine.cli.options import engine_options, parse
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.remote.remote_engine import RemoteEngine
 from tests.conftest import ROOT

@@ -11,6 +11,7 @@ Its files:
     prompt_cache.py       KV caches of earlier prompts
     stored_prompts.py     all of an engine's, in the ledger of memory
     stored_prompt.py      one of these prompts, and an index of them
+    lookup.py             what a lookup among them has found, in words
     prompt_cache_file.py  all of them on disk, in slices
     recorded_prompt.py    one of them there
     array_bytes.py        its arrays as bytes

@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_engine.cache_stats import PromptCacheLookup, PromptCacheStats
 from mlx_engine.generation.cache.kv_cache import Cache
+from mlx_engine.generation.cache.lookup import explain
 from mlx_engine.generation.cache.snapshot import (
     has_dropped,
     is_quantized,
@@ -177,7 +178,7 @@ class PromptCache:
             self._misses += used is None
             self._hits += used is not None
             self._hit_tokens += cached
-            self._last_lookup = self._explain(request_id, prompt, cached, closest, most)
+            self._last_lookup = explain(request_id, prompt, cached, closest, most, self.grid)
         return Hit(cache, cached, shared if shared - cached >= SMALLEST_HIT else None)
 
     def store(
@@ -365,48 +366,6 @@ class PromptCache:
         self._entries[key] = entry
         self.index.put(key, entry)
         self._change(more)
-
-    def _explain(
-        self, request_id: str, prompt: Tokens, cached: int, closest: Entry | None, common: int
-    ) -> PromptCacheLookup:
-        size = len(prompt)
-        at = common if closest is not None and common < size else None
-        stored: int | None = None
-        if closest is not None and at is not None and at < len(closest.tokens):
-            stored = int(closest.tokens[at])
-        return PromptCacheLookup(
-            request_id=request_id,
-            prompt_tokens=size,
-            cached_tokens=cached,
-            diverged_at=at,
-            prompt_token=None if at is None else int(prompt[at]),
-            stored_token=stored,
-            reason=self._reason(cached, closest, common, size),
-        )
-
-    def _reason(self, cached: int, closest: Entry | None, common: int, size: int) -> str:
-        if closest is None:
-            return "nothing is stored"
-        if size < 2:
-            return "only what precedes the last token is looked for"
-        same = min(common, size - 1)
-        if cached == same and cached == size - 1:
-            return "all of the prompt was stored; its last token is decoded in any case"
-        if cached == same:
-            verb = "ends at" if common == len(closest.tokens) else "differs from"
-            return f"the closest prompt {verb} token {common}" + " on" * (verb != "ends at")
-        if same < SMALLEST_HIT:
-            return f"{same} tokens are the same; fewer than {SMALLEST_HIT} are not worth a copy"
-        if not closest.trimmable:
-            places = ", ".join(map(str, closest.places))
-            return (
-                f"this model's cache cannot be cut back to token {same}, and is kept only at "
-                f"{places}"
-            )
-        return (
-            f"{same} tokens are the same, but a quantised or bounded cache is reused only in whole "
-            f"prefill chunks of {self.grid}, here from {closest.first} to {closest.last} tokens"
-        )
 
 
 def _anything(_nbytes: int) -> bool:
