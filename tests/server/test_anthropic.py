@@ -15,7 +15,7 @@ from anthropic.types import Message, MessageTokensCount
 from mlx_engine import BatchedEngine, GenerationError, JSONSchema, ToolCall
 from mlx_engine.errors import EngineDead
 from mlx_engine.server import create_app
-from mlx_engine.testing import FakeAnswer, FakeEngine, Gate
+from mlx_engine.testing import FakeAnswer, FakeEngine, Gate, ScriptError
 from tests.server.asgi import Client, ask
 from tests.waiting import until
 
@@ -186,8 +186,10 @@ async def test_options_are_the_engines(
     await client.messages.create(**body("Hello", tools=[WEATHER], tool_choice={"type": "none"}))
     assert engine.requests[-1].tool_choice == "none"
     shape = {"format": {"type": "json_schema", "schema": schema}}
-    with pytest.raises(anthropic.InternalServerError, match="the scripted answer breaks"):
+    with pytest.raises(anthropic.InternalServerError, match="the server has failed"):
         await client.messages.create(**body("Hello", output_config=shape))
+    with pytest.raises(ScriptError, match="the scripted answer breaks"):
+        engine.check_script()
     assert engine.requests[-1].params.constraint == JSONSchema(schema)
 
 

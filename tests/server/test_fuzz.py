@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlx_engine import GenerationError
 from mlx_engine.server import create_app
-from mlx_engine.testing import FakeEngine
+from mlx_engine.testing import FakeEngine, FakeRequest
 from tests.server.asgi import CHAT, Client, ask
 
 # Each API's path, and fields that make a request of any others.
@@ -39,6 +40,13 @@ NAMES = st.sampled_from(
         *("stop_token_ids", "ignore_eos", "user", "metadata", "prompt", "echo", "suffix"),
     ]
 )
+
+
+def said(request: FakeRequest) -> str | GenerationError:
+    """An answer; none to what is bound, of which the script does not know what it would be."""
+    asks = request.tool_choice not in ("auto", "none") or "strict" in str(request.tools)
+    bound = request.params.constraint is not None or asks
+    return GenerationError("the scripted answer breaks it") if bound else "Hi."
 
 
 def is_answered(reply: Client) -> bool:
@@ -200,7 +208,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 @pytest.fixture(scope="module")
 def app(loop: asyncio.AbstractEventLoop) -> Iterator[Any]:
-    engine = FakeEngine("Hi.", max_batch_size=4, context_length=100)
+    engine = FakeEngine(said, max_batch_size=4, context_length=100)
     loop.run_until_complete(engine.start())
     yield create_app(engine)
     loop.run_until_complete(engine.stop())
