@@ -204,6 +204,8 @@ class Timings:
         tokens_per_second: tokens after the first, over ``decode``; 0 if unknown.
         draft_tokens: tokens that a draft model or MTP head proposed.
         accepted_tokens: of which the model itself would have chosen these.
+        preempted: that it was paused for want of memory, until it was back where it had been;
+            part of the times above, too.
     """
 
     queued: float
@@ -215,6 +217,7 @@ class Timings:
     tokens_per_second: float
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    preempted: float = 0.0
 
     @property
     def acceptance_rate(self) -> float:
@@ -342,6 +345,7 @@ class EngineStats:
         batch_size: requests that decode together now.
         kv_bytes: in the KV caches of the requests in work.
         prompt_cache: of the prompt cache.
+        preemptions: times that a request was paused for want of memory.
     """
 
     state: EngineState
@@ -361,6 +365,7 @@ class EngineStats:
     batch_size: int
     kv_bytes: int
     prompt_cache: PromptCacheStats
+    preemptions: int = 0
 
     @property
     def acceptance_rate(self) -> float:

@@ -19,6 +19,7 @@ class EngineCounters:
     decode_seconds: float = 0.0
     batch_size: int = 0
     kv_bytes: int = 0
+    preemptions: int = 0
     steps: int = 0
     phase: Literal["prefill", "decode"] = "prefill"
 

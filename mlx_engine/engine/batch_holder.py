@@ -18,10 +18,11 @@ from mlx_engine.generation.request import Request
 
 if TYPE_CHECKING:
     from mlx_engine.generation.batch import Batch
-    from mlx_engine.generation.memory import MemoryBudget
+    from mlx_engine.generation.memory import MemoryBudget, Pool
     from mlx_engine.generation.runner import ModelRunner
 
 _GATHER = 0.002  # seconds in which those that came together may join the first of them
+_LOOK_AGAIN = 0.01  # seconds until it is looked for memory again that others have
 _QUANTUM = 0.02  # seconds that a batch run has at least while others wait for the MLX thread
 
 Queue = BatchQueue[Request]
@@ -60,10 +61,14 @@ class BatchHolder(ModelHolder):
     def _equip(self, runner: ModelRunner) -> None:
         model, pause = runner.loaded.model, self._config.max_decode_pause_ms
         mlx_work.check_batchable(model, runner.config)
-        memory = self._config.kv_cache_memory_bytes
-        limit = mlx_work.memory_for_caches() if memory is None else memory
-        self._budget = mlx_work.MemoryBudget(runner.footprint, limit, runner.strategies.footprints)
+        pool, drafts = self._make_pool(), runner.strategies.footprints
+        self._budget = mlx_work.MemoryBudget(runner.footprint, pool, drafts)
         self._batch = mlx_work.Batch(runner, self._budget, None if pause is None else pause / 1000)
+
+    def _make_pool(self) -> Pool:
+        """The memory of all its KV caches."""
+        memory = self._config.kv_cache_memory_bytes
+        return mlx_work.FixedPool(mlx_work.memory_for_caches() if memory is None else memory)
 
     def prepare(self, request: Request) -> MLXEngineError | None:
         """Make its prompt into tokens, and see whether it fits; the error if either fails.
@@ -119,6 +124,10 @@ class BatchHolder(ModelHolder):
                     queue.end(request, error)
             if batch.broken is not None:
                 return
+            if batch.stalled:
+                if mlx_thread.wanted:
+                    return
+                queue.rest(_LOOK_AGAIN)
             if mlx_thread.wanted and time.perf_counter() - began >= share:
                 self._gave_way = others
                 return

@@ -153,6 +153,7 @@ class InProcessEngine(BaseEngine):
             batch_size=counters.batch_size,
             kv_bytes=counters.kv_bytes,
             prompt_cache=self._holder.prompt_cache_stats(),
+            preemptions=counters.preemptions,
         )
 
     async def start(self) -> None:

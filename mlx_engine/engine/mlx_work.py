@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.generation.batch import Batch
-from mlx_engine.generation.memory import MemoryBudget, memory_for_caches
+from mlx_engine.generation.memory import FixedPool, MemoryBudget, memory_for_caches
 from mlx_engine.generation.prepare import prepare
 from mlx_engine.generation.question import answer_question
 from mlx_engine.generation.runner import ModelRunner
@@ -17,6 +17,7 @@ from mlx_engine.models.loading import find_model, load_model
 
 __all__ = [
     "Batch",
+    "FixedPool",
     "MemoryBudget",
     "ModelRunner",
     "answer_question",

@@ -45,7 +45,7 @@ class PrefillQueue:
             bound.
 
     Attributes:
-        sequences: by priority, then in the order of arrival.
+        sequences: by priority, then in the order of arrival at the batch.
     """
 
     def __init__(self, runner: ModelRunner, max_pause: float | None) -> None:
@@ -57,9 +57,9 @@ class PrefillQueue:
         self.sequences: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence behind those of the same priority."""
+        """Put a sequence behind those of its priority that came before it."""
         self.sequences.append(sequence)
-        self.sequences.sort(key=lambda each: each.request.priority)  # stable
+        self.sequences.sort(key=lambda each: each.rank)
 
     def choose(self) -> Sequence:
         """The sequence whose slice is next: by turns the first, and the one with least left.
@@ -73,7 +73,7 @@ class PrefillQueue:
         shortest = min(self.sequences, key=lambda each: each.left)
         if shortest.cache is None and shortest is not first:
             # What they have in common is stored once the first one is done.
-            common = common_prefix(shortest.request.prompt, first.request.prompt)
+            common = common_prefix(shortest.source, first.source)
             if common > first.left:
                 return first
         return shortest
@@ -93,7 +93,7 @@ class PrefillQueue:
         Raises:
             Exception: MLX failed; only ``sequence`` is concerned.
         """
-        self._begin(sequence)
+        self.begin(sequence)
         scoring = sequence.sparse is not None and sequence.sparse.scoring
         pace = self._draft_pace if scoring else self._pace
         size = self._tokens(pace) if beside_others else self._runner.config.prefill_step_size
@@ -120,7 +120,12 @@ class PrefillQueue:
             return min(_CAUTIOUS, most)
         return min(most, max(_SMALLEST, int(min(most, self._max_pause / pace.token_seconds))))
 
-    def _begin(self, sequence: Sequence) -> None:
+    def begin(self, sequence: Sequence) -> None:
+        """Give a sequence its cache, if it has none, with what is stored of its tokens.
+
+        Raises:
+            Exception: MLX failed; it may begin again.
+        """
         if sequence.cache is not None:
             return
         try:
@@ -143,7 +148,7 @@ class PrefillQueue:
             if other is sequence or other.alone or left * (len(group) + 1) > size:
                 continue
             try:
-                self._begin(other)
+                self.begin(other)
             except Exception:  # noqa: BLE001 - told to its caller with its own slice
                 other.alone = True
                 continue
@@ -160,11 +165,11 @@ class PrefillQueue:
         """
         with contextlib.suppress(Exception):
             merged = merge([each.cache for each in group if each.cache is not None])
-            prompts = [each.request.prompt[each.held : -1] for each in group]
+            prompts = [each.source[each.held : -1] for each in group]
             padded_prefill(self._runner.loaded.model, merged, prompts)
             for sequence in group:
                 sequence.held += sequence.left
-                sequence.request.progress(sequence.held)
+                sequence.progress(sequence.held)
             return merged
         for sequence in group:
             sequence.alone = True

@@ -25,7 +25,7 @@ from mlx_engine.remote.wire.json_values import extension_from_wire
 
 T = TypeVar("T")
 
-VERSION = 5
+VERSION = 6
 MAGIC = "mlx_engine"
 
 Phase = Literal["start", "load", "idle", "prefill", "decode"]
