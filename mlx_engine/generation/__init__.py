@@ -11,7 +11,8 @@ Its files:
     batch.py             many together, in steps
     prefill_queue.py     one half of a batch: prompts on their way in
     decode_batch.py      the other: sequences that decode
-    preemption.py        memory that they claim, and who makes room when it is short
+    live_memory.py       memory that they claim
+    preemption.py        those that make room when it is short, and come back
     warm_up.py           what a model compiles first, compiled at start
     strategy_runtime.py  the table of strategies, and those of one engine
     speculative/         several tokens proposed, verified in one forward

@@ -24,15 +24,9 @@ from mlx_engine.errors import MLXEngineError
 from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes
 from mlx_engine.generation.cache.snapshot import trimmable
 from mlx_engine.generation.decode_batch import DecodeBatch, Pending
+from mlx_engine.generation.live_memory import AHEAD, MARGIN, LiveMemory, give_back, requests_of
 from mlx_engine.generation.memory import MemoryBudget
-from mlx_engine.generation.preemption import (
-    AHEAD,
-    MARGIN,
-    LiveMemory,
-    Preempted,
-    give_back,
-    requests_of,
-)
+from mlx_engine.generation.preemption import Preempted
 from mlx_engine.generation.prefill_queue import PrefillQueue
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.runner import ModelRunner

@@ -162,7 +162,7 @@ class DecodeBatch:
         sequence.moved()
 
     def pending(self) -> list[tuple[Sequence, Pending]]:
-        """What all sequences need to go on in other caches.
+        """All sequences, each with what it needs to go on in another cache.
 
         ``end_alone`` comes before.
 

@@ -232,7 +232,7 @@ class ModelRunner:
                 cache.shrink(limit * cache.nbytes // total)
 
     def try_mlx(self) -> Exception | None:
-        """What MLX raises, after an error of it, if it does not work any more."""
+        """The error of MLX if it does not work any more, asked after one; ``None`` if it does."""
         try:
             mx.clear_cache()
             sample_kv_cache(self.loaded.model, self.config)
