@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from mlx_engine import (
     BatchedEngine,
+    EngineDead,
     EngineState,
     EngineStopped,
-    EngineDead,
     GenerationError,
     GenerationResult,
     InvalidRequest,
