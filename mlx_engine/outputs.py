@@ -208,6 +208,8 @@ class Timings:
         tokens_per_second: tokens after the first, over ``decode``; 0 if unknown.
         draft_tokens: tokens that a draft model or MTP head proposed.
         accepted_tokens: of which the model itself would have chosen these.
+        preempted: that it was paused for want of memory, until it was back where it had been;
+            part of the times above, too.
     """
 
     queued: float
@@ -219,6 +221,7 @@ class Timings:
     tokens_per_second: float
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    preempted: float = 0.0
 
     __repr__ = short_repr
 
@@ -364,6 +367,7 @@ class EngineStats:
         kv_bytes: in the KV caches of the requests in work.
         prompt_cache: of the prompt cache.
         memory: what the engine has of the memory, and who has what in its process.
+        preemptions: times that a request was paused for want of memory.
     """
 
     state: EngineState
@@ -384,6 +388,7 @@ class EngineStats:
     kv_bytes: int
     prompt_cache: PromptCacheStats
     memory: MemoryStats = NOTHING
+    preemptions: int = 0
 
     @property
     def acceptance_rate(self) -> float:

@@ -142,6 +142,11 @@ class BatchQueue(WorkQueue[QueuedRequest[R]], Generic[R]):
         with self._changed:
             self._changed.wait_for(lambda: self._by_rank.settled(self.free), seconds)
 
+    def rest(self, seconds: float) -> None:
+        """Wait a moment for those that may come, leave, or be ready meanwhile."""
+        with self._changed:
+            self._changed.wait(seconds)
+
     def turns(self) -> Iterator[QueuedRequest[R]]:
         """Yield those whose turn it is, each as long as it is neither taken nor withdrawn."""
         while (queued := self.first()) is not None:

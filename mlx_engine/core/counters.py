@@ -22,6 +22,7 @@ class EngineCounters:
     decode_seconds: float = 0.0
     batch_size: int = 0
     kv_bytes: int = 0
+    preemptions: int = 0
     steps: int = 0
     pieces: int = 0  # of files read or written, on other threads
     phase: Literal["prefill", "decode"] = "prefill"

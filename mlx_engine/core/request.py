@@ -49,7 +49,11 @@ Serve = Callable[[Any], Awaitable[GenerationResult]]
 
 
 class RequestTimer:
-    """Moments of a request, by ``time.perf_counter``; 0 has not come."""
+    """Moments of a request, by ``time.perf_counter``; 0 has not come.
+
+    Attributes:
+        preemptions: times that it left its batch to make room, and was to come back.
+    """
 
     def __init__(self) -> None:
         self.submitted = time.perf_counter()
@@ -58,6 +62,24 @@ class RequestTimer:
         self.first_token = 0.0
         self.last_token = 0.0
         self.ended = 0.0
+        self.preemptions = 0
+        self._paused = 0.0  # since when it is paused, if it is
+        self._pauses = 0.0  # seconds of those that are over
+
+    @property
+    def preempted(self) -> float:
+        """Seconds that it was paused, until now if it still is."""
+        if not self._paused:
+            return self._pauses
+        return self._pauses + (self.ended or time.perf_counter()) - self._paused
+
+    def pause(self) -> None:
+        """Its work stops, to go on later."""
+        self._paused = self._paused or time.perf_counter()
+
+    def resume(self) -> None:
+        """Its work is where it was when it stopped, if it had."""
+        self._pauses, self._paused = self.preempted, 0.0
 
     def timings(self, prefilled_tokens: int, completion_tokens: int) -> Timings:
         """Durations between them; of a request that is not over, until now."""
@@ -72,6 +94,7 @@ class RequestTimer:
             total=end - self.submitted,
             prompt_tokens_per_second=prefilled_tokens / prefill if prefill else 0.0,
             tokens_per_second=(completion_tokens - 1) / decode if decode else 0.0,
+            preempted=self.preempted,
         )
 
 
@@ -197,8 +220,9 @@ class ActiveRequest(abc.ABC):
         self.progress(cached)
 
     def prefilled(self) -> None:
-        """The prompt is in the KV cache, but for its last token."""
-        self._timer.prefilled = time.perf_counter()
+        """The prompt is in the KV cache, but for its last token; for the first time, or again."""
+        self._timer.prefilled = self._timer.prefilled or time.perf_counter()
+        self._timer.resume()
 
     def failed(self, error: BaseException) -> MLXEngineError:
         """End it; the error that its caller gets, without the frames that ``error`` holds."""

@@ -19,10 +19,11 @@ from mlx_engine.generation.request import Request
 
 if TYPE_CHECKING:
     from mlx_engine.generation.batch import Batch
-    from mlx_engine.generation.memory import MemoryBudget
+    from mlx_engine.generation.memory import MemoryBudget, Pool
     from mlx_engine.generation.runner import ModelRunner
 
 _GATHER = 0.002  # seconds in which those that came together may join the first of them
+_LOOK_AGAIN = 0.01  # seconds until it is looked for memory again that others have
 _QUANTUM = 0.02  # seconds that a batch run has at least while others wait for the MLX thread
 
 Queue = BatchQueue[Request]
@@ -63,9 +64,13 @@ class BatchHolder(ModelHolder):
         mlx_work.check_batchable(model, runner.config)
         if (share := self._config.kv_cache_memory_bytes) is not None:
             self.memory.share_caches(share)
-        limit, drafts = self.memory.account.room("live", "stored"), runner.strategies.footprints
-        self._budget = mlx_work.MemoryBudget(runner.footprint, limit, drafts)
+        pool, drafts = self._make_pool(), runner.strategies.footprints
+        self._budget = mlx_work.MemoryBudget(runner.footprint, pool, drafts)
         self._batch = mlx_work.Batch(runner, self._budget, None if pause is None else pause / 1000)
+
+    def _make_pool(self) -> Pool:
+        """The memory of all its KV caches."""
+        return self.memory.account
 
     def _kv_limit(self) -> int | None:
         limit, share = super()._kv_limit(), self._config.kv_cache_memory_bytes
@@ -112,6 +117,10 @@ class BatchHolder(ModelHolder):
                     queue.end(request, error)
             if batch.broken is not None:
                 return
+            if batch.stalled:
+                if mlx_thread.wanted:
+                    return
+                queue.rest(_LOOK_AGAIN)
             if mlx_thread.wanted and time.perf_counter() - began >= share:
                 self._gave_way = others
                 return

@@ -47,9 +47,15 @@ class BatchedEngine(LocalEngine):
                 chunk is made as small as that takes, by the speed measured so far. ``None`` lets
                 each chunk have ``prefill_step_size`` tokens.
             kv_cache_memory_bytes: bytes that the KV caches of the requests in work and the
-                prompt cache may take together. A request that does not fit waits, one that
-                never could is refused. A share of ``memory``; ``None`` is 90 % of what the models
-                leave of it.
+                prompt cache may take together. What is reserved for a request is its prompt,
+                the tokens that it has and some that come soon, not all that it may have. When
+                memory gets short, stored prompts go first, then nobody is let in, then the
+                youngest request of the lowest priority (the highest number) is preempted: its
+                stream pauses until there is room, and goes on with the same tokens;
+                ``result.timings.preempted`` says for how long, ``result.notes`` how often. The
+                oldest one always goes on. A request that could never come to its end, even
+                alone, is refused; with ``max_tokens=None`` it gets as many tokens as fit.
+                A share of ``memory``; ``None`` is 90 % of what the models leave of it.
             options: those of ``SimpleEngine``, but for ``kv_bits`` and ``max_kv_size``, which
                 mlx-lm cannot batch.
 

@@ -165,6 +165,7 @@ class InProcessEngine(BaseEngine):
             kv_bytes=counters.kv_bytes,
             prompt_cache=self._holder.prompt_cache_stats(),
             memory=self._holder.memory_stats(),
+            preemptions=counters.preemptions,
         )
 
     async def start(self) -> None:

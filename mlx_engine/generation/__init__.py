@@ -11,12 +11,14 @@ Its files:
     batch.py             many together, in steps
     prefill_queue.py     one half of a batch: prompts on their way in
     decode_batch.py      the other: sequences that decode
+    batch_memory.py      memory that they claim
+    preemption.py        those that make room when it is short, and come back
     warm_up.py           what a model compiles first, compiled at start
     strategy_runtime.py  the table of strategies, and those of one engine
     speculative/         several tokens proposed, verified in one forward
     sparse/              SpecPrefill: parts of a prompt left out
     trials/              what is tried with a model before it serves
-    memory.py            memory for KV caches, and for whom it is enough
+    memory.py            memory for KV caches: the pool, and for whom it is enough
     live_memory.py       that of a request by itself, claimed before it is needed
     sizing.py            what a model takes, and what of that fits into this machine
     cache/               KV caches, of requests and of earlier prompts

@@ -1,6 +1,8 @@
 """Continuous batching: requests join and leave at any step, and long prompts join in slices.
 
     add ─► prefill, slice by slice ─► decode, all sequences together ─► over
+             │ ▲                        │
+             │ └──── preempted ◄────────┤ when memory is short, until there is more
              │                          │
              └── from the prompt cache  └── into the prompt cache
 
@@ -19,10 +21,12 @@ from mlx_lm.generate import generation_stream
 
 from mlx_engine.core.wakeup import waking_together
 from mlx_engine.errors import MLXEngineError
-from mlx_engine.generation.cache.kv_cache import Cache, sample_kv_cache
+from mlx_engine.generation.batch_memory import AHEAD, MARGIN, BatchMemory, give_back, requests_of
+from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes
 from mlx_engine.generation.cache.snapshot import trimmable
-from mlx_engine.generation.decode_batch import DecodeBatch
+from mlx_engine.generation.decode_batch import DecodeBatch, Pending
 from mlx_engine.generation.memory import MemoryBudget
+from mlx_engine.generation.preemption import Preempted
 from mlx_engine.generation.prefill_queue import PrefillQueue
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.runner import ModelRunner
@@ -50,31 +54,41 @@ class Batch:
 
     def __init__(self, runner: ModelRunner, budget: MemoryBudget, max_pause: float | None) -> None:
         self._runner = runner
-        self._budget = budget
+        self._memory = BatchMemory(runner, budget)
+        self._preempted = Preempted(self._memory)
+        self._kept_out = False  # whether somebody found no room in an empty batch
         self._decoding = DecodeBatch(runner)
         self._prefilling = PrefillQueue(runner, max_pause)
         self._steps = self._failures = 0
         self.broken: BaseException | None = None
 
     def __len__(self) -> int:
-        return len(self._decoding) + len(self._prefilling.sequences)
+        return len(self._working) + len(self._preempted.sequences)
 
     @property
-    def _requests(self) -> list[Request]:
-        return [one.request for one in (*self._decoding.sequences, *self._prefilling.sequences)]
+    def _working(self) -> list[Sequence]:
+        return [*self._decoding.sequences, *self._prefilling.sequences]
+
+    @property
+    def stalled(self) -> bool:
+        """Whether nothing can be done until somebody else gives memory back."""
+        return not self._working and (self._kept_out or bool(self._preempted.sequences))
 
     def fits(self, request: Request) -> bool:
-        """Whether there is memory for it now; stored prompts give way to it."""
-        left = self._budget.left([*self._requests, request])
-        if left is not None and left >= 0:
-            self._runner.shrink_stored(left)
-        return left is None or left >= 0
+        """Whether there is memory for it now; stored prompts give way to it.
+
+        Those that were preempted come before it, unless it has a better priority.
+        """
+        if self._preempted.precede(request):
+            return False
+        working = self._working
+        fits = self._memory.claim([*requests_of(working), request], AHEAD)
+        self._kept_out = not (fits or working)
+        return fits
 
     def make_room(self) -> None:
         """Drop stored prompts that have no place beside the requests."""
-        left = self._budget.left(self._requests)
-        if left is not None:
-            self._runner.shrink_stored(max(0, left))
+        self._memory.fit_stored()
 
     def add(self, request: Request) -> Over | None:
         """Take up a prepared request; it may be over at once."""
@@ -84,6 +98,7 @@ class Batch:
         except BaseException as error:  # noqa: BLE001 - the border: a caller's module is imported
             return request, request.failed(error)
         self._prefilling.add(Sequence(request))
+        self._preempted.pass_by()
         return None
 
     def step(self) -> Iterator[Over]:
@@ -92,24 +107,33 @@ class Batch:
         Yields each request as soon as it is over and its place is free.
         """
         yield from self.drop_cancelled()
+        yield from self._keep_within_memory()
+        yield from self._bring_back()
         if self._decoding.sequences:
             yield from self._decode()
         if self._prefilling.sequences:
             yield from self._prefill()
 
     def rest(self) -> None:
-        """Wait until nothing of it is in MLX any more."""
+        """Wait until nothing of it is in MLX any more; no memory is claimed but for those in it."""
         with contextlib.suppress(Exception):  # a step that fails is told of where it is used
             mx.synchronize(generation_stream)
+        self._memory.claim(requests_of(self._working), MARGIN)
 
     def clear(self) -> None:
         """Drop all requests, without a word to anybody."""
         self._decoding = DecodeBatch(self._runner)
         self._prefilling.sequences.clear()
+        self._preempted.sequences.clear()
         self._measure()
 
     def drop_cancelled(self) -> Iterator[Over]:
         """Let go of those that were cancelled, or whose event loop is closed."""
+        for sequence in [s for s in self._preempted.sequences if s.request.should_stop]:
+            self._preempted.sequences.remove(sequence)
+            if not self:
+                self.rest()  # as in _leave
+            yield _cancelled(sequence.request)
         yield from self._leave([s for s in self._decoding.sequences if s.request.should_stop])
         for sequence in [s for s in self._prefilling.sequences if s.request.should_stop]:
             self._prefilling.sequences.remove(sequence)
@@ -178,7 +202,7 @@ class Batch:
             else:
                 yield _cancelled(sequence.request)
         if lost is not None:
-            yield from self._lose_all(lost)
+            yield from self._rescue(lost)
         for sequence, cache in zip(sequences, caches, strict=True):
             if cache is not None:
                 self._store(sequence, cache)
@@ -219,7 +243,7 @@ class Batch:
             except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
                 for each in done:
                     yield each.request, each.request.failed(error)
-                yield from self._lose_all(error)
+                yield from self._rescue(error)
         self._measure()
 
     def _end_prefilled(self, sequence: Sequence) -> Iterator[Over]:
@@ -230,6 +254,89 @@ class Batch:
         if not self:
             self.rest()  # as in _leave
         yield _over(sequence.request, sequence.request.ended_without_tokens)
+
+    def _keep_within_memory(self) -> Iterator[Over]:
+        """Claim what the requests may soon need; as long as that is too much, preempt one."""
+        while not self._memory.claim(requests_of(self._working), MARGIN):
+            yield from self._preempt(max(self._working, key=lambda each: each.rank))
+
+    def _preempt(self, sequence: Sequence) -> Iterator[Over]:
+        """Take a sequence out of work, to go on when there is room for it.
+
+        A fault of MLX's costs nobody an answer, unless it is one of the step that is under way.
+        """
+        cache, lost = sequence.cache, None
+        pending: Pending | None = None
+        if sequence in self._decoding.sequences:
+            try:
+                self._decoding.end_alone()
+                pending = dict(self._decoding.pending())[sequence]
+            except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
+                yield from self._lose_all(error)
+                return
+            cache = self._extract(sequence)
+            sequence.finish_drafting()
+            try:
+                self._decoding.leave([sequence])
+            except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
+                lost = error
+        else:
+            self._prefilling.sequences.remove(sequence)
+            sequence.keep_scored()
+        if lost is not None:
+            yield from self._rescue(lost)
+        give_back()
+        fit = self._memory.claim(requests_of(self._working), MARGIN)
+        if fit and cache is not None and self._memory.can_store(kv_nbytes(cache)):
+            self._store(sequence, cache)
+        sequence.request.preempted()
+        self._runner.counters.preemptions += 1
+        yield from self._put_aside(sequence, pending)
+
+    def _put_aside(self, sequence: Sequence, pending: Pending | None) -> Iterator[Over]:
+        """Let a sequence that is in no batch any more wait until it may come back."""
+        try:
+            self._preempted.add(sequence, pending)
+        except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
+            self._recover()
+            yield sequence.request, sequence.request.failed(error)
+        self._measure()
+
+    def _bring_back(self) -> Iterator[Over]:
+        """Let those that were preempted go on, as far as there is room for them."""
+        while (sequence := self._preempted.take(self._working)) is not None:
+            try:
+                self._prefilling.begin(sequence)  # takes what is stored of it before that gives way
+            except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
+                self._recover()
+                yield sequence.request, sequence.request.failed(error)
+                continue
+            if not self._memory.claim(requests_of([*self._working, sequence]), MARGIN):
+                yield from self._put_aside(sequence, None)
+                return
+            self._prefilling.add(sequence)
+            if not sequence.returns:
+                sequence.request.resumed()  # else when it has come to where it was
+
+    def _rescue(self, error: Exception) -> Iterator[Over]:
+        """Have all that decode go on in new caches: after a fault of MLX, nobody knows what the
+        joint one holds. It costs them time, and their answers if it happens again.
+        """
+        try:
+            pending = self._decoding.pending()
+        except Exception:  # noqa: BLE001 - the border: MLX raises anything
+            yield from self._lose_all(error)
+            return
+        self._decoding = DecodeBatch(self._runner)
+        self._recover()
+        for sequence, state in pending:
+            if self.broken is not None or sequence.rescued:
+                yield sequence.request, sequence.request.failed(error)
+                continue
+            sequence.rescued = True
+            sequence.request.interrupted()
+            yield from self._put_aside(sequence, state)
+        self._measure()
 
     def _lose_all(self, error: Exception) -> Iterator[Over]:
         """Fail all that decode: after a fault of MLX, nobody knows what the joint cache holds."""
@@ -244,21 +351,12 @@ class Batch:
 
     def _recover(self) -> None:
         """See whether MLX still works, after an error of it."""
-        try:
-            mx.clear_cache()
-            sample_kv_cache(self._runner.loaded.model, self._runner.config)
-        except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
-            self.broken = error
-            return
-        try:
-            mx.eval(mx.random.state)
-        except Exception:  # noqa: BLE001 - it hung on what has failed
-            mx.random.seed(time.time_ns())
+        self.broken = self._runner.try_mlx() or self.broken
 
     def _store_prompt(self, sequence: Sequence, cache: Cache) -> None:
         """Keep what is prefilled by now, where others are likely to begin with the same."""
         new = sequence.held - sequence.cached
-        at_end = not sequence.left and sequence.keeps_end
+        at_end = not (sequence.left or sequence.returns) and sequence.keeps_end
         if sequence.held in sequence.places or (
             at_end and (new >= _WORTH_KEEPING or not trimmable(cache))
         ):

@@ -14,7 +14,7 @@ from typing import cast
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
-from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes, merge
+from mlx_engine.generation.cache.kv_cache import Cache, grow, kv_nbytes, merge
 from mlx_engine.generation.constraint import empty_masks, fill_all, masked
 from mlx_engine.generation.reasoning_budget import only
 from mlx_engine.generation.runner import ModelRunner
@@ -22,6 +22,7 @@ from mlx_engine.generation.sampler import Sampler
 from mlx_engine.generation.sequence import Sequence
 from mlx_engine.generation.speculative.decoder import SpeculativeDecoder
 
+Pending = tuple[int | None, float]  # what ``Sequence.leave_decoding`` takes
 Step = tuple[Sequence, int, mx.array | None]  # a sequence, its token and its log-probabilities
 
 
@@ -53,7 +54,7 @@ class DecodeBatch:
         return kv_nbytes(self._cache) + sum(each.nbytes for each in self.sequences)
 
     def join(self, sequences: list[Sequence], merged: Cache | None = None) -> None:
-        """Take in sequences whose prompts are in their caches but for the last token.
+        """Take in sequences whose sources are in their caches but for the last token.
 
         ``end_alone`` comes before.
 
@@ -63,11 +64,12 @@ class DecodeBatch:
         Raises:
             Exception: MLX failed; nothing in the batch can be used any more.
         """
-        lasts = mx.array([each.request.prompt[-1] for each in sequences], dtype=mx.uint32)
+        lasts = mx.array([each.source[-1] for each in sequences], dtype=mx.uint32)
+        sums = mx.array([[each.total] for each in sequences])
         with mx.stream(generation_stream):
             if not self.sequences:
                 self._set_cache(sequences, merged)
-                self._inputs = lasts
+                self._inputs, self._sums = lasts, sums
             else:
                 if not self._merged:
                     self._cache, self._merged = merge([self._cache]), True
@@ -76,8 +78,9 @@ class DecodeBatch:
                     mine.extend(others)
                 assert self._inputs is not None
                 self._inputs = mx.concatenate([self._inputs, lasts])
-                if self._sums is not None:
-                    self._sums = mx.concatenate([self._sums, mx.zeros((len(sequences), 1))])
+                if self._sums is None:
+                    self._sums = mx.zeros((len(self.sequences), 1))
+                self._sums = mx.concatenate([self._sums, sums])
         for sequence in sequences:
             sequence.cache = None
         self.sequences += sequences
@@ -158,7 +161,29 @@ class DecodeBatch:
             self._sums = None if sound is None else mx.where(sound, 0.0, mx.nan).reshape(1, 1)
         sequence.moved()
 
+    def pending(self) -> list[tuple[Sequence, Pending]]:
+        """All sequences, each with what it needs to go on in another cache.
+
+        ``end_alone`` comes before.
+
+        Raises:
+            Exception: MLX failed in the step that is under way.
+        """
+        count = len(self.sequences)
+        if not count:
+            return []
+        assert self._inputs is not None
+        with mx.stream(generation_stream):
+            sums = mx.zeros((count, 1)) if self._sums is None else self._sums[:count]
+            tokens = cast("list[int]", self._inputs[:count].tolist())
+            totals = cast("list[list[float]]", sums.tolist())
+        return [
+            (each, (None if each.new else token, total))
+            for each, token, (total,) in zip(self.sequences, tokens, totals, strict=True)
+        ]
+
     def _launch(self, inputs: mx.array) -> None:
+        grow(self._cache, 1)
         logits = self._model(inputs[:, None], cache=self._cache)[:, -1, :]
         if any(each.has_own for each in self.sequences):
             mx.eval(logits)  # so that a fault of MLX is not taken for one of theirs

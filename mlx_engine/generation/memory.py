@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.ledger import Account
@@ -37,27 +38,76 @@ def share_out(limit: int, caches: Sequence[tuple[PromptCache, KVFootprint]]) -> 
         cache.limit = limit * size // max(sum(sizes), 1)
 
 
+class Pool(Protocol):
+    """Memory that several uses share, of one engine or of many: each is a part that has a name.
+
+    The parts of an engine's caches are ``live``, of the requests in work, and ``stored``, of
+    earlier prompts, which give way. From any thread.
+    """
+
+    def room(self, *kinds: str) -> int | None:
+        """Bytes that these parts may come to together: theirs, and what is free; ``None`` is any
+        number.
+        """
+
+    def most(self, *kinds: str) -> int | None:
+        """Bytes that these parts could come to if nobody else were in work; ``None`` is any
+        number.
+        """
+
+    def claim(self, kind: str, nbytes: int) -> bool:
+        """Let a part be so many bytes from now on; ``False``, and nothing has changed, if there
+        is no room for it. To shrink never fails.
+        """
+
+
+class FixedPool:
+    """A pool of so many bytes that one engine has for itself; ``None`` is any number."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self._parts: dict[str, int] = {}
+
+    def room(self, *kinds: str) -> int | None:
+        """See ``Pool``."""
+        if self.limit is None:
+            return None
+        return self.limit - sum(size for kind, size in self._parts.items() if kind not in kinds)
+
+    def most(self, *kinds: str) -> int | None:
+        """See ``Pool``."""
+        return self.limit
+
+    def claim(self, kind: str, nbytes: int) -> bool:
+        """See ``Pool``."""
+        room = self.room(kind)
+        if room is not None and room < nbytes > self._parts.get(kind, 0):
+            return False
+        self._parts[kind] = nbytes
+        return True
+
+
 class MemoryBudget:
-    """Bytes that the requests of a batch may take, each grown to its limit.
+    """Bytes that the requests of a batch may take, and the pool that they come from.
 
     Args:
         footprint: of one request's KV cache.
-        limit: bytes; ``None`` is no limit.
+        pool: where they are claimed.
         drafts: of what each of the engine's strategies keeps besides, by option.
     """
 
     def __init__(
         self,
         footprint: KVFootprint,
-        limit: int | None,
+        pool: Pool,
         drafts: Mapping[str, KVFootprint] | None = None,
     ) -> None:
+        self.pool = pool
         self._footprint = footprint
-        self._limit = limit
         self._drafts = drafts or {}
 
     def check(self, request: Request) -> None:
-        """Refuse a prepared request that could never have what it may need.
+        """Refuse a prepared request that could never have what it may need, were it alone.
 
         One that asks for as many tokens as fit gets as many as fit into memory, too. One that
         fits without its strategies only does without them, and is told.
@@ -65,8 +115,9 @@ class MemoryBudget:
         Raises:
             InvalidRequest: with both numbers.
         """
-        most = None if self._limit is None else self._footprint.tokens(self._limit)
-        if most is None:
+        limit = self.pool.most("live", "stored")
+        most = None if limit is None else self._footprint.tokens(limit)
+        if limit is None or most is None:
             return
         length = len(request.prompt)
         if request.open_ended and length < most:
@@ -77,39 +128,41 @@ class MemoryBudget:
             raise InvalidRequest(
                 "prompt",
                 f"{length} prompt tokens and up to {new} new ones need {need} bytes of "
-                f"KV cache, and the engine may use {self._limit} (kv_cache_memory_bytes), which "
+                f"KV cache, and the engine may use {limit} (kv_cache_memory_bytes), which "
                 f"is enough for {most} tokens; shorten the prompt or lower max_tokens",
             )
-        left = self.left([request])
-        if left is not None and left < 0:
+        if self.need([request]) > limit:
             request.strategies = Strategies()
             request.note(
                 "prefilled in full and decoded one token at a time: there is no memory for a "
-                f"draft beside its own KV cache ({self._limit} bytes, kv_cache_memory_bytes)"
+                f"draft beside its own KV cache ({limit} bytes, kv_cache_memory_bytes)"
             )
 
-    def left(self, requests: Sequence[Request]) -> int | None:
-        """Bytes left beside these; negative if they do not fit, ``None`` if there is no limit."""
-        if self._limit is None:
-            return None
+    def need(self, requests: Sequence[Request], ahead: int | None = None) -> int:
+        """Bytes that requests take together once each has ``ahead`` tokens more than now, or as
+        many as it may have, if that is less or ``ahead`` is ``None``.
+        """
         if not requests:
-            return self._limit
+            return 0
         # In a batch, every sequence is padded to the longest one.
-        longest = max(map(_total, requests))
+        longest = max(_length(request, ahead) for request in requests)
         own = len(requests) * self._footprint.nbytes(longest)
-        return self._limit - own - sum(map(self._besides, requests))
+        return own + sum(self._besides(request, ahead) for request in requests)
 
-    def _besides(self, request: Request) -> int:
+    def _besides(self, request: Request, ahead: int | None) -> int:
         """Bytes of a request's drafts: of one that scores, then of one that proposes."""
         prefill, decode = request.strategies.prefill, request.strategies.decode
         scoring = proposing = 0
-        if prefill is not None and len(request.prompt) >= prefill.threshold:
+        if prefill is not None and not request.tokens and len(request.prompt) >= prefill.threshold:
             scoring = self._drafts["prefill"].nbytes(len(request.prompt))
         if decode is not None:
-            proposing = self._drafts["decode"].nbytes(_total(request))
+            proposing = self._drafts["decode"].nbytes(_length(request, ahead))
         return max(scoring, proposing)
 
 
-def _total(request: Request) -> int:
-    """Tokens that a request's KV cache may come to."""
-    return len(request.prompt) + (request.limit or 0)
+def _length(request: Request, ahead: int | None) -> int:
+    """Tokens that a request's KV cache comes to within so many more."""
+    done, limit = len(request.tokens), request.limit or 0
+    if ahead is not None:
+        limit = done + ahead if request.limit is None else min(done + ahead, limit)
+    return len(request.prompt) + limit

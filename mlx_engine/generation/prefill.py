@@ -11,7 +11,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.stop import checkpoint
-from mlx_engine.generation.cache.kv_cache import Cache, make_kv_cache, quantize
+from mlx_engine.generation.cache.kv_cache import Cache, grow, make_kv_cache, quantize
 
 
 def settle(cache: Cache, config: ModelConfig) -> None:
@@ -39,6 +39,7 @@ def prefill_chunk(
         model: called as ``model(tokens, cache=cache)`` with tokens of shape (1, n).
     """
     with mx.stream(generation_stream):
+        grow(cache, end - start)
         model(mx.array([tokens[start:end]]), cache=cache)
         settle(cache, config)
 
@@ -71,6 +72,7 @@ def padded_prefill(model: nn.Module, cache: Cache, prompts: Sequence[Sequence[in
     padding = [max(lengths) - length for length in lengths]
     tokens = mx.array([[*p, *[0] * pad] for p, pad in zip(prompts, padding, strict=True)])
     with mx.stream(generation_stream):
+        grow(cache, max(lengths))
         if any(padding):
             for entry in cache:
                 entry.prepare(lengths=lengths, right_padding=padding)

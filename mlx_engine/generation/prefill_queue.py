@@ -46,7 +46,7 @@ class PrefillQueue:
             bound.
 
     Attributes:
-        sequences: by priority, then in the order of arrival.
+        sequences: by priority, then in the order of arrival at the batch.
     """
 
     def __init__(self, runner: ModelRunner, max_pause: float | None) -> None:
@@ -58,12 +58,12 @@ class PrefillQueue:
         self.sequences: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence behind those of the same priority."""
+        """Put a sequence behind those of its priority that came before it."""
         for other in self.sequences:
             if other.cache is not None:
                 self._follow(sequence, other)
         self.sequences.append(sequence)
-        self.sequences.sort(key=lambda each: each.request.priority)  # stable
+        self.sequences.sort(key=lambda each: each.rank)
 
     def choose(self) -> Sequence:
         """The sequence whose slice is next: by turns the first, and the one with least left.
@@ -85,8 +85,8 @@ class PrefillQueue:
         if not cache.limit or any(each.prefill is not None for each in strategies):
             return 0
         step = cache.grid or 1
-        ends = len(one.request.prompt) - 1, len(other.request.prompt) - 1
-        common = min(common_prefix(one.request.prompt, other.request.prompt), *ends)
+        ends = len(one.source) - 1, len(other.source) - 1
+        common = min(common_prefix(one.source, other.source), *ends)
         common = common // step * step
         return common if common >= _WORTH_WAITING else 0
 
@@ -123,7 +123,7 @@ class PrefillQueue:
         Raises:
             Exception: MLX failed; only ``sequence`` is concerned.
         """
-        self._begin(sequence)
+        self.begin(sequence)
         scoring = sequence.sparse is not None and sequence.sparse.scoring
         pace = self._draft_pace if scoring else self._pace
         size = self._tokens(pace) if beside_others else self._runner.config.prefill_step_size
@@ -150,7 +150,12 @@ class PrefillQueue:
             return min(_CAUTIOUS, most)
         return min(most, max(_SMALLEST, int(min(most, self._max_pause / pace.token_seconds))))
 
-    def _begin(self, sequence: Sequence) -> None:
+    def begin(self, sequence: Sequence) -> None:
+        """Give a sequence its cache, if it has none, with what is stored of its tokens.
+
+        Raises:
+            Exception: MLX failed; it may begin again.
+        """
         if sequence.cache is not None:
             return
         try:
@@ -178,7 +183,7 @@ class PrefillQueue:
             if self._leader(other) is not None:
                 continue
             try:
-                self._begin(other)
+                self.begin(other)
             except Exception:  # noqa: BLE001 - told to its caller with its own slice
                 other.alone = True
                 continue
@@ -195,11 +200,11 @@ class PrefillQueue:
         """
         with contextlib.suppress(Exception):
             merged = merge([each.cache for each in group if each.cache is not None])
-            prompts = [each.request.prompt[each.held : -1] for each in group]
+            prompts = [each.source[each.held : -1] for each in group]
             padded_prefill(self._runner.loaded.model, merged, prompts)
             for sequence in group:
                 sequence.held += sequence.left
-                sequence.request.progress(sequence.held)
+                sequence.progress(sequence.held)
             return merged
         for sequence in group:
             sequence.alone = True

@@ -96,6 +96,20 @@ class Request(ActiveRequest):
         if text not in self._notes:
             self._notes += (text,)
 
+    def preempted(self) -> None:
+        """Its work stops to make room for others, and will go on later."""
+        self._timer.pause()
+        self._timer.preemptions += 1
+
+    def interrupted(self) -> None:
+        """Its work stops, since MLX has failed at that of another, and will go on later."""
+        self._timer.pause()
+        self.note("MLX failed at the work of another request, and its KV cache was computed again")
+
+    def resumed(self) -> None:
+        """Its work goes on."""
+        self._timer.resume()
+
     def kept(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Note that the model sees these parts of the prompt only."""
         self._kept = tuple(ranges)
@@ -226,9 +240,19 @@ class Request(ActiveRequest):
             reasoning=text.reasoning if text else "",
             tool_calls=text.tool_calls if text else (),
             logprobs=tuple(self._logprobs),
-            notes=self._notes,
+            notes=self._notes + self._pauses(),
             request_id=self.request_id,
             stop_string=text.stop_string if text else None,
+        )
+
+    def _pauses(self) -> tuple[str, ...]:
+        count, seconds = self._timer.preemptions, self._timer.preempted
+        if not count:
+            return ()
+        often = "once" if count == 1 else f"{count} times"
+        return (
+            f"preempted {often}, and paused for {seconds:.3g} s: there was no memory for its KV "
+            "cache beside those of other requests (kv_cache_memory_bytes)",
         )
 
     def _usage(self) -> Usage:

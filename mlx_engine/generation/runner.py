@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from mlx_engine.generation.cache.kv_cache import (
     Cache,
     KVFootprint,
     check_kv_options,
+    grow,
     make_kv_cache,
     sample_kv_cache,
 )
@@ -124,37 +126,57 @@ class ModelRunner:
         self.loaded = fit_context(self.loaded, footprints, room)
 
     def start(self, sequence: Sequence) -> None:
-        """Give a sequence its KV cache, what is stored of its prompt in it, and its strategies.
+        """Give a sequence its KV cache, what is stored of its source in it, and its strategies.
+
+        What was chosen when it was started first stays as it is.
 
         Raises:
             Exception: MLX failed; the sequence may be started again.
         """
-        request, prompt = sequence.request, sequence.request.prompt
+        request, source = sequence.request, sequence.source
         asked, strategies = request.strategies, self.strategies
-        hit = self.prompt_cache.fetch(prompt, request.request_id)
-        self.counters.prompt_tokens += len(prompt)
-        self.counters.cached_tokens += hit.cached
+        first = not sequence.started
+        usable = source if sequence.dense is None else source[: sequence.dense + 1]
+        hit = self.prompt_cache.fetch(usable, request.request_id, counted=first)
         cache = hit.cache or make_kv_cache(self.loaded.model, self.config)
-        request.prefill_begins(hit.cached)
+        if first:
+            self.counters.prompt_tokens += len(source)
+            self.counters.cached_tokens += hit.cached
+            request.prefill_begins(hit.cached)
         sequence.held = sequence.cached = hit.cached
-        sequence.places = self._places(request, hit)
+        sequence.places = () if sequence.returns else self._places(request, hit)
         for option, note in strategies.notes.items():
             if getattr(asked, option) is not None:
                 request.note(note)
         if asked.decode is not None and strategies.speculation is not None:
             sequence.drafter = strategies.speculation.make_drafter()
-            sequence.drafter.begin(prompt, hit.cached)
+            sequence.drafter.begin(source, hit.cached)
         sequence.forces = sequence.grammar is not None and self._can_verify(request)
         sequence.cache = cache
-        if asked.prefill is None or strategies.sparse is None:
-            return
-        reason = strategies.sparse.why_in_full(asked.prefill, prompt, hit.cached)
-        if reason is not None:
-            request.note(reason)
-            return
-        run = partial(self._forward, prompt, sequence.drafter)
+        if first and asked.prefill is not None and strategies.sparse is not None:
+            reason = strategies.sparse.why_in_full(asked.prefill, source, hit.cached)
+            if reason is None:
+                sequence.dense = hit.cached
+            else:
+                request.note(reason)
+        if sequence.dense is not None:
+            self._start_sparse(sequence, sequence.dense)
+        sequence.started = True
+
+    def _start_sparse(self, sequence: Sequence, dense: int) -> None:
+        asked, sparse = sequence.request.strategies.prefill, self.strategies.sparse
+        assert asked is not None
+        assert sparse is not None
+        assert sequence.cache is not None
         sequence.sparse = SparsePrefill(
-            run, strategies.sparse, asked.prefill, prompt, cache, hit.cached
+            partial(self._forward, sequence.source, sequence.drafter),
+            sparse,
+            asked,
+            sequence.source,
+            sequence.cache,
+            sequence.held,
+            dense=dense,
+            ranges=sequence.kept,
         )
         sequence.cache, sequence.places, sequence.alone = sequence.sparse.cache, (), True
 
@@ -167,32 +189,35 @@ class ModelRunner:
         Raises:
             Exception: MLX failed; what is in the sequence's cache is not known then.
         """
-        request, prompt = sequence.request, sequence.request.prompt
+        source = sequence.source
         self.counters.step("prefill")
         if (sparse := sequence.sparse) is not None:
             went = sparse.step(size)
-            request.progress(sparse.done, "score" if sparse.scoring else "prefill")
+            sequence.progress(sparse.done, "score" if sparse.scoring else "prefill")
             if not sparse.left:
-                request.kept(join([*sparse.ranges, (len(prompt) - 1, len(prompt))]))
-                sequence.held, sequence.sparse = len(prompt) - 1, None
+                if not sequence.returns:
+                    sequence.ranges = join([*sparse.ranges, (len(source) - 1, len(source))])
+                    sequence.request.kept(sequence.ranges)
+                sequence.held, sequence.sparse = len(source) - 1, None
             return went
         assert sequence.cache is not None
-        end = min(sequence.held + size, len(prompt) - 1)
+        end = min(sequence.held + size, len(source) - 1)
         if sequence.stop is not None:
             end = min(end, sequence.stop)
         went = end - sequence.held
         if went:
             with mx.stream(generation_stream):
+                grow(sequence.cache, went)
                 self._forward(
-                    prompt,
+                    source,
                     sequence.drafter,
-                    mx.array([prompt[sequence.held : end]]),
+                    mx.array([source[sequence.held : end]]),
                     sequence.cache,
                     starts=[sequence.held],
                 )
                 settle(sequence.cache, self.config)
             sequence.held = end
-            request.progress(end)
+            sequence.progress(end)
         return went
 
     def store(self, sequence: Sequence, cache: Cache) -> bool:
@@ -219,13 +244,34 @@ class ModelRunner:
             return False
         return True
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of stored prompts, the drafts' too."""
+        return sum(cache.nbytes for cache in self._stored)
+
+    @property
+    def _stored(self) -> list[PromptCache]:
+        return [self.prompt_cache, *(cache for cache, _ in self.strategies.side_caches)]
+
     def shrink_stored(self, limit: int) -> None:
         """Drop stored prompts, the drafts' too, until they take at most ``limit`` bytes."""
-        caches = [self.prompt_cache, *(cache for cache, _ in self.strategies.side_caches)]
-        total = sum(cache.nbytes for cache in caches)
+        total = self.stored_bytes
         if total > limit:
-            for cache in caches:
+            for cache in self._stored:
                 cache.shrink(limit * cache.nbytes // total)
+
+    def try_mlx(self) -> Exception | None:
+        """The error of MLX if it does not work any more, asked after one; ``None`` if it does."""
+        try:
+            mx.clear_cache()
+            sample_kv_cache(self.loaded.model, self.config)
+        except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
+            return error
+        try:
+            mx.eval(mx.random.state)
+        except Exception:  # noqa: BLE001 - it hung on what has failed
+            mx.random.seed(time.time_ns())
+        return None
 
     def save_prompt_cache(self, path: Path) -> Rest[int]:
         """Begin to write the prompt cache to a file, as ``prompt_cache_file.save`` does."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from typing import Literal
 
 import mlx.core as mx
 from mlx_lm.models.cache import TokenBuffer
@@ -10,10 +12,12 @@ from mlx_lm.models.cache import TokenBuffer
 from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes
 from mlx_engine.generation.constraint import GrammarState
 from mlx_engine.generation.request import Request
+from mlx_engine.generation.sparse.chunk_choice import Range
 from mlx_engine.generation.sparse.specprefill import SparsePrefill
 from mlx_engine.generation.speculative.drafter import Drafter
 
 _NEAR = 64  # tokens; prefilling fewer costs less than another copy
+_ages = itertools.count()
 
 
 class Sequence:
@@ -21,6 +25,11 @@ class Sequence:
 
     Attributes:
         request: prepared.
+        age: smaller than that of any that began later.
+        source: the tokens that it decodes from: all of them go into its cache but the last, which
+            goes in with its first step. Its prompt; when it comes back after a preemption, all
+            tokens that it has by then, the one too that is not told yet.
+        started: whether its prefill has begun before.
         cache: its own KV cache; ``None`` when it is in one with those of others.
         held: tokens in its KV cache.
         cached: of which the prompt cache had these.
@@ -29,40 +38,62 @@ class Sequence:
         fault: what its logits processor, constraint or sampler raised, or that there was nothing
             to sample.
         sparse: what leaves out parts of its prompt, if anything does.
+        dense: tokens of its prompt before any that are left out; ``None`` if none are.
+        ranges: the parts of its prompt that are not left out, once they are chosen.
         drafter: what proposes tokens for it, if anything does.
         forces: whether what its constraint leaves no choice about is proposed.
         batched: tokens that it got in steps with others.
         leads: whom it waits for before it begins, if anybody: one that begins with the same
             tokens, and how many of them that is to have.
+        logprobs: log-probabilities of its next token, if they are wanted.
+        total: log-sum-exp of the logits of its next token.
+        new: whether the token that goes in next is its prompt's last, or was told before.
+        rescued: whether a fault of MLX has cost it a cache before.
     """
 
     def __init__(self, request: Request) -> None:
         assert request.sampling is not None
         self.request = request
+        self.age = next(_ages)
+        self.source = request.prompt
+        self.started = self.rescued = False
         self.cache: Cache | None = None
         self.held = self.cached = 0
         self.places: tuple[int, ...] = ()
         self.alone = request.limit == 0  # so that it keeps a cache of its own
         self.fault: BaseException | None = None
         self.sparse: SparsePrefill | None = None
+        self.dense: int | None = None
+        self.ranges: list[Range] = []
         self.drafter: Drafter | None = None
         self.options = request.sampling.options
         self.processors = request.sampling.processors
         self.budget = request.sampling.budget
         self.grammar = request.sampling.grammar
         self.forces = False
-        self.logprobs: mx.array | None = None  # of its next token
-        self.new = True  # the token that goes in next is the prompt's last, or was told before
+        self.logprobs: mx.array | None = None
+        self.total = 0.0
+        self.new = True
         self.batched = 0
         self.leads: tuple[Sequence | None, int] = (None, 0)
         self._seen: TokenBuffer | None = None
 
     @property
+    def rank(self) -> tuple[int, int]:
+        """Its place among others: by priority, then by age; the last one is preempted first."""
+        return self.request.priority, self.age
+
+    @property
+    def returns(self) -> bool:
+        """Whether it has decoded before, in another cache."""
+        return self.source is not self.request.prompt
+
+    @property
     def left(self) -> int:
-        """Tokens of its prompt that are not in the cache, the last one not counted."""
+        """Tokens of its source that are not in the cache, the last one not counted."""
         if self.sparse is not None:
             return self.sparse.left
-        return len(self.request.prompt) - 1 - self.held
+        return len(self.source) - 1 - self.held
 
     @property
     def stop(self) -> int | None:
@@ -98,6 +129,49 @@ class Sequence:
     def in_cache(self) -> list[int]:
         """The tokens that its KV cache holds."""
         return [*self.request.prompt, *self.request.tokens][: self.held]
+
+    @property
+    def kept(self) -> list[Range] | None:
+        """The parts of its source that go into its cache, if some are left out; ``None`` if it is
+        not known yet which.
+        """
+        if not self.ranges:
+            return None
+        end = len(self.source) - 1
+        known = [(a, min(b, end)) for a, b in self.ranges if a < end]
+        return [*known, (len(self.request.prompt), end)] if self.returns else known
+
+    def leave_decoding(self, token: int | None, total: float) -> None:
+        """Get ready to decode in another cache, from the tokens that it has.
+
+        Args:
+            token: its next one, which has been sampled, and is not told yet; if there is one.
+            total: log-sum-exp of the logits that it is of.
+
+        Raises:
+            Exception: MLX failed.
+        """
+        self.source = [*self.request.prompt, *self.request.tokens]
+        if token is not None:
+            self.source.append(token)
+        self.new, self.total = token is None, total
+        if self.logprobs is not None:  # a row of those of the batch, which it must not hold
+            self.logprobs = self.logprobs + 0
+            mx.eval(self.logprobs)
+        self.leave_cache()
+
+    def leave_cache(self) -> None:
+        """Give up its cache, and what belongs to it."""
+        if self.sparse is not None and not self.sparse.scoring:
+            self.ranges = self.sparse.ranges
+        self.cache = self.sparse = self.drafter = None
+        self.held = self.cached = 0
+        self.moved()
+
+    def progress(self, done: int, phase: Literal["score", "prefill"] = "prefill") -> None:
+        """So many tokens of its source are gone through; its caller is told, the first time."""
+        if not self.returns:
+            self.request.progress(done, phase)
 
     def moved(self) -> None:
         """Note that tokens came in another way than by the steps that ``process`` has seen."""

@@ -31,6 +31,7 @@ _COUNTERS = {
     "completion_tokens": "tokens generated",
     "draft_tokens": "tokens proposed by a draft model or MTP head",
     "accepted_tokens": "proposed tokens that were accepted",
+    "preemptions": "times that a request was paused for want of memory",
     "prefill_seconds": "seconds of prefill",
     "decode_seconds": "seconds of decode",
 }

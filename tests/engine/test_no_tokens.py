@@ -100,7 +100,7 @@ async def test_a_prompt_that_fills_the_context_has_room_for_no_answer(
 async def test_memory_for_a_prompt_alone_is_enough_without_an_answer(tiny_path: Path) -> None:
     async with BatchedEngine(tiny_path) as engine:
         await engine.generate(PROMPT, max_tokens=1)
-        footprint = engine._holder.batch()._budget._footprint
+        footprint = engine._holder.budget._footprint
     limit = footprint.nbytes(len(PROMPT))
     async with BatchedEngine(tiny_path, kv_cache_memory_bytes=limit) as engine:
         assert_empty(await engine.generate(PROMPT, max_tokens=0), len(PROMPT))

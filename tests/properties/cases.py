@@ -25,6 +25,7 @@ from mlx_engine import (
 )
 from mlx_engine.constraints import Regex
 from mlx_engine.requests import ChatPrompt, GenerationRequest
+from tests.engine.pools import Again, begin_with
 from tests.generation.rigged import made
 from tests.models.mtp_checkpoints import MIMO, QWEN_NEXT
 from tests.properties.faults import Faults
@@ -214,6 +215,17 @@ def batched(**options: Any) -> Callable[[Path, Path], BaseEngine]:
     )
 
 
+def preempting(period: int, **options: Any) -> Callable[[Path, Path], BaseEngine]:
+    """A batched engine that has no memory for a moment, again and again."""
+
+    def make(model: Path, draft: Path) -> BaseEngine:
+        engine = batched(**options)(model, draft)
+        assert isinstance(engine, BatchedEngine)
+        return begin_with(engine, lambda: Again(period))
+
+    return make
+
+
 def _of(option: Any, draft: Path) -> Any:
     return option(draft) if callable(option) else option
 
@@ -247,6 +259,13 @@ CASES: dict[str, Case] = {
     "simple, SpecPrefill": Case(simple(prefill=_sparse), one_long),
     "batched, SpecPrefill": Case(batched(prefill=_sparse), one_joins_two),
     "batched, both": Case(batched(prefill=_sparse, decode=_draft), one_joins_two),
+    "batched, preempted": Case(preempting(6), three_at_once),
+    "batched, constrained, preempted": Case(preempting(7), two_beside_a_bound_one),
+    "batched, draft, preempted": Case(preempting(5, decode=_draft), one_makes_way),
+    "batched, SpecPrefill, preempted": Case(preempting(6, prefill=_sparse), one_joins_two),
+    "batched, recurrent MTP, preempted": Case(
+        preempting(5, decode=MTP(2)), one_makes_way, "QWEN_NEXT"
+    ),
 }
 LEAST = 20  # faults in each of them; all together they are above 380
 

@@ -25,6 +25,7 @@ from mlx_engine.generation.trials import mtp_head
 from mlx_engine.testing.safety.operations import Operation
 from mlx_engine.testing.safety.ways import ALL_WAYS
 from tests.conftest import make_tiny
+from tests.engine.pools import Again, begin_with
 from tests.generation.rigged import made
 from tests.models.mtp_checkpoints import MIMO
 from tests.sweep.elsewhere import Elsewhere
@@ -43,11 +44,13 @@ class Strategy:
         options: of an engine, by the model's folder.
         late: see ``SweptEngine``, in an engine of one request at a time and in one with batches.
         long: a long prompt is needed.
+        only: the one kind of engine that does it; "" is every one.
     """
 
     options: Options
     late: tuple[int, int]
     long: bool = False
+    only: str = ""
 
 
 STRATEGIES = {
@@ -62,6 +65,7 @@ STRATEGIES = {
         (2, 5),
         long=True,
     ),
+    ", preempted": Strategy(lambda _: {}, (1, 6), only="batched"),
 }
 
 
@@ -96,7 +100,9 @@ class Kind:
         if self.where == "simple":
             return SimpleEngine(folder, **options)
         if self.where == "batched":
-            return BatchedEngine(folder, **options)
+            engine = BatchedEngine(folder, **options)
+            preempted = self.strategy == ", preempted"
+            return begin_with(engine, lambda: Again(4)) if preempted else engine
         inner = "batched" if self.where == "process, batched" else "simple"
         return Elsewhere(folder, engine=inner, watchdog=None, **options)
 
@@ -139,7 +145,9 @@ _OFTEN = (
 def _all_plays() -> Iterator[Play]:
     for strategy, where, operation in itertools.product(STRATEGIES, _WHERE, SWEPT):
         kind = Kind(where, strategy, caches=operation.group == "files")
-        if not (kind.elsewhere and operation.need == "functions"):
+        if STRATEGIES[strategy].only in ("", where) and not (
+            kind.elsewhere and operation.need == "functions"
+        ):
             yield Play(kind, operation)
 
 

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
 from mlx_lm.models.cache import (
     ArraysCache,
+    BatchKVCache,
     CacheList,
     KVCache,
     QuantizedKVCache,
@@ -120,6 +121,28 @@ def kv_nbytes(cache: Cache) -> int:
     """Bytes that a cache has allocated."""
     total: int = sum(entry.nbytes for entry in cache)
     return total
+
+
+def grow(cache: Cache, tokens: int) -> None:
+    """Make room for so many more tokens, in whole steps of all that it holds then.
+
+    mlx_lm's caches add a step to what they hold, wherever that ends: up to a step more than the
+    footprint says, in every row. Within ``mx.stream(generation_stream)``.
+    """
+    for part in cache_parts(cache):
+        if not isinstance(part, KVCache | BatchKVCache) or part.keys is None:
+            continue
+        held = part._idx if isinstance(part, BatchKVCache) else part.size()
+        if held + tokens > part.keys.shape[2]:
+            size = -(-(held + tokens) // KVCache.step) * KVCache.step
+            part.keys = _grown(part.keys, held, size)
+            part.values = _grown(part.values, held, size)
+
+
+def _grown(array: mx.array, held: int, size: int) -> mx.array:
+    rows, heads, _, dimension = array.shape
+    spare = mx.zeros((rows, heads, size - held, dimension), array.dtype)
+    return mx.concatenate([array[..., :held, :], spare], axis=2)
 
 
 def cache_parts(cache: Cache) -> Iterator[Any]:

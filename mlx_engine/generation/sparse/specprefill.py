@@ -5,7 +5,7 @@ The target decodes at the true positions all the same. From arXiv 2502.02789.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
@@ -40,6 +40,8 @@ class SparsePrefill:
         cache: the target's, which holds ``held`` tokens of the prompt. It must not be used
             any more; the attribute takes its place.
         chunk: tokens that are kept or dropped together.
+        dense: the first tokens of the prompt, of which none are dropped, held or not.
+        ranges: what is kept, if that was chosen before; nothing is scored then.
 
     Raises:
         ValueError: the target's cache cannot be sparse, or the draft's has all of the prompt
@@ -61,6 +63,8 @@ class SparsePrefill:
         held: int,
         *,
         chunk: int = CHUNK,
+        dense: int | None = None,
+        ranges: Sequence[Range] | None = None,
     ) -> None:
         self.cache = sparse(cache)
         self.ranges: list[Range] = []
@@ -72,11 +76,15 @@ class SparsePrefill:
         self._keep = asked.keep
         self._prompt = prompt
         self._held = held
+        self._dense = held if dense is None else dense
         self._chunk = chunk
         self._left: list[Range] = []
         self._importance: Importance | None = None
         end = len(prompt) - 1
-        if keeps_all(end, asked.keep, chunk=chunk, start=held):
+        if ranges is not None:
+            self._take([(max(a, held), b) for a, b in ranges if b > held])
+            return
+        if keeps_all(end, asked.keep, chunk=chunk, start=self._dense):
             self._take([(held, end)])
             return
         draft = self._draft.loaded
@@ -141,7 +149,8 @@ class SparsePrefill:
         if importance.scores is not None:
             self._importance = None
             scores = importance.scores[:-1]
-            self._take(choose_chunks(scores, self._keep, chunk=self._chunk, start=self._held))
+            chosen = choose_chunks(scores, self._keep, chunk=self._chunk, start=self._dense)
+            self._take([(self._held, self._dense), *chosen])
             self.keep_scored()
         return went
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_engine.generation.cache.kv_cache import Cache
+from mlx_engine.generation.cache.kv_cache import Cache, grow
 from mlx_engine.models.split import SplitModel
 
 
@@ -29,6 +29,7 @@ class Forward:
         """Logits of the last tokens, of shape (last, vocabulary), and the hidden states of all
         of them, of shape (n, dimension), for ``tokens`` of shape (1, n).
         """
+        grow(cache, tokens.shape[1])
         if self.split is None:
             return self.model(tokens, cache=cache)[0, -last:], None
         hidden = self.split.hidden(tokens, cache)
@@ -38,6 +39,7 @@ class Forward:
         """Put tokens of shape (batch, n) into the cache; their hidden states, of shape
         (batch, n, dimension), evaluated, if they are wanted.
         """
+        grow(cache, tokens.shape[1])
         if self.split is None:
             self.model(tokens, cache=cache)
             return None

@@ -1,0 +1,76 @@
+"""Memory that the requests in work have claimed, which they do as they grow."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence as Sequence_
+
+import mlx.core as mx
+
+from mlx_engine.generation.memory import MemoryBudget
+from mlx_engine.generation.request import Request
+from mlx_engine.generation.runner import ModelRunner
+from mlx_engine.generation.sequence import Sequence
+
+MARGIN = 64  # tokens that a request in work may get before its memory is looked at again, or more
+AHEAD = 256  # tokens that there must be room for, for each, before another one is let in
+
+
+class BatchMemory:
+    """Memory that requests in work have claimed. On the MLX thread.
+
+    Args:
+        runner: has the stored prompts, which give way.
+        budget: how much each needs, and the pool that it comes from.
+    """
+
+    def __init__(self, runner: ModelRunner, budget: MemoryBudget) -> None:
+        self._runner = runner
+        self._budget = budget
+
+    def claim(self, requests: Sequence_[Request], ahead: int) -> bool:
+        """Claim what these need, and no others, for so many tokens more each.
+
+        Returns:
+            ``False``, and nothing has changed, if there is too little.
+        """
+        need, pool = self._budget.need(requests, ahead), self._budget.pool
+        if pool.claim("live", need):
+            return True
+        room = pool.room("live", "stored")
+        if room is None or need > room:
+            return False
+        give_back()
+        self._fit_stored(room - need)
+        return pool.claim("live", need)
+
+    def could_claim(self, requests: Sequence_[Request], ahead: int) -> bool:
+        """Whether there is as much, now that stored prompts have not given way yet."""
+        room = self._budget.pool.room("live", "stored")
+        return room is None or self._budget.need(requests, ahead) <= room
+
+    def fit_stored(self) -> None:
+        """Drop stored prompts that there is no room for, and claim what the others take."""
+        room = self._budget.pool.room("stored")
+        if room is not None:
+            self._fit_stored(room)
+
+    def _fit_stored(self, limit: int) -> None:
+        self._runner.shrink_stored(max(0, limit))
+        self._budget.pool.claim("stored", self._runner.stored_bytes)
+
+    def can_store(self, nbytes: int) -> bool:
+        """Whether there is room for a prompt of so many bytes among those that are stored."""
+        room = self._budget.pool.room("stored")
+        return room is None or nbytes <= room
+
+
+def give_back() -> None:
+    """Give back the memory of arrays that are gone."""
+    with contextlib.suppress(Exception):  # a fault of MLX's is told of where it matters
+        mx.clear_cache()
+
+
+def requests_of(sequences: Sequence_[Sequence]) -> list[Request]:
+    """The requests that they are of."""
+    return [each.request for each in sequences]
