@@ -138,8 +138,8 @@ class ModelHolder:
                 mlx_thread.at_exit(self.unload)
                 checkpoint()
                 self._settle_memory(config, self.runner())
-                self._equip(self.runner())
                 self.runner().keep_prompts()
+                self._equip(self.runner())
                 mlx_work.warm_up(self.runner(), batched=self.batched)
         except BaseException as error:
             drop_frames(error)  # this frame stays: nothing here may hold a model

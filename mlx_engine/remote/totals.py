@@ -62,5 +62,5 @@ def bygone(stats: EngineStats) -> EngineStats:
     """The counters that stay of an engine that is gone: nothing of what it held."""
     cache = replace(stats.prompt_cache, entries=0, nbytes=0, limit=0)
     memory = MemoryStats(refused=stats.memory.refused)
-    gone = {"running": 0, "waiting": 0, "batch_size": 0, "kv_bytes": 0}
-    return replace(stats, prompt_cache=cache, memory=memory, **gone)
+    nothing = replace(stats, running=0, waiting=0, batch_size=0, kv_bytes=0)
+    return replace(nothing, prompt_cache=cache, memory=memory)

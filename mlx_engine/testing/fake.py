@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Literal
 
 from mlx_engine.config import EngineConfig
 from mlx_engine.core.bridge import in_this_loop
-from mlx_engine.core.machine import Memory
 from mlx_engine.core.scheduler import BatchScheduler, Scheduler, SimpleScheduler
 from mlx_engine.engine.base import checked_callback
 from mlx_engine.engine.in_process import InProcessEngine
@@ -68,7 +68,7 @@ class FakeEngine(InProcessEngine):
         context_length: int | None = None,
         queue_limit: int | None = None,
         max_wait: float | None = None,
-        memory: Memory = "auto",
+        memory: int | float | Literal["auto"] = "auto",
         limits: RequestLimits = DEFAULT_LIMITS,
         on_progress: ProgressCallback | None = None,
     ) -> None:
