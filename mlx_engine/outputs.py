@@ -92,8 +92,7 @@ class ToolCall:
         Args:
             content: text, or any value that JSON has a form for, which the model gets as JSON.
 
-        Returns:
-            A ``Message``; its type fits into a list of plain dictionaries as well.
+        Returns a ``Message``; its type fits into a list of plain dictionaries as well.
 
         Raises:
             InvalidRequest: ``content`` is neither.

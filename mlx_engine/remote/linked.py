@@ -70,11 +70,10 @@ class LinkedEngine(BaseEngine):
         """A function that makes a link, in the I/O loop; it must not hold this engine."""
 
     @abc.abstractmethod
-    def _greeting(self, memory: int | None) -> bytes:
-        """The first frame.
+    def _greeting(self) -> Callable[[int | None], bytes]:
+        """A function that makes the first frame, given the bytes that the engine may have.
 
-        Args:
-            memory: bytes that the engine may have.
+        It must not hold this engine.
         """
 
     def _new_part(self) -> Part | None:
@@ -147,7 +146,7 @@ class LinkedEngine(BaseEngine):
             RuntimeError: this process was forked from one that uses engines elsewhere.
         """
         part = self._new_part()
-        await self._client.start(self._make_link(), self._greeting, self._on_progress, part)
+        await self._client.start(self._make_link(), self._greeting(), self._on_progress, part)
 
     async def shutdown(self, timeout: float | None = None) -> ShutdownReport:
         """Refuse new requests from now on, let those in flight finish, end what runs the engine.

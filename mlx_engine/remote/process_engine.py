@@ -84,23 +84,26 @@ class ProcessEngine(LinkedEngine):
     def _new_part(self) -> Part | None:
         return Part(self.name, self._config)
 
-    def _greeting(self, memory: int | None) -> bytes:
-        config = self._config
-        configure = Configure(
-            kind=config.kind,
-            model=config.model.model,
-            options=options_to_wire(config),
-            sys_path=[path for entry in sys.path if (path := _absolute(entry)) is not None],
-            heartbeat_interval=HEARTBEAT_INTERVAL,
-            memory=memory,
-            name=self.name,
-        )
-        return encode_strictly([Hello(), configure])
+    def _greeting(self) -> Callable[[int | None], bytes]:
+        return functools.partial(_greeting, self._config, self.name)
 
     def check_strategies(
         self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> None:
         self._config.strategies.of_request(prefill, decode)
+
+
+def _greeting(config: EngineConfig, name: str, memory: int | None) -> bytes:
+    configure = Configure(
+        kind=config.kind,
+        model=config.model.model,
+        options=options_to_wire(config),
+        sys_path=[path for entry in sys.path if (path := _absolute(entry)) is not None],
+        heartbeat_interval=HEARTBEAT_INTERVAL,
+        memory=memory,
+        name=name,
+    )
+    return encode_strictly([Hello(), configure])
 
 
 def _absolute(entry: object) -> str | None:

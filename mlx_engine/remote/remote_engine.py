@@ -72,8 +72,8 @@ class RemoteEngine(LinkedEngine):
     def _make_link(self) -> Callable[[], Link]:
         return functools.partial(SocketLink, self._path)
 
-    def _greeting(self, memory: int | None) -> bytes:
-        return encode([Hello()])
+    def _greeting(self) -> Callable[[int | None], bytes]:
+        return lambda _: encode([Hello()])
 
     def _file_there(self, path: Path) -> str:
         return str(path)  # a name in the host's folder

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final, TypedDict
+from typing import Final, Literal, TypedDict
 
-from mlx_engine.core.machine import Memory
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import ProgressCallback
 from mlx_engine.testing.fake_gate import Gate
@@ -28,7 +27,7 @@ class FakeOptions(TypedDict, total=False):
     context_length: int | None
     queue_limit: int | None
     max_wait: float | None
-    memory: Memory
+    memory: int | float | Literal["auto"]
     limits: RequestLimits
     on_progress: ProgressCallback | None
 
