@@ -63,11 +63,11 @@ class Watched(FixedPool):
 
     def __init__(self, limit: int | None) -> None:
         super().__init__(limit)
-        self.most = 0
+        self.peak = 0
 
     def claim(self, kind: str, nbytes: int) -> bool:
         claimed = super().claim(kind, nbytes)
-        self.most = max(self.most, sum(self._parts.values()))
+        self.peak = max(self.peak, sum(self._parts.values()))
         return claimed
 
 

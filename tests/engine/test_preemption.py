@@ -193,6 +193,7 @@ async def test_strategies_go_on_where_they_were(tiny_path: Path, strategy: str) 
     ask = lambda engine: engine.generate(LONG, **FREE)  # noqa: E731
     async with BatchedEngine(tiny_path, prefill_step_size=64, **strategies) as engine:
         await sweep(engine, ask, periods=(37,))
+        await forget(engine)
         expected = await engine.generate(LONG, **FREE)
         if strategy == "draft":
             assert expected.timings.accepted_tokens > 0

@@ -1,4 +1,4 @@
-"""What a lookup of a prompt found among those that are stored, in words."""
+"""Lookups of prompts among those that are stored, told in words."""
 
 from __future__ import annotations
 
