@@ -11,8 +11,9 @@ makes the same number of tokens, greedy, as a stream. The texts must be the same
     mlx_lm.server       ``mlx_lm.server``, with room for as many rows
 
 A round asks each of them once at each number, and the order rotates from round to round; ratios are
-taken within a round. All are alive all the time, and one is used at a time. The client reads the
-sockets itself, and takes JSON apart, which is part of what is measured.
+taken within a round. All are alive all the time, and one is used at a time. Connections are made
+before, since a burst of them is more than some servers take at once. The client reads the sockets
+itself, and takes JSON apart, which is part of what is measured.
 
 One request: a chat of one token, whole, one after another: seconds more than in process.
 
@@ -66,9 +67,10 @@ def chats(count: int) -> list[list[dict[str, str]]]:
 
 
 async def timed(place: Place, number: int, options: dict[str, Any]) -> Run:
+    connections = [await place.connect() for _ in range(number)]
     start = time.perf_counter()
     told: list[Told] = await asyncio.gather(
-        *(place.stream(messages, **options) for messages in chats(number))
+        *(place.stream(*one, **options) for one in zip(chats(number), connections, strict=True))
     )
     seconds = time.perf_counter() - start
     if any(one.tokens != options["max_tokens"] for one in told):

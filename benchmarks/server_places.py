@@ -19,6 +19,8 @@ from mlx_engine.server import create_app
 
 CHAT = "/v1/chat/completions"
 ROWS = 32
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
 _PATIENCE = 120.0  # seconds for a server to start, or to end
 
 
@@ -49,11 +51,17 @@ class Http:
         self.port = port
         self.model = model
 
-    async def stream(self, messages: list[Any], **options: Any) -> Told:
+    async def connect(self) -> Connection:
+        """A connection, so that it is not measured how many a server takes at a moment."""
+        return await asyncio.open_connection("127.0.0.1", self.port, limit=2**24)
+
+    async def stream(
+        self, messages: list[Any], connection: Connection | None = None, **options: Any
+    ) -> Told:
         """A streamed answer."""
         start = time.perf_counter()
         body = {"stream": True, "stream_options": {"include_usage": True}}
-        reader, writer = await self.open(messages, **body, **options)
+        reader, writer = await self.open(messages, connection, **body, **options)
         texts: list[str] = []
         first, usage = 0.0, dict[str, Any]()
         try:
@@ -90,20 +98,20 @@ class Http:
         return _told(text, seconds, seconds, told["usage"])
 
     async def open(
-        self, messages: list[Any], **options: Any
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        self, messages: list[Any], connection: Connection | None = None, **options: Any
+    ) -> Connection:
         """Ask, and wait for the status; what follows is to be read."""
-        reader, writer = await self.send(messages, **options)
+        reader, writer = await self.send(messages, connection, **options)
         status = await reader.readline()
         if b" 200 " not in status:
             raise SystemExit(f"{status!r}: {await reader.read(2000)!r}")
         return reader, writer
 
     async def send(
-        self, messages: list[Any], **options: Any
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        self, messages: list[Any], connection: Connection | None = None, **options: Any
+    ) -> Connection:
         """Ask; all that is answered is to be read."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=2**24)
+        reader, writer = connection or await self.connect()
         body = json.dumps({"model": self.model, "messages": messages, **options}).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nConnection: close\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -117,7 +125,12 @@ class Here:
     def __init__(self, engine: BaseEngine) -> None:
         self.engine = engine
 
-    async def stream(self, messages: list[Any], **options: Any) -> Told:
+    async def connect(self) -> None:
+        """Nothing: there is no connection."""
+
+    async def stream(
+        self, messages: list[Any], connection: Connection | None = None, **options: Any
+    ) -> Told:
         """A streamed answer."""
         start = time.perf_counter()
         first = 0.0

@@ -46,6 +46,8 @@ class Answering:
         asker: who asks.
         take: awaited with each chunk, and the number of the answer that it is of. It may take its
             time: the engine does not wait for it.
+        counts: whether ``prompt_tokens`` is to be known before the first chunk, for which an
+            engine elsewhere has to send one message more.
 
     Attributes:
         prompt_tokens: of the first answer's prompt, once that is known.
@@ -59,6 +61,8 @@ class Answering:
         turns: Turns,
         asker: Asker,
         take: Take | None = None,
+        *,
+        counts: bool = False,
     ) -> None:
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -67,6 +71,7 @@ class Answering:
         self._turns = turns
         self._asker = asker
         self._take = take
+        self._counts = counts
 
     async def run(self, engine: Engine) -> list[Answer]:
         """All answers of an engine, in order.
@@ -123,7 +128,7 @@ class Answering:
     async def _read(
         self, engine: Engine, index: int, options: Mapping[str, Any], begun: asyncio.Event | None
     ) -> Answer:
-        on_progress = self._progress if index == 0 else None
+        on_progress = self._progress if self._counts and index == 0 else None
         reasoning_tokens, logprobs = 0, list[TokenLogprob]()
         stream = self._asked.begin(engine, index, self._defaults, options, on_progress)
         async with stream:

@@ -31,6 +31,7 @@ class Messages:
     """
 
     table = MESSAGES
+    counts_first = True
 
     def __init__(self, name: str = "messages") -> None:
         self.name = name

@@ -47,10 +47,12 @@ class Api(Protocol):
     Attributes:
         name: in logs and metrics.
         table: the fields of its requests.
+        counts_first: whether its streams begin with the token counts of the prompt.
     """
 
     name: str
     table: Table
+    counts_first: bool
 
     def read(self, fields: Fields) -> Asked:
         """The request that a body is.

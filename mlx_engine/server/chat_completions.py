@@ -34,6 +34,7 @@ class ChatCompletions:
 
     name = "chat.completions"
     table = CHAT
+    counts_first = False
 
     def read(self, fields: Fields) -> Asked:
         """See ``Api``."""

@@ -35,6 +35,7 @@ class Completions:
 
     name = "completions"
     table = COMPLETIONS
+    counts_first = False
 
     def read(self, fields: Fields) -> Asked:
         """See ``Api``."""

@@ -119,6 +119,7 @@ class Exchange:
             model.turns,
             self._asker,
             lambda index, chunk: stream.write(partial(events.chunk, index, chunk)),
+            counts=self._api.counts_first,
         )
         stream = EventStream(
             self._reply,

@@ -43,6 +43,7 @@ class Responses:
 
     name = "responses"
     table = RESPONSES
+    counts_first = False
 
     def read(self, fields: Fields) -> Asked:
         """See ``Api``."""
