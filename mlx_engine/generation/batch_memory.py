@@ -27,6 +27,7 @@ class BatchMemory:
     def __init__(self, runner: ModelRunner, budget: MemoryBudget) -> None:
         self._runner = runner
         self._budget = budget
+        self._claimed = 0  # bytes
 
     def claim(self, requests: Sequence_[Request], ahead: int) -> bool:
         """Claim what these need, and no others, for so many tokens more each.
@@ -35,14 +36,16 @@ class BatchMemory:
             ``False``, and nothing has changed, if there is too little.
         """
         need, pool = self._budget.need(requests, ahead), self._budget.pool
-        if pool.claim("live", need):
-            return True
-        room = pool.room("live", "stored")
-        if room is None or need > room:
-            return False
-        give_back()
-        self._fit_stored(room - need)
-        return pool.claim("live", need)
+        if not pool.claim("live", need):
+            room = pool.room("live", "stored")
+            if room is None or need > room:
+                return False
+            give_back()
+            self._fit_stored(room - need)
+            if not pool.claim("live", need):
+                return False
+        self._claimed = need
+        return True
 
     def could_claim(self, requests: Sequence_[Request], ahead: int) -> bool:
         """Whether there is as much, now that stored prompts have not given way yet."""
@@ -51,9 +54,9 @@ class BatchMemory:
 
     def fit_stored(self) -> None:
         """Drop stored prompts that there is no room for, and claim what the others take."""
-        room = self._budget.pool.room("stored")
+        room = self._budget.pool.room("live", "stored")
         if room is not None:
-            self._fit_stored(room)
+            self._fit_stored(room - self._claimed)
 
     def _fit_stored(self, limit: int) -> None:
         self._runner.shrink_stored(max(0, limit))
