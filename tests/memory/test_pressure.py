@@ -160,6 +160,7 @@ async def test_a_batch_takes_up_no_more_and_nobody_is_aborted(tiny_path: Path) -
             await anext(first)
             second = engine.stream_generate([6] * 40, max_tokens=3, ignore_eos=True)
             waiting = asyncio.ensure_future(anext(second))
+            await until(lambda: engine.stats().waiting == 1, "it does not wait")
             for _ in range(30):
                 await anext(first)
             assert engine.stats().waiting == 1
