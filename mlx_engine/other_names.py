@@ -168,6 +168,7 @@ OF_ENGINES = frozenset(
         "kv_group_size",
         "limits",
         "max_kv_size",
+        "memory",
         "prefill_step_size",
         "prompt_cache_bytes",
         "quantized_kv_start",

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         with asyncio.Runner() as runner:
             folder = interrupts.run(runner, _find(config, bar))
             info = describe(config, folder)
-            if args.memory:
+            if args.memory_table:
                 given = vars(args).get("memory_bytes")
                 size = interrupts.run(runner, _size(config, folder, info.context_length, given))
     finally:

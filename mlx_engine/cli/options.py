@@ -50,7 +50,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 parser.error(f"argument {flag}: not allowed with --raw, which sends no messages")
         if "logprobs" in args and not args.json:
             parser.error("argument --logprobs: needs --json, which shows them")
-    if "memory_bytes" in args and not args.memory:
+    if "memory_bytes" in args and not args.memory_table:
         parser.error("argument --memory-bytes: needs --memory")
     if args.command in ("host", "serve") and args.engine == "simple":
         for option in _given(args, BatchConfig):
@@ -259,6 +259,7 @@ def _add_info(commands: Commands, options: list[argparse.ArgumentParser]) -> Non
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument(
         "--memory",
+        dest="memory_table",
         action="store_true",
         help="show what it takes by context, requests at once and bits of its KV cache",
     )

@@ -286,4 +286,4 @@ async def test_every_shape_is_answered_or_refused(host: EngineHost) -> None:
 
 def test_the_requests_here_are_what_clients_send() -> None:
     assert isinstance(generate(1), Generate)
-    assert RemoteEngine("x")._greeting() == encode([Hello()])
+    assert RemoteEngine("x")._greeting()(None) == encode([Hello()])
