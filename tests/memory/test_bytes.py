@@ -28,14 +28,13 @@ KINDS = [
     "falcon_h1",
     "gemma3_text",
     "gpt_oss",
-    "lfm2",
-    "mamba2",
     "qwen3_moe",
     "qwen3_next",
     "smollm3",
 ]
 LARGER = {"hidden_size": 128, "block_dim": 128, "num_hidden_layers": 4}
 TOLERANCE = 0.05
+STEP = 256  # tokens for which memory is claimed ahead, which are a part of small models
 VOCABULARY = 263
 
 
@@ -50,6 +49,7 @@ class Measured:
         self.pairs: list[tuple[int, int]] = []
         self._book = book
         self._before = 0
+        self.ahead = 0  # bytes that may be claimed and not there yet
         self.tokens = 0  # of the request in work
 
     async def begin(self) -> None:
@@ -88,6 +88,7 @@ async def test_the_ledger_tells_what_mlx_does(folder: Path) -> None:
         await measured.begin()
         async with SimpleEngine(folder, prompt_cache_bytes=40 * 2**20) as engine:
             await engine.run_blocking(measured.look)
+            measured.ahead = step_of(engine)
             before: list[int] = []
             for n in range(6):
                 length = draw.choice([40, 300, 1500])
@@ -115,6 +116,7 @@ async def test_so_it_does_with_a_draft(tmp_path: Path) -> None:
         measured = Measured(book)
         await measured.begin()
         async with SimpleEngine(folder, decode=DraftModel(folder, 2)) as engine:
+            measured.ahead = 2 * step_of(engine)
             for n in range(4):
                 measured.tokens = 0
                 await engine.generate(
@@ -125,10 +127,20 @@ async def test_so_it_does_with_a_draft(tmp_path: Path) -> None:
     compare(measured)
 
 
+def step_of(engine: SimpleEngine) -> int:
+    """Bytes by which the KV cache of a request grows."""
+    footprint = engine._holder.runner().footprint
+    return footprint.nbytes(2 * STEP) - footprint.nbytes(STEP)
+
+
 def compare(measured: Measured) -> None:
-    """Within 5 % at each moment, and nothing is left behind."""
+    """Never more than 5 % above the ledger, nor below it by more than what is claimed ahead; and
+    nothing is left behind.
+    """
     *during, (left, still_there) = measured.pairs
     assert len(during) > 50
-    assert [pair for pair in during if abs(pair[1] - pair[0]) > TOLERANCE * pair[0]] == []
+    for told, there in during:
+        assert -measured.ahead <= there - told + TOLERANCE * told
+        assert there - told <= TOLERANCE * told
     assert left == 0
     assert still_there < 2**16
