@@ -285,7 +285,7 @@ async def test_a_client_that_is_evicted_raises_why(host: EngineHost) -> None:
         (one,) = host._connections
         one.evict("others want in")
         with contextlib.suppress(ConnectionError):
-            await stranger.send(framed(RemoteEngine("x")._greeting()))
+            await stranger.send(framed(RemoteEngine("x")._greeting()(None)))
         assert await stranger.refusal() == "others want in"
 
 
