@@ -385,7 +385,8 @@ EVERY_SAMPLING_OPTION = """--max-tokens 5 --temp 1 --top-p 0.5 --top-k 3 --min-p
 --stop-token-id 1 --stop-token-id 2 --ignore-eos --logprobs 3 --json"""
 EVERY_ENGINE_OPTION = """--model m --revision r --adapter-path a --trust-remote-code
 --context-length 10 --max-kv-size 8 --kv-bits 4 --kv-group-size 32 --quantized-kv-start 5
---prefill-step-size 3 --memory 8GB --prompt-cache-bytes 0 --tool-format hermes --reasoning-format none"""
+--prefill-step-size 3 --memory 8GB --prompt-cache-bytes 0
+--tool-format hermes --reasoning-format none"""
 
 
 def test_every_sampling_parameter_has_an_option() -> None:
