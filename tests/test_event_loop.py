@@ -36,6 +36,7 @@ ENGINES: dict[str, Callable[[], BaseEngine]] = {
 }
 CALLS: dict[str, Callable[[Any], Any]] = {
     "start": lambda e: e.start(),
+    "restart": lambda e: e.restart(),
     "stop": lambda e: e.stop(),
     "shutdown": lambda e: e.shutdown(5),
     "__aenter__": lambda e: e.__aenter__(),
@@ -43,6 +44,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "generate": lambda e: e.generate("hi"),
     "chat": lambda e: e.chat(USER),
     "generate_batch": lambda e: e.generate_batch(["a", "b"]),
+    "warm": lambda e: e.warm("hi"),
     "count_tokens": lambda e: e.count_tokens("hi"),
     "render_chat": lambda e: e.render_chat(USER),
     "encode": lambda e: e.encode("hi"),

@@ -341,6 +341,7 @@ class BaseEngine(Engine, abc.ABC):
         return await in_order(many, len(items))
 
     async def restart(self) -> None:
+        running_loop()
         await self._clear_failure()
         await self.start()
 
