@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlx_engine.testing.safety.ways import ALL_WAYS
 from tests.guard import GUARD
+from tests.memory.machines import machine_of
 from tests.sweep.plays import PLAYS, make_models, scene_of
 from tests.sweep.scene import SCHEDULES, Unharmed
 from tests.sweep.simulation import Simulation
@@ -27,6 +28,7 @@ with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
     make_models(folder)
     with (
+        machine_of(None),
         Simulation().installed() as simulation,
         scene_of(simulation, PLAYS[options.play], folder) as scene,
     ):

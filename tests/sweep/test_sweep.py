@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.memory.machines import machine_of
 from tests.sweep.plays import ASKED, CASES, Play, make_models, sweep
 from tests.sweep.scene import Schedule
 from tests.sweep.simulation import Simulation
@@ -39,7 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def simulation(folder: Path) -> Iterator[Simulation]:
-    with Simulation().installed() as simulation:
+    # What is elsewhere is here as well: a ledger would count its memory twice.
+    with machine_of(None), Simulation().installed() as simulation:
         yield simulation
 
 
