@@ -31,10 +31,23 @@ class Moments(FixedPool):
 class Again(Moments):
     """A pool without a bound in which every so often there is no room, counted from a time when
     nobody has any.
+
+    Args:
+        period: looks of which the last one finds none.
+        rarer: whether each is twice as long as the one before, so that whoever is preempted gets
+            further every time.
     """
 
-    def __init__(self, period: int) -> None:
-        super().__init__(lambda look: look % period == 0)
+    def __init__(self, period: int, *, rarer: bool = False) -> None:
+        super().__init__(self._due)
+        self._period = period
+        self._rarer = rarer
+
+    def _due(self, look: int) -> bool:
+        due = look % self._period == 0
+        if due and self._rarer:
+            self._period *= 2
+        return due
 
     def claim(self, kind: str, nbytes: int) -> bool:
         if kind == "live" and not nbytes:

@@ -254,7 +254,7 @@ async def test_what_is_no_request_is_drained_and_not_reported(
     assert await stopping == ShutdownReport(finished=("req-1",))
     assert len((await task).tokens) == 3
     assert await function
-    assert await saving == 0
+    assert await saving <= 1  # the request may have been done between its slices
 
 
 async def test_what_is_no_request_is_aborted_and_not_reported(

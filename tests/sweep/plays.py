@@ -102,7 +102,7 @@ class Kind:
         if self.where == "batched":
             engine = BatchedEngine(folder, **options)
             preempted = self.strategy == ", preempted"
-            return begin_with(engine, lambda: Again(4)) if preempted else engine
+            return begin_with(engine, lambda: Again(4, rarer=True)) if preempted else engine
         inner = "batched" if self.where == "process, batched" else "simple"
         return Elsewhere(folder, engine=inner, watchdog=None, **options)
 
