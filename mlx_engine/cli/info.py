@@ -17,11 +17,12 @@ from mlx_engine.cli.options import engine_options
 from mlx_engine.cli.output import ProgressBar
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.bridge import in_this_loop, off_loop
+from mlx_engine.core.ledger import ledger
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.work import ThreadJob
 from mlx_engine.engine.late import import_mlx
 from mlx_engine.engine.simple import SimpleEngine
-from mlx_engine.generation.sizing import ModelSize, memory_of_machine, size_unread
+from mlx_engine.generation.sizing import ModelSize, size_unread
 from mlx_engine.models.info import ModelInfo, describe
 from mlx_engine.models.loading import find_model
 
@@ -61,7 +62,7 @@ async def _size(
     def look() -> tuple[ModelSize, int | None]:
         import_mlx()
         size = size_unread(config, folder, context_length)
-        return size, memory_of_machine() if memory is None else memory
+        return size, ledger().total if memory is None else memory
 
     sized: tuple[ModelSize, int | None] = await mlx_thread.run(ThreadJob(look))
     return sized

@@ -6,7 +6,7 @@ from mlx_engine.core.ledger import ledger
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.generation.batch import Batch
 from mlx_engine.generation.live_memory import check_prompt
-from mlx_engine.generation.memory import FixedPool, MemoryBudget
+from mlx_engine.generation.memory import MemoryBudget
 from mlx_engine.generation.prepare import prepare
 from mlx_engine.generation.question import answer_question
 from mlx_engine.generation.runner import ModelRunner
@@ -20,7 +20,6 @@ from mlx_engine.models.weights import loaded_bytes, stored_bytes
 __all__ = [
     "RESIDENCY",
     "Batch",
-    "FixedPool",
     "MemoryBudget",
     "ModelRunner",
     "answer_question",

@@ -61,32 +61,6 @@ class Pool(Protocol):
         """
 
 
-class FixedPool:
-    """A pool of so many bytes that one engine has for itself; ``None`` is any number."""
-
-    def __init__(self, limit: int | None) -> None:
-        self.limit = limit
-        self._parts: dict[str, int] = {}
-
-    def room(self, *kinds: str) -> int | None:
-        """See ``Pool``."""
-        if self.limit is None:
-            return None
-        return self.limit - sum(size for kind, size in self._parts.items() if kind not in kinds)
-
-    def most(self, *kinds: str) -> int | None:
-        """See ``Pool``."""
-        return self.limit
-
-    def claim(self, kind: str, nbytes: int) -> bool:
-        """See ``Pool``."""
-        room = self.room(kind)
-        if room is not None and room < nbytes > self._parts.get(kind, 0):
-            return False
-        self._parts[kind] = nbytes
-        return True
-
-
 class MemoryBudget:
     """Bytes that the requests of a batch may take, and the pool that they come from.
 

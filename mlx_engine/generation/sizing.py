@@ -13,7 +13,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import maybe_quantize_kv_cache
 
 from mlx_engine.config import ModelConfig
-from mlx_engine.core.ledger import ledger
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache.kv_cache import KVFootprint, footprint_of, make_kv_cache
 from mlx_engine.models.loading import LoadedModel, unread_model
@@ -25,11 +24,6 @@ _SHARE = 0.9  # of what the model leaves; the rest is for activations and copies
 _ENDLESS = 131_072  # tokens at which the table ends for a model that names no limit
 _SHORTEST = 4_096  # tokens with which it begins
 _ROWS = 6
-
-
-def memory_of_machine() -> int | None:
-    """Bytes that all that MLX keeps may take on this machine; ``None`` if that is not known."""
-    return ledger().total
 
 
 def room_beside(weights: int, memory: int | None) -> int | None:

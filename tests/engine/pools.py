@@ -5,7 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mlx_engine import BatchedEngine
-from mlx_engine.generation.memory import FixedPool
+
+
+class FixedPool:
+    """A pool of so many bytes that one engine has for itself; ``None`` is any number."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self._parts: dict[str, int] = {}
+
+    def room(self, *kinds: str) -> int | None:
+        """See ``Pool``."""
+        if self.limit is None:
+            return None
+        return self.limit - sum(size for kind, size in self._parts.items() if kind not in kinds)
+
+    def most(self, *kinds: str) -> int | None:
+        """See ``Pool``."""
+        return self.limit
+
+    def claim(self, kind: str, nbytes: int) -> bool:
+        """See ``Pool``."""
+        room = self.room(kind)
+        if room is not None and room < nbytes > self._parts.get(kind, 0):
+            return False
+        self._parts[kind] = nbytes
+        return True
 
 
 class Moments(FixedPool):
