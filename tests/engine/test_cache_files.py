@@ -201,6 +201,7 @@ async def test_cancelled_at_any_read_it_has_added_whole_prompts_or_none(
             loading = asyncio.create_task(other.load_prompt_cache(path))
             await disk.reached()
             loading.cancel()
+            await turns()
             disk.go()
             with pytest.raises(asyncio.CancelledError):
                 await loading
