@@ -9,7 +9,15 @@ from typing import Any
 
 from mlx_engine.errors import GenerationError, describe
 from mlx_engine.remote.wire.frames import MAX_FRAME
-from mlx_engine.remote.wire.messages import Done, ErrorReply, Facts, encode
+from mlx_engine.remote.wire.messages import (
+    Chunk,
+    Done,
+    ErrorReply,
+    Facts,
+    Heartbeat,
+    ProgressUpdate,
+    encode,
+)
 from mlx_engine.remote.wire.values import error_to_wire
 
 _GAP = 0.004  # seconds between two frames, at least
@@ -21,9 +29,10 @@ class Outbox:
     A decode step has a chunk for each request of a batch; the loop gets to them when the MLX
     thread lets go of the GIL, so that they travel together without waiting for each other.
 
-    What comes within four milliseconds after a frame waits for that long: a frame costs both
-    sides a wake-up, 0.1 ms each, which at a millisecond a token is more than the tokens' own
-    Python.
+    A part of an answer, or a sign of life, that comes within four milliseconds after a frame waits
+    for that long: a frame costs both sides a wake-up, 0.1 ms each, which at a millisecond a token
+    is more than the tokens' own Python. Whatever somebody waits for, the end of an answer first of
+    all, goes at once, and takes with it what waits.
 
     Args:
         write: sends the payload of a frame; in the running event loop.
@@ -35,17 +44,20 @@ class Outbox:
         self._waiting: deque[Any] = deque()
         self._last: Callable[[], object] | None = None
         self._scheduled = False
+        self._urgent = False  # and what waits is to go at once
+        self._timer: asyncio.TimerHandle | None = None  # until it may go
         self._flushed = 0.0  # when, by the loop's clock
 
     def put(self, message: object) -> None:
         """Send a message, soon, in order. From any thread."""
         self._waiting.append(message)
-        self._schedule()
+        self._schedule(urgent=not isinstance(message, Chunk | ProgressUpdate | Heartbeat))
 
-    def _schedule(self) -> None:
-        if self._scheduled:
+    def _schedule(self, *, urgent: bool = False) -> None:
+        if self._scheduled and (self._urgent or not urgent):
             return
         self._scheduled = True
+        self._urgent = self._urgent or urgent
         try:
             self._loop.call_soon_threadsafe(self._flush_soon)
         except RuntimeError:
@@ -58,15 +70,17 @@ class Outbox:
 
     def _flush_soon(self) -> None:
         wait = self._flushed + _GAP - self._loop.time()
-        if wait <= 0:
+        if self._urgent or wait <= 0:
             self.flush()
-        else:
-            self._loop.call_later(wait, self.flush)
+        elif self._timer is None:
+            self._timer = self._loop.call_later(wait, self.flush)
 
     def flush(self) -> None:
         """Send what there is, now. In the loop."""
-        self._scheduled = False
-        self._flushed = self._loop.time()
+        self._scheduled = self._urgent = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         messages = []
         while self._waiting:
             messages.append(self._waiting.popleft())
@@ -75,6 +89,7 @@ class Outbox:
             messages.append(make())
         if not messages:
             return
+        self._flushed = self._loop.time()
         try:
             payload = encode(messages)
             if len(payload) <= MAX_FRAME:
