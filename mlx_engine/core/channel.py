@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 
 from mlx_engine.core.wakeup import wake
@@ -72,8 +71,7 @@ class Channel:
                     await sleeper
                     self._give_way()
             finally:
-                with contextlib.suppress(ValueError):  # the writer has it
-                    self._sleepers.remove(sleeper)
+                self._sleepers.clear()  # of this one, unless the writer has it
             if self.chunks:
                 return self.chunks.popleft()
             if self._ended:
