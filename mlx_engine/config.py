@@ -303,7 +303,11 @@ class EngineConfig:
         others = _OF_A_BATCH if kind == "simple" else ()
         for name in options:
             if name in others:
-                raise InvalidRequest(name, "is for batched engines only")
+                raise InvalidRequest(
+                    name,
+                    "is for batched engines only: a BatchedEngine, or one elsewhere that is made "
+                    "with engine='batched'",
+                )
             if name not in DEFAULTS:
                 known = [one for one in (*DEFAULTS, "on_progress") if one not in others]
                 raise unknown_option(name, known, f" of a {kind} engine")

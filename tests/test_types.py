@@ -141,7 +141,7 @@ async def jobs(engine: Engine, messages: list[Message]) -> None:
         if error is not None and error.retryable:
             await engine.restart()
         elif outcome.result is not None:
-            print(outcome.result.text)
+            print(outcome.result.text, outcome.to_dict()["attempts"])
     async for numbered in plain:
         print(numbered.id + 1)
 

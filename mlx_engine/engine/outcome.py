@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.outputs import GenerationResult
+from mlx_engine.plain import plain
 
 K = TypeVar("K")
 
@@ -41,6 +42,29 @@ class Outcome(Generic[K]):
             raise self.error.with_traceback(None)
         assert self.result is not None
         return self.result
+
+    def to_dict(self, tokens: bool = False) -> dict[str, Any]:
+        """The outcome as plain data, all of which JSON has a form for if it has one for the id.
+
+        Args:
+            tokens: whether the ids of the answer's tokens are in it.
+
+        Returns:
+            ``id``, ``index``, ``attempts``, ``result`` (as by its own ``to_dict``) and ``error``
+            (``type``, ``message`` and ``retryable``), one of which is ``None``.
+        """
+        error = self.error
+        told = None
+        if error is not None:
+            kind = type(error).__name__
+            told = {"type": kind, "message": str(error), "retryable": error.retryable}
+        return {
+            "id": plain(self.id),
+            "index": self.index,
+            "attempts": self.attempts,
+            "result": None if self.result is None else self.result.to_dict(tokens),
+            "error": told,
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -59,6 +60,22 @@ async def test_each_item_has_its_outcome_the_same_as_by_itself(engine: BaseEngin
         with pytest.raises(InvalidRequest, match="prompt"):
             outcomes[index].unwrap()
     assert {o.attempts for o in outcomes.values()} == {1}
+
+
+async def test_an_outcome_as_plain_data() -> None:
+    async with FakeEngine.script("yes", GenerationError("boom")) as engine:
+        good, bad = [o async for o in engine.map({"a": "x", "b": "y"}, ordered=True, retries=0)]
+    line = json.loads(json.dumps(good.to_dict(tokens=True)))
+    assert line["result"] == good.unwrap().to_dict(tokens=True)
+    assert (line["id"], line["index"], line["attempts"], line["error"]) == ("a", 0, 1, None)
+    assert "tokens" not in good.to_dict()["result"]
+    assert bad.to_dict() == {
+        "id": "b",
+        "index": 1,
+        "attempts": 1,
+        "result": None,
+        "error": {"type": "GenerationError", "message": "boom", "retryable": True},
+    }
 
 
 async def test_the_ids_of_items() -> None:
