@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -162,6 +163,17 @@ class Strategies:
             found.append(path_text(self.decode.model))
         return tuple(dict.fromkeys(found))
 
+    def with_paths(self, change: Callable[[str], str]) -> Strategies:
+        """The same strategies, whose models are where ``change`` says of each path."""
+        prefill, decode = self.prefill, self.decode
+        if prefill is not None and prefill.draft is not None:
+            prefill = replace(prefill, draft=change(path_text(prefill.draft)))
+        if isinstance(decode, DraftModel):
+            decode = replace(decode, model=change(path_text(decode.model)))
+        elif decode is not None and decode.head is not None:
+            decode = replace(decode, head=change(path_text(decode.head)))
+        return Strategies(prefill=prefill, decode=decode)
+
     def of_request(
         self, prefill: SpecPrefill | EngineDefault | None, decode: EngineDefault | None
     ) -> Strategies:
@@ -190,7 +202,7 @@ class Strategies:
         own = self.prefill.draft
         if asked.draft is None:
             return replace(asked, draft=own)
-        if own is None or path_text(asked.draft) != path_text(own):
+        if own is None or os.path.abspath(asked.draft) != os.path.abspath(own):
             raise InvalidRequest("prefill", "the draft is the engine's; leave it out in a request")
         return asked
 

@@ -181,6 +181,30 @@ def test_what_is_for_a_batch_is_refused_elsewhere() -> None:
             make("demo", max_batch_size=2)  # type: ignore[call-arg]
 
 
+def test_paths_go_to_another_process_as_absolute_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("model", "draft", "adapters"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "head.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = {"adapter_path": "adapters", "prefill": SpecPrefill("draft")}
+
+    def there(**more: Any) -> EngineConfig:
+        return settled(EngineConfig.of("simple", "model", {**options, **more}))
+
+    config = there(decode=DraftModel(Path("draft"), 3))
+    assert config.model.model == str(tmp_path / "model")
+    assert config.model.adapter_path == str(tmp_path / "adapters")
+    assert config.strategies.prefill == SpecPrefill(str(tmp_path / "draft"))
+    assert config.strategies.decode == DraftModel(str(tmp_path / "draft"), 3)
+    same = config.strategies.of_request(SpecPrefill("draft", keep=0.5), "default")
+    assert same.prefill == SpecPrefill("draft", keep=0.5)
+    headed = there(decode=MTP(2, head="head.safetensors"), prefill=SpecPrefill("no/folder"))
+    assert headed.strategies.decode == MTP(2, head=str(tmp_path / "head.safetensors"))
+    assert headed.strategies.prefill == SpecPrefill("no/folder")  # an id of the hub
+
+
 def test_paths_that_are_no_text_cannot_go_to_another_process() -> None:
     SimpleEngine("demo", adapter_path="a\udc80")
     with pytest.raises(InvalidRequest, match=r"^adapter_path: cannot go to another process"):

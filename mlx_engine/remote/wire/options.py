@@ -16,7 +16,7 @@ from mlx_engine.remote.wire.values import option_from_wire, option_to_wire
 
 
 def settled(config: EngineConfig) -> EngineConfig:
-    """An engine that is the same wherever its process is started: paths of folders are absolute.
+    """An engine that is the same wherever its process is started: paths are absolute.
 
     Raises:
         InvalidRequest: an option cannot go to another process.
@@ -24,7 +24,9 @@ def settled(config: EngineConfig) -> EngineConfig:
     model = config.model
     adapters = None if model.adapter_path is None else _absolute(model.adapter_path)
     config = replace(
-        config, model=replace(model, model=_absolute(model.model), adapter_path=adapters)
+        config,
+        model=replace(model, model=_absolute(model.model), adapter_path=adapters),
+        strategies=config.strategies.with_paths(_absolute),
     )
     for name, value in {"model": config.model.model, **options_to_wire(config)}.items():
         try:
@@ -56,6 +58,6 @@ def options_from_wire(options: dict[str, Any]) -> dict[str, Any]:
 
 def _absolute(path: str) -> str:
     try:
-        return os.path.abspath(path) if os.path.isdir(path) else path
+        return os.path.abspath(path) if os.path.exists(path) else path
     except (ValueError, OSError):
-        return path  # no folder's, or the current folder is gone
+        return path  # no path, or the current folder is gone
