@@ -10,6 +10,7 @@ import pytest
 
 from mlx_engine import (
     BaseEngine,
+    BatchedEngine,
     ContextLengthExceeded,
     EngineBusy,
     EngineDead,
@@ -22,14 +23,17 @@ from mlx_engine import (
     ModelLoadError,
     OutputInvalid,
     ProcessEngine,
+    RemoteEngine,
     StreamClosed,
     StreamConsumed,
 )
 from mlx_engine.engine.in_process import InProcessEngine
 from mlx_engine.errors import another, rebuild
+from mlx_engine.remote.serving.host import EngineHost
 from mlx_engine.remote.wire.values import error_from_wire, error_to_wire
 from mlx_engine.testing import FakeEngine
 from mlx_engine.testing import Gate as PlayGate
+from tests.remote.hosting import short_folder
 from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
@@ -151,6 +155,29 @@ async def test_a_process_that_was_killed_comes_back(tiny_path: Path) -> None:
         await asyncio.gather(engine.restart(), engine.restart())
         again = await engine.generate([1, 2], max_tokens=3, ignore_eos=True)
         assert again.tokens == first.tokens
+
+
+async def test_a_client_comes_back_to_a_host_that_is_there_again(tiny_path: Path) -> None:
+    with short_folder() as folder:
+        path = folder / "socket"
+        remote = RemoteEngine(path)
+        async with BatchedEngine(tiny_path) as engine, EngineHost(engine, path):
+            await remote.start()
+            first = await remote.generate([1, 2], max_tokens=3, ignore_eos=True)
+            remote.kill()  # the connection
+            await until(lambda: remote.state is EngineState.FAILED, "the connection is lost")
+            await asyncio.gather(remote.restart(), remote.restart())
+            again = await remote.generate([1, 2], max_tokens=3, ignore_eos=True)
+            assert again.tokens == first.tokens
+            remote.kill()
+            await until(lambda: remote.state is EngineState.FAILED, "and lost again")
+        with pytest.raises(EngineDead, match="no engine is hosted"):
+            await remote.restart()
+        async with BatchedEngine(tiny_path) as engine, EngineHost(engine, path):
+            await remote.restart()
+            again = await remote.generate([1, 2], max_tokens=3, ignore_eos=True)
+            assert again.tokens == first.tokens
+            await remote.stop()
 
 
 RETRYABLE: list[tuple[MLXEngineError, bool]] = [

@@ -114,8 +114,7 @@ async def test_the_end_of_an_actor_is_told_and_the_other_goes_on(
     await until(lambda: b.stats().completion_tokens > before)
     assert not living.done()
     living.cancel()
-    await a.stop()
-    await a.start()
+    await asyncio.gather(a.restart(), a.restart())
     assert (await a.generate("a", max_tokens=2)).tokens
 
 
