@@ -59,7 +59,7 @@ async def test_starts_ends_and_stops_are_in_the_log(
         await _some_requests(engine, gate)
     assert _lines(caplog, logging.INFO) == [
         "FakeEngine of 'fake' has started, in N s",
-        "FakeEngine of 'fake' has stopped; of its requests 0 finished, 0 aborted",
+        "FakeEngine of 'fake' has stopped; of those in flight then 0 finished, 0 aborted",
     ]
     assert _lines(caplog, logging.DEBUG) == [
         "req-1: stop, 4 tokens after 3 (0 of them cached), N s",

@@ -298,7 +298,9 @@ class Lifecycle:
             self._draining = []
             self.move(EngineState.STOPPED)
             ended = len(self._report.finished), len(self._report.aborted)
-        LOG.info("%s has stopped; of its requests %d finished, %d aborted", self.name, *ended)
+        LOG.info(
+            "%s has stopped; of those in flight then %d finished, %d aborted", self.name, *ended
+        )
 
     def _abort_all(self) -> None:
         """Abort what was in flight when the draining began; the release is not."""
