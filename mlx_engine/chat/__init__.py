@@ -35,13 +35,13 @@ Its files:
     unclosed.py           calls in reasoning that is not closed
     harmony.py            answers that are a row of messages
     response_template.py  answers as a model describes them itself
-    section.py            calls between markers, one after the other
-    bodies.py             how one call is written
+    call_section.py       calls between markers, one after the other
+    call_syntax.py        how one call is written
     tagged_call.py        with its arguments between tags
     elements.py           lists and objects in them
     calls.py              calls as they are made: deltas, and whole ones
     answer_parts.py       the parts of an answer so far
-    schema.py             bare text cast by a tool's schema
+    argument_types.py     bare text cast by a tool's schema
     literal.py            values as Python and Gemma write them
     json_text.py          values as JSON writes them
     partial_json.py       and as far as it is written

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mlx_engine.chat.bodies import (
+from mlx_engine.chat.call_syntax import (
     BARE_JSON,
     BARE_PYTHON,
     Body,

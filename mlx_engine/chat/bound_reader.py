@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from mlx_engine.chat.answer_parts import AnswerParts
-from mlx_engine.chat.bodies import compiled, literally
 from mlx_engine.chat.bound_answer import GAP, LONGEST_GAP, BoundAnswer
-from mlx_engine.chat.section import read_section, section
+from mlx_engine.chat.call_section import read_section, section
+from mlx_engine.chat.call_syntax import compiled, literally
 from mlx_engine.chat.source import Emit, Steps
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_engine.chat.answer_format import ToolFormat
-from mlx_engine.chat.bodies import HeadedCall
+from mlx_engine.chat.call_syntax import HeadedCall
 from mlx_engine.chat.frames import Frame
 from mlx_engine.chat.lark import Lark
 from mlx_engine.chat.literal import PYTHON

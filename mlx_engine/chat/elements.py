@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_engine.chat.bodies import compiled, literally
+from mlx_engine.chat.argument_types import argument_schema, cast, item_schema, types_of
+from mlx_engine.chat.call_syntax import compiled, literally
 from mlx_engine.chat.calls import Calls
 from mlx_engine.chat.json_text import DEEPEST, quoted
-from mlx_engine.chat.schema import argument_schema, cast, item_schema, types_of
 from mlx_engine.chat.source import CutOff, Malformed, Source, Steps
 
 _ITEM = "item"

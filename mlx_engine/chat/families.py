@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlx_engine.chat.answer_format import ReasoningFormat, ToolFormat
-from mlx_engine.chat.bodies import HeadedCall, JSONCall, PythonCall
+from mlx_engine.chat.call_syntax import HeadedCall, JSONCall, PythonCall
 from mlx_engine.chat.family_calls import (
     APERTUS,
     CALL_NAME,

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 from mlx_engine.chat.answer_format import ToolFormat
-from mlx_engine.chat.bodies import RUNS_CODE, Body, CodeCall, HeadedCall, JSONCall
+from mlx_engine.chat.call_syntax import RUNS_CODE, Body, CodeCall, HeadedCall, JSONCall
 from mlx_engine.chat.tagged_call import TaggedCall
 
 _ARROW = r"[^<>\n]{1,256}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mlx_engine.chat.answer_format import AnswerFormat, ToolFormat
-from mlx_engine.chat.bodies import HeadedCall
+from mlx_engine.chat.call_syntax import HeadedCall
 from mlx_engine.chat.family_calls import MINICPM_5
 
 

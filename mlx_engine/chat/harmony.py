@@ -8,7 +8,7 @@ import regex
 
 from mlx_engine.chat.answer_format import AnswerFormat
 from mlx_engine.chat.answer_parts import AnswerParts
-from mlx_engine.chat.bodies import RUNS_CODE, code_argument
+from mlx_engine.chat.call_syntax import RUNS_CODE, code_argument
 from mlx_engine.chat.json_text import json_value
 from mlx_engine.chat.quoting import Quoting
 from mlx_engine.chat.source import Emit, Malformed, Match, Pattern, Steps

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_engine.chat.argument_types import item_schema, types_of
 from mlx_engine.chat.lark import Lark
 from mlx_engine.chat.literal import PYTHON, Dialect
-from mlx_engine.chat.schema import item_schema, types_of
 from mlx_engine.chat.string_grammar import string_content
 from mlx_engine.chat.tool_schemas import (
     NOTES,

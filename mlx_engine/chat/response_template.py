@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from mlx_engine.chat.answer_format import AnswerFormat, ReasoningFormat, ToolFormat
 from mlx_engine.chat.answer_parts import AnswerParts
+from mlx_engine.chat.argument_types import argument_types, cast
 from mlx_engine.chat.calls import NOT_AN_OBJECT
 from mlx_engine.chat.json_text import normalized
-from mlx_engine.chat.schema import argument_types, cast
 from mlx_engine.chat.source import Malformed, Steps
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")

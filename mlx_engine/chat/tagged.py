@@ -8,8 +8,8 @@ import regex
 
 from mlx_engine.chat.answer_format import AnswerFormat, ReasoningFormat
 from mlx_engine.chat.answer_parts import AnswerParts
-from mlx_engine.chat.bodies import compiled
-from mlx_engine.chat.section import Section, read_section, section
+from mlx_engine.chat.call_section import Section, read_section, section
+from mlx_engine.chat.call_syntax import compiled
 from mlx_engine.chat.source import Pattern, Steps
 from mlx_engine.chat.unclosed import ends_with_calls
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from mlx_engine.chat.bodies import compiled, literally, without_names
+from mlx_engine.chat.argument_types import argument_schema, cast, types_of
+from mlx_engine.chat.call_syntax import compiled, literally, without_names
 from mlx_engine.chat.calls import Calls
 from mlx_engine.chat.elements import elements
 from mlx_engine.chat.json_text import escaped, json_value, quoted
-from mlx_engine.chat.schema import argument_schema, cast, types_of
 from mlx_engine.chat.source import CutOff, Malformed, Match, Pattern, Source, Steps
 
 _KEY = r"(?P<key>[^<>\n\"]{1,256})"

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_engine.chat.argument_types import cast, types_of
 from mlx_engine.chat.lark import ANY, Lark
-from mlx_engine.chat.schema import cast, types_of
 from mlx_engine.chat.source import Malformed
 from mlx_engine.chat.string_grammar import string_content
 from mlx_engine.chat.tool_schemas import OfferedTool, alternatives_of

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_engine.chat.schema import referred, types_of
+from mlx_engine.chat.argument_types import referred, types_of
 from mlx_engine.constraints import JSONSchema
 from mlx_engine.errors import InvalidRequest
 

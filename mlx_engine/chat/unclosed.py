@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlx_engine.chat.answer_parts import AnswerParts
-from mlx_engine.chat.section import Section, read_section
+from mlx_engine.chat.call_section import Section, read_section
 from mlx_engine.chat.source import Steps
 
 

@@ -5,12 +5,12 @@ import mlx.core as mx
 from mlx_engine.core.ledger import ledger
 from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.generation.batch import Batch
-from mlx_engine.generation.live_memory import check_prompt
 from mlx_engine.generation.memory import MemoryBudget
 from mlx_engine.generation.prepare import prepare
 from mlx_engine.generation.question import answer_question
 from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.single import generate_single
+from mlx_engine.generation.single_memory import check_prompt
 from mlx_engine.generation.trials.batch import check_batchable
 from mlx_engine.generation.warm_up import warm_up
 from mlx_engine.models.device import RESIDENCY, clear_cache, measure_device

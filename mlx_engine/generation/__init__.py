@@ -19,12 +19,12 @@ Its files:
     sparse/              SpecPrefill: parts of a prompt left out
     trials/              what is tried with a model before it serves
     memory.py            memory for KV caches: the pool, and for whom it is enough
-    live_memory.py       that of a request by itself, claimed before it is needed
+    single_memory.py     that of a request by itself, claimed before it is needed
     sizing.py            what a model takes, and what of that fits into this machine
     cache/               KV caches, of requests and of earlier prompts
     prefill.py           tokens of a prompt into a KV cache
-    prompt.py            prompts and chats -> token ids
-    tokenize.py          text -> token ids, and no further than the context goes
+    tokenize.py          prompts and chats -> token ids
+    text_limit.py        text that cannot fit is refused before it is tokenized whole
     chat_places.py       where the turns of a chat begin and end in its prompt
     sampling.py          options -> sampler and logits processors
     reasoning_budget.py  tokens that reasoning may use, and what closes it then

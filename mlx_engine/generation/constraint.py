@@ -23,7 +23,7 @@ from llguidance import LLExecutor
 from numpy.typing import NDArray
 
 from mlx_engine.errors import describe
-from mlx_engine.models.grammar import CompiledGrammar
+from mlx_engine.models.grammar_compiler import CompiledGrammar
 
 Words = NDArray[np.int32]  # a bit for each token, of shape (rows, words) or (words,)
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 from mlx_engine.core.stop import checkpoint, stoppable
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.constraint import GrammarState
-from mlx_engine.generation.prompt import Encoded, encode
 from mlx_engine.generation.reasoning_budget import ReasoningBudget, ReasoningClose
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.sampling import check_sampling, make_sampling
 from mlx_engine.generation.text import TextAssembler
+from mlx_engine.generation.tokenize import Encoded, encode
 from mlx_engine.models.token_text import TokenTexts
 from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.requests import ChatPrompt

@@ -7,7 +7,7 @@ from dataclasses import replace
 from mlx_engine.core.stop import checkpoint
 from mlx_engine.errors import ContextLengthExceeded
 from mlx_engine.generation.cache.stored_prompt import PromptIndex
-from mlx_engine.generation.prompt import Encoded, encode
+from mlx_engine.generation.tokenize import Encoded, encode
 from mlx_engine.models.detokenizer import make_detokenizer
 from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.questions import PromptFacts, PromptQuestion

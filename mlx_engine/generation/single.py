@@ -18,11 +18,11 @@ from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.generation.cache.kv_cache import Cache
 from mlx_engine.generation.cache.snapshot import trimmable
-from mlx_engine.generation.live_memory import LiveMemory
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.sampler import can_be_sampled
 from mlx_engine.generation.sequence import Sequence
+from mlx_engine.generation.single_memory import LiveMemory
 from mlx_engine.generation.speculative.decoder import Emitted
 from mlx_engine.outputs import GenerationResult
 

@@ -1,4 +1,4 @@
-"""Tokens -> text. Nothing else turns one into the other.
+"""Tokens of an answer -> its text. Nothing else makes that of them.
 
     token ─► detokenizer ─► stop strings ─► parser of a chat's answer ─► pieces
 

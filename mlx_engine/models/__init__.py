@@ -7,7 +7,7 @@ Its files:
     weights.py             bytes of weights, on disk and in memory
     device.py              the memory of MLX's device
     vocabulary.py          all of a model that needs no MLX
-    grammar.py             constraints -> what follows an answer token by token
+    grammar_compiler.py    constraints -> what follows an answer token by token
     grammar_problem.py     why one does not compile, and where
     demo.py                the embedded default: fetched once, converted
     gguf_demo.py           its file, as a folder that mlx-lm loads

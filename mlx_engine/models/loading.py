@@ -23,7 +23,7 @@ from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import InvalidRequest, MLXEngineError, ModelLoadError
 from mlx_engine.models import demo, hub
 from mlx_engine.models.detokenizer import SAMPLE_TEXT, make_detokenizer, mend_decoder
-from mlx_engine.models.grammar import Grammars
+from mlx_engine.models.grammar_compiler import Grammars
 from mlx_engine.models.vocabulary import Vocabulary
 from mlx_engine.outputs import Progress, ProgressCallback
 

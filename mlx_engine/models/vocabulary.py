@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_engine.chat.answer_format import AnswerFormat
-from mlx_engine.models.grammar import Grammars
+from mlx_engine.models.grammar_compiler import Grammars
 
 _ALL_IS_TEXT = AnswerFormat()
 

@@ -10,7 +10,8 @@ It needs the extra ``server``. Its files, a request's way from top to bottom:
     openapi.py           what is there, in OpenAPI
     field_table.py       the fields of each API, and what becomes of them
     endpoint.py          a request, from its body to the end of its answer
-    body.py              its body, and its client's going away
+    body.py              its body
+    connected.py         its work, cancelled when its client goes away
     volatile.py          its text that spoils the prompt cache
     token_count.py       one that is counted, and not answered
     anthropic.py         an API: Anthropic's messages
@@ -32,7 +33,7 @@ It needs the extra ``server``. Its files, a request's way from top to bottom:
     reply.py             the response, events and signs of life
     site.py              what all endpoints share
     models.py            models by their names, loaded when asked for
-    stay.py              one of them, as long as it is in memory
+    model_stay.py        one of them, as long as it is in memory
     served.py            models as they are given
     access.py            keys, host names, limits of a client
     metrics.py           numbers for Prometheus

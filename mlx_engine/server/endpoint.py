@@ -14,7 +14,8 @@ from mlx_engine.server.access import Scope
 from mlx_engine.server.answers import Answer, Answering
 from mlx_engine.server.api import Api
 from mlx_engine.server.asked import Asked, Fields
-from mlx_engine.server.body import read_json, while_connected
+from mlx_engine.server.body import read_json
+from mlx_engine.server.connected import while_connected
 from mlx_engine.server.failures import Failure
 from mlx_engine.server.models import Model
 from mlx_engine.server.reply import ClientGone, EventStream, Headers, Receive, Reply, Send

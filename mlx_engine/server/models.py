@@ -13,8 +13,8 @@ from mlx_engine.engine.interface import Engine
 from mlx_engine.errors import MLXEngineError, describe
 from mlx_engine.outputs import EngineState, ShutdownReport
 from mlx_engine.server.failures import Failure
+from mlx_engine.server.model_stay import Stay
 from mlx_engine.server.served import ServedModel
-from mlx_engine.server.stay import Stay
 from mlx_engine.server.turns import Turns
 
 _log = logging.getLogger("mlx_engine.server")

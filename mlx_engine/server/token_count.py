@@ -5,7 +5,7 @@ from __future__ import annotations
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.server.access import Scope
 from mlx_engine.server.asked import Asked
-from mlx_engine.server.body import while_connected
+from mlx_engine.server.connected import while_connected
 from mlx_engine.server.endpoint import Endpoint, Exchange
 from mlx_engine.server.models import Model
 from mlx_engine.server.reply import Receive, Send

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mlx_engine.chat import tagged_call
-from mlx_engine.chat.bodies import compiled
+from mlx_engine.chat.call_syntax import compiled
 from mlx_engine.chat.formats import choose_format
 from mlx_engine.chat.parser import AnswerParser
 from tests.chat.answers import Answer, cuts, parse, random_cuts, told, tool

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 
 from mlx_engine import AnyJSON, Choice, Constraint, Grammar, InvalidRequest, JSONSchema, Regex
 from mlx_engine.core.stop import Interrupted, stoppable
-from mlx_engine.models import grammar as grammars
-from mlx_engine.models.grammar import Grammars
+from mlx_engine.models import grammar_compiler as grammars
+from mlx_engine.models.grammar_compiler import Grammars
 from tests.constraints.walks import answer, bits
 from tests.generation.tokenizers import KINDS, SENTENCEPIECE, fast
 from tests.tiny import make_tokenizer

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_engine import BaseEngine, BatchedEngine, DraftModel, GenerationError, GenerationResult
 from mlx_engine.constraints import JSONSchema, Regex
-from mlx_engine.models.grammar import CompiledGrammar
+from mlx_engine.models.grammar_compiler import CompiledGrammar
 from tests.constraints.schemas import SHAPES
 from tests.constraints.test_decoding import PROMPT
 

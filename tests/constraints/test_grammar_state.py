@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_engine.constraints import Choice, Constraint, JSONSchema, Regex
 from mlx_engine.generation.constraint import GrammarState, empty_masks, fill_all, masked
-from mlx_engine.models.grammar import CompiledGrammar, Grammars
+from mlx_engine.models.grammar_compiler import CompiledGrammar, Grammars
 from mlx_engine.models.vocabulary import Vocabulary
 from tests.conftest import on_mlx_thread
 from tests.constraints.by_hand import ByHand

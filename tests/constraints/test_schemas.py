@@ -12,7 +12,7 @@ from jsonschema.validators import validator_for
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_engine import JSONSchema
-from mlx_engine.models.grammar import Grammars
+from mlx_engine.models.grammar_compiler import Grammars
 from tests.constraints.schemas import SCHEMAS
 from tests.constraints.walks import answer
 from tests.generation.tokenizers import byte_level, fast

@@ -7,7 +7,7 @@ import random
 import numpy as np
 from llguidance import LLMatcher
 
-from mlx_engine.models.grammar import CompiledGrammar
+from mlx_engine.models.grammar_compiler import CompiledGrammar
 
 ENDING = 0.25  # chance to end where an answer may
 

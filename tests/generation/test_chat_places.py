@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation import chat_places
 from mlx_engine.generation.chat_places import ChatPlaces, EncodedText
-from mlx_engine.generation.prompt import encode
+from mlx_engine.generation.tokenize import encode
 from mlx_engine.requests import ChatPrompt
 from tests.chat_models import TEMPLATE
 from tests.tiny import make_tokenizer

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_engine import ContextLengthExceeded, InvalidRequest, SimpleEngine
-from mlx_engine.generation.prompt import encode
+from mlx_engine.generation.tokenize import encode
 from mlx_engine.requests import ChatPrompt
 from mlx_engine.testing import FakeEngine
 from tests.conftest import make_tiny

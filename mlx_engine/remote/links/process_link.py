@@ -18,7 +18,7 @@ from typing import Any
 
 from mlx_engine.core.threads import dead
 from mlx_engine.errors import EngineDead
-from mlx_engine.remote.links.child import Child
+from mlx_engine.remote.links.child_process import Child
 from mlx_engine.remote.links.link import Ending, FrameProtocol, SocketEnd
 
 _LINES = 60  # of standard error that are kept

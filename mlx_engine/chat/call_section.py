@@ -8,7 +8,7 @@ from functools import lru_cache
 import regex
 
 from mlx_engine.chat.answer_format import ToolFormat
-from mlx_engine.chat.bodies import Body, PythonCall, compiled, without_names
+from mlx_engine.chat.call_syntax import Body, PythonCall, compiled, without_names
 from mlx_engine.chat.calls import Calls
 from mlx_engine.chat.source import CutOff, Malformed, Pattern, Source, Steps
 
