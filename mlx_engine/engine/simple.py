@@ -57,7 +57,8 @@ class SimpleEngine(LocalEngine):
             quantized_kv_start: tokens in the cache from which on it is quantised, 0 by default;
                 only with ``kv_bits``.
             prefill_step_size: tokens per prefill chunk, 512 by default; a cancelled request
-                leaves MLX after the chunk that it is in.
+                leaves MLX after the chunk that it is in. Chunks have fewer tokens where those
+                would take more than a second, unless the KV cache is bounded or quantised.
             prompt_cache_bytes: bytes that earlier prompts and answers may take, so that they
                 need no second prefill; 0 switches that off, ``None`` is a quarter of what the
                 models leave of ``memory``, and on Linux 1 GiB at most unless that is given.

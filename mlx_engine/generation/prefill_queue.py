@@ -126,7 +126,8 @@ class PrefillQueue:
         self.begin(sequence)
         scoring = sequence.sparse is not None and sequence.sparse.scoring
         pace = self._draft_pace if scoring else self._pace
-        size = self._tokens(pace) if beside_others else self._runner.config.prefill_step_size
+        chunk = self._runner.chunk_of(sequence)
+        size = min(chunk.tokens, self._tokens(pace)) if beside_others else chunk.tokens
         group = self._group(sequence, size)
         before = sum(each.held for each in group)
         began = time.perf_counter()
@@ -139,6 +140,7 @@ class PrefillQueue:
         seconds = time.perf_counter() - began
         self._runner.counters.prefill_seconds += seconds
         pace.measured(seconds, tokens)
+        chunk.took(seconds, tokens)
         return [each for each in group if not each.left], merged
 
     def _tokens(self, pace: _Pace) -> int:

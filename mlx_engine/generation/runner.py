@@ -32,6 +32,7 @@ from mlx_engine.generation.cache.sparse_cache import SparseKVCache
 from mlx_engine.generation.cache.stored_prompts import StoredPrompts
 from mlx_engine.generation.memory import prompt_cache_limit, share_out
 from mlx_engine.generation.prefill import settle
+from mlx_engine.generation.prefill_chunk import PrefillChunk
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.sequence import Sequence
 from mlx_engine.generation.sizing import fit_context
@@ -72,6 +73,7 @@ class ModelRunner:
         strategies: those at work.
         footprint: bytes of the KV cache that a request has.
         account: of the engine's memory, in which stored prompts are counted.
+        chunk, draft_chunk: the size of prefill chunks, and of a draft's that scores a prompt.
         helpers: the modules of drafts, and of an MTP head.
     """
 
@@ -89,6 +91,8 @@ class ModelRunner:
         # on where the chunks begin, so that a prefix may be used up to such a place only.
         exact = config.max_kv_size is None and config.kv_bits is None
         grid = None if exact else config.prefill_step_size
+        self.chunk = PrefillChunk(config.prefill_step_size, fixed=not exact)
+        self.draft_chunk = PrefillChunk(config.prefill_step_size, fixed=False)
         cache = PromptCache(0, grid=grid, quantized_from=config.quantized_kv_start)
         target = CachedModel.of(loaded, config, cache)
         others = {
@@ -179,6 +183,11 @@ class ModelRunner:
             ranges=sequence.kept,
         )
         sequence.cache, sequence.places, sequence.alone = sequence.sparse.cache, (), True
+
+    def chunk_of(self, sequence: Sequence) -> PrefillChunk:
+        """The size of a sequence's next prefill chunk."""
+        scoring = sequence.sparse is not None and sequence.sparse.scoring
+        return self.draft_chunk if scoring else self.chunk
 
     def prefill_step(self, sequence: Sequence, size: int) -> int:
         """Prefill at most ``size`` tokens more; a step also ends at each of ``places``.

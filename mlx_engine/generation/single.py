@@ -95,18 +95,22 @@ def _serve(runner: ModelRunner, sequence: Sequence, live: LiveMemory) -> None:
 
 
 def _prefill(runner: ModelRunner, sequence: Sequence, live: LiveMemory) -> None:
-    request, counters, step = sequence.request, runner.counters, runner.config.prefill_step_size
+    request, counters = sequence.request, runner.counters
     assert sequence.cache is not None
     while sequence.left:
         if request.should_stop:
             break
-        began = time.perf_counter()
-        # Chunks end at multiples of the step, wherever the first one began.
-        size = step if sequence.sparse is not None else step - sequence.held % step
+        chunk = runner.chunk_of(sequence)
+        size = chunk.tokens
+        if sequence.sparse is None:  # chunks end at multiples, wherever the first one began
+            size -= sequence.held % size
         live.prefill(size)
-        runner.prefill_step(sequence, size)
+        began = time.perf_counter()
+        went = runner.prefill_step(sequence, size)
+        seconds = time.perf_counter() - began
+        chunk.took(seconds, went)
         ledger().relieve()
-        counters.prefill_seconds += time.perf_counter() - began
+        counters.prefill_seconds += seconds
         counters.kv_bytes = live.measure()
         if sequence.held in sequence.places:
             runner.store(sequence, sequence.cache)

@@ -9,6 +9,7 @@ takes is found out by rendering small conversations.
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +23,7 @@ from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache.kv_cache import Cache, make_kv_cache, merge, quantize
 from mlx_engine.generation.constraint import empty_masks, masked
 from mlx_engine.generation.prefill import may_pad, padded_prefill, prefilled
+from mlx_engine.generation.prefill_chunk import PrefillChunk
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.sampler import Sampler, can_be_sampled
@@ -36,6 +38,7 @@ from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt
 
 _LONG = 64  # tokens: enough for the kernels of long inputs, soon done by a large model
 _SHORT = 8  # tokens, where there are no such kernels: a CPU takes a tenth of a second for each
+_FEW, _TIMES = 5, 3  # tokens that are timed, and how often, if they seem to take long
 _STEPS = 2
 _TOOL = {
     "type": "function",
@@ -82,13 +85,16 @@ def warm_up(runner: ModelRunner, *, batched: bool) -> None:
     try:
         _chats(runner.loaded.vocabulary)
         _alone(runner.loaded, runner.config)
+        _time(runner.loaded, runner.config, runner.chunk)
         if batched:
             _together(runner.loaded, runner.config)
         strategies = runner.strategies
         if strategies.speculation is not None:
             _speculative(runner.loaded, runner.config, strategies.speculation)
         if strategies.sparse is not None and strategies.sparse.draft.loaded is not runner.loaded:
-            _alone(strategies.sparse.draft.loaded, strategies.sparse.draft.config)
+            draft = strategies.sparse.draft
+            _alone(draft.loaded, draft.config)
+            _time(draft.loaded, draft.config, runner.draft_chunk)
     finally:
         mx.synchronize(generation_stream)
         mx.clear_cache()
@@ -129,6 +135,20 @@ def _alone(loaded: LoadedModel, config: ModelConfig) -> None:
             mx.eval(_sampled(loaded, logits, prompt))
         else:
             mx.eval(mx.argmax(logits, axis=-1))
+
+
+def _time(loaded: LoadedModel, config: ModelConfig, chunk: PrefillChunk) -> None:
+    """Have the first chunks be short where a token takes long, which it does on a CPU."""
+    if mx.default_device().type == mx.DeviceType.gpu:
+        return
+    prompt, seconds = _prompt(loaded, config, _FEW), float("inf")
+    for _ in range(_TIMES):
+        began = time.perf_counter()
+        prefilled(loaded.model, config, prompt)
+        seconds = min(seconds, time.perf_counter() - began)
+        if not chunk.is_long(seconds / len(prompt)):
+            return
+    chunk.expect(seconds / len(prompt))
 
 
 def _together(loaded: LoadedModel, config: ModelConfig) -> None:

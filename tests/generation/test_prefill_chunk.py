@@ -1,0 +1,97 @@
+"""Prefill chunks: short where the model is slow, so that a cancel is heard, and whole where not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_engine import BaseEngine, BatchedEngine, Progress, SimpleEngine, SpecPrefill
+from mlx_engine.generation import prefill_chunk
+from mlx_engine.generation.prefill_chunk import PrefillChunk
+
+PROMPT = [1 + n % 97 for n in range(200)]
+
+
+def test_a_fast_model_has_whole_chunks_from_the_first_one_on() -> None:
+    chunk = PrefillChunk(512, fixed=False)
+    chunk.expect(1 / 600)
+    assert chunk.tokens == 512
+    for seconds in (0.9, 0.1, 0.9):
+        chunk.took(seconds, 512)
+        assert chunk.tokens == 512
+
+
+def test_a_slow_one_begins_with_short_ones() -> None:
+    chunk = PrefillChunk(512, fixed=False)
+    chunk.expect(1 / 100)
+    assert chunk.tokens == 64
+    chunk = PrefillChunk(512, fixed=False)
+    chunk.expect(10.0)
+    assert chunk.tokens == 16
+    chunk = PrefillChunk(20, fixed=False)
+    chunk.expect(10.0)
+    assert chunk.tokens == 20, "too few to be halved"
+
+
+def test_it_learns_and_forgets() -> None:
+    chunk = PrefillChunk(100, fixed=False)
+    sizes = []
+    for seconds in (2.0, 2.0, 2.0, 0.5, 0.1, 0.1, 0.1):
+        chunk.took(seconds, chunk.tokens)
+        sizes.append(chunk.tokens)
+    assert sizes == [50, 25, 25, 25, 50, 100, 100]
+    chunk.took(2.0, 7)  # the end of a prompt, long behind a long one
+    assert chunk.tokens == 50
+    chunk.took(0.01, 7)
+    assert chunk.tokens == 50, "a few tokens say nothing of many"
+
+
+def test_it_stays_where_answers_depend_on_it() -> None:
+    chunk = PrefillChunk(512, fixed=True)
+    chunk.expect(10.0)
+    chunk.took(10.0, 512)
+    assert chunk.tokens == 512
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if each chunk took too long."""
+    monkeypatch.setattr(prefill_chunk, "_LONGEST", 0.0)
+
+
+async def ends(engine: BaseEngine) -> list[int]:
+    """Where the chunks of a prefill end."""
+    told: list[Progress] = []
+    await engine.generate(PROMPT, max_tokens=1, on_progress=told.append)
+    done = [p.done for p in told if p.phase == "prefill" and p.done]
+    assert done.pop() == len(PROMPT), "with the first token, the last of the prompt is in too"
+    return done
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("make", [SimpleEngine, BatchedEngine])
+@pytest.mark.parametrize("options", [{}, {"prefill": SpecPrefill(threshold=1000)}])
+@pytest.mark.usefixtures("slow")
+async def test_chunks_of_a_slow_model_are_short_and_the_answer_is_the_same(
+    make: Any, options: dict[str, Any], tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with make(tiny_path, prefill_step_size=128, prompt_cache_bytes=0, **options) as engine:
+        short = await engine.generate(PROMPT, max_tokens=8, ignore_eos=True)
+        assert await ends(engine) == [*range(16, 199, 16), 199]
+        monkeypatch.setattr(prefill_chunk, "_LONGEST", 1e6)
+        grown = await ends(engine)
+        assert grown[:3] == [16, 48, 112] if make is BatchedEngine else [16, 32, 64]
+        whole = await engine.generate(PROMPT, max_tokens=8, ignore_eos=True)
+        assert await ends(engine) == [128, 199]
+    assert short.tokens == whole.tokens
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("slow")
+async def test_they_stay_whole_where_the_answer_depends_on_them(tiny_path: Path) -> None:
+    async with SimpleEngine(
+        tiny_path, prefill_step_size=128, prompt_cache_bytes=0, max_kv_size=64
+    ) as engine:
+        assert await ends(engine) == [128, 199]
