@@ -14,11 +14,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from mlx_engine.errors import InvalidRequest
 
-Memory = int | float | Literal["auto"]
+Memory = int | float | str
 """The memory that an engine may have: bytes, a part of the machine's, or as much as there is."""
 
 _NO_LIMIT = 2**60  # bytes; control groups (v1) without one have a number beyond it
