@@ -11,7 +11,8 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.stop import checkpoint
-from mlx_engine.generation.cache.kv_cache import Cache, grow, make_kv_cache, quantize
+from mlx_engine.generation.cache.joint_cache import grow
+from mlx_engine.generation.cache.kv_cache import Cache, make_kv_cache, quantize
 
 
 def settle(cache: Cache, config: ModelConfig) -> None:
