@@ -64,6 +64,33 @@ class FixedMachine:
 
 
 @dataclass(frozen=True, slots=True)
+class ToldMachine:
+    """Another machine, by what somebody on it has told.
+
+    Attributes:
+        whole, left: bytes of ``size`` and ``available``.
+        devoted: see ``Machine``.
+    """
+
+    whole: int | None = None
+    left: int | None = None
+    devoted: bool = False
+
+    @classmethod
+    def of(cls, machine: Machine) -> ToldMachine:
+        """A machine as it is now."""
+        return cls(machine.size(), machine.available(), machine.devoted)
+
+    def size(self) -> int | None:
+        """As it was told."""
+        return self.whole
+
+    def available(self) -> int | None:
+        """As it was told."""
+        return self.left
+
+
+@dataclass(frozen=True, slots=True)
 class LinuxMachine:
     """A machine with Linux.
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream
-from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.stop import checkpoint
-from mlx_engine.generation.cache.kv_cache import Cache, grow, make_kv_cache, quantize
+from mlx_engine.generation.cache.joint_cache import grow
+from mlx_engine.generation.cache.kv_cache import Cache, cache_parts, make_kv_cache, quantize
 
 _LONGEST = 1.0  # seconds of a chunk, roughly: a cancelled request leaves with its chunk
 _SMALLEST = 16  # tokens of one, however slow the model is
@@ -68,6 +69,9 @@ def settle(cache: Cache, config: ModelConfig) -> None:
     Within ``mx.stream(generation_stream)``, as what gave it.
     """
     quantize(cache, config)
+    for part in cache_parts(cache):
+        if isinstance(part, ArraysCache):  # the end of a chunk's activations would keep all of them
+            part.cache = [None if state is None else mx.contiguous(state) for state in part.cache]
     # Without it the work would pile up unevaluated, and a cancel check mean nothing.
     mx.eval([entry.state for entry in cache])
     mx.clear_cache()

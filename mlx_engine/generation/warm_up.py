@@ -20,7 +20,8 @@ from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.stop import checkpoint
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.generation.cache.kv_cache import Cache, make_kv_cache, merge, quantize
+from mlx_engine.generation.cache.joint_cache import merge
+from mlx_engine.generation.cache.kv_cache import Cache, make_kv_cache, quantize
 from mlx_engine.generation.constraint import empty_masks, masked
 from mlx_engine.generation.prefill import ChunkSize, may_pad, padded_prefill, prefilled
 from mlx_engine.generation.request import Request
