@@ -5,6 +5,7 @@
 It needs the extra ``server``. Its files, a request's way from top to bottom:
 
     app.py               create_app: routes
+    addresses.py         paths, as clients mean them
     status.py            models, health, metrics, numbers
     page.py              the page at /, page.html
     openapi.py           what is there, in OpenAPI

@@ -28,6 +28,7 @@ _CODES: dict[Kind, str] = {
     "context": "context_length_exceeded",
     "key": "invalid_api_key",
     "not_found": "model_not_found",
+    "path": "unknown_url",
     "busy": "rate_limit_exceeded",
     "unavailable": "engine_unavailable",
 }
