@@ -36,17 +36,6 @@ from mlx_engine.server.site import Site
 from mlx_engine.server.status import status_routes
 from mlx_engine.server.token_count import TokenCount
 
-# Each API, and its path behind the base, which ends in /v1 or does not.
-_APIS: tuple[tuple[str, Api], ...] = (
-    ("/chat/completions", ChatCompletions()),
-    ("/completions", Completions()),
-    ("/responses", Responses()),
-    ("/messages", Messages()),
-)
-_COUNTS: tuple[tuple[str, Api], ...] = (
-    ("/messages/count_tokens", Messages("messages.count_tokens")),
-)
-
 
 def create_app(
     engine: Given | Mapping[str, Given],
@@ -134,13 +123,25 @@ def create_app(
     return app
 
 
+def apis() -> dict[str, Api]:
+    """Each API, by its path behind the base, which ends in /v1 or does not."""
+    return {
+        "/chat/completions": ChatCompletions(),
+        "/completions": Completions(),
+        "/responses": Responses(),
+        "/messages": Messages(),
+    }
+
+
 def _routes(site: Site) -> Iterator[BaseRoute]:
+    answered = apis()
+    counts: dict[str, Api] = {"/messages/count_tokens": Messages("messages.count_tokens")}
     for base in ("/v1", ""):
-        for path, api in _APIS:
+        for path, api in answered.items():
             yield Route(base + path, Endpoint(site, api), methods=["POST"])
-        for path, api in _COUNTS:
+        for path, api in counts.items():
             yield Route(base + path, TokenCount(site, api), methods=["POST"])
-    yield from status_routes(site, (*_APIS, *_COUNTS))
+    yield from status_routes(site, (*answered.items(), *counts.items()))
 
 
 @contextlib.asynccontextmanager
