@@ -194,13 +194,15 @@ async def test_a_service_streams_text_and_says_what_is_wrong(service: Any) -> No
         service.lifespan(service.app),
         httpx2.AsyncClient(transport=transport, base_url="http://here") as http,
     ):
-        answer = await http.post("/chat", json=[USER])
-        assert (answer.status_code, answer.text) == (200, "Hello there!")
-        answer = await http.post("/chat", json=[{"role": "robot"}])
-        assert (answer.status_code, answer.text[:8]) == (400, "messages")
+        for path in ("/chat", "/whole"):
+            answer = await http.post(path, json=[USER])
+            assert (answer.status_code, answer.text) == (200, "Hello there!")
+            answer = await http.post(path, json=[{"role": "robot"}])
+            assert (answer.status_code, answer.text[:8]) == (400, "messages")
         await service.engine.stop()
-        answer = await http.post("/chat", json=[USER])
-        assert (answer.status_code, "stopped" in answer.text) == (503, True)
+        for path in ("/chat", "/whole"):
+            answer = await http.post(path, json=[USER])
+            assert (answer.status_code, "stopped" in answer.text) == (503, True)
 
 
 # Tests, extraction, retries, budgets, sessions

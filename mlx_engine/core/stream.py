@@ -306,6 +306,9 @@ class _Texts:
             pass
         return content
 
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
 
 async def _produce(producer: Producer, channel: Channel, outcome: _Outcome) -> None:
     """The task behind a stream. It keeps errors for the reader and never raises."""

@@ -2,6 +2,9 @@
 
     app = create_app(engine)
 
+For endpoints of an application's own there are ``StreamingAnswer`` and ``while_connected``, which
+cancel their work when the client goes away.
+
 It needs the extra ``server``. Its files, a request's way from top to bottom:
 
     app.py               create_app: routes
@@ -13,6 +16,7 @@ It needs the extra ``server``. Its files, a request's way from top to bottom:
     endpoint.py          a request, from its body to the end of its answer
     body.py              its body
     connected.py         its work, cancelled when its client goes away
+    own_endpoint.py      ... that of an endpoint which is not one of these
     volatile.py          its text that spoils the prompt cache
     token_count.py       one that is counted, and not answered
     anthropic.py         an API: Anthropic's messages
@@ -45,6 +49,7 @@ It needs the extra ``server``. Its files, a request's way from top to bottom:
 
 from mlx_engine.server.access import LOOPBACK
 from mlx_engine.server.app import create_app
+from mlx_engine.server.own_endpoint import StreamingAnswer, while_connected
 from mlx_engine.server.served import ServedModel
 
-__all__ = ["LOOPBACK", "ServedModel", "create_app"]
+__all__ = ["LOOPBACK", "ServedModel", "StreamingAnswer", "create_app", "while_connected"]

@@ -10,7 +10,7 @@ import anyio.lowlevel
 from mlx_engine.server.reply import ClientGone, Receive
 
 
-async def while_connected(receive: Receive, *work: Callable[[], Awaitable[object]]) -> None:
+async def do_while_connected(receive: Receive, *work: Callable[[], Awaitable[object]]) -> None:
     """Do the first of ``work`` to its end, and the others as long as that takes.
 
     This is the one place where a client that goes away is a cancellation. All work is cancelled

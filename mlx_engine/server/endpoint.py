@@ -15,7 +15,7 @@ from mlx_engine.server.answers import Answer, Answering
 from mlx_engine.server.api import Api
 from mlx_engine.server.asked import Asked, Fields
 from mlx_engine.server.body import read_json
-from mlx_engine.server.connected import while_connected
+from mlx_engine.server.connected import do_while_connected
 from mlx_engine.server.failures import Failure
 from mlx_engine.server.models import Model
 from mlx_engine.server.reply import ClientGone, EventStream, Headers, Receive, Reply, Send
@@ -103,7 +103,7 @@ class Exchange:
                 async with self._site.models.use(model) as engine:
                     answers.extend(await answering.run(engine))
 
-            await while_connected(self._receive, wait)
+            await do_while_connected(self._receive, wait)
             self._note(answers)
             notes = dict.fromkeys(note for each in answers for note in each.result.notes)
             self._reply.headers += _remarks("notes", list(notes))
@@ -144,7 +144,7 @@ class Exchange:
                 ending = str(failure.status)
                 await stream.fail(failure, told)
 
-        await while_connected(self._receive, work, stream.keep_alive)
+        await do_while_connected(self._receive, work, stream.keep_alive)
         return ending
 
     def _failed(self, error: Exception) -> tuple[Failure, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.server.access import Scope
 from mlx_engine.server.asked import Asked
-from mlx_engine.server.connected import while_connected
+from mlx_engine.server.connected import do_while_connected
 from mlx_engine.server.endpoint import Endpoint, Exchange
 from mlx_engine.server.models import Model
 from mlx_engine.server.reply import Receive, Send
@@ -31,6 +31,6 @@ class _Counting(Exchange):
             async with self._site.models.use(model) as engine:
                 counts.append(await engine.count_tokens(messages, **asked.chat_options(engine)))
 
-        await while_connected(self._receive, count)
+        await do_while_connected(self._receive, count)
         await self._reply.json(200, {"input_tokens": counts[0]})
         return "200"
