@@ -57,7 +57,9 @@ def grow(cache: Cache, tokens: int) -> None:
     mlx_lm's caches add a step to what they hold, wherever that ends: up to a step more than the
     footprint says, in every row.
     """
-    _make(_with_room(cache, tokens), kv_nbytes(cache))
+    short = [part for part in cache_parts(cache) if _is_short(part, tokens)]
+    if short:
+        _make(_with_room(short, tokens), kv_nbytes(short))
 
 
 def _merged(joint: Cache, caches: Sequence[Cache]) -> Iterator[Any]:
@@ -90,16 +92,26 @@ def _kept(cache: Cache, rows: Sequence[int], taken: Sequence[tuple[int, Cache]])
             yield cache[layer]
 
 
-def _with_room(cache: Cache, tokens: int) -> Iterator[Any]:
-    for part in cache_parts(cache):
-        if not isinstance(part, KVCache | BatchKVCache) or part.keys is None:
-            continue
-        held = part._idx if isinstance(part, BatchKVCache) else part.size()
-        if held + tokens > part.keys.shape[2]:
-            size = -(-(held + tokens) // KVCache.step) * KVCache.step
-            part.keys = _grown(part.keys, held, size)
-            part.values = _grown(part.values, held, size)
-            yield part
+def _is_short(part: Any, tokens: int) -> bool:
+    """Whether there is no room in it for so many more."""
+    if not isinstance(part, KVCache | BatchKVCache) or part.keys is None:
+        return False
+    room: int = part.keys.shape[2]
+    return _held(part) + tokens > room
+
+
+def _held(part: KVCache | BatchKVCache) -> int:
+    held: int = part._idx if isinstance(part, BatchKVCache) else part.size()
+    return held
+
+
+def _with_room(parts: Cache, tokens: int) -> Iterator[Any]:
+    for part in parts:
+        held = _held(part)
+        size = -(-(held + tokens) // KVCache.step) * KVCache.step
+        part.keys = _grown(part.keys, held, size)
+        part.values = _grown(part.values, held, size)
+        yield part
 
 
 def _grown(array: mx.array, held: int, size: int) -> mx.array:
