@@ -2,8 +2,8 @@
 
 mlx-lm's caches give a new array for an old one, and MLX makes it when something needs it. Were
 it asked for all layers at once, both could be there, old and new, of all of them. Here some
-arrays are asked for, and made, before the next: a part in 32 of the cache, or one array, whose
-old one is there still. Within ``mx.stream(generation_stream)``.
+arrays are asked for, and made, before the next, whose old ones are there still: a part in 32 of
+the cache, or 32 MB, or one array. Within ``mx.stream(generation_stream)``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from mlx_engine.generation.cache.kv_cache import Cache, cache_parts, kv_nbytes
 
-_PARTS = 32  # into so many, roughly, a cache is divided: each costs a wait for MLX
-_LEAST = 2**24  # bytes; a smaller cache is not
+_FEW, _MANY = 8, 32  # parts of a cache that are copied one after another: each costs a wait
+_LITTLE = 2**25  # bytes of one of a few
 
 
 def merge(caches: Sequence[Cache]) -> Cache:
@@ -135,7 +135,7 @@ def _make(entries: Iterable[Any], total: int) -> None:
         entries: asked for as they are taken.
         total: bytes of all of them, roughly.
     """
-    most, held = max(_LEAST, total // _PARTS), 0
+    most, held = _part(total), 0
     asked: list[mx.array] = []
     for entry in entries:
         for array in _arrays(entry):
@@ -146,6 +146,11 @@ def _make(entries: Iterable[Any], total: int) -> None:
             held += array.nbytes
     if asked:
         mx.eval(asked)
+
+
+def _part(total: int) -> int:
+    """Bytes of copies that may be there at a time."""
+    return max(min(total // _FEW, _LITTLE), total // _MANY)
 
 
 def _arrays(entry: Any) -> Iterator[mx.array]:
