@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +12,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from mlx_engine.cli.options import engine_options
 from mlx_engine.config import DEMO_MODEL
+from mlx_engine.core.machine import this_machine
+from mlx_engine.core.weight_size import stored_bytes
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.engine.batched import BatchedEngine
 from mlx_engine.engine.simple import SimpleEngine
@@ -22,7 +23,7 @@ from mlx_engine.remote.replicas.manager import EngineManager
 from mlx_engine.server.served import ServedModel, name_of
 
 _NAMED = re.compile(r"([^/=\s]+)=(.+)", re.DOTALL)
-_SHARE = 0.5  # of the memory of the machine, for the weights of all models; the rest has more uses
+_SHARE = 0.5  # of the memory for engines, for the weights of all models; the rest has more uses
 
 
 def served_models(
@@ -76,14 +77,12 @@ def weight_bytes(model: str) -> int | None:
         except (OSError, ValueError):
             return None
     try:
-        return sum(file.stat().st_size for file in folder.glob("*.safetensors")) or None
+        return stored_bytes(folder) or None
     except OSError:
         return None
 
 
 def memory_for_weights() -> int | None:
     """Bytes that the models may take together; ``None`` where nobody tells of the memory."""
-    try:
-        return int(_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):
-        return None
+    size = this_machine().size()
+    return None if size is None else int(_SHARE * size)

@@ -13,6 +13,7 @@ Its files:
     batch_queue.py  who gets the next place in a batch
     ledger.py       who has how much memory
     machine.py      how much there is
+    weight_size.py  how much a model's files have
     pressure.py     what is given up when the system is short of it
     reclaim.py      memory had back from engines elsewhere
     work_queue.py   queues: entering, waiting, being cancelled

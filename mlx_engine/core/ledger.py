@@ -294,7 +294,7 @@ class Account:
                 for shared, most in self._shares
                 if shared.issuperset(kinds)
             ]
-            room = _room_for_caches if {"live", _GIVES_WAY}.issuperset(kinds) else _room_for_models
+            room = room_for_caches if {"live", _GIVES_WAY}.issuperset(kinds) else _room_for_models
             total = self._ledger.bound()
             if self._limit is not None:
                 rooms.append(room(self._limit, rest))
@@ -367,7 +367,7 @@ def _room_for_models(most: int, use: MemoryUse) -> int:
     return most - _charge(use)
 
 
-def _room_for_caches(most: int, use: MemoryUse) -> int:
+def room_for_caches(most: int, use: MemoryUse) -> int:
     """Bytes of caches that fit beside ``use`` into ``most``, with what computing them takes."""
     return (most - use.models) * (_PART - 1) // _PART - use.caches
 

@@ -12,9 +12,10 @@ from mlx_engine.core.bridge import checked_callback, in_this_loop, off_loop
 from mlx_engine.core.ledger import ledger
 from mlx_engine.core.reclaim import reclaim
 from mlx_engine.core.stop import Interrupted
+from mlx_engine.core.weight_size import stored_bytes
 from mlx_engine.engine.base import checked_formats
 from mlx_engine.engine.in_process import InProcessEngine
-from mlx_engine.engine.late import import_mlx, mlx_is_imported, mlx_work
+from mlx_engine.engine.late import import_mlx, mlx_is_imported
 from mlx_engine.engine.model_holder import ModelHolder
 from mlx_engine.generation.request import Request
 from mlx_engine.outputs import ProgressCallback
@@ -45,7 +46,7 @@ class LocalEngine(InProcessEngine):
         progress = in_this_loop(self._on_progress)
         find = functools.partial(self._holder.find, model, strategies, progress, should_stop)
         sources = await off_loop(find, stop)
-        await reclaim(ledger(), sum(map(mlx_work.stored_bytes, sources.values())))
+        await reclaim(ledger(), sum(map(stored_bytes, sources.values())))
         if stop.is_set():
             raise Interrupted
         await self._run_blocking_serialized(

@@ -15,7 +15,7 @@ from mlx_engine.generation.trials.batch import check_batchable
 from mlx_engine.generation.warm_up import warm_up
 from mlx_engine.models.device import RESIDENCY, clear_cache, measure_device
 from mlx_engine.models.loading import find_model, load_model
-from mlx_engine.models.weights import loaded_bytes, stored_bytes
+from mlx_engine.models.weights import loaded_bytes
 
 __all__ = [
     "RESIDENCY",
@@ -31,7 +31,6 @@ __all__ = [
     "load_model",
     "loaded_bytes",
     "prepare",
-    "stored_bytes",
     "warm_up",
 ]
 

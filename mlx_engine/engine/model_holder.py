@@ -15,6 +15,7 @@ from mlx_engine.core.mlx_thread import mlx_thread
 from mlx_engine.core.sliced_job import Rest
 from mlx_engine.core.stop import Interrupted, checkpoint, stoppable
 from mlx_engine.core.turns import Turns
+from mlx_engine.core.weight_size import stored_bytes
 from mlx_engine.engine.engine_memory import EngineMemory
 from mlx_engine.engine.late import mlx_work
 from mlx_engine.errors import (
@@ -169,8 +170,8 @@ class ModelHolder:
         self.memory.open(
             config.model,
             config.memory,
-            mlx_work.stored_bytes(sources[config.model]),
-            sum(mlx_work.stored_bytes(sources[name]) for name in strategies.drafts),
+            stored_bytes(sources[config.model]),
+            sum(stored_bytes(sources[name]) for name in strategies.drafts),
         )
         loaded = load(config, sources[config.model])
         drafts = {name: load(config.for_draft(name), sources[name]) for name in strategies.drafts}

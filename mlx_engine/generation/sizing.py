@@ -13,14 +13,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import maybe_quantize_kv_cache
 
 from mlx_engine.config import ModelConfig
+from mlx_engine.core.ledger import room_for_caches
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache.kv_cache import KVFootprint, footprint_of, make_kv_cache
+from mlx_engine.memory_stats import MemoryUse
 from mlx_engine.models.loading import LoadedModel, unread_model
 
 BATCHES = (1, 4, 16, 32)  # requests at once, in the table
 KV_BITS = (None, 8, 4)  # of the KV cache, there too; None is full precision
 
-_SHARE = 0.9  # of what the model leaves; the rest is for activations and copies
 _ENDLESS = 131_072  # tokens at which the table ends for a model that names no limit
 _SHORTEST = 4_096  # tokens with which it begins
 _ROWS = 6
@@ -28,7 +29,7 @@ _ROWS = 6
 
 def room_beside(weights: int, memory: int | None) -> int | None:
     """Bytes for KV caches beside so many of weights; ``None`` if there is no known bound."""
-    return None if memory is None else max(0, int((memory - weights) * _SHARE))
+    return None if memory is None else max(0, room_for_caches(memory, MemoryUse(weights=weights)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from mlx_engine.config import DEMO_MODEL, EngineConfig
 from mlx_engine.core.ledger import Account, Ledger, ledger
 from mlx_engine.core.machine import memory_limit
 from mlx_engine.core.reclaim import is_member, members, reclaim
+from mlx_engine.core.weight_size import stored_bytes
 from mlx_engine.errors import NotEnoughMemory
 from mlx_engine.memory_stats import MemoryStats, MemoryUse
 from mlx_engine.remote.links.link import Link
@@ -156,10 +157,8 @@ def share_out(book: Ledger) -> None:
 def _weights(config: EngineConfig) -> int:
     """Bytes of the weights of a model in a folder, its drafts' too; others are not known here."""
     names = (config.model.model, *config.strategies.drafts)
-    folders = [Path(name).expanduser() for name in names if name != DEMO_MODEL]
-    files = (file for folder in folders for file in folder.glob("model*.safetensors"))
     try:
-        return sum(file.stat().st_size for file in files)
+        return sum(stored_bytes(Path(name).expanduser()) for name in names if name != DEMO_MODEL)
     except OSError:  # it says so itself
         return 0
 

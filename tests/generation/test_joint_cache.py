@@ -24,7 +24,7 @@ LAYER_OF_8 = 8 * ROW // LAYERS
 
 @pytest.fixture(autouse=True)
 def this_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint_cache, "_LEAST", 0)
+    monkeypatch.setattr(joint_cache, "_LITTLE", 0)
 
 
 def filled(length: int = LENGTH, kind: Callable[[], Any] = KVCache, number: int = 0) -> Cache:
@@ -104,7 +104,7 @@ def test_rows_grow_a_layer_at_a_time() -> None:
 @on_mlx_thread
 def test_without_it_all_layers_may_be_there_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: MLX makes at once what it is asked for at once."""
-    monkeypatch.setattr(joint_cache, "_LEAST", 2**62)
+    monkeypatch.setattr(joint_cache, "_MANY", 1)
     with mx.stream(generation_stream):
         cache = merge([filled(number=n) for n in range(8)])
     assert excess(lambda: keep_rows(cache, [0, 1, 2, 4, 5, 6], [7])) > 3 * LAYER_OF_8

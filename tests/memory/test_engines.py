@@ -25,11 +25,11 @@ from mlx_engine import (
     SimpleEngine,
 )
 from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.weight_size import stored_bytes
 from mlx_engine.core.work import ThreadJob
 from mlx_engine.models import device
-from mlx_engine.models.weights import stored_bytes
 from mlx_engine.testing import FakeEngine
-from tests.conftest import make_tiny, settled
+from tests.conftest import all_ready, make_tiny, settled
 from tests.memory.machines import machine_of
 from tests.waiting import until
 
@@ -192,7 +192,7 @@ async def test_requests_for_which_a_model_that_came_later_leaves_no_room_are_tol
             assert other.claim("live", other.room("live") or 0)
             await until(lambda: engine.stats().preemptions == 1, "it does not make room")
             waiting = asyncio.create_task(ask(720))
-            await until(lambda: engine.stats().waiting == 1, "it does not wait")
+            await until(lambda: all_ready(engine, 1), "it does not wait")
             weights = engine.stats().memory.use.weights
             with book.locked():
                 other.set("live", 0)

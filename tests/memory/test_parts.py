@@ -25,7 +25,7 @@ from mlx_engine.config import EngineConfig
 from mlx_engine.core.ledger import Ledger
 from mlx_engine.core.machine import ToldMachine
 from mlx_engine.core.reclaim import reclaim
-from mlx_engine.models.weights import stored_bytes
+from mlx_engine.core.weight_size import stored_bytes
 from mlx_engine.remote.links.ray_link import RayLink
 from mlx_engine.remote.links.relay import Place
 from mlx_engine.remote.node_part import NodePart

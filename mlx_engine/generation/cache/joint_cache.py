@@ -2,8 +2,8 @@
 
 mlx-lm's caches give a new array for an old one, and MLX makes it when something needs it. Were
 it asked for all layers at once, both could be there, old and new, of all of them. Here some
-arrays are asked for, and made, before the next: a part in 32 of the cache, or one array, whose
-old one is there still. Within ``mx.stream(generation_stream)``.
+arrays are asked for, and made, before the next, whose old ones are there still: a part in 32 of
+the cache, or 32 MB, or one array. Within ``mx.stream(generation_stream)``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from mlx_engine.generation.cache.kv_cache import Cache, cache_parts, kv_nbytes
 
-_PARTS = 32  # into so many, roughly, a cache is divided: each costs a wait for MLX
-_LEAST = 2**24  # bytes; a smaller cache is not
+_FEW, _MANY = 8, 32  # parts of a cache that are copied one after another: each costs a wait
+_LITTLE = 2**25  # bytes of one of a few
 
 
 def merge(caches: Sequence[Cache]) -> Cache:
@@ -57,7 +57,9 @@ def grow(cache: Cache, tokens: int) -> None:
     mlx_lm's caches add a step to what they hold, wherever that ends: up to a step more than the
     footprint says, in every row.
     """
-    _make(_with_room(cache, tokens), kv_nbytes(cache))
+    short = [part for part in cache_parts(cache) if _is_short(part, tokens)]
+    if short:
+        _make(_with_room(short, tokens), kv_nbytes(short))
 
 
 def _merged(joint: Cache, caches: Sequence[Cache]) -> Iterator[Any]:
@@ -90,16 +92,26 @@ def _kept(cache: Cache, rows: Sequence[int], taken: Sequence[tuple[int, Cache]])
             yield cache[layer]
 
 
-def _with_room(cache: Cache, tokens: int) -> Iterator[Any]:
-    for part in cache_parts(cache):
-        if not isinstance(part, KVCache | BatchKVCache) or part.keys is None:
-            continue
-        held = part._idx if isinstance(part, BatchKVCache) else part.size()
-        if held + tokens > part.keys.shape[2]:
-            size = -(-(held + tokens) // KVCache.step) * KVCache.step
-            part.keys = _grown(part.keys, held, size)
-            part.values = _grown(part.values, held, size)
-            yield part
+def _is_short(part: Any, tokens: int) -> bool:
+    """Whether there is no room in it for so many more."""
+    if not isinstance(part, KVCache | BatchKVCache) or part.keys is None:
+        return False
+    room: int = part.keys.shape[2]
+    return _held(part) + tokens > room
+
+
+def _held(part: KVCache | BatchKVCache) -> int:
+    held: int = part._idx if isinstance(part, BatchKVCache) else part.size()
+    return held
+
+
+def _with_room(parts: Cache, tokens: int) -> Iterator[Any]:
+    for part in parts:
+        held = _held(part)
+        size = -(-(held + tokens) // KVCache.step) * KVCache.step
+        part.keys = _grown(part.keys, held, size)
+        part.values = _grown(part.values, held, size)
+        yield part
 
 
 def _grown(array: mx.array, held: int, size: int) -> mx.array:
@@ -123,7 +135,7 @@ def _make(entries: Iterable[Any], total: int) -> None:
         entries: asked for as they are taken.
         total: bytes of all of them, roughly.
     """
-    most, held = max(_LEAST, total // _PARTS), 0
+    most, held = _part(total), 0
     asked: list[mx.array] = []
     for entry in entries:
         for array in _arrays(entry):
@@ -134,6 +146,11 @@ def _make(entries: Iterable[Any], total: int) -> None:
             held += array.nbytes
     if asked:
         mx.eval(asked)
+
+
+def _part(total: int) -> int:
+    """Bytes of copies that may be there at a time."""
+    return max(min(total // _FEW, _LITTLE), total // _MANY)
 
 
 def _arrays(entry: Any) -> Iterator[mx.array]:
