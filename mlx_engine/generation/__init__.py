@@ -24,7 +24,6 @@ Its files:
     cache/               KV caches, of requests and of earlier prompts
     prefill.py           tokens of a prompt into a KV cache
     tokenize.py          prompts and chats -> token ids
-    text_limit.py        text that cannot fit is refused before it is tokenized whole
     chat_places.py       where the turns of a chat begin and end in its prompt
     sampling.py          options -> sampler and logits processors
     reasoning_budget.py  tokens that reasoning may use, and what closes it then
