@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from mlx_engine.cli import guide
-from mlx_engine.cli.options import PROGRAM
+from mlx_engine.cli.parser import PROGRAM
 
 
 def run(args: argparse.Namespace) -> int:

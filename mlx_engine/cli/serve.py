@@ -21,8 +21,9 @@ from pathlib import Path
 
 from mlx_engine.checks import integer
 from mlx_engine.cli.leaving import EXIT_INTERRUPTED
-from mlx_engine.cli.options import PROGRAM, sampling_params
+from mlx_engine.cli.options import sampling_params
 from mlx_engine.cli.output import ProgressBar, say
+from mlx_engine.cli.parser import PROGRAM
 from mlx_engine.cli.serve_options import KEYS_VARIABLE
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError
