@@ -25,7 +25,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from benchmarks.setting import rotated
 from mlx_engine import SimpleEngine
-from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes, merge
+from mlx_engine.generation.cache.joint_cache import merge
+from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes
 
 ROWS = 32
 SHORT = 64  # tokens of a short row

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -278,6 +279,18 @@ def _shown(value: object, depth: int) -> str:
 
 def _listed(items: list[str], count: int) -> str:
     return ", ".join([*items, "..."] if count > len(items) else items)
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt])(i?)b?", re.IGNORECASE)
+
+
+def size_of(text: str) -> int | None:
+    """Bytes that a text such as 8GB, 512 MiB or 1.5g means; ``None`` if it means none."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        return None
+    amount, unit, binary = found.groups()
+    return int(float(amount) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1))
 
 
 def path_text(path: Any) -> Any:

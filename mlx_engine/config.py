@@ -28,6 +28,7 @@ from mlx_engine.checks import (
     path_or_none,
     path_text,
     shown,
+    size_of,
     text_or_none,
     unknown_option,
 )
@@ -54,7 +55,7 @@ class EngineOptions(TypedDict, total=False):
     quantized_kv_start: int
     prefill_step_size: int
     prompt_cache_bytes: int | None
-    memory: int | float | Literal["auto"]
+    memory: int | float | str
     prefill: SpecPrefill | None
     decode: Decode
     queue_limit: int | None
@@ -88,12 +89,14 @@ def _format(name: str, value: object) -> object:
     return value
 
 
-def _memory(name: str, value: object) -> int | float | Literal["auto"]:
-    if isinstance(value, str) and value == "auto":
-        return "auto"
+def _memory(name: str, value: object) -> int | float | str:
+    if isinstance(value, str):
+        if value == "auto":
+            return "auto"
+        value = value if (size := size_of(value)) is None else size
     if isinstance(value, Integral) and not isinstance(value, bool):
         return integer(name, value, low=_LEAST_MEMORY, what="bytes", also=_PART_OR_AUTO)
-    also = f"bytes (an integer, {_LEAST_MEMORY} or more), or 'auto'"
+    also = f"bytes (an integer, {_LEAST_MEMORY} or more, or a text such as '8GB'), or 'auto'"
     return number(name, value, low=0, high=1, above=True, what=_PART, also=also)
 
 
@@ -157,7 +160,7 @@ class ModelConfig:
         ),
     ] = None
     memory: Annotated[
-        int | float | Literal["auto"],
+        int | float | str,
         option(_memory, "it may have in all: bytes, a part such as 0.5, or 'auto'"),
     ] = "auto"
 

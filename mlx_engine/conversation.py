@@ -206,6 +206,8 @@ def _are_parts(content: Sequence[Any]) -> bool:
 
 
 def _part(which: str, part: object) -> str:
+    if isinstance(part, Mapping) and part.get("type") == "refusal":  # is text, too
+        part = {"type": "text", "text": part.get("refusal")}
     if not isinstance(part, Mapping) or part.get("type") not in tuple(_TEXTS):
         kind = shown(part.get("type") if isinstance(part, Mapping) else part)
         raise InvalidRequest("messages", f"{which}: only text parts are supported, not {kind}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING, NoReturn
 
 # An option of another library's, a server's or a command's, and that of ours which does the same.
 _SAME: dict[str, str] = {
@@ -59,6 +60,10 @@ _SAME: dict[str, str] = {
     **dict.fromkeys(("max_queue", "queue_size", "max_waiting"), "queue_limit"),
     **dict.fromkeys(("max_concurrency", "workers", "max_workers", "n_jobs"), "concurrency"),
     **dict.fromkeys(("max_retries", "retry"), "retries"),
+    **dict.fromkeys(
+        ("delay", "latency", "pace", "step_seconds", "token_delay", "token_seconds"),
+        "seconds_per_token",
+    ),
 }
 
 # How that is written, where its name alone does not say it.
@@ -121,6 +126,15 @@ _INSTEAD: dict[str, str] = {
         "the model's files say that: convert it with mlx_lm.convert",
     ),
     **dict.fromkeys(("token", "hf_token", "api_key"), "log in with 'hf auth login'"),
+    **dict.fromkeys(
+        ("request_id", "id", "custom_id", "ids"),
+        "of many requests each has an id: engine.map({id: prompt, ...})",
+    ),
+    **dict.fromkeys(
+        ("chat_template", "template"),
+        "the model's own files have it: put yours into a copy of its folder, as "
+        "chat_template.jinja",
+    ),
     "verbose": 'see result.timings, and logging.getLogger("mlx_engine")',
 }
 
@@ -188,6 +202,50 @@ _HOMES = (
     (OF_BATCHED, "{} is an option of the engine: BatchedEngine(model, {}=...)"),
     (OF_ENGINES, "{} is an option of the engine: SimpleEngine(model, {}=...)"),
 )
+
+
+# Attributes that things have elsewhere.
+_ATTRIBUTES: dict[str, str] = {
+    **dict.fromkeys(("stream", "astream"), "stream_generate() or stream_chat()"),
+    **dict.fromkeys(("complete", "completion", "create", "invoke", "run"), "generate() or chat()"),
+    **dict.fromkeys(("batch", "generate_many", "map_prompts"), "map() or generate_batch()"),
+    **dict.fromkeys(("tokenizer", "tokenize", "detokenize"), "encode(), decode(), count_tokens()"),
+    **dict.fromkeys(("model_name", "model_id", "model_path"), "model"),
+    **dict.fromkeys(
+        ("is_running", "running", "is_ready", "ready", "is_alive", "alive", "status"),
+        "state, or stats()",
+    ),
+    **dict.fromkeys(("close", "aclose", "unload"), "stop()"),
+    **dict.fromkeys(("load", "load_model"), "start()"),
+    **dict.fromkeys(("metrics", "statistics"), "stats()"),
+    **dict.fromkeys(("model_dump", "dict", "json", "as_dict", "asdict", "_asdict"), "to_dict()"),
+    **dict.fromkeys(("content", "output_text", "choices", "answer"), "text"),
+    **dict.fromkeys(("ttft", "first_token"), "time_to_first_token"),
+    **dict.fromkeys(("tps", "decode_tokens_per_second"), "tokens_per_second"),
+    **dict.fromkeys(("queue", "queued", "pending", "queue_length"), "waiting"),
+    **dict.fromkeys(("active", "in_flight"), "running"),
+    **dict.fromkeys(("output_tokens", "generated_tokens"), "completion_tokens"),
+    **dict.fromkeys(("input_tokens",), "prompt_tokens"),
+    **dict.fromkeys(("stop_reason", "done_reason"), "finish_reason"),
+    **dict.fromkeys(("abort", "stop"), "cancel()"),
+}
+
+
+class WithAdvice:
+    """Objects that say which of their attributes is meant by one that they lack."""
+
+    __slots__ = ()
+
+    if not TYPE_CHECKING:  # which would take any name
+
+        def __getattr__(self, name: str) -> NoReturn:
+            said = _ATTRIBUTES.get(name, "")
+            first = said.split(",")[0].split(" ")[0].rstrip("()")
+            hint = f": see {said}" if first and hasattr(type(self), first) else ""
+            kind = type(self).__name__
+            raise AttributeError(
+                f"{kind!r} object has no attribute {name!r}{hint}", name=name, obj=self
+            )
 
 
 def same(name: str) -> str:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.memory_stats import NOTHING, MemoryStats
-from mlx_engine.plain import json_text, plain_result, short_repr
+from mlx_engine.other_names import WithAdvice
+from mlx_engine.plain import PlainData, json_text, plain_result, short_repr
 
 FinishReason = Literal["stop", "length", "tool_calls", "timeout", "cancelled"]
 Segment = Literal["content", "reasoning", "tool_call"]
@@ -24,8 +25,7 @@ class Progress:
         phase: ``download``, ``convert`` and ``load`` happen while an engine starts,
             ``score`` (with ``SpecPrefill``) and ``prefill`` at the beginning of a request,
             ``batch`` in ``map`` and ``generate_batch``.
-        done: bytes (tokens of the prompt in ``score`` and ``prefill``, requests in
-            ``batch``) done so far.
+        done: bytes so far (tokens in ``score`` and ``prefill``, requests in ``batch``).
         total: of the same unit; ``None`` while it is not known.
     """
 
@@ -128,7 +128,7 @@ class ToolCallDelta:
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationChunk:
+class GenerationChunk(PlainData):
     """The part of an answer that one token, or a few, added.
 
     A chunk may have tokens and no text (the text is held back until a character or a
@@ -164,7 +164,7 @@ class GenerationChunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(PlainData):
     """Tokens read and written.
 
     Attributes:
@@ -192,7 +192,7 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Timings:
+class Timings(PlainData):
     """Times of a request, in seconds.
 
     Attributes:
@@ -231,7 +231,7 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationResult:
+class GenerationResult(WithAdvice):
     """A whole answer.
 
     Attributes:
@@ -344,7 +344,7 @@ class EngineState(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class EngineStats:
+class EngineStats(PlainData):
     """A snapshot of an engine; cheap, and from any thread.
 
     Attributes:

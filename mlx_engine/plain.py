@@ -10,9 +10,21 @@ from typing import Any
 
 from mlx_engine.checks import shown
 from mlx_engine.errors import InvalidRequest
+from mlx_engine.other_names import WithAdvice
 
 _LONGEST = 200  # characters of a text in a line
 _MOST = 8  # elements of a list in it
+
+
+class PlainData(WithAdvice):
+    """Dataclasses of ours, as data that JSON has a form for."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data: dictionaries, lists, text and numbers."""
+        made: dict[str, Any] = plain(self)
+        return made
 
 
 def plain_result(result: Any, *, tokens: bool) -> dict[str, Any]:

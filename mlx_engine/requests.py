@@ -112,6 +112,8 @@ class TextPrompt:
     def of(cls, prompt: object, limits: RequestLimits = DEFAULT_LIMITS) -> TextPrompt:
         """Check what a caller has given, and copy it."""
         limits.check_prompt(prompt)
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+            raise InvalidRequest("prompt", "these are messages: give them to chat()")
         return cls(prompt)  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:

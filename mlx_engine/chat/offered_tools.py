@@ -47,7 +47,8 @@ def check_shown(
         raise InvalidRequest(
             "tools",
             "this model's chat template does not show tools to it (some do only if there is a "
-            "system message)",
+            "system message); take one that is made for calls of tools, which the demo is not: "
+            "engine.supports_tools says",
         )
     if not hidden:
         return []

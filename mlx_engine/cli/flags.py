@@ -79,8 +79,10 @@ def add_flags(
 def _reader(hint: Any, default: object) -> Callable[[str], object]:
     """The type of an argument, to argparse; ``None`` is left out, unless it is no default."""
     kinds = get_args(hint) or (hint,)
+    if {str, float} <= {*kinds}:
+        return memory_or_auto
     if any(str in map(type, get_args(one)) for one in kinds):  # Literal["auto"]
-        return memory_or_auto if float in kinds else count_or_auto
+        return count_or_auto
     if NoneType in kinds and default is not None:
         return number_or_none if float in kinds else count_or_none
     kind: Callable[[str], object] = next(one for one in kinds if one is not NoneType)

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import resource
 import socket
+from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -16,7 +18,7 @@ from mlx_engine.checks import integer
 from mlx_engine.errors import InvalidRequest
 
 _HEAD_SECONDS = 15.0  # for the head of a request; a body has a limit of its own, the application's
-_CONNECTIONS = 2_000  # at once; others get a 503
+_CONNECTIONS = 2_000  # at once; beyond that, those that wait for a request make room
 _FILES = 4_096  # open ones that are enough for that; macOS begins with 256
 
 
@@ -27,12 +29,12 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=_Connection,
+                http=partial(_Connection, OrderedDict()),  # type: ignore[arg-type]
                 lifespan="off",
                 ws="none",
                 log_config=None,
                 server_header=False,
-                limit_concurrency=_CONNECTIONS,
+                limit_concurrency=_CONNECTIONS + 1,
             )
         )
         _allow_files()
@@ -49,30 +51,54 @@ class HttpServer(uvicorn.Server):
 
 
 class _Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """A connection that is closed when the head of a request does not come to its end."""
+    """A connection that is closed when the head of a request does not come to its end.
+
+    Args:
+        others: the open connections of the server, as long ago as they came or had a request.
+    """
 
     _timer: asyncio.TimerHandle | None = None
+
+    def __init__(self, others: OrderedDict[_Connection, None], **options: Any) -> None:
+        super().__init__(**options)
+        self._others = others
 
     def connection_made(self, transport: Any) -> None:
         """See ``asyncio.Protocol``."""
         super().connection_made(transport)
+        if len(self._others) >= _CONNECTIONS:
+            self._make_room()
+        self._others[self] = None
         self._look(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See ``asyncio.Protocol``."""
         if self._timer is not None:
             self._timer.cancel()
+        self._others.pop(self, None)
         super().connection_lost(exc)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether no request is in work."""
+        return self.cycle is None or bool(self.cycle.response_complete)
 
     def _look(self, before: object) -> None:
         """Close it, if it waits for the same request as it did ``before``."""
-        cycle = self.cycle
-        waits = cycle is None or cycle.response_complete
-        if waits and before is cycle:
+        if self._waits and before is self.cycle:
             self.transport.close()
         else:
-            mark = cycle if waits else self
+            mark = self.cycle if self._waits else self
             self._timer = self.loop.call_later(_HEAD_SECONDS, self._look, mark)
+
+    def _make_room(self) -> None:
+        """Close the one that waits for the longest time: who holds many shuts nobody out."""
+        for _ in range(len(self._others)):
+            other, _ = self._others.popitem(last=False)
+            if other._waits:
+                other.transport.close()
+                return
+            self._others[other] = None
 
 
 @contextlib.contextmanager

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import fields
 from typing import TypedDict
 
-from mlx_engine.checks import checked_time_limit, number
+from mlx_engine.checks import checked_time_limit, number, size_of
 from mlx_engine.cli import guide
 from mlx_engine.limits import RequestLimits
-
-_SIZE = re.compile(r"(-?\d+(?:\.\d+)?)\s*([kmgt]i?b?)?", re.IGNORECASE)
 
 
 class TimeLimit(TypedDict, total=False):
@@ -64,15 +61,13 @@ def memory_or_auto(text: str) -> int | float | str:
     """Bytes such as 8000000000 or 8GB, a part such as 0.5, or 'auto'."""
     if text.lower() == "auto":
         return "auto"
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
+    if (size := size_of(text)) is not None:
+        return size
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
         said = f"must be bytes such as 8GB, a part such as 0.5, or 'auto', not {text!r}"
-        raise argparse.ArgumentTypeError(said)
-    amount, unit = found.groups()
-    if unit:
-        power = "KMGT".index(unit[0].upper()) + 1
-        return int(float(amount) * (1024 if unit[1:2].lower() == "i" else 1000) ** power)
-    return float(amount) if "." in amount else int(amount)
+        raise argparse.ArgumentTypeError(said) from None
 
 
 def bias(text: str) -> tuple[int, float]:

@@ -14,11 +14,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from mlx_engine.errors import InvalidRequest
 
-Memory = int | float | Literal["auto"]
+Memory = int | float | str
 """The memory that an engine may have: bytes, a part of the machine's, or as much as there is."""
 
 _NO_LIMIT = 2**60  # bytes; control groups (v1) without one have a number beyond it
@@ -61,6 +61,33 @@ class FixedMachine:
     def available(self) -> int | None:
         """All of them."""
         return self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class ToldMachine:
+    """Another machine, by what somebody on it has told.
+
+    Attributes:
+        whole, left: bytes of ``size`` and ``available``.
+        devoted: see ``Machine``.
+    """
+
+    whole: int | None = None
+    left: int | None = None
+    devoted: bool = False
+
+    @classmethod
+    def of(cls, machine: Machine) -> ToldMachine:
+        """A machine as it is now."""
+        return cls(machine.size(), machine.available(), machine.devoted)
+
+    def size(self) -> int | None:
+        """As it was told."""
+        return self.whole
+
+    def available(self) -> int | None:
+        """As it was told."""
+        return self.left
 
 
 @dataclass(frozen=True, slots=True)

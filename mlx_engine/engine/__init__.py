@@ -6,6 +6,7 @@ Its files:
     chat_interface.py  that, as far as it is about prompts and chats
     map_interface.py   and about many of them by one call: map, generate_batch
     base.py            generate, stream_generate, chat, stream_chat, warm, count_tokens, restart
+    guided.py          what they say to a guess that is wrong
     sync.py            engines without await
     sync_map.py        many requests by one call, without await
     sync_front.py      the thread on which they are awaited

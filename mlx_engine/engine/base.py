@@ -22,6 +22,7 @@ from mlx_engine.core.drain import clean_up
 from mlx_engine.core.log import logged
 from mlx_engine.core.stream import GenerationStream, PartialAnswer, Producer
 from mlx_engine.core.wakeup import running_loop
+from mlx_engine.engine.guided import Guided
 from mlx_engine.engine.interface import Engine
 from mlx_engine.engine.many import in_order, made_once, mapped, params_for_each
 from mlx_engine.engine.map_interface import asked
@@ -70,7 +71,7 @@ T = TypeVar("T")
 Work = tuple[Producer, PartialAnswer | None]
 
 
-class BaseEngine(Engine, abc.ABC):
+class BaseEngine(Guided, Engine, abc.ABC):
     """A model behind ``await``.
 
     Use it as ``async with Engine(model) as engine:``, or call ``start()`` and ``stop()``.

@@ -27,6 +27,14 @@ def check_items(prompts: object) -> None:
             f"{shown(prompts)}; for one, see generate() and chat()",
         )
     check_not_one_chat(prompts)
+    some = prompts[:_SOME] if isinstance(prompts, Sequence) else ()
+    for one in some:
+        if isinstance(one, Mapping):
+            raise InvalidRequest(
+                "prompts",
+                "each is a prompt or a conversation, and may have an id: (id, prompt) pairs, or "
+                f"a mapping {{id: prompt}}; not {shown(one)}",
+            )
 
 
 def check_not_one_chat(prompts: object) -> None:

@@ -21,7 +21,8 @@ class Outcome(Generic[K]):
         index: of the item among all, from 0.
         result: the answer; ``None`` if there is an error. One that was cut by its ``timeout`` is
             an answer, with the finish reason ``timeout``.
-        error: why there is no answer; ``None`` if there is one.
+        error: why there is no answer; ``None`` if there is one. For type checkers, ask
+            ``if outcome.result is not None`` rather than ``ok``.
         attempts: how often it was tried.
     """
 

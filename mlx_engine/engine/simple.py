@@ -63,9 +63,9 @@ class SimpleEngine(LocalEngine):
                 need no second prefill; 0 switches that off, ``None`` is a quarter of what the
                 models leave of ``memory``, and on Linux 1 GiB at most unless that is given.
             memory: what the engine may have in all, weights, drafts and KV caches: bytes (an
-                integer), or a part of the machine's memory (a float up to 1.0); ``"auto"`` by
-                default: as much as other engines of this process leave. ``stats().memory``
-                tells who has what.
+                integer, or a text such as ``"8GB"``), or a part of the machine's memory (a float
+                up to 1.0); ``"auto"`` by default: as much as other engines of this process
+                leave. ``stats().memory`` tells who has what.
             prefill: ``SpecPrefill(...)`` leaves parts of long prompts out; ``None`` prefills
                 all of them.
             decode: ``DraftModel(...)`` or ``MTP()`` proposes tokens, several of which the

@@ -9,7 +9,6 @@ Its files:
     runner.py            the model, and what its sequences share: start, prefill_step, store
     single.py            one request by itself: prompt cache -> prefill -> decode
     batch.py             many together, in steps
-    prefill_chunk.py     how much of one goes in at once
     prefill_queue.py     one half of a batch: prompts on their way in
     decode_batch.py      the other: sequences that decode
     batch_memory.py      memory that they claim

@@ -77,12 +77,16 @@ class Batch:
     def fits(self, request: Request) -> bool:
         """Whether there is memory for it now; stored prompts give way to it.
 
-        Those that were preempted come before it, unless it has a better priority.
+        Those that were preempted come before it, unless it has a better priority. One for which
+        there cannot be any more is let in, to be told so.
         """
+        if self._memory.refusal(request) is not None:
+            return True
         if self._preempted.precede(request):
             return False
         working = self._working
-        fits = self._memory.claim([*requests_of(working), request], AHEAD)
+        ahead = AHEAD if working else MARGIN
+        fits = self._memory.claim([*requests_of(working), request], ahead)
         self._kept_out = not (fits or working)
         return fits
 
@@ -92,6 +96,8 @@ class Batch:
 
     def add(self, request: Request) -> Over | None:
         """Take up a prepared request; it may be over at once."""
+        if (refusal := self._memory.refusal(request)) is not None:
+            return request, request.failed(refusal)
         try:
             if not request.begin():
                 return request, None
@@ -178,7 +184,6 @@ class Batch:
         """Let sequences of the decode batch go, and keep what they computed."""
         if not sequences:
             return
-        caches = [self._extract(sequence) for sequence in sequences]
         for sequence in sequences:
             sequence.finish_drafting()
             if sequence.drafter is not None and sequence.batched:
@@ -186,11 +191,7 @@ class Batch:
                     f"{sequence.batched} of its tokens were decoded together with other requests, "
                     "where nothing is proposed"
                 )
-        lost: Exception | None = None
-        try:
-            self._decoding.leave(sequences)
-        except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
-            lost = error
+        caches, lost = self._let_go(sequences)
         self._measure()
         if not self:
             self.rest()  # the last one is told when nothing of it is in MLX
@@ -203,19 +204,17 @@ class Batch:
                 yield _cancelled(sequence.request)
         if lost is not None:
             yield from self._rescue(lost)
-        for sequence, cache in zip(sequences, caches, strict=True):
-            if cache is not None:
-                self._store(sequence, cache)
+        for sequence, cache in caches.items():
+            self._store(sequence, cache)
 
-    def _extract(self, sequence: Sequence) -> Cache | None:
-        """The KV cache of a sequence that leaves, to be stored."""
-        if sequence.fault is not None or not self._runner.prompt_cache.limit:
-            return None
+    def _let_go(self, leaving: list[Sequence]) -> tuple[dict[Sequence, Cache], Exception | None]:
+        """Take sequences out of the decode batch: their KV caches, to be stored, and a fault."""
+        storing = self._runner.prompt_cache.limit
         try:
-            return self._decoding.extract(sequence)
-        except Exception:  # noqa: BLE001 - nobody's answer depends on it
-            self._recover()
-            return None
+            wanted = [each for each in leaving if storing and each.fault is None]
+            return self._decoding.leave(leaving, wanted), None
+        except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
+            return {}, error
 
     def _prefill(self) -> Iterator[Over]:
         sequence = self._prefilling.choose()
@@ -274,12 +273,9 @@ class Batch:
             except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
                 yield from self._lose_all(error)
                 return
-            cache = self._extract(sequence)
             sequence.finish_drafting()
-            try:
-                self._decoding.leave([sequence])
-            except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
-                lost = error
+            caches, lost = self._let_go([sequence])
+            cache = caches.get(sequence)
         else:
             self._prefilling.sequences.remove(sequence)
             sequence.keep_scored()
@@ -304,6 +300,10 @@ class Batch:
 
     def _bring_back(self) -> Iterator[Over]:
         """Let those that were preempted go on, as far as there is room for them."""
+        for each in list(self._preempted.sequences):
+            if (refusal := self._memory.refusal(each.request)) is not None:
+                self._preempted.sequences.remove(each)
+                yield each.request, each.request.failed(refusal)
         while (sequence := self._preempted.take(self._working)) is not None:
             try:
                 self._prefilling.begin(sequence)  # takes what is stored of it before that gives way

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Sequence_
 
 import mlx.core as mx
 
+from mlx_engine.errors import GenerationError
 from mlx_engine.generation.memory import MemoryBudget
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.runner import ModelRunner
@@ -51,6 +52,20 @@ class BatchMemory:
         """Whether there is as much, now that stored prompts have not given way yet."""
         room = self._budget.pool.room("live", "stored")
         return room is None or self._budget.need(requests, ahead) <= room
+
+    def refusal(self, request: Request) -> GenerationError | None:
+        """Why one cannot go on, if it could not even were nobody else in work: models that came
+        after it was taken in have the memory that it would need.
+        """
+        most, need = self._budget.pool.most("live", "stored"), self._budget.need([request], MARGIN)
+        if most is None or need <= most:
+            return None
+        return GenerationError(
+            f"{request.request_id} failed: its {len(request.prompt)} prompt tokens and "
+            f"{len(request.tokens)} more need {need} bytes of KV cache, and {most} are left beside "
+            "the models of this process, of which one has come since it was submitted; shorten "
+            "the prompt, or let each engine have a part of the memory (memory=)"
+        )
 
     def fit_stored(self) -> None:
         """Drop stored prompts that there is no room for, and claim what the others take."""

@@ -8,13 +8,14 @@ the log-probabilities of all rows whether or not somebody asked for them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import cast
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
-from mlx_engine.generation.cache.kv_cache import Cache, grow, kv_nbytes, merge
+from mlx_engine.generation.cache.joint_cache import extend, grow, keep_rows, merge
+from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes
 from mlx_engine.generation.constraint import empty_masks, fill_all, masked
 from mlx_engine.generation.reasoning_budget import only
 from mlx_engine.generation.runner import ModelRunner
@@ -71,11 +72,9 @@ class DecodeBatch:
                 self._set_cache(sequences, merged)
                 self._inputs, self._sums = lasts, sums
             else:
-                if not self._merged:
-                    self._cache, self._merged = merge([self._cache]), True
-                new = merge(list(map(_own, sequences))) if merged is None else merged
-                for mine, others in zip(self._cache, new, strict=True):
-                    mine.extend(others)
+                new = [_taken(each) for each in sequences] if merged is None else [merged]
+                extend(self._cache, new, joint=merged is not None, batched=self._merged)
+                self._merged = True
                 assert self._inputs is not None
                 self._inputs = mx.concatenate([self._inputs, lasts])
                 if self._sums is None:
@@ -255,41 +254,52 @@ class DecodeBatch:
             self.sequences[i].fault = error
             return mx.zeros((1,), dtype=mx.uint32)
 
-    def extract(self, sequence: Sequence) -> Cache:
-        """A KV cache of its own for a sequence that is about to leave."""
-        if not self._merged:
-            return self._cache
-        index = self.sequences.index(sequence)
-        with mx.stream(generation_stream):
-            return [entry.extract(index) for entry in self._cache]
+    def leave(
+        self, sequences: Collection[Sequence], wanted: Collection[Sequence] = ()
+    ) -> dict[Sequence, Cache]:
+        """Let sequences go.
 
-    def leave(self, sequences: Iterable[Sequence]) -> None:
-        """Let sequences go."""
-        gone = set(map(id, sequences))
-        keep = [i for i, each in enumerate(self.sequences) if id(each) not in gone]
-        if len(keep) == len(self.sequences):
-            return
-        self.sequences, self._sampler = [self.sequences[i] for i in keep], None
-        if not keep:
-            self._cache, self._merged, self._inputs, self._alone = [], False, None, None
-            self._sums = None
-            return
-        assert self._inputs is not None
+        Args:
+            wanted: those of them whose KV caches are wanted.
+
+        Returns:
+            KV caches of their own for these.
+
+        Raises:
+            Exception: MLX failed; nothing in the batch can be used any more.
+        """
+        keep = [i for i, each in enumerate(self.sequences) if each not in sequences]
+        taken = {each: i for i, each in enumerate(self.sequences) if each in wanted}
+        cache, merged = self._cache, self._merged
+        self._keep(keep)
+        if not merged:
+            return dict.fromkeys(taken, cache)
         with mx.stream(generation_stream):
-            kept = mx.array(keep)
-            self._inputs = self._inputs[kept]
-            self._sums = None if self._sums is None else self._sums[kept]
-            if len(keep) == 1:
-                self._cache = [entry.extract(keep[0]) for entry in self._cache]
-                self._merged = False
-            else:
-                for entry in self._cache:
-                    entry.filter(keep)
+            own = keep_rows(cache, keep, list(taken.values()))
+        return dict(zip(taken, own, strict=True))
+
+    def _keep(self, rows: list[int]) -> None:
+        """Let all others go, but for what the joint cache has of them."""
+        self.sequences, self._sampler = [self.sequences[i] for i in rows], None
+        self._merged = self._merged and len(rows) > 1
+        if not rows:
+            self._cache, self._inputs, self._sums, self._alone = [], None, None, None
+        elif self._inputs is not None:
+            with mx.stream(generation_stream):
+                kept = mx.array(rows)
+                self._inputs = self._inputs[kept]
+                self._sums = None if self._sums is None else self._sums[kept]
 
 
 def _own(sequence: Sequence) -> Cache:
     assert sequence.cache is not None
     return sequence.cache
+
+
+def _taken(sequence: Sequence) -> Cache:
+    """Its own cache, which it does not have any more."""
+    cache, sequence.cache = _own(sequence), None
+    return cache
 
 
 def _is_last(sequence: Sequence) -> bool:

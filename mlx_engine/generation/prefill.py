@@ -7,11 +7,60 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream
-from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.stop import checkpoint
-from mlx_engine.generation.cache.kv_cache import Cache, grow, make_kv_cache, quantize
+from mlx_engine.generation.cache.joint_cache import grow
+from mlx_engine.generation.cache.kv_cache import Cache, cache_parts, make_kv_cache, quantize
+
+_LONGEST = 1.0  # seconds of a chunk, roughly: a cancelled request leaves with its chunk
+_SMALLEST = 16  # tokens of one, however slow the model is
+
+
+class ChunkSize:
+    """The size of a model's prefill chunks.
+
+    It is halved as often as a chunk takes longer than a second, and doubled again while one takes
+    less than a quarter of that: so a model that is fast has the same chunks always, of all the
+    tokens that may be in one.
+
+    Args:
+        most: tokens.
+        fixed: whether it stays that, since answers depend on where chunks begin.
+    """
+
+    def __init__(self, most: int, *, fixed: bool) -> None:
+        self._most = most
+        self._fixed = fixed
+        self._halvings = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the next chunk."""
+        return self._most >> self._halvings
+
+    def is_long(self, token_seconds: float) -> bool:
+        """Whether a chunk takes long if a token takes so many seconds."""
+        return token_seconds * self.tokens > _LONGEST
+
+    def expect(self, token_seconds: float) -> None:
+        """Begin with a size that suits a model which takes so many seconds a token, or fewer."""
+        while self.is_long(token_seconds) and self._halve():
+            pass
+
+    def took(self, seconds: float, tokens: int) -> None:
+        """Learn that a chunk of so many tokens took so long."""
+        if seconds > _LONGEST:
+            self._halve()
+        elif seconds < _LONGEST / 4 and tokens >= self.tokens and self._halvings:
+            self._halvings -= 1
+
+    def _halve(self) -> bool:
+        if self._fixed or self.tokens // 2 < _SMALLEST:
+            return False
+        self._halvings += 1
+        return True
 
 
 def settle(cache: Cache, config: ModelConfig) -> None:
@@ -20,6 +69,9 @@ def settle(cache: Cache, config: ModelConfig) -> None:
     Within ``mx.stream(generation_stream)``, as what gave it.
     """
     quantize(cache, config)
+    for part in cache_parts(cache):
+        if isinstance(part, ArraysCache):  # the end of a chunk's activations would keep all of them
+            part.cache = [None if state is None else mx.contiguous(state) for state in part.cache]
     # Without it the work would pile up unevaluated, and a cancel check mean nothing.
     mx.eval([entry.state for entry in cache])
     mx.clear_cache()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 
-from mlx_engine.generation.cache.kv_cache import Cache, merge
+from mlx_engine.generation.cache.joint_cache import merge
+from mlx_engine.generation.cache.kv_cache import Cache
 from mlx_engine.generation.cache.sparse_cache import sparse
 from mlx_engine.generation.cache.stored_prompt import common_prefix
 from mlx_engine.generation.prefill import may_pad, padded_prefill
@@ -175,12 +176,12 @@ class PrefillQueue:
     def _group(self, sequence: Sequence, size: int) -> list[Sequence]:
         """The sequence, and others that can be prefilled with it in one slice."""
         group, longest = [sequence], sequence.left
-        shared = self._may_pad and not sequence.alone and not sequence.stop
+        shared = self._may_pad and not sequence.stop and self._is_cheap(sequence)
         if not shared or not 0 < longest <= size:
             return group
         for other in self.sequences:
             left = max(longest, other.left)
-            if other is sequence or other.alone or left * (len(group) + 1) > size:
+            if other is sequence or left * (len(group) + 1) > size or not self._is_cheap(other):
                 continue
             if self._leader(other) is not None:
                 continue
@@ -193,6 +194,11 @@ class PrefillQueue:
                 group.append(other)
                 longest = max(longest, other.left)
         return group
+
+    def _is_cheap(self, sequence: Sequence) -> bool:
+        """Whether its KV cache may be merged while it is kept: it shares most with a stored one."""
+        new = sequence.held - sequence.cached
+        return not sequence.alone and new <= self._runner.config.prefill_step_size
 
     def _together(self, group: list[Sequence]) -> Cache | None:
         """Prefill all that is left of some sequences, padded on the right to the same length.

@@ -18,11 +18,11 @@ from mlx_engine.core.stop import Interrupted, stoppable
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache import prompt_cache_file
 from mlx_engine.generation.cache.cached_model import CachedModel
+from mlx_engine.generation.cache.joint_cache import grow
 from mlx_engine.generation.cache.kv_cache import (
     Cache,
     KVFootprint,
     check_kv_options,
-    grow,
     make_kv_cache,
     sample_kv_cache,
 )
@@ -31,8 +31,7 @@ from mlx_engine.generation.cache.snapshot import trimmable
 from mlx_engine.generation.cache.sparse_cache import SparseKVCache
 from mlx_engine.generation.cache.stored_prompts import StoredPrompts
 from mlx_engine.generation.memory import prompt_cache_limit, share_out
-from mlx_engine.generation.prefill import settle
-from mlx_engine.generation.prefill_chunk import PrefillChunk
+from mlx_engine.generation.prefill import ChunkSize, settle
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.sequence import Sequence
 from mlx_engine.generation.sizing import fit_context
@@ -91,8 +90,8 @@ class ModelRunner:
         # on where the chunks begin, so that a prefix may be used up to such a place only.
         exact = config.max_kv_size is None and config.kv_bits is None
         grid = None if exact else config.prefill_step_size
-        self.chunk = PrefillChunk(config.prefill_step_size, fixed=not exact)
-        self.draft_chunk = PrefillChunk(config.prefill_step_size, fixed=False)
+        self.chunk = ChunkSize(config.prefill_step_size, fixed=not exact)
+        self.draft_chunk = ChunkSize(config.prefill_step_size, fixed=False)
         cache = PromptCache(0, grid=grid, quantized_from=config.quantized_kv_start)
         target = CachedModel.of(loaded, config, cache)
         others = {
@@ -184,7 +183,7 @@ class ModelRunner:
         )
         sequence.cache, sequence.places, sequence.alone = sequence.sparse.cache, (), True
 
-    def chunk_of(self, sequence: Sequence) -> PrefillChunk:
+    def chunk_of(self, sequence: Sequence) -> ChunkSize:
         """The size of a sequence's next prefill chunk."""
         scoring = sequence.sparse is not None and sequence.sparse.scoring
         return self.draft_chunk if scoring else self.chunk

@@ -85,6 +85,7 @@ def _serve(runner: ModelRunner, sequence: Sequence, live: LiveMemory) -> None:
         request.ended_without_tokens()
         sequence.finish_drafting()
         return
+    live.begin_decoding()
     if sequence.keeps_end and not trimmable(cache):  # what is decoded cannot be taken out again
         runner.store(sequence, cache)
     try:

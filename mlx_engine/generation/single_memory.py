@@ -41,12 +41,21 @@ class LiveMemory:
         sequence, length = self._sequence, len(self._sequence.request.prompt)
         tokens = length if sequence.sparse is not None else min(sequence.held + size, length)
         if not self._reach(tokens):
-            need, room = self._need(tokens), self._account.room("live")
-            raise GenerationError(
-                f"{self._sequence.request.request_id} failed: {tokens} tokens need {need} bytes of "
-                f"KV cache, and {room} are left beside what other engines of this process have "
-                "now; try again later, or let each have a part of the memory (memory=)"
-            )
+            raise self._too_little(tokens)
+
+    def begin_decoding(self) -> None:
+        """Have memory for its prompt, of which nothing may have been prefilled, and for a token.
+
+        Raises:
+            GenerationError: there is none, since other engines have it.
+        """
+        request = self._sequence.request
+        length, limit = len(request.prompt), request.limit
+        soon = _UNDER_WAY if limit is None else min(_UNDER_WAY, limit)
+        if not any(
+            size <= self._claimed or self._reach(size) for size in (length + soon, length + 1)
+        ):
+            raise self._too_little(length + 1)
 
     def decode(self) -> None:
         """Have memory for its next token and those after it, or have that be the last one."""
@@ -72,6 +81,14 @@ class LiveMemory:
     def close(self) -> None:
         """Have nothing any more."""
         self._account.claim("live", 0)
+
+    def _too_little(self, tokens: int) -> GenerationError:
+        need, room = self._need(tokens), self._account.room("live")
+        return GenerationError(
+            f"{self._sequence.request.request_id} failed: {tokens} tokens need {need} bytes of "
+            f"KV cache, and {room} are left beside what other engines of this process have "
+            "now; try again later, or let each have a part of the memory (memory=)"
+        )
 
     def _need(self, tokens: int) -> int:
         expected = sum(footprint.nbytes(tokens) for footprint in self._footprints)

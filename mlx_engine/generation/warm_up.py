@@ -20,10 +20,10 @@ from mlx_engine.config import ModelConfig
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.stop import checkpoint
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.generation.cache.kv_cache import Cache, make_kv_cache, merge, quantize
+from mlx_engine.generation.cache.joint_cache import merge
+from mlx_engine.generation.cache.kv_cache import Cache, make_kv_cache, quantize
 from mlx_engine.generation.constraint import empty_masks, masked
-from mlx_engine.generation.prefill import may_pad, padded_prefill, prefilled
-from mlx_engine.generation.prefill_chunk import PrefillChunk
+from mlx_engine.generation.prefill import ChunkSize, may_pad, padded_prefill, prefilled
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.sampler import Sampler, can_be_sampled
@@ -137,7 +137,7 @@ def _alone(loaded: LoadedModel, config: ModelConfig) -> None:
             mx.eval(mx.argmax(logits, axis=-1))
 
 
-def _time(loaded: LoadedModel, config: ModelConfig, chunk: PrefillChunk) -> None:
+def _time(loaded: LoadedModel, config: ModelConfig, chunk: ChunkSize) -> None:
     """Have the first chunks be short where a token takes long, which it does on a CPU."""
     if mx.default_device().type == mx.DeviceType.gpu:
         return

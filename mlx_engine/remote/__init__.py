@@ -12,6 +12,7 @@ Its files, a request's way from top to bottom:
     connection.py      one life of an engine elsewhere, from start to end
     liveness.py        its heartbeats, and the watchdog
     part.py            its part of this process's memory
+    node_part.py       that of a node's memory
     calls.py           what has been asked
     health.py          whether its work goes on
     links/             ways to what serves an engine

@@ -147,6 +147,8 @@ class Connection:
             await _first(opening, link.gone)
             if opening.done():
                 opening.result()
+                if self._part is not None:
+                    self.memory = await self._part.placed(link, self.memory)
                 link.send(self._greeting(self.memory))
                 if self._part is not None:
                     self._part.send = self._send_soon

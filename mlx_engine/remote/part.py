@@ -18,6 +18,7 @@ from mlx_engine.core.machine import memory_limit
 from mlx_engine.core.reclaim import is_member, members, reclaim
 from mlx_engine.errors import NotEnoughMemory
 from mlx_engine.memory_stats import MemoryStats, MemoryUse
+from mlx_engine.remote.links.link import Link
 from mlx_engine.remote.wire.messages import Budget, encode
 
 _SPARE = 8  # one of so many parts of what it has in use is left to it when others want memory
@@ -43,6 +44,7 @@ class Part:
         self._lock = threading.Lock()
         self._account: Account | None = None
         self._weights = 0  # bytes, by its files, where they are known here
+        self._book = ledger()
         self._limit = 0  # the latest that it was told
         self._use = MemoryUse()  # the latest that it has told
 
@@ -55,7 +57,7 @@ class Part:
             InvalidRequest: it may have more than the machine has.
             NotEnoughMemory: there is not enough for what it was made with.
         """
-        book = ledger()
+        book = self._book
         memory = memory_limit(self._config.model.memory, book.machine)
         account = self._account = book.account(self._name)
         account.lent = self
@@ -79,6 +81,10 @@ class Part:
             raise
         finally:
             self.starting = False
+
+    async def placed(self, link: Link, taken: int | None) -> int | None:
+        """Its bytes, now that a link is open, of which some may have been taken before."""
+        return taken
 
     def told(self, stats: MemoryStats) -> None:
         """The process has told what it has, and may have."""
@@ -119,7 +125,7 @@ class Part:
             account, self._account, self.send = self._account, None, None
         if account is not None:
             account.close()
-            share_out(ledger())
+            share_out(self._book)
 
     def _tell(self, limit: int) -> None:
         if self.send is not None and limit != self._limit:

@@ -78,6 +78,13 @@ class ProcessEngine(LinkedEngine):
     def model(self) -> str:
         return self._config.model.model
 
+    @property
+    def pid(self) -> int | None:
+        """Id of its process, as ``ps`` shows it; ``None`` while there is none."""
+        connection = self._client.connection
+        link = None if connection is None or connection.exit is not None else connection.link
+        return link.pid if isinstance(link, ProcessLink) else None
+
     def _make_link(self) -> Callable[[], Link]:
         return functools.partial(ProcessLink, self.name)
 

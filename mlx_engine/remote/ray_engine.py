@@ -12,6 +12,7 @@ from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import ProgressCallback
 from mlx_engine.remote.links.link import Link
 from mlx_engine.remote.links.ray_link import RayLink
+from mlx_engine.remote.node_part import NodePart
 from mlx_engine.remote.part import Part
 from mlx_engine.remote.process_engine import ProcessEngine
 from mlx_engine.remote.wire.heartbeat import Watchdog
@@ -82,4 +83,4 @@ class RayEngine(ProcessEngine):
         return self._place
 
     def _new_part(self) -> Part | None:
-        return None  # the memory is another machine's
+        return NodePart(self.name, self._config)

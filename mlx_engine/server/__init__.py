@@ -8,6 +8,7 @@ cancel their work when the client goes away.
 It needs the extra ``server``. Its files, a request's way from top to bottom:
 
     app.py               create_app: routes
+    addresses.py         paths, as clients mean them
     status.py            models, health, metrics, numbers
     page.py              the page at /, page.html
     openapi.py           what is there, in OpenAPI
@@ -28,7 +29,9 @@ It needs the extra ``server``. Its files, a request's way from top to bottom:
     response_output.py   ... its items
     response_input.py    ... items -> messages
     response_tools.py    ... tools
+    kept.py              ... items that clients name by their ids
     openai_values.py     what OpenAI's APIs have in common
+    given_constraint.py  the form that an answer is to have
     call_deltas.py       tool calls in a stream
     api.py               what an API is
     answers.py           the engine's streams

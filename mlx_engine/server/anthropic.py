@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_engine.checks import integer, shown
+from mlx_engine.checks import shown
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.server.answers import Answer
 from mlx_engine.server.anthropic_events import (
@@ -16,11 +16,12 @@ from mlx_engine.server.anthropic_events import (
     usage_of,
 )
 from mlx_engine.server.anthropic_input import Conversation, choice, functions, signature
-from mlx_engine.server.asked import EFFORTS, Asked, Fields, reasoning
+from mlx_engine.server.asked import EFFORTS, Asked, Fields, reasoning, switched
 from mlx_engine.server.chat_completions import text_of
 from mlx_engine.server.failures import Failure
 from mlx_engine.server.field_table import MESSAGES, SAMPLING, quiet
-from mlx_engine.server.openai_values import new_id, response_format
+from mlx_engine.server.given_constraint import response_format
+from mlx_engine.server.openai_values import new_id
 
 
 class Messages:
@@ -57,6 +58,8 @@ class Messages:
         chosen = choice(fields.mapping("tool_choice"))
         if tools:
             chat |= {"tools": tools, **chosen}
+        elif chosen["tool_choice"] not in ("auto", "none"):
+            raise InvalidRequest("tool_choice", "a tool must be called, but none is given")
         if talk.is_begun:  # and what has begun is no reasoning
             chat |= {"continue_final_message": True, "thinking": False}
         return Asked(
@@ -107,15 +110,9 @@ class Messages:
 
 def _thinking(given: dict[str, Any]) -> tuple[dict[str, Any], Thoughts]:
     """Keyword arguments of ``stream_chat``, and what the client gets to see."""
-    kind = given.get("type", "disabled")
-    if kind == "disabled":
-        return {"thinking": False}, "hidden"
-    if kind not in ("enabled", "adaptive"):
-        said = f"its type must be 'enabled', 'adaptive' or 'disabled', not {shown(kind)}"
-        raise InvalidRequest("thinking", said)
-    chat: dict[str, Any] = {"thinking": True}
-    if (budget := given.get("budget_tokens")) is not None:
-        chat["max_reasoning_tokens"] = integer("thinking.budget_tokens", budget, low=0)
+    chat = switched(given)
+    if not chat["thinking"]:
+        return chat, "hidden"
     return chat, "omitted" if given.get("display") == "omitted" else "shown"
 
 

@@ -26,6 +26,7 @@ _TYPES: dict[Kind, str] = {
     "key": "authentication_error",
     "forbidden": "permission_error",
     "not_found": "not_found_error",
+    "path": "not_found_error",
     "slow": "timeout_error",
     "too_large": "request_too_large",
     "busy": "rate_limit_error",

@@ -10,6 +10,7 @@ from functools import partial
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -18,6 +19,7 @@ from mlx_engine.checks import flag, integer, integer_or_none, number
 from mlx_engine.core.drain import clean_up
 from mlx_engine.params import SamplingParams
 from mlx_engine.server.access import Access
+from mlx_engine.server.addresses import Addresses
 from mlx_engine.server.anthropic import Messages
 from mlx_engine.server.anthropic_events import error_body as anthropic_error
 from mlx_engine.server.api import Api
@@ -33,17 +35,6 @@ from mlx_engine.server.served import Given, by_name
 from mlx_engine.server.site import Site
 from mlx_engine.server.status import status_routes
 from mlx_engine.server.token_count import TokenCount
-
-# Each API, and its path behind the base, which ends in /v1 or does not.
-_APIS: tuple[tuple[str, Api], ...] = (
-    ("/chat/completions", ChatCompletions()),
-    ("/completions", Completions()),
-    ("/responses", Responses()),
-    ("/messages", Messages()),
-)
-_COUNTS: tuple[tuple[str, Api], ...] = (
-    ("/messages/count_tokens", Messages("messages.count_tokens")),
-)
 
 
 def create_app(
@@ -124,6 +115,7 @@ def create_app(
     )
     app = Starlette(
         routes=list(_routes(site)),
+        middleware=[Middleware(Addresses)],
         lifespan=partial(_lifespan, models),
         exception_handlers={HTTPException: _no_such_thing},
     )
@@ -131,13 +123,25 @@ def create_app(
     return app
 
 
+def apis() -> dict[str, Api]:
+    """Each API, by its path behind the base, which ends in /v1 or does not."""
+    return {
+        "/chat/completions": ChatCompletions(),
+        "/completions": Completions(),
+        "/responses": Responses(),
+        "/messages": Messages(),
+    }
+
+
 def _routes(site: Site) -> Iterator[BaseRoute]:
+    answered = apis()
+    counts: dict[str, Api] = {"/messages/count_tokens": Messages("messages.count_tokens")}
     for base in ("/v1", ""):
-        for path, api in _APIS:
+        for path, api in answered.items():
             yield Route(base + path, Endpoint(site, api), methods=["POST"])
-        for path, api in _COUNTS:
+        for path, api in counts.items():
             yield Route(base + path, TokenCount(site, api), methods=["POST"])
-    yield from status_routes(site, (*_APIS, *_COUNTS))
+    yield from status_routes(site, (*answered.items(), *counts.items()))
 
 
 @contextlib.asynccontextmanager
@@ -152,9 +156,11 @@ async def _lifespan(models: Models, app: Starlette) -> AsyncIterator[None]:
 async def _no_such_thing(request: Request, error: Exception) -> Response:
     """An error of Starlette's own, in the form in which clients read errors."""
     assert isinstance(error, HTTPException)
-    kind: Kind = "method" if error.status_code == 405 else "not_found"
+    kind: Kind = "method" if error.status_code == 405 else "path"
     path = request.url.path[:200]
-    failure = Failure(kind, f"{request.method} {path}: {error.detail}")
+    said = {"method": "another method is needed here", "path": "there is nothing here"}[kind]
+    said = f"{request.method} {path}: {said}; /openapi.json lists what there is"
+    failure = Failure(kind, said)
     request_id = new_id("req_")
     body = anthropic_error if "/messages" in path else error_body
     headers = {**(error.headers or {}), "request-id": request_id, "x-request-id": request_id}

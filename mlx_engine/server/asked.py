@@ -25,6 +25,11 @@ EFFORTS: dict[str, int | None] = {
     "xhigh": None,
     "max": None,
 }
+# What other servers have -1 for: no limit, any seed.
+_OPEN: dict[str, int | None] = {
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens", "seed")),
+    "top_k": 0,
+}
 _TEMPLATE_EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}  # templates know three
 
 
@@ -75,7 +80,8 @@ class Fields:
 
     def options(self, names: Sequence[str]) -> dict[str, Any]:
         """Some fields, as far as they are there, for the engine to check."""
-        return {name: self._left.pop(name) for name in names if name in self._left}
+        given = {name: self._left.pop(name) for name in names if name in self._left}
+        return {n: _OPEN[n] if n in _OPEN and v == -1 else v for n, v in given.items()}
 
     def copies(self, names: Sequence[str]) -> dict[str, Any]:
         """Some fields, as far as they are there; somebody else may still take them."""
@@ -148,6 +154,24 @@ class Asked:
         if chat.get("thinking") and not engine.supports_reasoning:
             del chat["thinking"]  # asked for by clients that ask every model for it
         return chat
+
+
+def switched(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of ``stream_chat`` for ``thinking``, as Anthropic's API has it.
+
+    Raises:
+        InvalidRequest: there is no such type.
+    """
+    kind = given.get("type", "disabled")
+    if kind == "disabled":
+        return {"thinking": False}
+    if kind not in ("enabled", "adaptive"):
+        said = f"its type must be 'enabled', 'adaptive' or 'disabled', not {shown(kind)}"
+        raise InvalidRequest("thinking", said)
+    chat: dict[str, Any] = {"thinking": True}
+    if (budget := given.get("budget_tokens")) is not None:
+        chat["max_reasoning_tokens"] = integer("thinking.budget_tokens", budget, low=0)
+    return chat
 
 
 def reasoning(effort: object, given: Mapping[str, Any]) -> dict[str, Any]:

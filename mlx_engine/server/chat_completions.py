@@ -11,7 +11,7 @@ from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import GenerationChunk, GenerationResult, ToolCall
 from mlx_engine.server.answers import Answer
 from mlx_engine.server.api import event
-from mlx_engine.server.asked import MOST_CHOICES, Asked, Fields, reasoning
+from mlx_engine.server.asked import MOST_CHOICES, Asked, Fields, reasoning, switched
 from mlx_engine.server.call_deltas import CallDeltas
 from mlx_engine.server.failures import Failure
 from mlx_engine.server.field_table import CHAT, quiet
@@ -21,12 +21,11 @@ from mlx_engine.server.openai_values import (
     error_body,
     new_id,
     now,
-    response_format,
     sampling,
     usage_of,
 )
 
-_CHAT = ("parallel_tool_calls", "max_reasoning_tokens", "continue_final_message", "thinking")
+_CHAT = ("parallel_tool_calls", "max_reasoning_tokens", "continue_final_message")
 
 
 class ChatCompletions:
@@ -46,17 +45,13 @@ class ChatCompletions:
             options["logprobs"] = top
         elif top:
             raise InvalidRequest("top_logprobs", "needs logprobs, true")
-        if constraint := response_format(fields.mapping("response_format")):
-            options["constraint"] = constraint
-        chat = fields.options(_CHAT)
+        chat = {**_thinking(fields), **fields.options(_CHAT)}
         if variables := fields.mapping("chat_template_kwargs"):
             chat["chat_template_kwargs"] = variables
-        chat = reasoning(fields.take("reasoning_effort"), chat)
+        effort = fields.mapping("reasoning").get("effort")
+        chat = reasoning(fields.take("reasoning_effort", effort), chat)
         tools, skipped = functions(fields.take("tools"))
-        choice = fields.take("tool_choice")
-        if tools:
-            chat["tools"] = tools
-            chat["tool_choice"] = "auto" if choice is None else choice
+        chat |= _choice_of(tools, fields.take("tool_choice"))
         return Asked(
             model=model,
             options=options,
@@ -167,6 +162,42 @@ def functions(tools: object) -> tuple[list[Any], list[str]]:
     known = [tool for tool, kind in zip(tools, kinds, strict=True) if kind == "function"]
     skipped = [f"tools of type {shown(kind)}" for kind in kinds if kind != "function"]
     return known, list(dict.fromkeys(skipped))
+
+
+def _thinking(fields: Fields) -> dict[str, Any]:
+    """Keyword arguments of ``stream_chat`` for the model's switch, as several servers have it."""
+    switch = fields.options(("enable_thinking",)).get("enable_thinking")
+    given = fields.take("thinking", switch)
+    if isinstance(given, dict):
+        return switched(given)
+    return {} if given is None else {"thinking": given}
+
+
+def _choice_of(tools: list[Any], choice: Any) -> dict[str, Any]:
+    """Keyword arguments of ``stream_chat`` for tools and which of them may or must be called.
+
+    Raises:
+        InvalidRequest: one must be called, but none is there.
+    """
+    if choice is None or choice == "any":
+        choice = "auto" if choice is None else "required"
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = choice.get("allowed_tools")
+        allowed = allowed if isinstance(allowed, dict) else {}
+        listed, _ = functions(allowed.get("tools"))
+        names = [_name_of(tool) for tool in listed]
+        tools = [tool for tool in tools if _name_of(tool) in names]
+        choice = allowed.get("mode", "auto")
+    if tools:
+        return {"tools": tools, "tool_choice": choice}
+    if choice not in ("auto", "none"):
+        raise InvalidRequest("tool_choice", "a tool must be called, but none is given")
+    return {}
+
+
+def _name_of(tool: object) -> object:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return function.get("name") if isinstance(function, dict) else None
 
 
 def call_of(call: ToolCall) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from mlx_engine.server.openai_values import (
     logprob,
     new_id,
     now,
-    response_format,
     sampling,
     usage_of,
 )
@@ -46,8 +45,6 @@ class Completions:
         options = sampling(fields)
         if (top := fields.integer("logprobs", -1, low=-1, high=MOST_LOGPROBS)) >= 0:
             options["logprobs"] = top
-        if constraint := response_format(fields.mapping("response_format")):
-            options["constraint"] = constraint
         return Asked(
             model=fields.text("model") or "",
             options=options,

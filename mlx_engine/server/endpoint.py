@@ -70,11 +70,7 @@ class Exchange:
         try:
             client = self._site.access.check(scope)
             with self._site.access.place(client):
-                body = await read_json(
-                    self._receive, self._site.max_body_bytes, self._site.body_seconds
-                )
-                asked = self._asked(body)
-                del body
+                asked = await self._read(scope)
                 if self._site.steady_prompts and isinstance(asked.messages, list):
                     asked = replace(asked, messages=steady(asked.messages))
                 name, model = self._site.models.choose(asked.model)
@@ -89,7 +85,10 @@ class Exchange:
                 await self._reply.json(failure.status, told, failure.headers)
             return str(failure.status)
 
-    def _asked(self, body: object) -> Asked:
+    async def _read(self, scope: Scope) -> Asked:
+        declared = dict(scope["headers"]).get(b"content-length", b"")
+        most, seconds = self._site.max_body_bytes, self._site.body_seconds
+        body = await read_json(self._receive, most, seconds, declared)
         try:
             return self._api.read(Fields(body))
         except RecursionError as error:
@@ -171,5 +170,5 @@ def _remarks(name: str, texts: Sequence[str]) -> Headers:
     if not texts:
         return []
     value = ", ".join(texts)[:_LONGEST].encode("ascii", "replace")
-    printable = bytes(byte if 32 <= byte < 127 else 63 for byte in value)
+    printable = bytes(byte if 32 <= byte < 127 else 63 for byte in value).strip(b" ")
     return [(f"x-mlx-engine-{name}".encode(), printable)]

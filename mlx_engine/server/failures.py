@@ -19,7 +19,8 @@ Kind = Literal[
     "context",  # the prompt is too long; clients shorten it
     "key",  # no key, or one that is not known
     "forbidden",  # not from there
-    "not_found",
+    "not_found",  # no such model
+    "path",  # no such path
     "method",
     "slow",  # the body did not come
     "too_large",
@@ -34,6 +35,7 @@ STATUS: dict[Kind, int] = {
     "key": 401,
     "forbidden": 403,
     "not_found": 404,
+    "path": 404,
     "method": 405,
     "slow": 408,
     "too_large": 413,

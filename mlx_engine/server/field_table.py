@@ -20,6 +20,7 @@ _TEXT: Schema = {"type": "string"}
 _FLAG: Schema = {"type": "boolean"}
 _NUMBER: Schema = {"type": "number"}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
+_OPEN: Schema = {"type": "integer", "minimum": -1}  # -1 leaves it open
 _OBJECT: Schema = {"type": "object"}
 _OBJECTS: Schema = {"type": "array", "items": _OBJECT}
 _TEXTS: Schema = {"type": "array", "items": _TEXT}
@@ -70,13 +71,22 @@ def _quiet(*names: str) -> dict[str, FieldSpec]:
 
 
 _USER = "whose request it is: users of a key have their turns one after another"
+_LIMIT = "tokens of the answer; clamped to what is left, which is what -1 asks for"
 _EFFORT: Schema = {"enum": ["none", "minimal", "low", "medium", "high", "xhigh", "max"]}
 _STREAM = {"stream": FieldSpec(_FLAG, "as events")}
 _MODEL = {"model": FieldSpec(_TEXT, "by its name, an alias, or its last part")}
-_FORMAT = FieldSpec(_OBJECT, "`json_schema` and `json_object`; the answer is bound by it")
+_FORMAT = {
+    "response_format": FieldSpec(
+        _OBJECT, "`json_schema` and `json_object`; the answer is bound by it"
+    ),
+    "structured_outputs": FieldSpec(_OBJECT, "as vLLM has it: `json`, `regex`, `choice`"),
+    **{f"guided_{name}": FieldSpec({}, "the same") for name in ("json", "regex", "choice")},
+    "json_schema": FieldSpec(_OBJECT, "as llama-server has it"),
+    **dict.fromkeys(("guided_grammar", "grammar"), FieldSpec(_TEXT, effect="refused")),
+}
 _VARIABLES = {"chat_template_kwargs": FieldSpec(_OBJECT, "variables of the template")}
 _OWN = _sampling(
-    top_k=_COUNT,
+    top_k=_OPEN,
     min_p=_NUMBER,
     repetition_penalty=_NUMBER,
     xtc_probability=_NUMBER,
@@ -86,7 +96,7 @@ _OWN = _sampling(
 )
 _SAMPLING = {
     **_sampling(temperature=_NUMBER, top_p=_NUMBER, presence_penalty=_NUMBER),
-    **_sampling(frequency_penalty=_NUMBER, seed=_COUNT),
+    **_sampling(frequency_penalty=_NUMBER, seed=_OPEN),
     "logit_bias": FieldSpec(_OBJECT, "token id -> value added"),
     "stop": FieldSpec(_either(_TEXT, _TEXTS), "strings that end the answer"),
     **_OWN,
@@ -94,8 +104,9 @@ _SAMPLING = {
 SAMPLING = tuple(_SAMPLING)
 _OPENAI_SAMPLING = {
     **_SAMPLING,
-    "max_completion_tokens": FieldSpec(_COUNT, "tokens of the answer; clamped to what is left"),
-    "max_tokens": FieldSpec(_COUNT, "the same, if that is not there"),
+    "max_completion_tokens": FieldSpec(_OPEN, _LIMIT),
+    "max_tokens": FieldSpec(_OPEN, "the same, if that is not there"),
+    **_FORMAT,
 }
 _OPENAI = {
     **_MODEL,
@@ -126,10 +137,11 @@ CHAT: Table = {
     **_OPENAI_SAMPLING,
     **_N,
     **_LOGPROBS,
-    "response_format": _FORMAT,
     **_TOOLS,
     "reasoning_effort": FieldSpec(_EFFORT, "the model's switch, and a limit of tokens"),
-    "thinking": FieldSpec(_FLAG, "the model's switch"),
+    "reasoning": FieldSpec(_OBJECT, "`effort`, the same"),
+    "thinking": FieldSpec(_either(_FLAG, _OBJECT), "the model's switch, `budget_tokens`"),
+    "enable_thinking": FieldSpec(_FLAG, "the model's switch"),
     "max_reasoning_tokens": FieldSpec(_COUNT, "after which reasoning is closed"),
     "continue_final_message": FieldSpec(_FLAG, "the answer goes on with the last message"),
     **_VARIABLES,
@@ -142,7 +154,6 @@ COMPLETIONS: Table = {
     **_OPENAI_SAMPLING,
     **_N,
     "logprobs": FieldSpec({"type": "integer", "minimum": 0, "maximum": 20}, "of each token"),
-    "response_format": _FORMAT,
     **_USAGE,
     "echo": FieldSpec(_FLAG, effect="refused"),
     "suffix": FieldSpec(_TEXT, effect="refused"),
@@ -154,7 +165,7 @@ RESPONSES: Table = {
     "input": FieldSpec(_either(_TEXT, _OBJECTS), "text, or items"),
     "instructions": FieldSpec(_TEXT, "a system message before them"),
     **_OPENAI_SAMPLING,
-    "max_output_tokens": FieldSpec(_COUNT, "tokens of the answer; clamped to what is left"),
+    "max_output_tokens": FieldSpec(_OPEN, _LIMIT),
     "top_logprobs": FieldSpec(_TOP, "best ones at each place"),
     "include": FieldSpec(_TEXTS, "reasoning to be sent back; log-probabilities"),
     **_TOOLS,
@@ -162,11 +173,12 @@ RESPONSES: Table = {
     "text": FieldSpec(_OBJECT, "`format`, as `response_format`"),
     "truncation": FieldSpec(_TEXT, "only `disabled`; what else is asked is said to be ignored"),
     **_VARIABLES,
+    "store": FieldSpec(_FLAG, "`false`: its items are not kept for an `item_reference`"),
     "previous_response_id": FieldSpec(_TEXT, "nothing is kept", "refused"),
     "conversation": FieldSpec(_either(_TEXT, _OBJECT), "nothing is kept", "refused"),
     "prompt": FieldSpec(_OBJECT, "nothing is kept", "refused"),
     "background": FieldSpec(_FLAG, "nothing is kept", "refused"),
-    **_OPENAI_QUIET,
+    **{name: spec for name, spec in _OPENAI_QUIET.items() if name != "store"},
     **_quiet("stream_options", "max_tool_calls"),
 }
 MESSAGES: Table = {
@@ -174,7 +186,7 @@ MESSAGES: Table = {
     **_STREAM,
     "messages": FieldSpec(_OBJECTS, "blocks of all kinds of text; images are refused by name"),
     "system": FieldSpec(_either(_TEXT, _OBJECTS), "the system message"),
-    "max_tokens": FieldSpec(_COUNT, "tokens of the answer; clamped to what is left"),
+    "max_tokens": FieldSpec(_OPEN, _LIMIT),
     **_SAMPLING,
     "stop_sequences": FieldSpec(_TEXTS, "strings that end the answer"),
     "tools": FieldSpec(_OBJECTS, "functions; the server's own tools are skipped, which is said"),

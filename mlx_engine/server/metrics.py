@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter as Counts
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from mlx_engine.memory_stats import KINDS, MemoryStats
 from mlx_engine.server.models import Models
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
@@ -34,6 +36,11 @@ _COUNTERS = {
     "preemptions": "times that a request was paused for want of memory",
     "prefill_seconds": "seconds of prefill",
     "decode_seconds": "seconds of decode",
+}
+_BOUNDS = {  # fields of ``MemoryStats``; without a number where there is no bound
+    "total": "bytes that all engines in its process may have together",
+    "limit": "bytes that it may have",
+    "peak": "the most bytes that it has had",
 }
 
 
@@ -67,6 +74,38 @@ class Metrics:
         return generate_latest(self._registry)
 
 
+def _memory(stats: Mapping[str, MemoryStats]) -> Iterator[Metric]:
+    """Who has how much memory, by model."""
+    has = GaugeMetricFamily(
+        "mlx_engine_memory_bytes", "bytes that it has, by kind", labels=["model", "kind"]
+    )
+    owned = GaugeMetricFamily(
+        "mlx_engine_memory_owner_bytes",
+        "bytes that each engine in its process has",
+        labels=["model", "owner"],
+    )
+    bounds = {
+        name: GaugeMetricFamily(f"mlx_engine_memory_{name}_bytes", help, labels=["model"])
+        for name, help in _BOUNDS.items()
+    }
+    refused = CounterMetricFamily(
+        "mlx_engine_memory_refused", "times that it could not get more", labels=["model"]
+    )
+    for model, each in stats.items():
+        for kind in KINDS:
+            has.add_metric([model, kind], getattr(each.use, kind))
+        owners: Counts[str] = Counts()
+        for owner in each.owners:  # two may be named alike
+            owners[owner.name] += owner.use.total
+        for name, nbytes in owners.items():
+            owned.add_metric([model, name], nbytes)
+        for name, family in bounds.items():
+            if (bound := getattr(each, name)) is not None:
+                family.add_metric([model], bound)
+        refused.add_metric([model], each.refused)
+    yield from (has, owned, *bounds.values(), refused)
+
+
 class _Engines(Collector):
     """Statistics of the engines that are there."""
 
@@ -83,6 +122,7 @@ class _Engines(Collector):
                 for name, each in stats.items():
                     family.add_metric([name], getattr(each, field))
                 yield family
+        yield from _memory({name: each.memory for name, each in stats.items()})
         loaded = GaugeMetricFamily("mlx_engine_loaded", "whether it is there", labels=["model"])
         held = GaugeMetricFamily(
             "mlx_engine_http_waiting", "requests that wait for a turn", labels=["model"]

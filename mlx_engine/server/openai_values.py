@@ -7,13 +7,12 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mlx_engine.constraints import AnyJSON, Constraint, JSONSchema
-from mlx_engine.errors import InvalidRequest
 from mlx_engine.outputs import TokenLogprob, Usage
 from mlx_engine.server.answers import Answer
 from mlx_engine.server.asked import Fields
 from mlx_engine.server.failures import Failure, Kind
 from mlx_engine.server.field_table import SAMPLING
+from mlx_engine.server.given_constraint import constraint_of
 
 MOST_LOGPROBS = 20  # at the place of a token
 
@@ -28,6 +27,7 @@ _CODES: dict[Kind, str] = {
     "context": "context_length_exceeded",
     "key": "invalid_api_key",
     "not_found": "model_not_found",
+    "path": "unknown_url",
     "busy": "rate_limit_exceeded",
     "unavailable": "engine_unavailable",
 }
@@ -44,34 +44,22 @@ def now() -> int:
     return int(time.time())
 
 
-def sampling(fields: Fields) -> dict[str, Any]:
-    """Keyword arguments of an engine, out of the fields that say how to choose tokens."""
-    options = fields.options(SAMPLING)
-    limits = fields.options(("max_completion_tokens", "max_tokens"))
-    for limit in list(limits.values())[:1]:
-        options["max_tokens"] = limit
-    return options
+def sampling(fields: Fields, *limits: str) -> dict[str, Any]:
+    """Keyword arguments of an engine, out of the fields that say how to choose tokens.
 
-
-def response_format(given: dict[str, Any], option: str = "response_format") -> Constraint | None:
-    """The constraint that a ``response_format`` is.
+    Args:
+        limits: names of an API's own for the tokens of the answer.
 
     Raises:
-        InvalidRequest: there is no such format.
+        InvalidRequest: the answer can have no such form.
     """
-    kind = given.get("type", "text")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return AnyJSON()
-    if kind != "json_schema":
-        known = "'text', 'json_object' and 'json_schema' are there"
-        raise InvalidRequest(option, f"there is no such type; {known}")
-    schema = given.get("json_schema", given)
-    schema = schema.get("schema") if isinstance(schema, dict) else None
-    if not isinstance(schema, dict | bool):
-        raise InvalidRequest(option, "of the type 'json_schema' needs a 'schema', an object")
-    return JSONSchema(schema)
+    options = fields.options(SAMPLING)
+    given = fields.options((*limits, "max_completion_tokens", "max_tokens"))
+    for limit in list(given.values())[:1]:
+        options["max_tokens"] = limit
+    if constraint := constraint_of(fields):
+        options["constraint"] = constraint
+    return options
 
 
 def error_body(failure: Failure, request_id: str) -> dict[str, Any]:

@@ -24,12 +24,20 @@ class ResponseEvents:
         response: makes the response as it is told.
         tools: of the request.
         sealed: whether reasoning is to have its text in a form that comes back.
+        keep: takes the items when all is done.
     """
 
-    def __init__(self, response: Response, tools: Tools, sealed: bool) -> None:
+    def __init__(
+        self,
+        response: Response,
+        tools: Tools,
+        sealed: bool,
+        keep: Callable[[Sequence[dict[str, Any]]], None],
+    ) -> None:
         self._response = response
         self._tools = tools
         self._sealed = sealed
+        self._keep = keep
         self._number = 0  # of the next event
         self._calls = CallDeltas()
         self._item: OutputItem | HeldCall | None = None  # the open one
@@ -58,6 +66,7 @@ class ResponseEvents:
         data = self._finish(status)
         if all(item["type"] == "reasoning" for item in self._output):  # clients look for an answer
             data += self._say("content", "") + self._finish(status)
+        self._keep(self._output)
         return data + self._told(status, self._response(status, self._output, answers=answers))
 
     def fail(self, failure: Failure) -> bytes:

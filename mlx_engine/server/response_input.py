@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import Any
 
 from mlx_engine.checks import shown
@@ -17,13 +18,16 @@ def seal(reasoning: str) -> str:
     return _SEAL + base64.b64encode(reasoning.encode("utf-8", "surrogatepass")).decode()
 
 
-def read_input(given: object, instructions: str | None) -> tuple[list[Any], list[str]]:
+Find = Callable[[str], dict[str, Any] | None]  # an item that is kept, by its id
+
+
+def read_input(given: object, instructions: str | None, find: Find) -> tuple[list[Any], list[str]]:
     """Messages, and remarks on items that are left out.
 
     Raises:
-        InvalidRequest: an item is of the wrong shape, or is kept elsewhere.
+        InvalidRequest: an item is of the wrong shape, or is not kept any more.
     """
-    conversation = _Conversation()
+    conversation = _Conversation(find)
     if instructions:
         conversation.messages.append({"role": "system", "content": instructions})
     if isinstance(given, str):
@@ -42,7 +46,8 @@ class _Conversation:
     An answer is several items, and one message: what was thought, then what was said, then calls.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, find: Find) -> None:
+        self._find = find
         self.messages: list[dict[str, Any]] = []
         self.skipped: dict[str, None] = {}
         self._answer: dict[str, Any] | None = None  # the last message, if others may join it
@@ -67,9 +72,15 @@ class _Conversation:
                 said = {"role": "tool", "tool_call_id": call_id, "content": content}
                 self.messages.append(said)
             case "item_reference":
-                raise InvalidRequest("input", f"{which}: {STATELESS}; send the item itself")
+                self._named(which, _text(which, item, "id"))
             case kind:
                 self.skipped[f"items of type {shown(kind)}"] = None
+
+    def _named(self, which: str, item_id: str) -> None:
+        if (item := self._find(item_id)) is None:
+            said = "this item is not kept on this server, or not any more; send the item itself"
+            raise InvalidRequest("input", f"{which}: {said}")
+        self.add(which, item)
 
     def _message(self, which: str, item: dict[str, Any]) -> None:
         role = _text(which, item, "role")
@@ -78,8 +89,6 @@ class _Conversation:
             self._answer = None
             self.messages.append({"role": role, "content": content})
             return
-        if isinstance(content, list):
-            content = [_spoken(part) for part in content]
         self._of_answer("content", "tool_calls")["content"] = content
 
     def _reasoning(self, which: str, item: dict[str, Any]) -> None:
@@ -102,16 +111,6 @@ class _Conversation:
             self._answer = {"role": "assistant"}
             self.messages.append(self._answer)
         return self._answer
-
-
-STATELESS = "nothing is kept on this server"
-
-
-def _spoken(part: object) -> object:
-    """A part of what an assistant has said; a refusal is text, too."""
-    if isinstance(part, dict) and part.get("type") == "refusal":
-        return {"type": "output_text", "text": part.get("refusal")}
-    return part
 
 
 def _unsealed(given: object) -> str | None:

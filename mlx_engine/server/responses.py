@@ -1,4 +1,4 @@
-"""OpenAI's ``/v1/responses``, without state: each request brings its whole conversation."""
+"""OpenAI's ``/v1/responses``: each request brings its whole conversation, or names its items."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from mlx_engine.server.asked import Asked, Fields, reasoning
 from mlx_engine.server.chat_completions import call_of, text_of
 from mlx_engine.server.failures import Failure
 from mlx_engine.server.field_table import RESPONSES, quiet
+from mlx_engine.server.given_constraint import response_format
+from mlx_engine.server.kept import KeptItems
 from mlx_engine.server.openai_values import (
     error_body,
     new_id,
     now,
-    response_format,
     sampling,
     usage_of,
 )
 from mlx_engine.server.response_events import ResponseEvents
-from mlx_engine.server.response_input import STATELESS, read_input
+from mlx_engine.server.response_input import read_input
 from mlx_engine.server.response_output import OutputItem
 from mlx_engine.server.response_tools import Tools, custom_input
 
@@ -45,17 +46,22 @@ class Responses:
     table = RESPONSES
     counts_first = False
 
+    def __init__(self) -> None:
+        self._kept = KeptItems()
+
     def read(self, fields: Fields) -> Asked:
         """See ``Api``."""
         for name in _STATE:
             if fields.take(name):
-                said = f"{STATELESS}; send the whole conversation with each request"
+                said = "no response is kept here; send the whole conversation with each request"
                 raise InvalidRequest(name, f"cannot be honoured: {said}")
         told = fields.copies(_TOLD)
         included = fields.take("include", [])
         if not isinstance(included, list):
             raise InvalidRequest("include", f"must be a list, not {shown(included)}")
-        messages, left_out = read_input(fields.take("input"), fields.text("instructions"))
+        messages, left_out = read_input(
+            fields.take("input"), fields.text("instructions"), self._kept.find
+        )
         tools = Tools.of(fields.take("tools"), fields.take("tool_choice"))
         chat = fields.options(("parallel_tool_calls",))
         if variables := fields.mapping("chat_template_kwargs"):
@@ -66,6 +72,8 @@ class Responses:
         options = _options(fields, logprobs=_LOGPROBS in included)
         if fields.take("truncation", "disabled") != "disabled":
             left_out.append("truncation")
+        keeps = fields.take("store") is not False
+        extra = {"tools": tools, "sealed": _SEALED in included, "told": told, "keeps": keeps}
         return Asked(
             model=fields.text("model") or "",
             options=options,
@@ -74,7 +82,7 @@ class Responses:
             stream=fields.flag("stream"),
             user=fields.user(),
             ignored=(*fields.ignored(quiet(self.table)), *tools.skipped, *left_out),
-            extra={"tools": tools, "sealed": _SEALED in included, "told": told},
+            extra=extra,
         )
 
     def whole(self, asked: Asked, answers: Sequence[Answer], model: str) -> dict[str, Any]:
@@ -83,12 +91,14 @@ class Responses:
         status = "incomplete" if answer.result.finish_reason == "length" else "completed"
         output = _output(answer, asked.extra["tools"], sealed=asked.extra["sealed"])
         items = [item.item("completed") for item in output[:-1]] + [output[-1].item(status)]
+        self._keep(asked, items)
         return _response(_base(asked, model), status, items, answers=answers)
 
     def events(self, asked: Asked, model: str) -> ResponseEvents:
         """See ``Api``."""
         response = partial(_response, _base(asked, model))
-        return ResponseEvents(response, asked.extra["tools"], asked.extra["sealed"])
+        keep = partial(self._keep, asked)
+        return ResponseEvents(response, asked.extra["tools"], asked.extra["sealed"], keep)
 
     def error(self, failure: Failure, request_id: str) -> dict[str, Any]:
         """See ``Api``."""
@@ -96,11 +106,13 @@ class Responses:
             failure = replace(failure, option="input")
         return error_body(failure, request_id)
 
+    def _keep(self, asked: Asked, items: Sequence[dict[str, Any]]) -> None:
+        if asked.extra["keeps"]:
+            self._kept.keep(items)
+
 
 def _options(fields: Fields, *, logprobs: bool) -> dict[str, Any]:
-    options = sampling(fields)
-    if (limit := fields.take("max_output_tokens")) is not None:
-        options["max_tokens"] = limit
+    options = sampling(fields, "max_output_tokens")
     top = fields.take("top_logprobs")
     if top or logprobs:
         options["logprobs"] = top or 0
@@ -108,6 +120,8 @@ def _options(fields: Fields, *, logprobs: bool) -> dict[str, Any]:
     if not isinstance(form, dict):
         raise InvalidRequest("text.format", f"must be an object, not {shown(form)}")
     if constraint := response_format(form, "text.format"):
+        if "constraint" in options:
+            raise InvalidRequest("text.format", "is one more form than the others ask for")
         options["constraint"] = constraint
     return options
 

@@ -52,3 +52,7 @@ __all__ = [
     "ScriptError",
     "assert_cancellation_safe",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -38,9 +38,9 @@ class FakeAnswer:
             as it is, others as the cause of a ``GenerationError``. ``EngineDead`` is the end of
             the engine.
         reasoning: what comes before, in the same form; in chats only.
-        tool_calls: what comes after, each as ``(name, arguments)`` or, for malformed ones, a
-            ``ToolCall``; in chats only, and only of tools that the request has. Each gets an id,
-            and is cut into tokens: the name first, then the arguments.
+        tool_calls: what comes after, each as ``(name, arguments)``, a mapping of these or, for
+            malformed ones, a ``ToolCall``; in chats only, and only of tools that the request has.
+            Each gets an id, and is cut into tokens: the name first, then the arguments.
         finish_reason: ``stop`` ends with one more token, of the end of the sequence and without
             text, as models do; ``length`` ends without it, as if the context were used up.
 
@@ -50,7 +50,7 @@ class FakeAnswer:
 
     text: str | Sequence[object] = ""
     reasoning: str | Sequence[object] = ""
-    tool_calls: Sequence[ToolCall | tuple[str, Mapping[str, Any]]] = ()
+    tool_calls: Sequence[ToolCall | tuple[str, Mapping[str, Any]] | Mapping[str, Any]] = ()
     finish_reason: Literal["stop", "length"] = "stop"
 
     def __post_init__(self) -> None:
@@ -155,7 +155,10 @@ class Script(Iterator[FakeAnswer]):
 
     def __next__(self) -> FakeAnswer:
         if not self.left:
-            raise ScriptError(f"this is more than the {self._count} requests that are scripted")
+            raise ScriptError(
+                f"this is more than the {self._count} requests that are scripted (a list is the "
+                "answer to one, in pieces)"
+            )
         return self.left.popleft()
 
     def check_used(self) -> None:
@@ -182,10 +185,12 @@ def choose(answers: Answers, request: FakeRequest) -> FakeAnswer:
         return FakeAnswer.of(answers[request.question])
     try:
         if not isinstance(answers, Iterator):
-            return FakeAnswer.of(answers(request) if callable(answers) else answers)
+            if callable(answers) and not isinstance(answers, type):
+                return FakeAnswer.of(answers(request))
+            return FakeAnswer.of(answers)
         for answer in answers:
             return FakeAnswer.of(answer)
-    except _InvalidScript as error:
+    except InvalidScript as error:
         raise mistake(str(error), error) from error
     except (ScriptError, MLXEngineError):
         raise
@@ -194,15 +199,17 @@ def choose(answers: Answers, request: FakeRequest) -> FakeAnswer:
     raise ScriptError("there are more requests than scripted answers")
 
 
-class _InvalidScript(InvalidRequest):
+class InvalidScript(InvalidRequest):
     """An answer of a script is of the wrong type."""
 
 
 def _pieces(option: str, given: object) -> tuple[Piece, ...]:
     if isinstance(given, str):
         return tuple(words(given))
+    if isinstance(given, type) and issubclass(given, Exception):
+        raise InvalidScript(option, f"must be an exception, not its class: {given.__name__}(...)")
     if not isinstance(given, Sequence) or not all(isinstance(p, Piece) for p in given):
-        raise _InvalidScript(
+        raise InvalidScript(
             option, f"must be text, or a list of strings, gates and exceptions, not {shown(given)}"
         )
     return tuple(given)
@@ -210,7 +217,7 @@ def _pieces(option: str, given: object) -> tuple[Piece, ...]:
 
 def _calls(given: object) -> tuple[ToolCall, ...]:
     if not isinstance(given, Sequence) or isinstance(given, str):
-        raise _InvalidScript("tool_calls", f"must be a list of calls, not {shown(given)}")
+        raise InvalidScript("tool_calls", f"must be a list of calls, not {shown(given)}")
     return tuple(map(_call, given))
 
 
@@ -220,13 +227,17 @@ def _call(given: object) -> ToolCall:
             case ToolCall():
                 made = raw_call(given.name, given.arguments) if given.ok else ""
                 return given if given.raw else replace(given, raw=made)
-            case (str() as name, Mapping() as arguments):
+            case (str() as name, Mapping() as arguments) | {
+                "name": str() as name,
+                "arguments": Mapping() as arguments,
+            }:
                 plain = dict(arguments)
                 return ToolCall(name, plain, raw_call(name, plain))
     except (TypeError, ValueError) as error:
-        raise _InvalidScript(
+        raise InvalidScript(
             "tool_calls", f"arguments must have a form in JSON, not {shown(given)} ({error})"
         ) from error
-    raise _InvalidScript(
-        "tool_calls", f"each must be (name, arguments) or a ToolCall, not {shown(given)}"
+    raise InvalidScript(
+        "tool_calls",
+        f"each must be (name, arguments), a mapping of these, or a ToolCall, not {shown(given)}",
     )

@@ -59,7 +59,10 @@ def check_calls(calls: Sequence[ToolCall], has_text: bool, whole: bool, chat: Ch
         return
     if asked and (has_text or (whole and not calls)):
         what = "content is scripted" if has_text else "no call is scripted"
-        raise ScriptError(f"{what}, but the request has tool_choice={shown(choice)}")
+        raise ScriptError(
+            f"{what}, but the request has tool_choice={shown(choice)}, with which the answer is "
+            "calls and no text"
+        )
     name = choice["function"]["name"] if isinstance(choice, Mapping) else None
     if len(calls) > 1 and (name or not chat.parallel_tool_calls):
         raise ScriptError(f"{len(calls)} calls are scripted, but the request allows one")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final, Literal, TypedDict
+from typing import Final, TypedDict
 
 from mlx_engine.limits import DEFAULT_LIMITS, RequestLimits
 from mlx_engine.outputs import ProgressCallback
@@ -27,7 +27,7 @@ class FakeOptions(TypedDict, total=False):
     context_length: int | None
     queue_limit: int | None
     max_wait: float | None
-    memory: int | float | Literal["auto"]
+    memory: int | float | str
     limits: RequestLimits
     on_progress: ProgressCallback | None
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from mlx_engine.checks import shown
-from mlx_engine.outputs import GenerationResult, Timings, Usage
+from mlx_engine.outputs import FinishReason, GenerationResult, Timings, Usage
 from mlx_engine.params import SamplingParams
 from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt
 
@@ -40,8 +40,10 @@ class FakeRequest:
             caller knows.
         prompt_tokens: token ids that its prompt is counted as, once its turn has come.
         error: what its caller got, if it failed or was refused.
-        options: keyword arguments of one that was refused because of them, as they were given;
-            what else is told here of such a one is as it was given, too.
+        finish_reason: of its answer, ``"timeout"`` for one; ``None`` as long as it has none.
+        options: keyword arguments of one that was refused because of them, as they were given,
+            and empty otherwise: see ``params`` and the other attributes. What else is told here
+            of a refused one is as it was given, too.
     """
 
     def __init__(
@@ -104,6 +106,11 @@ class FakeRequest:
             return str(self.messages[-1].get("content") or "")
         assert self.prompt is not None
         return self.prompt if isinstance(self.prompt, str) else tuple(self.prompt)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """How its answer has ended: as in its result; ``None`` if it has not."""
+        return self._result.finish_reason if self.outcome == "finished" else None
 
     def result(self) -> GenerationResult:
         """Result so far; final once it is over."""

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 
-from mlx_engine.generation.cache.kv_cache import merge
+from mlx_engine.generation.cache.joint_cache import merge
 from mlx_engine.generation.cache.snapshot import snapshot
 from mlx_engine.generation.cache.sparse_cache import (
     BatchSparseKVCache,

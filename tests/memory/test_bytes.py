@@ -30,9 +30,18 @@ KINDS = [
     "gpt_oss",
     "qwen3_moe",
     "qwen3_next",
+    "jamba",
+    "lfm2",
+    "mamba",
+    "mamba2",
     "smollm3",
 ]
 LARGER = {"hidden_size": 128, "block_dim": 128, "num_hidden_layers": 4}
+SIZED: dict[str, dict[str, Any]] = {  # by the hidden size
+    "lfm2": {"block_dim": 128, "block_ff_dim": 192, "full_attn_idxs": [1, 3]},
+    "mamba": {"intermediate_size": 256, "state_size": 16},
+    "mamba2": {"num_heads": 16},
+}
 TOLERANCE = 0.05
 STEP = 256  # tokens for which memory is claimed ahead, which are a part of small models
 VOCABULARY = 263
@@ -71,8 +80,10 @@ class Measured:
 
 def config_of(kind: str) -> dict[str, Any]:
     changed = {**CONFIG, **OTHER.get(kind, {}), **LARGER, **ARCHITECTURES.get(kind, {})}
+    changed |= SIZED.get(kind, {})
     if kind == "gpt_oss":
         changed["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    del changed["rope_scaling"]  # transformers warns of it, even where it is None
     return {**changed, "model_type": kind, "vocab_size": VOCABULARY}
 
 

@@ -31,6 +31,7 @@ from mlx_engine.models.weights import stored_bytes
 from mlx_engine.testing import FakeEngine
 from tests.conftest import make_tiny, settled
 from tests.memory.machines import machine_of
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -157,18 +158,47 @@ async def test_an_answer_ends_where_memory_does_and_says_so(tiny_path: Path) -> 
             assert not again.notes
 
 
+@pytest.mark.parametrize("length", [100, 1])
 async def test_a_prompt_for_which_others_have_the_memory_fails_with_both_numbers(
-    tiny_path: Path,
+    tiny_path: Path, length: int
 ) -> None:
+    """Of one token nothing is prefilled before it decodes."""
     with machine_of(8 * MIB) as book:
         async with SimpleEngine(tiny_path) as engine:
             other = book.account("other")
             assert other.claim("live", other.room("live") or 0)
             with pytest.raises(GenerationError, match=r"need \d+ bytes .*, and 0 are left"):
-                await engine.generate([5] * 100, max_tokens=1)
+                await engine.generate([5] * length, max_tokens=1)
             other.close()
-            assert (await engine.generate([5] * 100, max_tokens=1)).tokens
+            assert (await engine.generate([5] * length, max_tokens=1)).tokens
             assert engine.stats().memory.use.live == 0
+
+
+async def test_requests_for_which_a_model_that_came_later_leaves_no_room_are_told(
+    tiny_path: Path,
+) -> None:
+    """One that is paused, one that waits, and one that comes; a shorter one is served."""
+    with machine_of(8 * MIB) as book:
+        async with BatchedEngine(tiny_path, prompt_cache_bytes=0) as engine:
+            size = engine._holder.runner().footprint.nbytes(1024)
+            other = book.account("other")
+
+            async def ask(length: int) -> None:
+                with pytest.raises(GenerationError, match=rf" {length} prompt tokens and \d+ more"):
+                    await engine.generate([5] * length, max_tokens=400, ignore_eos=True)
+
+            begun = asyncio.create_task(ask(700))
+            await until(lambda: engine.stats().completion_tokens > 0, "it does not begin")
+            assert other.claim("live", other.room("live") or 0)
+            await until(lambda: engine.stats().preemptions == 1, "it does not make room")
+            waiting = asyncio.create_task(ask(720))
+            await until(lambda: engine.stats().waiting == 1, "it does not wait")
+            weights = engine.stats().memory.use.weights
+            with book.locked():
+                other.set("live", 0)
+                assert other.claim("weights", int(8 * MIB - weights - size / 2 / 0.9))
+            await asyncio.gather(begun, waiting)
+            assert (await engine.generate([5] * 30, max_tokens=3)).tokens
 
 
 async def test_memory_bounds_one_engine(tiny_path: Path, engine_type: type[SimpleEngine]) -> None:

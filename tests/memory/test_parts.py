@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,12 @@ from mlx_engine import (
 )
 from mlx_engine.config import EngineConfig
 from mlx_engine.core.ledger import Ledger
+from mlx_engine.core.machine import ToldMachine
 from mlx_engine.core.reclaim import reclaim
 from mlx_engine.models.weights import stored_bytes
+from mlx_engine.remote.links.ray_link import RayLink
+from mlx_engine.remote.links.relay import Place
+from mlx_engine.remote.node_part import NodePart
 from mlx_engine.remote.part import Part
 from mlx_engine.remote.totals import bygone, total
 from mlx_engine.remote.wire.messages import Budget, decode_from_client
@@ -122,6 +127,38 @@ async def test_it_keeps_what_it_uses_until_it_tells_otherwise(
         first.told(MemoryStats(limit=process.budgets[-1], use=MemoryUse(weights=160)))
         assert claimed(book) == {"first": process.budgets[-1]}
         assert (book.free or 0) >= 500
+
+
+async def test_engines_on_a_node_share_what_the_node_has() -> None:
+    """Told by the first that comes there; the memory of this machine is not concerned."""
+
+    async def start(host: str, nbytes: int, **options: Any) -> tuple[NodePart, int | None]:
+        made = NodePart("elsewhere", EngineConfig.of("simple", "somewhere/model", options))
+        link = RayLink("elsewhere")
+        assert await made.take() is None
+        link.place = Place(host, 1, ToldMachine(nbytes, nbytes - 100))
+        return made, await made.placed(link, None)
+
+    with machine_of(10 * MIB) as here:
+        (one, first), (other, second) = await asyncio.gather(
+            *(start("node 1", 1100) for _ in range(2))
+        )
+        assert (first, second) == (500, 500)
+        third, alone = await start("node 2", 700)
+        assert alone == 600
+        with pytest.raises(InvalidRequest, match=r"^memory: must be 1100 bytes"):
+            await start("node 1", 5000, memory=MIB)
+        with pytest.raises(NotEnoughMemory):
+            await start("node 1", 5000, memory=0.5)
+        one.close()
+        other.close()
+        one, first = await start("node 1", 2100)
+        assert first == 2000, "it has more than before"
+        nearby, near = await start(platform.node(), 700)
+        assert near == 10 * MIB, "which this process knows better"
+        assert here.use.processes == near
+        for each in (one, third, nearby):
+            each.close()
 
 
 async def test_what_was_asked_for_in_bytes_is_its_own() -> None:

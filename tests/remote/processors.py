@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 import time
+from itertools import count
 from pathlib import Path
 
 import mlx.core as mx
@@ -131,3 +132,25 @@ def abort(tokens: mx.array, logits: mx.array) -> mx.array:
 
 def leave(tokens: mx.array, logits: mx.array) -> mx.array:
     os._exit(7)
+
+
+class SlowDisk:
+    """Has each array of a prompt cache that is saved wait until the test lets it be written."""
+
+    def __init__(self) -> None:
+        from mlx_engine.generation.cache import array_bytes
+        from mlx_engine.generation.cache.entry_file import EntryWriter
+
+        array_bytes._SLICE = 1
+        folder, write, writes = Path(os.environ[GATE]), EntryWriter.write, count()
+
+        def slowly(writer: EntryWriter, data: memoryview) -> None:
+            number = next(writes)
+            (folder / f"write {number}").touch()
+            until_now((folder / f"go {number}").exists)
+            write(writer, data)
+
+        EntryWriter.write = slowly  # type: ignore[method-assign]
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        return logits

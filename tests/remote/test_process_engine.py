@@ -409,6 +409,50 @@ async def test_the_health_of_one_that_is_stuck_says_why(gate: Path, tiny_path: P
             await task
 
 
+_LIMIT = 2.0  # seconds of a watchdog; a disk that is slow takes longer than that
+
+
+async def test_a_disk_that_stands_still_in_a_save_stops_no_stream_and_kills_nobody(
+    gate: Path, tiny_path: Path, kind: Any, tmp_path: Path
+) -> None:
+    async with ProcessEngine(tiny_path, engine=kind) as engine:
+        await engine.generate([5] * 40, max_tokens=1, logits_processors=[NAMED + "SlowDisk"])
+        await watch_closely(engine, prefill=_LIMIT, decode=_LIMIT)
+        saving = asyncio.create_task(engine.save_prompt_cache(tmp_path / "cache"))
+        await appears(gate / "write 0")
+        stands, chunks = time.monotonic(), 0
+        options = {"max_tokens": 5000, "ignore_eos": True, "logits_processors": [NAMED + "slow"]}
+        async with engine.stream_generate("a", **options) as stream:
+            while time.monotonic() < stands + 1.5 * _LIMIT:
+                await anext(stream)
+                chunks += 1
+        assert chunks > 2
+        assert not saving.done()
+        for number in range(100):
+            (gate / f"go {number}").touch()
+        assert await saving >= 1
+        assert engine.check_health().healthy
+
+
+async def test_a_save_that_is_slow_from_piece_to_piece_is_alive(
+    gate: Path, tiny_path: Path, kind: Any, tmp_path: Path
+) -> None:
+    async with ProcessEngine(tiny_path, engine=kind) as engine:
+        await engine.generate([5] * 40, max_tokens=1, logits_processors=[NAMED + "SlowDisk"])
+        await engine.generate([6] * 40, max_tokens=1)
+        await watch_closely(engine, prefill=_LIMIT, decode=_LIMIT)
+        saving = asyncio.create_task(engine.save_prompt_cache(tmp_path / "cache"))
+        for number in range(6):  # each a quarter of what is too long
+            await appears(gate / f"write {number}")
+            began = time.monotonic()
+            await until(lambda began=began: time.monotonic() > began + _LIMIT / 4)  # type: ignore[misc]
+            (gate / f"go {number}").touch()
+        assert not saving.done()
+        for number in range(6, 100):
+            (gate / f"go {number}").touch()
+        assert await saving == 2
+
+
 async def test_a_process_that_never_says_anything(
     tiny_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

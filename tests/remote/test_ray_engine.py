@@ -23,6 +23,7 @@ from mlx_engine import (
 )
 from mlx_engine.remote.links.ray_link import RayLink
 from mlx_engine.remote.ray_engine import RayEngine
+from tests.memory.machines import machine_of
 from tests.remote.conftest import RayCluster
 from tests.remote.lives import LONG, watch_closely
 from tests.waiting import PATIENCE, PROMPTLY, expire, until
@@ -47,6 +48,26 @@ async def engines(
     a, b = (RayEngine(tiny_path, resources={node: 1}, **HERE) for node in ("node_a", "node_b"))
     async with a, b:
         yield a, b
+
+
+async def test_replicas_on_a_node_share_its_memory(
+    ray_cluster: RayCluster, tiny_path: Path
+) -> None:
+    """Each would find all of it free. Both nodes are this machine, as is this process."""
+    with machine_of(64 * 2**20) as book:
+        a, b = (RayEngine(tiny_path, resources={node: 1}, **HERE) for node in ("node_a", "node_b"))
+        async with a:
+            assert a.stats().memory.limit == book.use.processes == 64 * 2**20
+            async with b:
+                parts = [one.use.processes for one in book.accounts]
+                assert len(parts) == 2
+                assert sum(parts) <= 64 * 2**20
+                assert min(parts) > 8 * 2**20
+                await until(lambda: a.stats().memory.limit == parts[0], "it was not told")
+                assert b.stats().memory.limit == parts[1]
+                assert (await a.generate("a", max_tokens=2)).tokens
+            assert book.use.processes == 64 * 2**20, "what the other had comes back"
+        assert book.accounts == ()
 
 
 async def under_way(engine: RayEngine) -> asyncio.Task[GenerationResult]:

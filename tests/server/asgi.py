@@ -99,6 +99,9 @@ class Client:
             assert not self.status, "the response had begun"
             self.status = message["status"]
             self.headers = {k.decode(): v.decode() for k, v in message["headers"]}
+            for value in self.headers.values():  # what servers refuse to send
+                assert value == value.strip()
+                assert value.isprintable()
             return
         assert self.status, "the response has not begun"
         self.over = not message.get("more_body", False)

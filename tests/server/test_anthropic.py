@@ -193,6 +193,14 @@ async def test_options_are_the_engines(
     assert engine.requests[-1].params.constraint == JSONSchema(schema)
 
 
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "weather"}])
+@pytest.mark.parametrize("tools", [[], None, [{"type": "web_search_20250305", "name": "web"}]])
+async def test_a_call_cannot_be_forced_without_tools(app: Any, choice: Any, tools: Any) -> None:
+    reply = await ask(app, body("Hello", tools=tools, tool_choice=choice), "/v1/messages")
+    assert reply.status == 400
+    assert "tool_choice" in reply.json["error"]["message"]
+
+
 async def test_unknown_fields_change_nothing(app: Any, engine: FakeEngine) -> None:
     more = {"metadata": {"user_id": "{}"}, "context_management": {"edits": []}, "safeguards": [1]}
     tools = [

@@ -48,9 +48,14 @@ def app(engine: FakeEngine) -> Any:
     return create_app(engine)
 
 
-@pytest.mark.parametrize("path", [CHAT, "/chat/completions"])
-async def test_with_and_without_v1(app: Any, path: str) -> None:
-    assert (await ask(app, HELLO, path)).status == 200
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/models", "/v1/models/org/tiny"])
+async def test_a_base_may_have_v1_or_not_and_slashes_too_many(app: Any, path: str) -> None:
+    """As people write it into settings, and clients put it together."""
+    method = "GET" if "models" in path else "POST"
+    mounted = Starlette(routes=[Mount("/llm", app)])
+    for same in (path, path[3:], f"/{path}", f"{path}/", f"/v1{path}", f"//v1//v1{path}//"):
+        assert (await ask(app, HELLO, same, method=method)).status == 200
+        assert (await ask(mounted, HELLO, f"/llm{same}", method=method)).status == 200
 
 
 @pytest.mark.parametrize(
@@ -59,7 +64,7 @@ async def test_with_and_without_v1(app: Any, path: str) -> None:
         (b"", 400, "body"),
         (b"{", 400, "body"),
         (b"\xff\xfe", 400, "body"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "body"),
+        (b'{"messages": "\\ud800"', 400, "body"),
         (b'{"a":' + b"[" * 100_000, 400, "body"),
         (b'{"messages": ' + b"[" * 500 + b"]" * 500 + b"}", 400, "messages"),
         (b"[]", 400, "body"),
@@ -75,10 +80,28 @@ async def test_with_and_without_v1(app: Any, path: str) -> None:
         ({**HELLO, "n": 0}, 400, "n"),
         ({**HELLO, "n": 1_000}, 400, "n"),
         ({**HELLO, "n": "two"}, 400, "n"),
-        ({**HELLO, "seed": -1}, 400, "seed"),
+        ({**HELLO, "seed": -2}, 400, "seed"),
         ({**HELLO, "seed": "x", "n": 2}, 400, "seed"),
         ({**HELLO, "temperature": "hot"}, 400, "temperature"),
-        ({**HELLO, "max_tokens": -1}, 400, "max_tokens"),
+        ({**HELLO, "max_tokens": -2}, 400, "max_tokens"),
+        ({**HELLO, "thinking": {"type": "deep"}}, 400, "thinking"),
+        ({**HELLO, "tool_choice": "required"}, 400, "tool_choice"),
+        ({**HELLO, "tool_choice": "any", "tools": [{"type": "web_search"}]}, 400, "tool_choice"),
+        ({**HELLO, "tool_choice": {"type": "function", "function": {}}}, 400, "tool_choice"),
+        ({**HELLO, "grammar": 'root ::= "a"'}, 400, "grammar"),
+        ({**HELLO, "guided_grammar": "x"}, 400, "guided_grammar"),
+        ({**HELLO, "structured_outputs": {"grammar": "x"}}, 400, "structured_outputs"),
+        ({**HELLO, "structured_outputs": {"json": {}, "regex": "a"}}, 400, "structured_outputs"),
+        (
+            {**HELLO, "guided_json": {}, "response_format": {"type": "json_object"}},
+            400,
+            "guided_json",
+        ),
+        (
+            {**HELLO, "response_format": {"type": "json_object", "schema": 1}},
+            400,
+            "response_format",
+        ),
         ({**HELLO, "max_tokens": "many"}, 400, "max_tokens"),
         ({**HELLO, "stop": ["a"] * 100}, 400, "stop"),
         ({**HELLO, "logit_bias": {"x": 1}}, 400, "logit_bias"),
@@ -216,7 +239,12 @@ async def test_keys(engine: FakeEngine, caplog: pytest.LogCaptureFixture) -> Non
             reply = await ask(app, HELLO, path, method=method, headers=headers)
             assert reply.status == 401
             assert reply.json["error"]["code"] == "invalid_api_key"
-    for headers in ({"authorization": "bearer two"}, {"x-api-key": "one"}):
+    for headers in (
+        {"authorization": "bearer two"},
+        {"x-api-key": "one"},
+        {"x-api-key": "another server's", "authorization": "Bearer two"},
+        {"x-api-key": "one", "authorization": "Bearer another-server's"},
+    ):
         assert (await ask(app, HELLO, headers=headers)).status == 200
     assert (await ask(app, None, "/health", method="GET")).status == 200
     assert "onf" not in caplog.text
@@ -243,7 +271,7 @@ async def test_the_page_loads_nothing_from_elsewhere(app: Any) -> None:
 
 
 @pytest.mark.parametrize("keys", ["one", [""], ["\xe9"]])
-def test_keys_that_are_none(engine: FakeEngine, keys: Any) -> None:
+async def test_keys_that_are_none(engine: FakeEngine, keys: Any) -> None:
     with pytest.raises(InvalidRequest, match="api_keys"):
         create_app(engine, api_keys=keys)
 
@@ -268,6 +296,37 @@ async def test_names_of_the_host(engine: FakeEngine, headers: Any, status: int) 
     app = create_app(engine, hosts=LOOPBACK)
     assert (await ask(app, HELLO, headers=headers)).status == status
     assert (await ask(app, None, "/v1/models", method="GET", headers=headers)).status == status
+
+
+@pytest.mark.parametrize(
+    ("escaped", "text"),
+    [
+        (r"\ud83d", "\ufffd"),
+        (r"a\uDE00b", "a\ufffdb"),
+        (r"\ud83d\ud83d\ude00\ude00", "\ufffd\U0001f600\ufffd"),
+        (r"\ud83dA", "\ufffdA"),
+        (r"\\ud83d\ud83d", "\\ud83d\ufffd"),
+        (r"\\\ud83d\n", "\\\ufffd\n"),
+    ],
+)
+async def test_half_a_surrogate_pair_is_a_sign_that_says_so(
+    app: Any, engine: FakeEngine, escaped: str, text: str
+) -> None:
+    """An agent that has cut a text within one has it in its conversation from then on."""
+    body = f'{{"messages": [{{"role": "user", "content": "{escaped}"}}]}}'
+    assert (await ask(app, body.encode())).status == 200
+    assert engine.requests[-1].messages == [{"role": "user", "content": text}]
+
+
+async def test_a_body_that_says_that_it_is_too_large_is_not_read(engine: FakeEngine) -> None:
+    app = create_app(engine, max_body_bytes=200)
+    for declared in ("201", "9" * 5_000):
+        client = Client(app, CHAT, HELLO, headers={"content-length": declared})
+        await client.run()
+        assert client.status == 413
+        assert client._given
+    for declared in ("", "-1", "x", "\xb2", "200"):
+        assert (await ask(app, HELLO, headers={"content-length": declared})).status == 200
 
 
 async def test_limits(engine: FakeEngine) -> None:
@@ -332,9 +391,11 @@ async def test_what_it_tells_of_itself(app: Any, engine: FakeEngine) -> None:
     [("/v1/embeddings", "POST", 404), (CHAT, "GET", 405), ("/nothing", "GET", 404)],
 )
 async def test_what_is_not_there(app: Any, path: str, method: str, status: int) -> None:
+    """It is no model that is missing: clients look for another one then."""
     reply = await ask(app, None, path, method=method)
     assert reply.status == status
     assert path in reply.json["error"]["message"]
+    assert reply.json["error"]["code"] == ("unknown_url" if status == 404 else None)
 
 
 @pytest.mark.parametrize(
@@ -371,6 +432,16 @@ async def test_what_was_ignored_is_said(app: Any) -> None:
         assert word in said
     for word in ("user", "store", "\r", "\n"):
         assert word not in said
+
+
+@pytest.mark.parametrize("name", ["", " ", "x ", " x", "x" * 1_000 + " y", "\x7f", "\t", "\u00e9"])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_any_name_of_a_field_can_be_said(app: Any, name: str, stream: bool) -> None:
+    """A header that begins or ends with a space is none; servers drop the connection then."""
+    for body in ({**HELLO, name: 1}, {**HELLO, name: 1, " ": 1}):
+        reply = await ask(app, {**body, "stream": stream})
+        assert reply.status == 200
+        assert "x-mlx-engine-ignored" in reply.headers
 
 
 async def test_functions_cannot_be_imported_from_outside(app: Any, engine: FakeEngine) -> None:

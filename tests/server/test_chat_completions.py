@@ -9,12 +9,14 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
-from mlx_engine import AnyJSON, JSONSchema, SamplingParams, ToolCall
+from mlx_engine import AnyJSON, Choice, JSONSchema, Regex, SamplingParams, ToolCall
 from mlx_engine.server import create_app
 from mlx_engine.server.asked import Fields
 from mlx_engine.server.chat_completions import ChatCompletions
+from mlx_engine.server.completions import Completions
+from mlx_engine.server.responses import Responses
 from mlx_engine.testing import FakeAnswer, FakeEngine
-from tests.server.asgi import ask
+from tests.server.asgi import CHAT, ask
 
 pytestmark = pytest.mark.anyio
 
@@ -27,6 +29,8 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
+BARE = {"type": "function", "function": {"name": "bare"}}  # without parameters
+NAMED = {"type": "object", "properties": {"name": {"type": "string"}}}
 CALL = FakeAnswer("Let me see.", reasoning="Hm.", tool_calls=[("weather", {"city": "Paris"})])
 ANSWERS: dict[str, Any] = {
     "Hello": "Hello there, Ann!",
@@ -131,6 +135,22 @@ async def test_sampling_parameters_arrive(
     assert getattr((await last(engine, app, **{field: value})).params, option) == value
 
 
+@pytest.mark.parametrize("field", ["seed", "max_tokens", "max_completion_tokens", "top_k"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses", "/v1/messages"])
+async def test_minus_one_leaves_open_what_the_server_would_limit(
+    engine: FakeEngine, field: str, path: str
+) -> None:
+    """As llama-server, LM Studio and vLLM have it."""
+    app = create_app(engine, defaults=SamplingParams(max_tokens=1, seed=3, top_k=5))
+    asked = {"/v1/completions": {"prompt": "Hello"}, "/v1/responses": {"input": "Hello"}}
+    body = {**asked.get(path, {"messages": HELLO}), field: -1}
+    assert (await ask(app, body, path)).status == 200
+    option = "max_tokens" if "max" in field and "messages" not in path else field
+    expected = {"top_k": 0}.get(option)
+    if option != "max_completion_tokens":  # which Anthropic's API has not
+        assert getattr(engine.requests[-1].params, option) == expected
+
+
 async def test_what_a_request_leaves_open_is_the_servers(engine: FakeEngine) -> None:
     app = create_app(engine, defaults=SamplingParams(temperature=0.7, max_tokens=9))
     params = (await last(engine, app, top_p=0.5)).params
@@ -152,19 +172,47 @@ async def test_stop_may_be_a_text_or_a_list(client: openai.AsyncOpenAI) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "constraint"),
+    ("name", "given", "constraint"),
     [
-        ({"type": "text"}, None),
-        ({"type": "json_object"}, AnyJSON()),
+        ("response_format", {"type": "text"}, None),
+        ("response_format", {"type": "json_object"}, AnyJSON()),
+        ("response_format", {"type": "json_object", "schema": NAMED}, JSONSchema(NAMED)),
+        ("response_format", {"type": "json_schema", "schema": NAMED}, JSONSchema(NAMED)),
         (
-            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
-            JSONSchema({"type": "object"}),
+            "response_format",
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": NAMED}},
+            JSONSchema(NAMED),
         ),
+        ("structured_outputs", {}, None),
+        ("structured_outputs", {"json": NAMED, "disable_fallback": True}, JSONSchema(NAMED)),
+        ("structured_outputs", {"json": json.dumps(NAMED)}, JSONSchema(NAMED)),
+        ("structured_outputs", {"json_object": True}, AnyJSON()),
+        ("structured_outputs", {"regex": "[ab]+", "json": None}, Regex("[ab]+")),
+        ("structured_outputs", {"choice": ["yes", "no"]}, Choice(["yes", "no"])),
+        ("guided_json", NAMED, JSONSchema(NAMED)),
+        ("guided_regex", "[ab]+", Regex("[ab]+")),
+        ("guided_choice", ["yes", "no"], Choice(["yes", "no"])),
+        ("json_schema", NAMED, JSONSchema(NAMED)),
+        ("grammar", "", None),
     ],
 )
-def test_a_response_format_is_a_constraint(given: dict[str, Any], constraint: object) -> None:
-    asked = ChatCompletions().read(Fields({"messages": HELLO, "response_format": given}))
-    assert asked.options.get("constraint") == constraint
+def test_the_form_of_an_answer_is_a_constraint(name: str, given: Any, constraint: object) -> None:
+    """Under each name that servers have for it: none is left out, as if nothing had been asked."""
+    for api, body in (
+        (ChatCompletions(), {"messages": HELLO}),
+        (Completions(), {"prompt": "Hello"}),
+        (Responses(), {"input": "Hello"}),
+    ):
+        asked = api.read(Fields({**body, name: given}))
+        assert asked.options.get("constraint") == constraint
+        assert name not in asked.ignored
+
+
+@pytest.mark.parametrize("name", ["guided_json", "guided_regex", "guided_choice"])
+async def test_a_form_that_is_none_is_refused(app: Any, name: str) -> None:
+    for given in (7, {"type": "owl"}, "(", []):
+        reply = await ask(app, {"messages": HELLO, name: given})
+        assert reply.status == 400
 
 
 @pytest.mark.parametrize(
@@ -188,6 +236,49 @@ async def test_reasoning_effort(
     assert asked.chat.get("chat_template_kwargs", {}).get("reasoning_effort") == variable
 
 
+@pytest.mark.parametrize(
+    ("given", "thinking", "tokens"),
+    [
+        ({"thinking": True}, True, None),
+        ({"thinking": {"type": "disabled"}}, False, None),
+        ({"thinking": {"type": "enabled"}}, True, None),
+        ({"thinking": {"type": "enabled", "budget_tokens": 7}}, True, 7),
+        ({"enable_thinking": False}, False, None),
+        ({"enable_thinking": True, "thinking": False}, False, None),
+        ({"reasoning": {"effort": "low"}}, True, 2_048),
+        ({"reasoning": {"effort": "low"}, "reasoning_effort": "none"}, False, None),
+        ({"reasoning": {}}, None, None),
+        ({}, None, None),
+    ],
+)
+async def test_the_switch_has_several_names(
+    engine: FakeEngine, app: Any, given: dict[str, Any], thinking: bool, tokens: int | None
+) -> None:
+    request = await last(engine, app, **given)
+    assert (request.thinking, request.max_reasoning_tokens) == (thinking, tokens)
+
+
+@pytest.mark.parametrize(
+    ("choice", "names", "arrives"),
+    [
+        ("any", ["weather", "bare"], "required"),
+        (None, ["weather", "bare"], "auto"),
+        ({"mode": "required", "tools": [BARE]}, ["bare"], "required"),
+        ({"mode": "auto", "tools": [BARE, WEATHER]}, ["weather", "bare"], "auto"),
+        ({"tools": [{"type": "function", "function": {"name": "weather"}}]}, ["weather"], "auto"),
+    ],
+)
+async def test_which_tools_may_be_called(
+    app: Any, choice: Any, names: list[str], arrives: str
+) -> None:
+    if isinstance(choice, dict):
+        choice = {"type": "allowed_tools", "allowed_tools": choice}
+    asked = {"messages": HELLO, "tools": [WEATHER, BARE], "tool_choice": choice}
+    chat = ChatCompletions().read(Fields(asked)).chat
+    assert [tool["function"]["name"] for tool in chat["tools"]] == names
+    assert chat["tool_choice"] == arrives
+
+
 async def test_a_model_that_does_not_reason_is_not_told_to() -> None:
     async with FakeEngine("Hi.", supports_reasoning=False) as engine:
         app = create_app(engine)
@@ -197,9 +288,8 @@ async def test_a_model_that_does_not_reason_is_not_told_to() -> None:
 async def test_tools_of_other_kinds_are_left_out_and_others_arrive(
     engine: FakeEngine, app: Any
 ) -> None:
-    bare = {"type": "function", "function": {"name": "bare"}}  # without parameters
     request = await last(
-        engine, app, tools=[WEATHER, {"type": "web_search"}, bare], parallel_tool_calls=False
+        engine, app, tools=[WEATHER, {"type": "web_search"}, BARE], parallel_tool_calls=False
     )
     assert [tool["function"]["name"] for tool in request.tools] == ["weather", "bare"]
     assert request.parallel_tool_calls is False
@@ -216,6 +306,11 @@ async def test_tools_of_other_kinds_are_left_out_and_others_arrive(
         [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}],
         [{"role": "user", "content": "a"}, {"role": "user", "content": "Hello"}],
         [*HELLO, {"role": "system", "content": "Hello"}],
+        [
+            *HELLO,
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+            *HELLO,
+        ],
         *(
             [
                 *HELLO,

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_engine.server.api import Api
-from mlx_engine.server.app import _APIS, create_app
+from mlx_engine.server.app import apis, create_app
 from mlx_engine.server.asked import Fields
 from mlx_engine.server.field_table import quiet, taken
 from mlx_engine.server.openapi import body_schema, markdown, openapi
@@ -21,6 +21,7 @@ from tests.server.test_fuzz import VALUES, app, is_answered, loop
 
 __all__ = ["app", "loop"]  # fixtures
 
+APIS = tuple(apis().items())
 GUIDE = ROOT / "mlx_engine" / "guide" / "server.md"
 TITLES = {
     "/chat/completions": "Chat completions",
@@ -63,7 +64,7 @@ class Noted(Fields):
         return super().options(names)
 
 
-@pytest.mark.parametrize(("path", "api"), _APIS)
+@pytest.mark.parametrize(("path", "api"), APIS)
 def test_an_endpoint_takes_what_the_table_says(path: str, api: Api) -> None:
     fields = Noted(BASE[path])
     api.read(fields)
@@ -71,7 +72,7 @@ def test_an_endpoint_takes_what_the_table_says(path: str, api: Api) -> None:
     assert not fields.taken & quiet(api.table)
 
 
-@pytest.mark.parametrize(("path", "api"), _APIS)
+@pytest.mark.parametrize(("path", "api"), APIS)
 def test_the_guide_has_the_table(path: str, api: Api) -> None:
     section = GUIDE.read_text("utf-8").split(f"### {TITLES[path]}\n\n")[1]
     assert section.startswith(markdown(api.table)), (
@@ -80,7 +81,7 @@ def test_the_guide_has_the_table(path: str, api: Api) -> None:
 
 
 def test_the_description_is_one_that_clients_can_read() -> None:
-    told = json.loads(json.dumps(openapi(_APIS, "/llm")))
+    told = json.loads(json.dumps(openapi(APIS, "/llm")))
     assert told["openapi"] == "3.1.0"
     assert told["servers"] == [{"url": "/llm"}]
     chat = told["paths"]["/v1/chat/completions"]["post"]
@@ -123,7 +124,7 @@ def _values(schema: Any) -> st.SearchStrategy[Any]:
     return VALUES
 
 
-@pytest.mark.parametrize(("path", "api"), _APIS)
+@pytest.mark.parametrize(("path", "api"), APIS)
 @settings(
     max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -144,7 +145,7 @@ def test_no_body_of_the_description_is_a_failure_of_the_server(
 def write() -> None:
     """Write the tables of the guide anew."""
     head = GUIDE.read_text("utf-8").partition("\n### ")[0].rstrip()
-    tables = [f"### {TITLES[path]}\n\n{markdown(api.table)}" for path, api in _APIS]
+    tables = [f"### {TITLES[path]}\n\n{markdown(api.table)}" for path, api in APIS]
     GUIDE.write_text("\n".join([f"{head}\n", *tables]), "utf-8")
 
 

@@ -53,6 +53,29 @@ async def test_what_is_left_of_the_context_is_the_limit(engine: BatchedEngine, l
     assert reply.json["choices"][0]["finish_reason"] == "stop"
 
 
+async def test_metrics_say_who_has_how_much_memory(engine: BatchedEngine, tiny_path: Path) -> None:
+    app = create_app(engine)
+    await ask(app, {"messages": HELLO, "max_tokens": 20})
+    await settled()
+    memory = engine.stats().memory
+    lines = (await ask(app, None, "/metrics", method="GET")).data.decode().splitlines()
+    told = {
+        name: float(value)
+        for name, _, value in (one.rpartition(" ") for one in lines if one[0] != "#")
+    }
+    (model,) = (await ask(app, None, "/health", method="GET")).json["models"]
+    for kind in ("weights", "drafts", "live", "stored", "processes"):
+        name = f'mlx_engine_memory_bytes{{kind="{kind}",model="{model}"}}'
+        assert told[name] == getattr(memory.use, kind)
+    for name in ("total", "peak"):
+        assert told[f'mlx_engine_memory_{name}_bytes{{model="{model}"}}'] == getattr(memory, name)
+    assert f'mlx_engine_memory_limit_bytes{{model="{model}"}}' not in told, "it has no bound"
+    assert told[f'mlx_engine_memory_refused_total{{model="{model}"}}'] == memory.refused
+    owner = f'mlx_engine_memory_owner_bytes{{model="{model}",owner="{tiny_path}"}}'
+    assert told[owner] == memory.use.total > 0
+    assert told[f'mlx_engine_preemptions_total{{model="{model}"}}'] == 0
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("where", ["prefill", "decode"])
 async def test_a_client_that_goes_away_frees_mlx(

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from mlx_engine import AnyJSON, GenerationError, JSONSchema, ToolCall
 from mlx_engine.server import create_app
+from mlx_engine.server.kept import KeptItems
 from mlx_engine.testing import FakeAnswer, FakeEngine, FakeRequest, Gate
 from tests.server.asgi import Client, ask
 from tests.waiting import until
@@ -427,6 +428,58 @@ async def test_options(app: Any, engine: FakeEngine) -> None:
     assert answer.json["store"] is False
     assert answer.json["truncation"] == "disabled"
     assert answer.headers["x-mlx-engine-ignored"] == "new, truncation"
+
+
+# Items by their ids
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("how", ["items", "references"])
+async def test_items_may_come_back_by_their_ids(
+    app: Any, engine: FakeEngine, stream: bool, how: str
+) -> None:
+    """As Vercel's SDK sends them where nobody has told it that nothing is stored."""
+    asked = {"tools": TOOLS, "input": "Weather?", "stream": stream}
+    reply = await ask(app, asked, PATH)
+    output = reply.events[-1]["response"]["output"] if stream else reply.json["output"]
+    assert [item["type"] for item in output] == ["reasoning", "message", "function_call"]
+    if how == "references":
+        given = [{"type": "item_reference", "id": item["id"]} for item in output]
+    else:
+        given = output
+    result = {"type": "function_call_output", "call_id": output[-1]["call_id"], "output": "Sunny"}
+    again = {**asked, "input": [{"role": "user", "content": "Weather?"}, *given, result]}
+    request = await last_request(app, engine, again)
+    assert request.messages is not None
+    _, said, told = request.messages
+    assert (said["content"], said["reasoning_content"]) == ("Let me see.", "Hm.")
+    (call,) = said["tool_calls"]
+    assert call["function"] == {"name": "weather", "arguments": {"city": "Paris"}}
+    assert (told["role"], told["content"], told["tool_call_id"]) == ("tool", "Sunny", call["id"])
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_is_not_to_be_stored_is_not(app: Any, stream: bool) -> None:
+    reply = await ask(app, {"input": "Hello", "store": False, "stream": stream}, PATH)
+    response = reply.events[-1]["response"] if stream else reply.json
+    named = {"type": "item_reference", "id": response["output"][0]["id"]}
+    reply = await ask(app, {"input": [named]}, PATH)
+    assert reply.status == 400
+    assert "send the item itself" in reply.json["error"]["message"]
+
+
+def test_items_are_kept_as_long_as_there_is_room() -> None:
+    items = [{"id": f"msg_{n}", "text": "x" * 100} for n in range(100)]
+    kept = KeptItems(most=1_000)
+    kept.keep(items[:5])
+    for item in items[5:]:
+        kept.keep([item])
+        assert kept.find("msg_0") == items[0], "it is asked for all the time"
+    found = [item["id"] for item in items if kept.find(item["id"])]
+    assert 2 < len(found) < 9
+    assert found == ["msg_0", *(item["id"] for item in items[101 - len(found) :])]
+    kept.keep([{"id": "large", "text": "x" * 2_000}])
+    assert not any(kept.find(item["id"]) for item in items)
 
 
 # Errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import signal
 from pathlib import Path
@@ -240,20 +241,41 @@ async def test_a_head_that_does_not_come_to_its_end_and_an_answer_that_takes_lon
 
 
 async def test_more_connections_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait for a request make room, the oldest first; those that have one do not."""
     monkeypatch.setattr(http_server, "_CONNECTIONS", 20)
-    async with FakeEngine("Hi.") as engine:
+    gate = Gate()
+    async with FakeEngine([gate, "Hi."], max_batch_size=32) as engine:
         server = http_server.HttpServer(create_app(engine))
         with http_server.bound("127.0.0.1", 0) as door:
             serving = asyncio.create_task(server.serve(sockets=[door]))
             await server.listening(serving)
             port = door.getsockname()[1]
-            idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
-            async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
+            async with httpx2.AsyncClient(
+                base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=PATIENCE
+            ) as client:
+                first = asyncio.create_task(client.post(CHAT, json={"messages": HELLO}))
+                await gate.reached()
+                idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(100)]
+                for _, writer in idle[::2]:
+                    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nx-slow: ")
+                async with asyncio.timeout(PATIENCE):
+                    for reader, _ in idle[:80]:
+                        with contextlib.suppress(ConnectionError):
+                            assert await reader.read() == b""
+                assert (await client.get("/health")).status_code == 200
+                assert len(server.server_state.connections) <= 21
+
+                asking = [
+                    asyncio.create_task(client.post(CHAT, json={"messages": HELLO}))
+                    for _ in range(19)
+                ]
+                await until(lambda: engine.stats().running == 20)
                 assert (await client.get("/health")).status_code == 503
+                gate.open()
+                assert {(await task).status_code for task in (first, *asking)} == {200}
+                assert (await client.get("/health")).status_code == 200
                 for _, writer in idle:
                     writer.close()
-                    await writer.wait_closed()
-                await until(lambda: len(server.server_state.connections) < 2)
-                assert (await client.get("/health")).status_code == 200
             server.should_exit = True
             await serving

@@ -3,6 +3,7 @@
 Its files:
 
     kv_cache.py           bounded or quantised caches, and the bytes that they take
+    joint_cache.py        rows that come to a batch's cache, go, and grow
     sparse_cache.py       positions apart from storage
     attention_tap.py      a cache that is asked for its layer's attention
     row_fold.py           a sparse cache that takes chunks of a prompt as rows of a batch

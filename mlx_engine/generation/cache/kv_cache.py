@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ import mlx.nn as nn
 from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
 from mlx_lm.models.cache import (
     ArraysCache,
-    BatchKVCache,
     CacheList,
     KVCache,
     QuantizedKVCache,
@@ -123,28 +122,6 @@ def kv_nbytes(cache: Cache) -> int:
     return total
 
 
-def grow(cache: Cache, tokens: int) -> None:
-    """Make room for so many more tokens, in whole steps of all that it holds then.
-
-    mlx_lm's caches add a step to what they hold, wherever that ends: up to a step more than the
-    footprint says, in every row. Within ``mx.stream(generation_stream)``.
-    """
-    for part in cache_parts(cache):
-        if not isinstance(part, KVCache | BatchKVCache) or part.keys is None:
-            continue
-        held = part._idx if isinstance(part, BatchKVCache) else part.size()
-        if held + tokens > part.keys.shape[2]:
-            size = -(-(held + tokens) // KVCache.step) * KVCache.step
-            part.keys = _grown(part.keys, held, size)
-            part.values = _grown(part.values, held, size)
-
-
-def _grown(array: mx.array, held: int, size: int) -> mx.array:
-    rows, heads, _, dimension = array.shape
-    spare = mx.zeros((rows, heads, size - held, dimension), array.dtype)
-    return mx.concatenate([array[..., :held, :], spare], axis=2)
-
-
 def cache_parts(cache: Cache) -> Iterator[Any]:
     """The caches in it that are not made of others."""
     for entry in cache:
@@ -152,11 +129,6 @@ def cache_parts(cache: Cache) -> Iterator[Any]:
             yield from cache_parts(list(entry.caches))
         else:
             yield entry
-
-
-def merge(caches: Sequence[Cache]) -> Cache:
-    """Batch caches of mlx_lm, one a layer, with a row for each of ``caches``."""
-    return [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from mlx_lm.generate import generation_stream
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.stop import Interrupted, checkpoint
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.generation.cache.kv_cache import Cache, cache_parts, make_kv_cache, merge
+from mlx_engine.generation.cache.joint_cache import merge
+from mlx_engine.generation.cache.kv_cache import Cache, cache_parts, make_kv_cache
 from mlx_engine.generation.cache.snapshot import snapshot
 from mlx_engine.generation.prefill import prefilled
 from mlx_engine.generation.trials.same_logits import TOLERANCE, difference

@@ -12,9 +12,10 @@ import platform
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
+from mlx_engine.core.machine import ToldMachine, this_machine
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.remote.links.link import Ending, Link
 from mlx_engine.remote.wire.frames import FrameSplitter, framed
@@ -34,10 +35,12 @@ class Place:
     Attributes:
         host: the name of the machine.
         pid: the actor's process there.
+        machine: the memory that there was when it was placed.
     """
 
     host: str
     pid: int
+    machine: ToldMachine = field(default_factory=ToldMachine)
 
 
 def batches(frames: Sequence[bytes]) -> Iterator[bytes]:
@@ -116,7 +119,7 @@ class Relay:
 
     async def place(self) -> Place:
         """The place where this is."""
-        return Place(platform.node(), os.getpid())
+        return Place(platform.node(), os.getpid(), ToldMachine.of(this_machine()))
 
     async def open(self) -> Ending | None:
         """Start the child; an ``Ending`` if that cannot be done."""

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from mlx_engine import BaseEngine, BatchedEngine, Progress, SimpleEngine, SpecPrefill
-from mlx_engine.generation import prefill_chunk
-from mlx_engine.generation.prefill_chunk import PrefillChunk
+from mlx_engine.generation import prefill
+from mlx_engine.generation.prefill import ChunkSize
 
 PROMPT = [1 + n % 97 for n in range(200)]
 
 
 def test_a_fast_model_has_whole_chunks_from_the_first_one_on() -> None:
-    chunk = PrefillChunk(512, fixed=False)
+    chunk = ChunkSize(512, fixed=False)
     chunk.expect(1 / 600)
     assert chunk.tokens == 512
     for seconds in (0.9, 0.1, 0.9):
@@ -24,19 +24,19 @@ def test_a_fast_model_has_whole_chunks_from_the_first_one_on() -> None:
 
 
 def test_a_slow_one_begins_with_short_ones() -> None:
-    chunk = PrefillChunk(512, fixed=False)
+    chunk = ChunkSize(512, fixed=False)
     chunk.expect(1 / 100)
     assert chunk.tokens == 64
-    chunk = PrefillChunk(512, fixed=False)
+    chunk = ChunkSize(512, fixed=False)
     chunk.expect(10.0)
     assert chunk.tokens == 16
-    chunk = PrefillChunk(20, fixed=False)
+    chunk = ChunkSize(20, fixed=False)
     chunk.expect(10.0)
     assert chunk.tokens == 20, "too few to be halved"
 
 
 def test_it_learns_and_forgets() -> None:
-    chunk = PrefillChunk(100, fixed=False)
+    chunk = ChunkSize(100, fixed=False)
     sizes = []
     for seconds in (2.0, 2.0, 2.0, 0.5, 0.1, 0.1, 0.1):
         chunk.took(seconds, chunk.tokens)
@@ -49,7 +49,7 @@ def test_it_learns_and_forgets() -> None:
 
 
 def test_it_stays_where_answers_depend_on_it() -> None:
-    chunk = PrefillChunk(512, fixed=True)
+    chunk = ChunkSize(512, fixed=True)
     chunk.expect(10.0)
     chunk.took(10.0, 512)
     assert chunk.tokens == 512
@@ -58,7 +58,7 @@ def test_it_stays_where_answers_depend_on_it() -> None:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if each chunk took too long."""
-    monkeypatch.setattr(prefill_chunk, "_LONGEST", 0.0)
+    monkeypatch.setattr(prefill, "_LONGEST", 0.0)
 
 
 async def ends(engine: BaseEngine) -> list[int]:
@@ -80,7 +80,7 @@ async def test_chunks_of_a_slow_model_are_short_and_the_answer_is_the_same(
     async with make(tiny_path, prefill_step_size=128, prompt_cache_bytes=0, **options) as engine:
         short = await engine.generate(PROMPT, max_tokens=8, ignore_eos=True)
         assert await ends(engine) == [*range(16, 199, 16), 199]
-        monkeypatch.setattr(prefill_chunk, "_LONGEST", 1e6)
+        monkeypatch.setattr(prefill, "_LONGEST", 1e6)
         grown = await ends(engine)
         assert grown[:3] == [16, 48, 112] if make is BatchedEngine else [16, 32, 64]
         whole = await engine.generate(PROMPT, max_tokens=8, ignore_eos=True)

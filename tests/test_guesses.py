@@ -1,0 +1,151 @@
+"""Wrong guesses, and what is said to them: what to write instead."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+
+import mlx_engine.testing
+from mlx_engine import (
+    BatchedEngine,
+    EngineBusy,
+    GenerationError,
+    GenerationResult,
+    InvalidRequest,
+    ProcessEngine,
+    SimpleEngine,
+    Timings,
+)
+from mlx_engine.testing import FakeAnswer, FakeEngine, ScriptError
+
+pytestmark = pytest.mark.anyio
+
+HI = [{"role": "user", "content": "Hi"}]
+TOOL = {
+    "type": "function",
+    "function": {"name": "read", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("stream", "stream_generate() or stream_chat()"),
+        ("tokenizer", "encode()"),
+        ("model_name", "model"),
+        ("is_running", "state"),
+        ("close", "stop()"),
+        ("completion", "generate()"),
+    ],
+)
+@pytest.mark.parametrize("make", [SimpleEngine, BatchedEngine, ProcessEngine, FakeEngine])
+def test_an_attribute_of_another_library_s_engine(make: Any, name: str, said: str) -> None:
+    engine = make("demo")
+    assert not hasattr(engine, name)
+    with pytest.raises(AttributeError) as caught:
+        getattr(engine, name)
+    assert said in str(caught.value)
+    assert caught.value.name == name
+    with pytest.raises(AttributeError, match=r"has no attribute 'xyz'$"):
+        engine.xyz  # noqa: B018
+
+
+async def test_attributes_of_results_and_statistics() -> None:
+    async with FakeEngine("Hello there") as engine:
+        result = await engine.chat(HI)
+        stats = engine.stats()
+    for thing, name, said in [
+        (result, "content", "text"),
+        (result, "model_dump", "to_dict()"),
+        (result.usage, "output_tokens", "completion_tokens"),
+        (result.timings, "ttft", "time_to_first_token"),
+        (stats, "queue", "waiting"),
+    ]:
+        with pytest.raises(AttributeError, match=rf"{name}': see {said[:-2]}"):
+            getattr(thing, name)
+    with pytest.raises(AttributeError, match=r"'aclose'$"):  # no such thing in a result
+        result.aclose  # type: ignore[attr-defined] # noqa: B018
+    for each in (result.usage, result.timings, stats):
+        told = each.to_dict()  # type: ignore[attr-defined]
+        assert told["state" if each is stats else next(iter(told))] is not None
+    assert stats.to_dict()["prompt_cache"]["entries"] == stats.prompt_cache.entries
+    assert stats.to_dict()["state"] == "running"
+    for same in (copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
+        assert same == result
+        assert isinstance(same, GenerationResult)
+        assert isinstance(same.timings, Timings)
+
+
+def test_completion_offers_what_is_for_users() -> None:
+    for engine in (SimpleEngine("demo"), ProcessEngine("demo"), FakeEngine()):
+        names = {name for name in dir(engine) if not name.startswith("_")}
+        assert {"generate", "chat", "map", "stats", "sync", "model"} <= names
+        assert not names & {"submit", "answer", "check_running", "takes_priority"}
+    assert dir(mlx_engine.testing) == sorted(mlx_engine.testing.__all__)
+
+
+def test_an_engine_without_async() -> None:
+    with (
+        pytest.raises(TypeError, match=r"'async with'.*engine.sync\(\)"),
+        FakeEngine(),  # type: ignore[attr-defined]
+    ):
+        pass
+
+
+async def test_arguments() -> None:
+    async with FakeEngine("Hello") as engine:
+        with pytest.raises(InvalidRequest, match=r"^prompt: these are messages: .*chat\(\)"):
+            await engine.generate(HI)  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequest, match=r"^request_id: .*engine.map"):
+            await engine.generate("Hi", request_id="a")  # type: ignore[call-arg]
+        for items in ([{"id": "a", "prompt": "Hi"}], ["x", {"custom_id": "b", "messages": HI}]):
+            with pytest.raises(InvalidRequest, match=r"^prompts: .*\(id, prompt\) pairs"):
+                engine.map(items)  # type: ignore[call-overload]
+    with pytest.raises(InvalidRequest, match=r"^chat_template: .*chat_template.jinja"):
+        SimpleEngine("demo", chat_template="x")  # type: ignore[call-arg]
+    with pytest.raises(InvalidRequest, match=r"^delay: .*seconds_per_token"):
+        FakeEngine("x", delay=1)  # type: ignore[call-arg]
+    assert EngineBusy("full").retry_after > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [("4GB", 4 * 10**9), ("1.5 GiB", 3 * 2**29), ("512m", 512 * 10**6), (" 64MiB", 2**26)],
+)
+def test_memory_as_it_is_written(given: str, size: int) -> None:
+    assert SimpleEngine("demo", memory=given)._config.model.memory == size
+
+
+@pytest.mark.parametrize("given", ["4", "lots", "-4GB", "", "4 GBs", "1KB"])
+def test_memory_as_it_is_not(given: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^memory: must be"):
+        SimpleEngine("demo", memory=given)
+
+
+async def test_scripts() -> None:
+    assert FakeAnswer(tool_calls=[{"name": "read", "arguments": {}}]) == FakeAnswer(
+        tool_calls=[("read", {})]
+    )
+    with pytest.raises(InvalidRequest, match=r"^tool_calls: each must be"):
+        FakeAnswer(tool_calls=[{"name": "read"}])
+    with pytest.raises(ScriptError, match=r"not its class: GenerationError\(\.\.\.\)"):
+        async with FakeEngine(GenerationError) as engine:  # type: ignore[arg-type]
+            await engine.generate("Hi")
+    with pytest.raises(ScriptError, match="a list is the answer to one, in pieces"):
+        async with FakeEngine.script(["one", "two"]) as engine:
+            await engine.generate("Hi")
+            await engine.generate("Hi")
+    with pytest.raises(ScriptError, match="calls and no text"):
+        async with FakeEngine("Looking") as engine:
+            await engine.chat(HI, tools=[TOOL], tool_choice="required")
+
+
+async def test_how_a_request_has_ended() -> None:
+    async with FakeEngine.script("Hello there", GenerationError("x")) as engine:
+        await engine.generate("Hi", max_tokens=1)
+        with pytest.raises(GenerationError):
+            await engine.generate("Hi")
+    assert [one.finish_reason for one in engine.requests] == ["length", None]
