@@ -42,6 +42,7 @@ It needs the extra ``server``. Its files, a request's way from top to bottom:
     models.py            models by their names, loaded when asked for
     model_stay.py        one of them, as long as it is in memory
     served.py            models as they are given
+    arguments.py         ... and what else may be
     access.py            keys, host names, limits of a client
     metrics.py           numbers for Prometheus
     failures.py          errors, and their status
