@@ -27,6 +27,7 @@ from mlx_engine.cli.parser import PROGRAM
 from mlx_engine.cli.serve_options import KEYS_VARIABLE
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError
+from mlx_engine.extras import installing
 from mlx_engine.outputs import EngineState, ShutdownReport
 from mlx_engine.remote.signals import SignalHandlers, install_signal_handlers
 
@@ -36,9 +37,7 @@ try:
     from mlx_engine.server import LOOPBACK, create_app
     from mlx_engine.server.models import Models
 except ModuleNotFoundError as error:
-    raise InvalidRequest(
-        "serve", f"needs {error.name}: pip install 'mlx-engine[server]'"
-    ) from error
+    raise InvalidRequest("serve", f"needs {error.name}: {installing('server')}") from error
 
 _LAST_WORDS = 2.0  # seconds for answers to be sent once the engine is done with them
 

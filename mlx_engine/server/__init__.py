@@ -48,9 +48,17 @@ It needs the extra ``server``. Its files, a request's way from top to bottom:
     failures.py          errors, and their status
 """
 
-from mlx_engine.server.access import LOOPBACK
-from mlx_engine.server.app import create_app
-from mlx_engine.server.own_endpoint import StreamingAnswer, while_connected
-from mlx_engine.server.served import ServedModel
+from mlx_engine.extras import installing
+
+try:
+    from mlx_engine.server.access import LOOPBACK
+    from mlx_engine.server.app import create_app
+    from mlx_engine.server.own_endpoint import StreamingAnswer, while_connected
+    from mlx_engine.server.served import ServedModel
+except ModuleNotFoundError as error:
+    if (error.name or "").startswith("mlx_engine"):
+        raise
+    told = f"mlx_engine.server needs {error.name}: {installing('server')}"
+    raise ModuleNotFoundError(told, name=error.name) from error
 
 __all__ = ["LOOPBACK", "ServedModel", "StreamingAnswer", "create_app", "while_connected"]
