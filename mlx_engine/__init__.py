@@ -3,6 +3,31 @@
     async with SimpleEngine("demo") as engine:
         result = await engine.generate("The capital of France is")
 
+Its names, each of which has a ``help`` of its own:
+
+    engines          SimpleEngine BatchedEngine ProcessEngine EngineManager RayEngine RemoteEngine,
+                     Engine (their interface, for annotations) BaseEngine (what they are made of),
+                     SyncEngine SyncStream SyncOutcomes (the same without await)
+    their options    EngineOptions BatchedOptions EngineKind RequestLimits, ToolFormat
+                     ReasoningFormat, Decode DraftModel MTP SpecPrefill EngineDefault
+    what is asked    Prompt Message, RequestOptions ChatOptions ChatRequestOptions ToolChoice,
+                     SamplingParams SamplingOptions LogitsProcessor ProgressCallback Progress
+    what the answer  Constraint JSONSchema AnyJSON Regex Choice Grammar
+    must be
+    answers          GenerationResult GenerationStream GenerationChunk Segment FinishReason Usage
+                     Timings TokenLogprob ToolCall ToolCallDelta RenderedChat, Outcome Outcomes
+                     (of ``map``)
+    errors           MLXEngineError, of which all are: InvalidRequest ContextLengthExceeded
+                     EngineBusy EngineNotRunning EngineNotStarted EngineStopped EngineDead
+                     GenerationError OutputInvalid ModelLoadError NotEnoughMemory StreamClosed
+                     StreamUnfinished StreamConsumed
+    what is told     EngineState EngineStats PromptCacheStats PromptCacheLookup MemoryStats
+                     MemoryUse MemoryOwner PressureStage ShutdownReport Health
+    in operation     EngineHost Watchdog RestartPolicy ReplicaInfo ReplicaState Exit ExitKind
+                     SignalHandlers install_signal_handlers
+
+``mlx_engine.testing`` has an engine for tests, ``mlx_engine.server`` one that speaks HTTP.
+
 Importing this package, and any name of it, starts nothing and does not load MLX: the start of an
 engine in this process does.
 
@@ -35,6 +60,7 @@ Its files:
     signatures.py    how functions with such options are shown
     agents.py        coding agents, and how they are pointed at a server
     other_names.py   what people type, and what to write here
+    extras.py        what only a part needs, and how it is installed
     errors.py        every exception, as a tree
     guide/           what users read, by ``mlx-engine help``
 """

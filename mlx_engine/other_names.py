@@ -248,6 +248,11 @@ class WithAdvice:
             )
 
 
+def same(name: str) -> str:
+    """An option's name here, out of the one that it has elsewhere; others are left as they are."""
+    return _SAME.get(name, name)
+
+
 def advice(name: str, known: Collection[str]) -> str | None:
     """Advice on what to write instead of an option that does not exist; ``None`` if there is none.
 
@@ -258,7 +263,7 @@ def advice(name: str, known: Collection[str]) -> str | None:
     small = name.lower().replace("-", "_")
     if small in known:
         return f"write {small}=..."
-    ours = _SAME.get(small, small)
+    ours = same(small)
     if ours in known:
         return f"write {_WRITTEN.get(ours, f'{ours}=...')}"
     if small in _INSTEAD:

@@ -460,7 +460,7 @@ def test_the_options_of_the_fast_paths_become_strategies() -> None:
         ("info --memory-bytes 4", "--memory-bytes"),
         ("info --memory --memory-bytes lots", "--memory-bytes"),
         ("serve --context-length long", "--context-length"),
-        ("", "COMMAND"),
+        ("", "command"),
     ],
 )
 def test_arguments_that_cannot_be_are_named(

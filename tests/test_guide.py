@@ -48,17 +48,43 @@ def test_help_shows_a_topic(page: Path, capsys: pytest.CaptureFixture[str]) -> N
         ("selftest", "command-line"),
         ("fastapi", "deploying"),
         ("vllm", "from-vllm-mlx"),
-        ("mtp", "faster-decoding"),
         ("ray", "engines-elsewhere"),
+        ("BatchedEngine", "batching"),
     ],
 )
-def test_an_unknown_topic_is_a_usage_error_that_names_the_nearest(
+def test_a_word_that_means_one_topic_shows_it(
     word: str, topic: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert help_command.run(parse(["help", word])) == 0
+    shown, said = capsys.readouterr()
+    assert shown == guide.text(topic)
+    assert said == f"mlx-engine: there is no topic {word!r}; this is from {topic!r}\n"
+
+
+def test_a_word_of_one_heading_shows_what_is_below_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert help_command.run(parse(["help", "map"])) == 0
+    shown, said = capsys.readouterr()
+    assert "this is from 'batching'" in said
+    assert shown.startswith("## Jobs: `map`")
+    assert shown in guide.text("batching")
+    assert shown.count("\n## ") == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("temperature", "near is '"),
+        ("mtp", "near are 'command-line', 'faster-decoding' ("),
+        ("what", "near are 'cancellation', "),
+    ],
+)
+def test_other_words_are_usage_errors_that_name_what_is_near(
+    word: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         parse(["help", word])
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert f"argument TOPIC: there is no topic {word!r}; the nearest is {topic!r}" in said
+    line = capsys.readouterr().err
+    assert f"argument TOPIC: there is no topic {word!r}; {said}" in line
 
 
 def test_any_word_has_a_nearest_topic() -> None:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import pickle
+import re
 
 import pytest
 
@@ -22,6 +23,13 @@ def test_all_is_sorted_and_every_name_is_there() -> None:
     assert dir(mlx_engine) == sorted(mlx_engine.__all__), "that is what completion shows"
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
         _ = mlx_engine.Nonsense  # type: ignore[attr-defined]
+
+
+def test_help_begins_with_every_public_name_and_no_other() -> None:
+    docstring = mlx_engine.__doc__ or ""
+    told = docstring.split("Its names, ")[1].split("``mlx_engine.testing``")[0]
+    there = {*re.findall(r"\b(?:[A-Z]\w*[a-z]\w*|MTP|[a-z]+_\w+)", told)}
+    assert there == {*mlx_engine.__all__}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ Its files:
 
     command.py           one run, from its arguments to its exit code
     options.py           the arguments
+    parser.py            ... and what is said if they are others
+    other_words.py       ... which other commands have
     flags.py             arguments out of the fields of the library's values
     serve_options.py     those of serve
     sampling_options.py  those that say how tokens are chosen

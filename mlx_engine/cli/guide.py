@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, get_close_matches
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
 _SUFFIX = ".md"
+_SECTION = re.compile(r"^(?=## )", re.MULTILINE)
 _ALIKE = 0.7  # of two words, one of which may be a slip
 
 
@@ -40,6 +41,39 @@ def nearest(word: str) -> str:
         return alike if alike > _ALIKE else 0.0, named > 0, mentions, alike
 
     return max(topics(), key=nearness)
+
+
+def meant(word: str) -> list[str]:
+    """Topics of which the word may be another name: the one that is spelled nearly so, or those
+    that have it in their title, or else in a heading.
+    """
+    if best := get_close_matches(word.lower(), topics(), n=1, cutoff=_ALIKE):
+        return best
+    for of in (lambda topic: [title(topic)], headings):
+        if found := [topic for topic in topics() if any(_has(line, word) for line in of(topic))]:
+            return found
+    return []
+
+
+def part(topic: str, word: str) -> str:
+    """The sections of a topic that have the word in their heading; all of it, if none has, or if
+    the word is the topic's own.
+    """
+    if not _has(title(topic), word):
+        _, *sections = _SECTION.split(text(topic))
+        found = [section for section in sections if _has(section.partition("\n")[0], word)]
+        if found:
+            return "".join(found)
+    return text(topic)
+
+
+def headings(topic: str) -> list[str]:
+    """The headings of a topic's sections."""
+    return [section.partition("\n")[0] for section in _SECTION.split(text(topic))[1:]]
+
+
+def _has(line: str, word: str) -> bool:
+    return bool(word) and re.search(rf"\b{re.escape(word)}", line, re.IGNORECASE) is not None
 
 
 def _folder() -> Traversable:

@@ -6,15 +6,21 @@ import argparse
 import sys
 
 from mlx_engine.cli import guide
-from mlx_engine.cli.options import PROGRAM
+from mlx_engine.cli.output import say
+from mlx_engine.cli.parser import PROGRAM
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a topic, or what topics there are; the exit code."""
-    if args.topic is not None:
+    topics = guide.topics()
+    if args.topic in topics:
         sys.stdout.write(guide.text(args.topic))
         return 0
-    topics = guide.topics()
+    if args.topic is not None:
+        (topic,) = guide.meant(args.topic)
+        say(f"there is no topic {args.topic!r}; this is from {topic!r}")
+        sys.stdout.write(guide.part(topic, args.topic))
+        return 0
     width = max(map(len, topics))
     for topic in topics:
         sys.stdout.write(f"{topic:<{width}}  {guide.title(topic)}\n")

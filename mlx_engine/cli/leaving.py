@@ -19,12 +19,11 @@ def leave_at_once(signum: int = 0, frame: FrameType | None = None) -> NoReturn:
 def install(argv: Sequence[str]) -> None:
     """From now on Ctrl-C ends the process at once, wherever nothing else is said.
 
-    For what serves so does SIGTERM, which is no failure of it. What the parent process had ignored
-    stays ignored.
+    For what serves so does SIGTERM, which is no failure of it, and Ctrl-C also where a shell has
+    started it in the background, with that ignored. Elsewhere that stays ignored.
     """
-    numbers = [signal.SIGINT]
-    if argv[:1] in (["host"], ["serve"]):
-        numbers.append(signal.SIGTERM)
-    for number in numbers:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, leave_at_once)
+    serves = argv[:1] in (["host"], ["serve"])
+    if serves or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, leave_at_once)
+    if serves and signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, leave_at_once)

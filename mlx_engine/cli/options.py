@@ -7,6 +7,7 @@ live in ``SamplingParams`` and ``EngineConfig``.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -15,6 +16,7 @@ from mlx_engine import __version__
 from mlx_engine.agents import AGENTS
 from mlx_engine.cli.constraint import add_constraints, constraint_of
 from mlx_engine.cli.flags import add_flags, flag_of, option_group
+from mlx_engine.cli.parser import PROGRAM, Parser
 from mlx_engine.cli.sampling_options import sampling_options
 from mlx_engine.cli.serve_options import DEFAULT_PORT, serve_options
 from mlx_engine.cli.values import count_or_auto, number_or_none, request_limit, topic
@@ -22,8 +24,6 @@ from mlx_engine.config import DEMO_MODEL, BatchConfig, ModelConfig, QueueConfig
 from mlx_engine.limits import RequestLimits
 from mlx_engine.params import SamplingParams
 from mlx_engine.strategies import MTP, DraftModel, SpecPrefill
-
-PROGRAM = "mlx-engine"
 
 _MODEL_HELP = "folder, Hugging Face id, or 'demo', a small built-in model (default)"
 # Of what info takes as well.
@@ -41,8 +41,9 @@ _NEEDS = {
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; ``command`` names the module that does it."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    parser = whole_parser()
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    _take_words(args, parser)
     if args.command == "generate":
         for option in ("system", *chat_options(args)) if args.raw else ():
             if vars(args)[option] is not None:
@@ -61,6 +62,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if option in args and needed not in args:
             parser.error(f"argument {flag_of(option)}: needs {flag_of(needed)}")
     return args
+
+
+def _take_words(args: argparse.Namespace, parser: Parser) -> None:
+    """Take models that were given without ``--model`` for those that they are."""
+    given = vars(args)
+    if (words := given.pop("words", None)) is not None:
+        args.models = [*words, *(args.models or ())]
+    if "word" in given:
+        word = given.pop("word")
+        if None not in (word, args.model):
+            parser.error(f"one model is enough, and there are two: {word} and {args.model}")
+        args.model = next((one for one in (word, args.model) if one is not None), DEMO_MODEL)
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
@@ -106,35 +119,29 @@ def _given(args: argparse.Namespace, kind: type[Any]) -> dict[str, Any]:
     return {field.name: given[field.name] for field in fields(kind) if field.name in given}
 
 
-Commands = Any  # what argparse's ``add_subparsers`` gives, which has no public type
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="MLX language models in the terminal.", allow_abbrev=False
-    )
+def whole_parser() -> Parser:
+    """The parser, with all commands."""
+    parser = Parser(prog=PROGRAM, description="MLX language models in the terminal.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     source, model = _source_options(), [_cache_options(), _path_options()]
-    _add_generate(commands, [source, *model, sampling_options()])
-    _add_chat(commands, [source, *model, sampling_options()])
-    _add_host(commands, [source, *model, _queue_options(), _host_options()])
-    _add_serve(commands, [serve_options(), source, *model, _queue_options()])
-    _add_launch(commands)
-    _add_info(commands, [source])
-    _add_selftest(commands, [source, *model])
-    _add_extract_mtp(commands)
-    _add_help(commands)
+    _add_generate(parser, [source, *model, sampling_options()])
+    _add_chat(parser, [source, *model, sampling_options()])
+    _add_host(parser, [source, *model, _queue_options(), _host_options()])
+    _add_serve(parser, [serve_options(), source, *model, _queue_options()])
+    _add_launch(parser)
+    _add_info(parser, [source])
+    _add_selftest(parser, [source, *model])
+    _add_extract_mtp(parser)
+    _add_help(parser)
     return parser
 
 
-def _add_generate(commands: Commands, options: list[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
+def _add_generate(commands: Parser, options: list[argparse.ArgumentParser]) -> None:
+    command = commands.add(
         "generate",
         help="answer one prompt",
         description="Answer PROMPT and stream the answer to standard output.",
         parents=options,
-        allow_abbrev=False,
     )
     command.add_argument("prompt", metavar="PROMPT", help="text, or - to read standard input")
     command.add_argument(
@@ -150,24 +157,24 @@ def _add_generate(commands: Commands, options: list[argparse.ArgumentParser]) ->
         default=argparse.SUPPRESS,
         help="report log-probabilities of each token and of the N best ones; needs --json",
     )
+    command.add_argument("--model", metavar="MODEL", default=DEMO_MODEL, help=_MODEL_HELP)
     add_constraints(command)
     _add_talk(command)
 
 
-def _add_chat(commands: Commands, options: list[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
+def _add_chat(commands: Parser, options: list[argparse.ArgumentParser]) -> None:
+    command = commands.add(
         "chat",
         help="talk with a model",
         description="A conversation. Ctrl-C stops an answer, Ctrl-D ends.",
         parents=options,
-        allow_abbrev=False,
     )
+    _add_model(command)
     _add_talk(command)
 
 
 def _add_talk(command: argparse.ArgumentParser) -> None:
     """Add the options that ``generate`` and ``chat`` have in common."""
-    command.add_argument("--model", metavar="MODEL", default=DEMO_MODEL, help=_MODEL_HELP)
     command.add_argument("--system", metavar="TEXT", help="system message")
     command.add_argument(
         "--thinking",
@@ -195,49 +202,51 @@ def _add_talk(command: argparse.ArgumentParser) -> None:
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", nargs="?", default=DEMO_MODEL, help=_MODEL_HELP)
+    """Add the model, which may be given with its name, too."""
+    command.add_argument("word", metavar="MODEL", nargs="?", help=_MODEL_HELP)
+    command.add_argument("--model", metavar="MODEL", help=argparse.SUPPRESS)
 
 
-def _add_host(commands: Commands, options: list[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
+def _add_host(commands: Parser, options: list[argparse.ArgumentParser]) -> None:
+    command = commands.add(
         "host",
         help="serve a model to several programs on a Unix socket",
         description="Load MODEL once and serve it on a Unix socket, to RemoteEngine(PATH) in the "
         "programs of the same user. SIGTERM or Ctrl-C lets requests in flight finish; a second "
         "one aborts them.",
         parents=options,
-        allow_abbrev=False,
     )
     _add_model(command)
     command.add_argument("--socket", metavar="PATH", required=True, help="where to listen")
 
 
-def _add_serve(commands: Commands, options: list[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
+def _add_serve(commands: Parser, options: list[argparse.ArgumentParser]) -> None:
+    command = commands.add(
         "serve",
+        rest="words",
         help="serve a model by HTTP, to clients of OpenAI's API and to agents",
         description="Load a model and serve it by HTTP; or several, each when it is asked for. "
         "SIGTERM or Ctrl-C lets requests in flight finish; a second one aborts them.",
         parents=options,
-        allow_abbrev=False,
     )
     command.add_argument(
-        "--model",
-        dest="models",
-        action="append",
+        "words",
         metavar="[NAME=]MODEL",
-        help=f"{_MODEL_HELP}; clients may know it by NAME. May be repeated: then each is loaded "
-        "when the first request names it",
+        nargs="*",
+        help=f"{_MODEL_HELP}; clients may know it by NAME. With several, each is loaded when the "
+        "first request names it",
+    )
+    command.add_argument(
+        "--model", dest="models", action="append", metavar="[NAME=]MODEL", help="the same"
     )
 
 
-def _add_launch(commands: Commands) -> None:
-    command = commands.add_parser(
+def _add_launch(commands: Parser) -> None:
+    command = commands.add(
         "launch",
         help="run a coding agent on a local model",
         description="Run AGENT with its settings for the server at --port; if there is none, start "
         "one, and stop it behind the agent.",
-        allow_abbrev=False,
     )
     add = command.add_argument
     add("--model", metavar="MODEL", help=_MODEL_HELP)
@@ -247,13 +256,12 @@ def _add_launch(commands: Commands) -> None:
     add("arguments", metavar="...", nargs=argparse.REMAINDER, help="the agent's own")
 
 
-def _add_info(commands: Commands, options: list[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
+def _add_info(commands: Parser, options: list[argparse.ArgumentParser]) -> None:
+    command = commands.add(
         "info",
         help="describe a model",
         description="Describe a model without loading its weights.",
         parents=options,
-        allow_abbrev=False,
     )
     _add_model(command)
     command.add_argument("--json", action="store_true", help="print one JSON object")
@@ -272,14 +280,13 @@ def _add_info(commands: Commands, options: list[argparse.ArgumentParser]) -> Non
     )
 
 
-def _add_selftest(commands: Commands, options: list[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
+def _add_selftest(commands: Parser, options: list[argparse.ArgumentParser]) -> None:
+    command = commands.add(
         "selftest",
         help="cancel everything, at every moment, and see what becomes of it",
         description="Cancel requests to MODEL, and its start and stop, in all ways and at as many "
         "moments as there is time for; print a report in Markdown.",
         parents=options,
-        allow_abbrev=False,
     )
     _add_model(command)
     add = command.add_argument
@@ -300,12 +307,11 @@ def _add_selftest(commands: Commands, options: list[argparse.ArgumentParser]) ->
     )
 
 
-def _add_extract_mtp(commands: Commands) -> None:
-    add = commands.add_parser(
+def _add_extract_mtp(commands: Parser) -> None:
+    add = commands.add(
         "extract-mtp",
         help="take a model's MTP head out of its original checkpoint",
         description="Write the MTP head of CHECKPOINT, which a conversion drops, to OUT.",
-        allow_abbrev=False,
     ).add_argument
     add("checkpoint", metavar="CHECKPOINT", help="folder with config.json and model*.safetensors")
     add("out", metavar="OUT", help="file, or folder of the converted model: mtp.safetensors there")
@@ -313,12 +319,11 @@ def _add_extract_mtp(commands: Commands) -> None:
     add("--q-group-size", type=int, metavar="N", default=64, help="values that share a scale")
 
 
-def _add_help(commands: Commands) -> None:
-    commands.add_parser(
+def _add_help(commands: Parser) -> None:
+    commands.add(
         "help",
         help="show the guide: its topics, or one of them",
         description="Show what the guide says of TOPIC, in Markdown; without one, list the topics.",
-        allow_abbrev=False,
     ).add_argument("topic", metavar="TOPIC", nargs="?", type=topic, help="one of the guide's")
 
 

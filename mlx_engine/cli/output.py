@@ -6,7 +6,7 @@ import sys
 
 from tqdm import tqdm
 
-from mlx_engine.cli.options import PROGRAM
+from mlx_engine.cli.parser import PROGRAM
 from mlx_engine.core.stream import GenerationStream
 from mlx_engine.outputs import GenerationChunk, GenerationResult, Progress, ToolCallDelta
 

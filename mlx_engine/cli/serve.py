@@ -21,11 +21,13 @@ from pathlib import Path
 
 from mlx_engine.checks import integer
 from mlx_engine.cli.leaving import EXIT_INTERRUPTED
-from mlx_engine.cli.options import PROGRAM, sampling_params
+from mlx_engine.cli.options import sampling_params
 from mlx_engine.cli.output import ProgressBar, say
+from mlx_engine.cli.parser import PROGRAM
 from mlx_engine.cli.serve_options import KEYS_VARIABLE
 from mlx_engine.engine.base import BaseEngine
 from mlx_engine.errors import EngineDead, InvalidRequest, MLXEngineError
+from mlx_engine.extras import installing
 from mlx_engine.outputs import EngineState, ShutdownReport
 from mlx_engine.remote.signals import SignalHandlers, install_signal_handlers
 
@@ -35,9 +37,7 @@ try:
     from mlx_engine.server import LOOPBACK, create_app
     from mlx_engine.server.models import Models
 except ModuleNotFoundError as error:
-    raise InvalidRequest(
-        "serve", f"needs {error.name}: pip install 'mlx-engine[server]'"
-    ) from error
+    raise InvalidRequest("serve", f"needs {error.name}: {installing('server')}") from error
 
 _LAST_WORDS = 2.0  # seconds for answers to be sent once the engine is done with them
 

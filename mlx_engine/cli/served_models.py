@@ -41,7 +41,7 @@ def served_models(
     names: list[str] = vars(args).get("served_names") or []
     alone = len(given) == 1
     if names and not alone:
-        raise InvalidRequest("served_name", "is for one model; name several by --model NAME=MODEL")
+        raise InvalidRequest("served_name", "is for one model; name several by NAME=MODEL")
     served: dict[str, ServedModel] = {}
     for each in given:
         named = None if Path(each).exists() else _NAMED.fullmatch(each)

@@ -89,10 +89,12 @@ def request_limit(text: str) -> tuple[str, int | None]:
 
 
 def topic(text: str) -> str:
-    """The name of a topic of the guide."""
-    if text not in guide.topics():
-        raise argparse.ArgumentTypeError(
-            f"there is no topic {text!r}; the nearest is {guide.nearest(text)!r} "
-            "('mlx-engine help' lists all)"
-        )
-    return text
+    """The name of a topic of the guide, or a word that can mean one only."""
+    near = guide.meant(text)
+    if text in guide.topics() or len(near) == 1:
+        return text
+    found = ", ".join(map(repr, near or [guide.nearest(text)]))
+    raise argparse.ArgumentTypeError(
+        f"there is no topic {text!r}; near {'is' if len(near) < 2 else 'are'} {found} "
+        "('mlx-engine help' lists all)"
+    )

@@ -42,14 +42,23 @@ It needs the extra ``server``. Its files, a request's way from top to bottom:
     models.py            models by their names, loaded when asked for
     model_stay.py        one of them, as long as it is in memory
     served.py            models as they are given
+    arguments.py         ... and what else may be
     access.py            keys, host names, limits of a client
     metrics.py           numbers for Prometheus
     failures.py          errors, and their status
 """
 
-from mlx_engine.server.access import LOOPBACK
-from mlx_engine.server.app import create_app
-from mlx_engine.server.own_endpoint import StreamingAnswer, while_connected
-from mlx_engine.server.served import ServedModel
+from mlx_engine.extras import installing
+
+try:
+    from mlx_engine.server.access import LOOPBACK
+    from mlx_engine.server.app import create_app
+    from mlx_engine.server.own_endpoint import StreamingAnswer, while_connected
+    from mlx_engine.server.served import ServedModel
+except ModuleNotFoundError as error:
+    if (error.name or "").startswith("mlx_engine"):
+        raise
+    told = f"mlx_engine.server needs {error.name}: {installing('server')}"
+    raise ModuleNotFoundError(told, name=error.name) from error
 
 __all__ = ["LOOPBACK", "ServedModel", "StreamingAnswer", "create_app", "while_connected"]

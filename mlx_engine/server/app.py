@@ -23,6 +23,7 @@ from mlx_engine.server.addresses import Addresses
 from mlx_engine.server.anthropic import Messages
 from mlx_engine.server.anthropic_events import error_body as anthropic_error
 from mlx_engine.server.api import Api
+from mlx_engine.server.arguments import no_others
 from mlx_engine.server.chat_completions import ChatCompletions
 from mlx_engine.server.completions import Completions
 from mlx_engine.server.endpoint import Endpoint
@@ -37,6 +38,7 @@ from mlx_engine.server.status import status_routes
 from mlx_engine.server.token_count import TokenCount
 
 
+@no_others
 def create_app(
     engine: Given | Mapping[str, Given],
     *,

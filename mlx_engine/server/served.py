@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from mlx_engine.checks import shown
 from mlx_engine.engine.interface import Engine
 from mlx_engine.errors import InvalidRequest
 
@@ -47,6 +48,10 @@ def by_name(
         InvalidRequest: there is nothing, or something without a name.
     """
     if not isinstance(given, Mapping):
+        _check(given)
+        if isinstance(given, type):
+            said = f"must be an engine, not a class: write {given.__name__}(model)"
+            raise InvalidRequest("engine", said)
         if isinstance(given, ServedModel) or callable(given):
             said = "what makes an engine needs a name: give a mapping, {name: ...}"
             raise InvalidRequest("engine", said)
@@ -56,8 +61,22 @@ def by_name(
     for name in given:
         if not isinstance(name, str) or not name:
             raise InvalidRequest("engine", "must be a mapping whose keys are names")
+    for each in given.values():
+        _check(each)
     made: dict[int, Engine | ServedModel] = {}  # one for each, whatever its names
     return {n: made.setdefault(id(each), _served(each, owned)) for n, each in given.items()}
+
+
+def _check(given: object) -> None:
+    """Refuse what is no engine, and makes none."""
+    if isinstance(given, ServedModel) or callable(given) or hasattr(given, "stream_chat"):
+        return
+    example = shown(given) if isinstance(given, str) else "model"
+    raise InvalidRequest(
+        "engine",
+        f"must be an engine, such as BatchedEngine({example}), or a mapping of names to engines "
+        f"or to functions that make them, not {shown(given)}",
+    )
 
 
 def _served(given: Given, owned: bool) -> Engine | ServedModel:

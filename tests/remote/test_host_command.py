@@ -77,6 +77,22 @@ async def started_as(*args: str) -> AsyncIterator[Command]:
         await process.communicate()
 
 
+# The command, as a shell's "&" in a script starts it.
+IN_BACKGROUND = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    "os.execv(sys.executable, [sys.executable, '-m', 'mlx_engine', *sys.argv[1:]])"
+)
+
+
+async def test_a_host_in_the_background_takes_ctrl_c(tiny_path: Path, path: Path) -> None:
+    arguments = ("host", str(tiny_path), "--socket", str(path))
+    async with started_as("-c", IN_BACKGROUND, *arguments) as host:
+        assert "serving" in await host.line()
+        host.send(signal.SIGINT)
+        assert await host.end() == (130, "")
+    assert list(path.parent.iterdir()) == []
+
+
 async def test_sigterm_lets_requests_finish_and_is_no_failure(tiny_path: Path, path: Path) -> None:
     async with started(tiny_path, "--socket", path) as host:
         assert await host.line() == (

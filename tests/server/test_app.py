@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import logging
 import re
@@ -484,3 +485,44 @@ async def test_a_request_is_a_line_in_the_log_without_its_prompt(
     assert "chat.completions: 200" in line
     assert "Hello" not in line
     assert json.dumps(reply.json["usage"]["prompt_tokens"]) in line
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"api_key": "k"}, r"write api_keys=\[...\]"),
+        ({"host": "::"}, "that is the server's, .*: uvicorn.run\\(app, host=...\\)"),
+        ({"port": 80}, "uvicorn.run\\(app, port=...\\)"),
+        ({"model": "demo"}, "the first argument is the engine"),
+        ({"temperature": 1}, "write defaults=SamplingParams\\(temperature=...\\)"),
+        ({"max_new_tokens": 1}, "write defaults=SamplingParams\\(max_tokens=...\\)"),
+        ({"max_batch_size": 2}, "an option of the engine: BatchedEngine\\(model, max_batch_size"),
+        ({"idle_time": 2}, r"of create_app\(\); did you mean 'idle_timeout'\?"),
+    ],
+    ids=str,
+)
+def test_arguments_of_others(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{next(iter(options))}: .*{said}"):
+        create_app(FakeEngine(), **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("demo", r"must be an engine, such as BatchedEngine\('demo'\), or a mapping of names "),
+        ({"a": "demo"}, r"BatchedEngine\('demo'\)"),
+        (["demo"], r"BatchedEngine\(model\), or a mapping .*, not \['demo'\]"),
+        (None, "not None"),
+        (FakeEngine, r"not a class: write FakeEngine\(model\)"),
+    ],
+    ids=str,
+)
+def test_what_is_no_engine(given: Any, said: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^engine: .*{said}"):
+        create_app(given)
+
+
+def test_its_signature_is_its_own() -> None:
+    names = [*inspect.signature(create_app).parameters]
+    assert names[:2] == ["engine", "api_keys"]
+    assert "options" not in names

@@ -19,7 +19,7 @@ from mlx_engine.cli.served_models import memory_for_weights, served_models, weig
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.server import create_app
 from mlx_engine.testing import FakeEngine, Gate
-from tests.remote.test_host_command import started_as
+from tests.remote.test_host_command import IN_BACKGROUND, started_as
 from tests.server.asgi import CHAT
 from tests.waiting import PATIENCE, until
 
@@ -81,6 +81,17 @@ async def test_it_serves_and_drains(tiny_path: Path, tmp_path: Path) -> None:
         assert "waiting up to 30 s for requests in flight (1)" in said
         with pytest.raises(httpx2.ConnectError):
             httpx2.get(base)
+
+
+@pytest.mark.parametrize("in_process", [(), ("--in-process",)], ids=["process", "in-process"])
+async def test_a_server_in_the_background_takes_ctrl_c(
+    tiny_path: Path, in_process: tuple[str, ...]
+) -> None:
+    arguments = ("serve", str(tiny_path), "--port", "0", "--quiet", *in_process)
+    async with started_as("-c", IN_BACKGROUND, *arguments) as command:
+        assert "serving" in await command.line()
+        command.send(signal.SIGINT)
+        assert await command.end() == (130, "")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from typing import Any, ClassVar, Final
 
 from mlx_engine.core.threads import in_thread
 from mlx_engine.errors import MLXEngineError
+from mlx_engine.extras import installing
 from mlx_engine.remote.links.link import Ending, Link
 from mlx_engine.remote.links.process_link import ProcessLink
 from mlx_engine.remote.links.relay import Place, Relay, batches
@@ -257,9 +258,7 @@ def _ray() -> Any:
     try:
         return import_module("ray")
     except ImportError as error:
-        raise MLXEngineError(
-            "Ray is not installed: install this package with its extra 'ray'"
-        ) from error
+        raise MLXEngineError(f"Ray is not installed: {installing('ray')}") from error
 
 
 def _join(ray: Any) -> None:
