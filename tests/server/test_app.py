@@ -367,6 +367,8 @@ async def test_models_are_told_to_both_kinds_of_clients(app: Any) -> None:
         async for model in other.models.list():
             assert model.display_name == "org/tiny"
             assert model.created_at.year >= 2024
+            assert model.lifecycle == "active"
+            assert model.max_input_tokens == 100
 
 
 async def test_what_it_tells_of_itself(app: Any, engine: FakeEngine) -> None:
@@ -422,15 +424,16 @@ async def test_what_was_ignored_is_said(app: Any) -> None:
         "user": "ann",
         "store": False,
         "prediction": {"type": "content"},
+        "stream_options": {"include_usage": True, "include_obfuscation": False, "each": True},
         "tools": [{"type": "web_search"}, {"type": "namespace", "tools": []}],
         "evil\r\nx-injected": 1,
     }
     reply = await ask(app, body)
     assert reply.status == 200
     said = reply.headers["x-mlx-engine-ignored"]
-    for word in ("prediction", "web_search", "namespace"):
+    for word in ("prediction", "web_search", "namespace", "stream_options.each"):
         assert word in said
-    for word in ("user", "store", "\r", "\n"):
+    for word in ("user", "store", "usage", "obfuscation", "\r", "\n"):
         assert word not in said
 
 
