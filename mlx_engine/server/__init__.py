@@ -12,6 +12,7 @@ It needs the extra ``server``. Its files, a request's way from top to bottom:
     field_table.py       the fields of each API, and what becomes of them
     endpoint.py          a request, from its body to the end of its answer
     body.py              its body, and its client's going away
+    json_body.py         ... the JSON that it is
     volatile.py          its text that spoils the prompt cache
     token_count.py       one that is counted, and not answered
     anthropic.py         an API: Anthropic's messages

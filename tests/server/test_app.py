@@ -318,6 +318,21 @@ async def test_half_a_surrogate_pair_is_a_sign_that_says_so(
     assert engine.requests[-1].messages == [{"role": "user", "content": text}]
 
 
+@pytest.mark.parametrize(
+    ("many", "count"),
+    [("[],", 2**18), ("{},", 2**18), ('{"a": [1]},', 2**17), ("1,", 2**22), ('"",', 2**22)],
+)
+async def test_a_body_of_more_values_than_a_request_needs_is_refused(
+    app: Any, many: str, count: int
+) -> None:
+    """Millions of objects take seconds to make, in which nobody else's stream goes on."""
+    reply = await ask(app, b'{"messages": [], "x": [%b0]}' % (many.encode() * count))
+    assert reply.status == 400
+    assert reply.json["error"]["param"] == "body"
+    text = {**HELLO, "x": many * 2**18}  # in a text they are none
+    assert (await ask(app, text)).status == 200
+
+
 async def test_a_body_that_says_that_it_is_too_large_is_not_read(engine: FakeEngine) -> None:
     app = create_app(engine, max_body_bytes=200)
     for declared in ("201", "9" * 5_000):
