@@ -21,7 +21,8 @@ Turns: a conversation of an agent's kind, a long first message and then answers 
 tools, turn by turn: seconds to the first token, and how much of the prompt was in the prompt cache.
 
 A close: clients close their connections in decode, and in a prefill of 6,000 tokens; from there to
-the moment when the engine has nothing in work. It is to be compared with a step or a chunk.
+the moment when the engine has nothing in work. It is to be compared with a step, or with the
+longest chunk: a chunk takes longer the more there is before it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import random
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.drawing import BLACK, draw_line, legend_below, new_figure, ticks_at
@@ -40,6 +42,7 @@ from benchmarks.setting import Setting, parse_setting, rotated
 from benchmarks.spread import Record, Spread
 from benchmarks.throughput import add_options, models
 from mlx_engine import BatchedEngine
+from mlx_engine.outputs import Progress
 
 AT_ONCE = (1, 8, 32)
 HERE, THEIRS = "in process", "mlx_lm.server"
@@ -203,8 +206,8 @@ async def measure_closes(model: str, setting: Setting, options: dict[str, Any]) 
     ):
         start = time.perf_counter()
         told = await place.stream([{"role": "user", "content": "x" * LONG}], **options)
-        chunk = told.first / (LONG / CHUNK)
         step = (time.perf_counter() - start - told.first) / told.tokens
+        chunk = await longest_chunk(engine)
         for trial in range(2 * trials):
             where = "prefill" if trial % 2 else "decode"
             text = f"{trial}" + "x" * (LONG if where == "prefill" else 20)
@@ -227,6 +230,19 @@ async def measure_closes(model: str, setting: Setting, options: dict[str, Any]) 
     return {"step_seconds": step, "chunk_seconds": chunk, "free_seconds": seconds}
 
 
+async def longest_chunk(engine: BatchedEngine) -> float:
+    """Seconds of the longest chunk of a long prompt: the last ones take a multiple of the first."""
+    ends = [time.perf_counter()]
+
+    def on_progress(progress: Progress) -> None:
+        if progress.phase == "prefill":
+            ends.append(time.perf_counter())
+
+    said = [{"role": "user", "content": "y" * LONG}]
+    await engine.chat(said, max_tokens=1, on_progress=on_progress)
+    return max(end - start for start, end in pairwise(ends))
+
+
 def closes_table(closes: Record) -> str:
     rows = [
         [
@@ -236,7 +252,9 @@ def closes_table(closes: Record) -> str:
         ]
         for where, piece in (("decode", "step_seconds"), ("prefill", "chunk_seconds"))
     ]
-    return markdown_table(["a connection is closed", "until the engine is free, ms", "piece"], rows)
+    return markdown_table(
+        ["a connection is closed", "until the engine is free, ms", "piece, ms"], rows
+    )
 
 
 def draw(record: Record) -> Any:

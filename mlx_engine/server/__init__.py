@@ -15,6 +15,7 @@ It needs the extra ``server``. Its files, a request's way from top to bottom:
     field_table.py       the fields of each API, and what becomes of them
     endpoint.py          a request, from its body to the end of its answer
     body.py              its body
+    json_body.py         ... the JSON that it is
     connected.py         its work, cancelled when its client goes away
     own_endpoint.py      ... that of an endpoint which is not one of these
     volatile.py          its text that spoils the prompt cache

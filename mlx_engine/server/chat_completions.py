@@ -23,6 +23,7 @@ from mlx_engine.server.openai_values import (
     now,
     sampling,
     usage_of,
+    wants_usage,
 )
 
 _CHAT = ("parallel_tool_calls", "max_reasoning_tokens", "continue_final_message")
@@ -52,6 +53,7 @@ class ChatCompletions:
         chat = reasoning(fields.take("reasoning_effort", effort), chat)
         tools, skipped = functions(fields.take("tools"))
         chat |= _choice_of(tools, fields.take("tool_choice"))
+        usage, others = wants_usage(fields)
         return Asked(
             model=model,
             options=options,
@@ -60,8 +62,8 @@ class ChatCompletions:
             n=fields.integer("n", 1, low=1, high=MOST_CHOICES),
             stream=fields.flag("stream"),
             user=fields.user(),
-            usage=bool(fields.mapping("stream_options").get("include_usage")),
-            ignored=(*fields.ignored(quiet(self.table)), *skipped),
+            usage=usage,
+            ignored=(*fields.ignored(quiet(self.table)), *skipped, *others),
         )
 
     def whole(self, asked: Asked, answers: Sequence[Answer], model: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from mlx_engine.server.openai_values import (
     now,
     sampling,
     usage_of,
+    wants_usage,
 )
 
 _REFUSED = {
@@ -45,6 +46,7 @@ class Completions:
         options = sampling(fields)
         if (top := fields.integer("logprobs", -1, low=-1, high=MOST_LOGPROBS)) >= 0:
             options["logprobs"] = top
+        usage, others = wants_usage(fields)
         return Asked(
             model=fields.text("model") or "",
             options=options,
@@ -52,8 +54,8 @@ class Completions:
             n=fields.integer("n", 1, low=1, high=MOST_CHOICES // len(prompts)),
             stream=fields.flag("stream"),
             user=fields.user(),
-            usage=bool(fields.mapping("stream_options").get("include_usage")),
-            ignored=fields.ignored(quiet(self.table)),
+            usage=usage,
+            ignored=(*fields.ignored(quiet(self.table)), *others),
         )
 
     def whole(self, asked: Asked, answers: Sequence[Answer], model: str) -> dict[str, Any]:

@@ -17,12 +17,14 @@ Schema = Mapping[str, Any]
 Effect = Literal["honoured", "refused", "quiet"]
 
 _TEXT: Schema = {"type": "string"}
+_WORDS: Schema = {"type": "string", "minLength": 1}
 _FLAG: Schema = {"type": "boolean"}
 _NUMBER: Schema = {"type": "number"}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 _OPEN: Schema = {"type": "integer", "minimum": -1}  # -1 leaves it open
 _OBJECT: Schema = {"type": "object"}
 _OBJECTS: Schema = {"type": "array", "items": _OBJECT}
+_SOME: Schema = {**_OBJECTS, "minItems": 1}
 _TEXTS: Schema = {"type": "array", "items": _TEXT}
 
 
@@ -133,7 +135,7 @@ _TOOLS = {
 
 CHAT: Table = {
     **_OPENAI,
-    "messages": FieldSpec(_OBJECTS, "text in all shapes; images are refused by name"),
+    "messages": FieldSpec(_SOME, "text in all shapes; images are refused by name"),
     **_OPENAI_SAMPLING,
     **_N,
     **_LOGPROBS,
@@ -150,7 +152,9 @@ CHAT: Table = {
 }
 COMPLETIONS: Table = {
     **_OPENAI,
-    "prompt": FieldSpec(_either(_TEXT, {"type": "array"}), "text, token ids, or a list of either"),
+    "prompt": FieldSpec(
+        _either(_WORDS, {"type": "array", "minItems": 1}), "text, token ids, or a list of either"
+    ),
     **_OPENAI_SAMPLING,
     **_N,
     "logprobs": FieldSpec({"type": "integer", "minimum": 0, "maximum": 20}, "of each token"),
@@ -162,7 +166,7 @@ COMPLETIONS: Table = {
 }
 RESPONSES: Table = {
     **_OPENAI,
-    "input": FieldSpec(_either(_TEXT, _OBJECTS), "text, or items"),
+    "input": FieldSpec(_either(_WORDS, _SOME), "text, or items"),
     "instructions": FieldSpec(_TEXT, "a system message before them"),
     **_OPENAI_SAMPLING,
     "max_output_tokens": FieldSpec(_OPEN, _LIMIT),
@@ -184,7 +188,7 @@ RESPONSES: Table = {
 MESSAGES: Table = {
     **_MODEL,
     **_STREAM,
-    "messages": FieldSpec(_OBJECTS, "blocks of all kinds of text; images are refused by name"),
+    "messages": FieldSpec(_SOME, "blocks of all kinds of text; images are refused by name"),
     "system": FieldSpec(_either(_TEXT, _OBJECTS), "the system message"),
     "max_tokens": FieldSpec(_OPEN, _LIMIT),
     **_SAMPLING,

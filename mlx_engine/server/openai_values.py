@@ -62,6 +62,17 @@ def sampling(fields: Fields, *limits: str) -> dict[str, Any]:
     return options
 
 
+def wants_usage(fields: Fields) -> tuple[bool, list[str]]:
+    """Whether a stream is to end with token counts; and what else of ``stream_options`` is meant.
+
+    Raises:
+        InvalidRequest: they are no object.
+    """
+    options = fields.mapping("stream_options")
+    others = [f"stream_options.{n}" for n, v in options.items() if n != "include_usage" and v]
+    return bool(options.get("include_usage")), others
+
+
 def error_body(failure: Failure, request_id: str) -> dict[str, Any]:
     """The body of an error."""
     message = failure.message

@@ -96,6 +96,7 @@ def status_routes(site: Site, apis: Sequence[tuple[str, Api]]) -> Iterator[BaseR
 def _entry(site: Site, name: str, model: Model) -> dict[str, Any]:
     """A model, in a form that clients of OpenAI's and of Anthropic's API both read."""
     engine = model.engine
+    context = None if engine is None else engine.context_length
     return {
         "id": name,
         "object": "model",
@@ -104,7 +105,11 @@ def _entry(site: Site, name: str, model: Model) -> dict[str, Any]:
         "type": "model",
         "display_name": name,
         "created_at": datetime.fromtimestamp(site.created, UTC).isoformat(),
-        "context_length": None if engine is None else engine.context_length,
+        "lifecycle": "active",
+        # Each of these is where some client looks for the size of the context.
+        **dict.fromkeys(
+            ("context_length", "max_model_len", "max_input_tokens", "max_tokens"), context
+        ),
         "state": model.state,
     }
 

@@ -319,6 +319,21 @@ async def test_half_a_surrogate_pair_is_a_sign_that_says_so(
     assert engine.requests[-1].messages == [{"role": "user", "content": text}]
 
 
+@pytest.mark.parametrize(
+    ("many", "count"),
+    [("[],", 2**18), ("{},", 2**18), ('{"a": [1]},', 2**17), ("1,", 2**22), ('"",', 2**22)],
+)
+async def test_a_body_of_more_values_than_a_request_needs_is_refused(
+    app: Any, many: str, count: int
+) -> None:
+    """Millions of objects take seconds to make, in which nobody else's stream goes on."""
+    reply = await ask(app, b'{"messages": [], "x": [%b0]}' % (many.encode() * count))
+    assert reply.status == 400
+    assert reply.json["error"]["param"] == "body"
+    text = {**HELLO, "x": many * 2**18}  # in a text they are none
+    assert (await ask(app, text)).status == 200
+
+
 async def test_a_body_that_says_that_it_is_too_large_is_not_read(engine: FakeEngine) -> None:
     app = create_app(engine, max_body_bytes=200)
     for declared in ("201", "9" * 5_000):
@@ -368,6 +383,8 @@ async def test_models_are_told_to_both_kinds_of_clients(app: Any) -> None:
         async for model in other.models.list():
             assert model.display_name == "org/tiny"
             assert model.created_at.year >= 2024
+            assert model.lifecycle == "active"
+            assert model.max_input_tokens == 100
 
 
 async def test_what_it_tells_of_itself(app: Any, engine: FakeEngine) -> None:
@@ -423,15 +440,16 @@ async def test_what_was_ignored_is_said(app: Any) -> None:
         "user": "ann",
         "store": False,
         "prediction": {"type": "content"},
+        "stream_options": {"include_usage": True, "include_obfuscation": False, "each": True},
         "tools": [{"type": "web_search"}, {"type": "namespace", "tools": []}],
         "evil\r\nx-injected": 1,
     }
     reply = await ask(app, body)
     assert reply.status == 200
     said = reply.headers["x-mlx-engine-ignored"]
-    for word in ("prediction", "web_search", "namespace"):
+    for word in ("prediction", "web_search", "namespace", "stream_options.each"):
         assert word in said
-    for word in ("user", "store", "\r", "\n"):
+    for word in ("user", "store", "usage", "obfuscation", "\r", "\n"):
         assert word not in said
 
 
