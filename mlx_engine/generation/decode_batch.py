@@ -14,8 +14,8 @@ from typing import cast
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
-from mlx_engine.generation.cache.joint_cache import extend, grow, keep_rows, merge
-from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes
+from mlx_engine.generation.cache.joint_cache import extend, keep_rows, merge
+from mlx_engine.generation.cache.kv_cache import Cache, grow, kv_nbytes
 from mlx_engine.generation.constraint import empty_masks, fill_all, masked
 from mlx_engine.generation.reasoning_budget import only
 from mlx_engine.generation.runner import ModelRunner

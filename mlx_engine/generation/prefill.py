@@ -11,8 +11,14 @@ from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.stop import checkpoint
-from mlx_engine.generation.cache.joint_cache import grow
-from mlx_engine.generation.cache.kv_cache import Cache, cache_parts, make_kv_cache, quantize
+from mlx_engine.generation.cache.kv_cache import (
+    Cache,
+    cache_parts,
+    grow,
+    keep_own_states,
+    make_kv_cache,
+    quantize,
+)
 
 _LONGEST = 1.0  # seconds of a chunk, roughly: a cancelled request leaves with its chunk
 _SMALLEST = 16  # tokens of one, however slow the model is
@@ -71,7 +77,7 @@ def settle(cache: Cache, config: ModelConfig) -> None:
     quantize(cache, config)
     for part in cache_parts(cache):
         if isinstance(part, ArraysCache):  # the end of a chunk's activations would keep all of them
-            part.cache = [None if state is None else mx.contiguous(state) for state in part.cache]
+            keep_own_states(part)
     # Without it the work would pile up unevaluated, and a cancel check mean nothing.
     mx.eval([entry.state for entry in cache])
     mx.clear_cache()

@@ -18,11 +18,11 @@ from mlx_engine.core.stop import Interrupted, stoppable
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.generation.cache import prompt_cache_file
 from mlx_engine.generation.cache.cached_model import CachedModel
-from mlx_engine.generation.cache.joint_cache import grow
 from mlx_engine.generation.cache.kv_cache import (
     Cache,
     KVFootprint,
     check_kv_options,
+    grow,
     make_kv_cache,
     sample_kv_cache,
 )

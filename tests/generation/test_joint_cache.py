@@ -10,9 +10,9 @@ import pytest
 from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
-from mlx_engine.generation.cache import joint_cache
-from mlx_engine.generation.cache.joint_cache import extend, grow, keep_rows, merge
-from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes
+from mlx_engine.generation.cache import kv_cache
+from mlx_engine.generation.cache.joint_cache import extend, keep_rows, merge
+from mlx_engine.generation.cache.kv_cache import Cache, grow, kv_nbytes
 from tests.conftest import on_mlx_thread
 
 pytestmark = pytest.mark.anyio
@@ -24,7 +24,7 @@ LAYER_OF_8 = 8 * ROW // LAYERS
 
 @pytest.fixture(autouse=True)
 def this_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint_cache, "_LITTLE", 0)
+    monkeypatch.setattr(kv_cache, "_LITTLE", 0)
 
 
 def filled(length: int = LENGTH, kind: Callable[[], Any] = KVCache, number: int = 0) -> Cache:
@@ -93,6 +93,22 @@ def test_what_only_the_longest_row_needed_is_given_back() -> None:
 
 
 @on_mlx_thread
+def test_the_state_of_a_row_that_goes_does_not_keep_those_of_others() -> None:
+    def one() -> Cache:
+        entry = ArraysCache(1)
+        entry[0] = mx.zeros((1, 2**20))
+        mx.eval(entry[0])
+        return [entry]
+
+    before = mx.get_active_memory()
+    with mx.stream(generation_stream):
+        cache = merge([one() for _ in range(8)])
+        own = keep_rows(cache, [], [3])
+    assert kv_nbytes(own[0]) == 2**22
+    assert mx.get_active_memory() - before < 2**22 * 1.1
+
+
+@on_mlx_thread
 def test_rows_grow_a_layer_at_a_time() -> None:
     with mx.stream(generation_stream):
         cache = merge([filled(number=n) for n in range(8)])
@@ -104,7 +120,7 @@ def test_rows_grow_a_layer_at_a_time() -> None:
 @on_mlx_thread
 def test_without_it_all_layers_may_be_there_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: MLX makes at once what it is asked for at once."""
-    monkeypatch.setattr(joint_cache, "_MANY", 1)
+    monkeypatch.setattr(kv_cache, "_MANY", 1)
     with mx.stream(generation_stream):
         cache = merge([filled(number=n) for n in range(8)])
     assert excess(lambda: keep_rows(cache, [0, 1, 2, 4, 5, 6], [7])) > 3 * LAYER_OF_8

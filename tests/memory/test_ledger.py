@@ -76,7 +76,7 @@ steps = st.one_of(
 )
 
 
-@settings(max_examples=int(os.environ.get("MLX_ENGINE_EXAMPLES", "300")), deadline=None)
+@settings(max_examples=int(os.environ.get("MLX_ENGINE_EXAMPLES", "1000")), deadline=None)
 @given(total=st.none() | st.integers(0, 1000), program=st.lists(steps, max_size=40))
 def test_no_program_takes_more_than_there_is(
     total: int | None, program: list[tuple[Any, ...]]

@@ -138,8 +138,11 @@ class World:
         part = Part("elsewhere", EngineConfig.of("simple", "somewhere/model", options))
         start = asyncio.ensure_future(part.take())
         while not start.done():
-            for process in self.processes[::2]:  # the others are busy
-                process.receive()
+            for number, process in enumerate(self.processes):
+                if number % 2:
+                    process.receive()
+                else:  # it has other things to do, and takes what it may
+                    process.work(process.limit * 3 // 4, process.use.stored)
             self.check()
             await asyncio.sleep(0)
         try:

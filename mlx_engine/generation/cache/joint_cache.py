@@ -8,22 +8,16 @@ the cache, or 32 MB, or one array. Within ``mx.stream(generation_stream)``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, KVCache
-
-from mlx_engine.generation.cache.kv_cache import Cache, cache_parts, kv_nbytes
-
-_FEW, _MANY = 8, 32  # parts of a cache that are copied one after another: each costs a wait
-_LITTLE = 2**25  # bytes of one of a few
+from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes, make_in_turn
 
 
 def merge(caches: Sequence[Cache]) -> Cache:
     """Batch caches of mlx_lm, one a layer, with a row for each of ``caches``."""
     joint: Cache = []
-    _make(_merged(joint, caches), sum(map(kv_nbytes, caches)))
+    make_in_turn(_merged(joint, caches), sum(map(kv_nbytes, caches)))
     return joint
 
 
@@ -36,7 +30,7 @@ def extend(cache: Cache, caches: Sequence[Cache], *, joint: bool, batched: bool)
         batched: whether ``cache`` is one; else it becomes one.
     """
     total = kv_nbytes(cache) + sum(map(kv_nbytes, caches))
-    _make(_extended(cache, caches, joint, batched), total)
+    make_in_turn(_extended(cache, caches, joint, batched), total)
 
 
 def keep_rows(cache: Cache, rows: Sequence[int], taken: Sequence[int]) -> list[Cache]:
@@ -47,19 +41,8 @@ def keep_rows(cache: Cache, rows: Sequence[int], taken: Sequence[int]) -> list[C
         taken: others.
     """
     own: list[Cache] = [[] for _ in taken]
-    _make(_kept(cache, rows, list(zip(taken, own, strict=True))), kv_nbytes(cache))
+    make_in_turn(_kept(cache, rows, list(zip(taken, own, strict=True))), kv_nbytes(cache))
     return own
-
-
-def grow(cache: Cache, tokens: int) -> None:
-    """Make room for so many more tokens, in whole steps of all that it holds then.
-
-    mlx_lm's caches add a step to what they hold, wherever that ends: up to a step more than the
-    footprint says, in every row.
-    """
-    short = [part for part in cache_parts(cache) if _is_short(part, tokens)]
-    if short:
-        _make(_with_room(short, tokens), kv_nbytes(short))
 
 
 def _merged(joint: Cache, caches: Sequence[Cache]) -> Iterator[Any]:
@@ -92,73 +75,9 @@ def _kept(cache: Cache, rows: Sequence[int], taken: Sequence[tuple[int, Cache]])
             yield cache[layer]
 
 
-def _is_short(part: Any, tokens: int) -> bool:
-    """Whether there is no room in it for so many more."""
-    if not isinstance(part, KVCache | BatchKVCache) or part.keys is None:
-        return False
-    room: int = part.keys.shape[2]
-    return _held(part) + tokens > room
-
-
-def _held(part: KVCache | BatchKVCache) -> int:
-    held: int = part._idx if isinstance(part, BatchKVCache) else part.size()
-    return held
-
-
-def _with_room(parts: Cache, tokens: int) -> Iterator[Any]:
-    for part in parts:
-        held = _held(part)
-        size = -(-(held + tokens) // KVCache.step) * KVCache.step
-        part.keys = _grown(part.keys, held, size)
-        part.values = _grown(part.values, held, size)
-        yield part
-
-
-def _grown(array: mx.array, held: int, size: int) -> mx.array:
-    rows, heads, _, dimension = array.shape
-    spare = mx.zeros((rows, heads, size - held, dimension), array.dtype)
-    return mx.concatenate([array[..., :held, :], spare], axis=2)
-
-
 def _layers(caches: Sequence[Cache]) -> Iterator[list[Any]]:
     """The entries of each layer, which nobody else has then."""
     for cache in caches:
         cache.reverse()
     while caches[0]:
         yield [cache.pop() for cache in caches]
-
-
-def _make(entries: Iterable[Any], total: int) -> None:
-    """Have the arrays of these be made, of some of them at a time.
-
-    Args:
-        entries: asked for as they are taken.
-        total: bytes of all of them, roughly.
-    """
-    most, held = _part(total), 0
-    asked: list[mx.array] = []
-    for entry in entries:
-        for array in _arrays(entry):
-            if asked and held + array.nbytes > most:
-                mx.eval(asked)
-                asked, held = [], 0
-            asked.append(array)
-            held += array.nbytes
-    if asked:
-        mx.eval(asked)
-
-
-def _part(total: int) -> int:
-    """Bytes of copies that may be there at a time."""
-    return max(min(total // _FEW, _LITTLE), total // _MANY)
-
-
-def _arrays(entry: Any) -> Iterator[mx.array]:
-    """The arrays of a layer, none of which is a part of a larger one that stays because of it."""
-    for part in cache_parts([entry]):
-        for name in ("keys", "values"):
-            if isinstance(getattr(part, name, None), mx.array):
-                setattr(part, name, mx.contiguous(getattr(part, name)))
-                yield getattr(part, name)
-        states: Iterable[object] = getattr(part, "cache", ())
-        yield from (state for state in states if isinstance(state, mx.array))

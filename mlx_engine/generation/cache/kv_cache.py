@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
 from mlx_lm.models.cache import (
     ArraysCache,
+    BatchKVCache,
     CacheList,
     KVCache,
     QuantizedKVCache,
@@ -21,6 +22,8 @@ from mlx_lm.models.cache import (
 from mlx_engine.config import ModelConfig
 from mlx_engine.errors import InvalidRequest
 
+_FEW, _MANY = 8, 32  # parts of a cache that are copied one after another: each costs a wait
+_LITTLE = 2**25  # bytes of one of a few
 _ATTENTION_SINK = 4  # first tokens that a bounded cache keeps, as in mlx_lm
 
 Cache = list[Any]  # one entry a layer, of mlx_lm's cache classes, which share no public base
@@ -120,6 +123,87 @@ def kv_nbytes(cache: Cache) -> int:
     """Bytes that a cache has allocated."""
     total: int = sum(entry.nbytes for entry in cache)
     return total
+
+
+def grow(cache: Cache, tokens: int) -> None:
+    """Make room for so many more tokens, in whole steps of all that it holds then.
+
+    mlx_lm's caches add a step to what they hold, wherever that ends: up to a step more than the
+    footprint says, in every row.
+    """
+    short = [part for part in cache_parts(cache) if _is_short(part, tokens)]
+    if short:
+        make_in_turn(_with_room(short, tokens), kv_nbytes(short))
+
+
+def _is_short(part: Any, tokens: int) -> bool:
+    """Whether there is no room in it for so many more."""
+    if not isinstance(part, KVCache | BatchKVCache) or part.keys is None:
+        return False
+    room: int = part.keys.shape[2]
+    return _held(part) + tokens > room
+
+
+def _held(part: KVCache | BatchKVCache) -> int:
+    held: int = part._idx if isinstance(part, BatchKVCache) else part.size()
+    return held
+
+
+def _with_room(parts: Cache, tokens: int) -> Iterator[Any]:
+    for part in parts:
+        held = _held(part)
+        size = -(-(held + tokens) // KVCache.step) * KVCache.step
+        part.keys = _grown(part.keys, held, size)
+        part.values = _grown(part.values, held, size)
+        yield part
+
+
+def _grown(array: mx.array, held: int, size: int) -> mx.array:
+    rows, heads, _, dimension = array.shape
+    spare = mx.zeros((rows, heads, size - held, dimension), array.dtype)
+    return mx.concatenate([array[..., :held, :], spare], axis=2)
+
+
+def make_in_turn(entries: Iterable[Any], total: int) -> None:
+    """Have the arrays of these be made, of some of them at a time.
+
+    Args:
+        entries: asked for as they are taken.
+        total: bytes of all of them, roughly.
+    """
+    most, held = _part(total), 0
+    asked: list[mx.array] = []
+    for entry in entries:
+        for array in _arrays(entry):
+            if asked and held + array.nbytes > most:
+                mx.eval(asked)
+                asked, held = [], 0
+            asked.append(array)
+            held += array.nbytes
+    if asked:
+        mx.eval(asked)
+
+
+def _part(total: int) -> int:
+    """Bytes of copies that may be there at a time."""
+    return max(min(total // _FEW, _LITTLE), total // _MANY)
+
+
+def _arrays(entry: Any) -> Iterator[mx.array]:
+    """The arrays of a layer, none of which is a part of a larger one that stays because of it."""
+    for part in cache_parts([entry]):
+        for name in ("keys", "values"):
+            if isinstance(getattr(part, name, None), mx.array):
+                setattr(part, name, mx.contiguous(getattr(part, name)))
+                yield getattr(part, name)
+        if isinstance(part, ArraysCache):
+            keep_own_states(part)
+            yield from (state for state in part.cache if state is not None)
+
+
+def keep_own_states(part: ArraysCache) -> None:
+    """Let recurrent states that are parts of larger arrays not keep those; when they are made."""
+    part.cache = [None if state is None else mx.contiguous(state) for state in part.cache]
 
 
 def cache_parts(cache: Cache) -> Iterator[Any]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_engine.generation.cache.joint_cache import grow
-from mlx_engine.generation.cache.kv_cache import Cache
+from mlx_engine.generation.cache.kv_cache import Cache, grow
 from mlx_engine.models.split import SplitModel
 
 
