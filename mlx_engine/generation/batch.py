@@ -222,6 +222,7 @@ class Batch:
             done, merged = self._prefilling.slice(sequence, beside_others=bool(self._decoding))
         except Exception as error:  # noqa: BLE001 - the border: MLX raises anything
             self._prefilling.sequences.remove(sequence)
+            self._measure()
             self._recover()
             yield sequence.request, sequence.request.failed(error)
             return

@@ -44,7 +44,13 @@ LENGTHS = (1, 60, 250, 500)
 SEEDS = 3
 FAULT = "out of memory, by a test"
 
-Answers = dict[tuple[int, int], tuple[int, ...]]
+
+class Answers(dict[tuple[int, int], tuple[int, ...]]):
+    """By seed and length of the prompt."""
+
+    def __repr__(self) -> str:  # or each failure would show them all
+        return "answers"
+
 
 which = st.integers(0, 2)
 asked = st.tuples(
@@ -205,7 +211,7 @@ def audited(book: Ledger, total: int) -> Iterator[list[float]]:
 
 @pytest.fixture(scope="module")
 async def answers(tiny_path: Path) -> Answers:
-    found: Answers = {}
+    found = Answers()
     async with SimpleEngine(tiny_path, context_length=CONTEXT, prompt_cache_bytes=0) as engine:
         for seed in range(SEEDS):
             for length in LENGTHS:
