@@ -50,6 +50,10 @@ class Lent(Protocol):
     def give_back(self, nbytes: int) -> None:
         """Ask it for so many of them; it claims less when they are free. From any thread."""
 
+    @property
+    def pending(self) -> bool:
+        """Whether it has been asked, and has not answered. From any thread."""
+
 
 class Ledger:
     """An account for each engine, and the sum of all. Every method may be called from any thread.

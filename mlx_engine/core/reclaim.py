@@ -7,7 +7,8 @@ import time
 
 from mlx_engine.core.ledger import Account, Ledger
 
-_PATIENCE = 3.0  # seconds until what was asked for should be free
+_PATIENCE = 3.0  # seconds until what was asked for should be free, once all have answered
+_LONGEST = 60.0  # seconds for an answer: a process may be at its imports
 _LOOK = 0.02  # seconds between two looks
 
 
@@ -23,9 +24,12 @@ async def reclaim(book: Ledger, needed: int = 0) -> None:
     Cancellation: ends the waiting; what comes back is free.
     """
     goal = _ask(book, needed)
-    end = time.monotonic() + _PATIENCE
+    began = answered = time.monotonic()
     while goal is not None and (free := book.free) is not None and free < goal:
-        if time.monotonic() > end:
+        now = time.monotonic()
+        if now - began < _LONGEST and any(one.lent and one.lent.pending for one in book.accounts):
+            answered = now
+        elif now - answered > _PATIENCE:
             return
         await asyncio.sleep(_LOOK)
 

@@ -20,6 +20,7 @@ from mlx_engine.remote.part import Part
 from mlx_engine.remote.wire.frames import WireError
 from mlx_engine.remote.wire.heartbeat import Watchdog
 from mlx_engine.remote.wire.messages import (
+    BudgetTaken,
     CacheFileDone,
     Chunk,
     Done,
@@ -261,6 +262,9 @@ class Connection:
                 if self.stats is not None and self.stats.state == "failed" and not message.pending:
                     self._verdict = _FAILED  # everybody has been told why
                     self._kill()
+            case BudgetTaken():
+                if self._part is not None:
+                    self._part.took(message.memory, message.used)
             case Welcome():
                 self.welcome = message
                 self._told(message.stats)

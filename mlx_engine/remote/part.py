@@ -48,6 +48,7 @@ class Part:
         self._book = ledger()
         self._limit = 0  # the latest that it was told
         self._use = MemoryUse()  # the latest that it has told
+        self._pending = False  # it was asked for some of it, and has not answered
 
     async def take(self) -> int | None:
         """Take the part; its bytes, or ``None`` where nothing bounds it.
@@ -94,7 +95,20 @@ class Part:
             if account is None or account.lent is None or not self._limit:
                 return
             if stats.limit is not None and stats.limit <= self._limit:  # it knows
+                self._pending = False
                 account.set("processes", max(self._limit, stats.use.total))
+
+    def took(self, limit: int, used: int) -> None:
+        """The process has heard that it may have ``limit`` bytes, and has ``used`` of them."""
+        with self._lock:
+            if self._account is not None and limit == self._limit:
+                self._pending = False
+                self._account.set("processes", max(limit, used))
+
+    @property
+    def pending(self) -> bool:
+        """See ``Lent``."""
+        return self._pending
 
     def spare(self) -> int:
         """Bytes that it has no use for now: stored prompts may give way."""
@@ -109,7 +123,9 @@ class Part:
     def give_back(self, nbytes: int) -> None:
         """Ask it for so many bytes of what it has to spare."""
         with self._lock:
-            self._tell(max(0, self._limit - nbytes))
+            left = max(0, self._limit - nbytes)
+            self._pending = self._pending or left != self._limit
+            self._tell(left)
 
     def grow(self, nbytes: int) -> None:
         """Let it have so many bytes more, if they are free."""

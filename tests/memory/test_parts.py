@@ -33,7 +33,7 @@ from mlx_engine.remote.part import Part
 from mlx_engine.remote.totals import bygone, total
 from mlx_engine.remote.wire.messages import Budget, decode_from_client
 from tests.memory.machines import machine_of
-from tests.waiting import until
+from tests.waiting import turns, until
 
 pytestmark = pytest.mark.anyio
 
@@ -109,10 +109,46 @@ async def test_one_that_has_all_gives_back_what_it_has_no_use_for() -> None:
         assert process.budgets[-1] == 1000
 
 
+async def test_one_that_is_still_at_its_imports_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mlx_engine.core.reclaim._PATIENCE", 0.0)
+    with machine_of(1000) as book:
+        first, second = part("first"), part("second")
+        assert await first.take() == 1000
+        process = Process(first, MemoryUse(), obeys=False)
+        taking = asyncio.create_task(second.take())
+        await until(lambda: process.budgets, "it was asked")
+        await turns()
+        assert first.pending
+        assert not taking.done()
+        first.took(process.budgets[-1] + 1, 0)  # an answer to what was said before
+        assert first.pending
+        first.took(process.budgets[-1], process.budgets[-1] - 100)
+        assert not first.pending
+        given = await taking
+        assert claimed(book) == {"first": process.budgets[-1], "second": given}
+        assert given == 250
+
+
+async def test_one_that_has_more_by_now_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_engine.core.reclaim._PATIENCE", 0.0)
+    with machine_of(1000) as book:
+        first, second = part("first"), part("second")
+        await first.take()
+        process = Process(first, MemoryUse(), obeys=False)
+        taking = asyncio.create_task(second.take())
+        await until(lambda: process.budgets, "it was asked")
+        first.took(process.budgets[-1], 900)
+        assert await taking == 100
+        assert claimed(book) == {"first": 900, "second": 100}
+
+
 async def test_it_keeps_what_it_uses_until_it_tells_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mlx_engine.core.reclaim._PATIENCE", 0.05)
+    monkeypatch.setattr("mlx_engine.core.reclaim._LONGEST", 0.05)
     with machine_of(1000) as book:
         first = part("first")
         await first.take()
@@ -278,3 +314,22 @@ def test_the_memory_of_several_is_added_up() -> None:
     both = total("running", [stats(one), stats(other)]).memory  # type: ignore[arg-type]
     assert both == MemoryStats(100, 80, MemoryUse(weights=20, live=5), 32, 3, "stop")
     assert bygone(stats(one)).memory == MemoryStats(refused=1)
+
+
+async def test_one_that_starts_while_another_loads_has_its_part(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes a process seconds, in which it has no engine that could tell."""
+    monkeypatch.setattr("mlx_engine.core.reclaim._PATIENCE", 0.0)
+    with machine_of(64 * MIB) as book:
+        first, second = ProcessEngine(tiny_path), ProcessEngine(tiny_path)
+        loading = asyncio.create_task(first.start())
+        await until(lambda: book.use.processes == 64 * MIB, "the first has all")
+        await until(lambda: (pid := first.pid) is not None and pid > 0, "and a process")
+        async with second:
+            await loading
+            async with first:
+                assert book.use.processes <= 64 * MIB
+                assert min(one.use.processes for one in book.accounts) > 8 * MIB
+                for engine in (first, second):
+                    assert (await engine.generate("a", max_tokens=2)).tokens

@@ -24,6 +24,7 @@ import time
 from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
+from mlx_engine.core.ledger import ledger
 from mlx_engine.core.threads import in_thread
 from mlx_engine.errors import MLXEngineError, ModelLoadError, describe
 from mlx_engine.outputs import Progress
@@ -32,6 +33,7 @@ from mlx_engine.remote.serving.heartbeats import Heartbeats
 from mlx_engine.remote.wire.frames import FrameSplitter, framed
 from mlx_engine.remote.wire.messages import (
     Budget,
+    BudgetTaken,
     Configure,
     Draining,
     Hello,
@@ -185,6 +187,7 @@ class _Server(asyncio.Protocol):
                 if self._engine is not None:
                     self._engine.limit_memory(message.memory)
                     self._tell_soon()
+                self._outbox.put(BudgetTaken(message.memory, ledger().use.total))
             case Shutdown():  # not while it loads: then the parent kills it
                 self._drain(message.remaining)
             case _:

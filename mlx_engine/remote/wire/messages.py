@@ -25,7 +25,7 @@ from mlx_engine.remote.wire.json_values import extension_from_wire
 
 T = TypeVar("T")
 
-VERSION = 6
+VERSION = 7
 MAGIC = "mlx_engine"
 
 Phase = Literal["start", "load", "idle", "prefill", "decode"]
@@ -67,6 +67,18 @@ class Budget(_Message):
     """Bytes that the engine may have from now on; only the parent of its process says that."""
 
     memory: int
+
+
+class BudgetTaken(_Message):
+    """The engine's process will have no more than that, once it has dropped what it has beyond.
+
+    Attributes:
+        memory: bytes, as in the ``Budget`` that this answers.
+        used: bytes that it has now.
+    """
+
+    memory: int
+    used: int
 
 
 Chat = tuple[list[Any], list[Any] | None, dict[str, Any], dict[str, Any]]
@@ -254,6 +266,7 @@ ToClient = (
     | CacheFileDone
     | ErrorReply
     | Heartbeat
+    | BudgetTaken
     | Draining
     | Stopped
 )
