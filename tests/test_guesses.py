@@ -19,7 +19,7 @@ from mlx_engine import (
     SimpleEngine,
     Timings,
 )
-from mlx_engine.testing import FakeAnswer, FakeEngine, ScriptError
+from mlx_engine.testing import FakeAnswer, FakeEngine, Gate, ScriptError
 
 pytestmark = pytest.mark.anyio
 
@@ -141,6 +141,11 @@ async def test_scripts() -> None:
     with pytest.raises(ScriptError, match="calls and no text"):
         async with FakeEngine("Looking") as engine:
             await engine.chat(HI, tools=[TOOL], tool_choice="required")
+
+
+async def test_who_comes_to_a_gate() -> None:
+    with pytest.raises(TypeError, match="by is the task"):
+        await Gate().reached(by=8)  # type: ignore[arg-type]
 
 
 async def test_how_a_request_has_ended() -> None:

@@ -61,10 +61,13 @@ class Gate:
             by: the task that is to bring it there: the wait ends with it.
 
         Raises:
+            TypeError: ``by`` is no task.
             ScriptError: nobody will come any more: ``by`` is over, the engines have ended, a script
                 has a mistake, or no task is left in this event loop that could ask, and one has
                 failed, or nothing has happened for a minute.
         """
+        if by is not None and not isinstance(by, asyncio.Future):
+            raise TypeError(f"by is the task that is to come there, not {by!r}")
         watch: _Watch | None = None
         try:
             while True:

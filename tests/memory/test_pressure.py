@@ -156,7 +156,7 @@ async def test_a_batch_takes_up_no_more_and_nobody_is_aborted(tiny_path: Path) -
             for _ in range(3):
                 watch.look()
             assert engine.stats().memory.stage == "stop"
-            first = engine.stream_generate([5] * 40, max_tokens=2000, ignore_eos=True)
+            first = engine.stream_generate([5] * 40, max_tokens=16000, ignore_eos=True)
             await anext(first)
             second = engine.stream_generate([6] * 40, max_tokens=3, ignore_eos=True)
             waiting = asyncio.ensure_future(anext(second))

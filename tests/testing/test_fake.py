@@ -375,9 +375,15 @@ async def test_time_is_taken_for_tokens_and_prompts() -> None:
 
 
 async def test_a_batch_takes_its_steps_together() -> None:
-    async with FakeEngine("a b c d", seconds_per_token=0.02, max_batch_size=8) as engine:
-        await engine.generate_batch(["x"] * 8)
-        assert engine.stats().decode_seconds == pytest.approx(5 * 0.02)
+    gate = Gate()
+    answer = [gate, "a", " b", " c", " d"]
+    async with FakeEngine(answer, seconds_per_token=0.02, max_batch_size=8) as engine:
+        batch = asyncio.create_task(engine.generate_batch(["x"] * 8))
+        await gate.reached(8, by=batch)
+        before = engine.stats().decode_seconds
+        gate.open()
+        await batch
+        assert engine.stats().decode_seconds - before == pytest.approx(5 * 0.02)
 
 
 async def test_a_long_prompt_is_left_when_cancelled() -> None:
