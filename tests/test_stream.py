@@ -155,7 +155,7 @@ async def test_collecting_reads_what_is_left(engine: SimpleEngine) -> None:
     assert first.tokens == result.tokens[:1]
     with pytest.raises(StreamConsumed):
         aiter(stream)
-    closed = stream_of(engine)
+    closed = stream_of(engine, 10_000)
     await anext(closed)
     await closed.aclose()
     assert (await closed.collect()).finish_reason == "cancelled"
