@@ -124,9 +124,10 @@ async def test_why_nobody_answers_is_told(tmp_path: Path) -> None:
 
 
 async def test_something_else_than_a_host_at_the_socket_is_an_error_of_start() -> None:
-    async def babble(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         await writer.drain()
+        await reader.read()  # or the client may see a closed connection before these words
         writer.close()
 
     with short_folder() as folder:
