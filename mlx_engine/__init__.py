@@ -3,7 +3,7 @@
     async with SimpleEngine("demo") as engine:
         result = await engine.generate("The capital of France is")
 
-Its names, each of which has a ``help`` of its own:
+Its names, of which classes and functions have a ``help`` of their own:
 
     engines          SimpleEngine BatchedEngine ProcessEngine EngineManager RayEngine RemoteEngine,
                      Engine (their interface, for annotations) BaseEngine (what they are made of),

@@ -168,6 +168,12 @@ class ChatTemplate:
             special_tokens=self._special,
         )
 
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Whether the model is shown its tools, in a conversation with or without instructions."""
+        probes = self._probes(True, {})
+        return probes.shows_tools(False) or probes.shows_tools(True)
+
     def render(self, prompt: ChatPrompt) -> RenderedPrompt:
         """The prompt that a conversation becomes.
 

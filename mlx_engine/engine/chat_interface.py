@@ -37,8 +37,9 @@ class ChatEngine(Protocol):
     @property
     @abc.abstractmethod
     def supports_tools(self) -> bool:
-        """Whether the model's calls of tools can be read: its chat template, or ``tool_format``,
-        says how it writes them. ``False`` while no model is loaded. From any thread.
+        """Whether chats may have ``tools``: the chat template shows them to the model, and it, or
+        ``tool_format``, says how calls are written. ``False`` while no model is loaded. From any
+        thread.
         """
 
     @property

@@ -74,9 +74,9 @@ class ModelHolder:
 
     @property
     def supports_tools(self) -> bool:
-        """Whether calls of tools can be read. From any thread."""
+        """Whether the model is shown tools, and its calls can be read. From any thread."""
         runner = self._runner
-        return runner is not None and runner.loaded.vocabulary.answer_format.has_calls
+        return runner is not None and runner.loaded.vocabulary.supports_tools
 
     @property
     def supports_reasoning(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_engine.chat.answer_format import AnswerFormat
+from mlx_engine.chat.template import ChatTemplate
 from mlx_engine.models.grammar_compiler import Grammars
 
 _ALL_IS_TEXT = AnswerFormat()
@@ -41,6 +42,13 @@ class Vocabulary:
     grammars: Grammars
     answer_format: AnswerFormat = _ALL_IS_TEXT
     cuttable: bool = True
+
+    @property
+    def supports_tools(self) -> bool:
+        """Whether the model is shown tools, and its calls of them can be read."""
+        if not (self.tokenizer.has_chat_template and self.answer_format.has_calls):
+            return False
+        return ChatTemplate.of(self.tokenizer).shows_tools
 
     def special_tokens(self) -> dict[str, int]:
         """The ids of tokens that are no text, by their names, without those that end an answer.

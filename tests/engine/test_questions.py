@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -312,6 +313,21 @@ async def test_what_a_model_can_do_is_told(tiny_path: Path, engine_type: Any) ->
     assert (engine.supports_tools, engine.supports_reasoning) == (False, False)
     async with engine_type(tiny_path, tool_format="none", reasoning_format="none") as engine:
         assert (engine.supports_tools, engine.supports_reasoning) == (False, False)
+
+
+async def test_a_model_that_is_not_shown_tools_supports_none(
+    tiny_path: Path, tmp_path: Path, engine_type: Any
+) -> None:
+    """Whatever the format in which it might call them."""
+    folder = shutil.copytree(tiny_path, tmp_path / "model")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    async with engine_type(folder, tool_format="hermes") as engine:
+        assert not engine.supports_tools
+        with pytest.raises(InvalidRequest, match=r"does not show tools.*engine\.supports_tools"):
+            await engine.chat(USER, tools=[TOOL], max_tokens=1)
+        assert (await engine.chat(USER, max_tokens=1)).tokens
+        assert not engine.supports_tools
 
 
 async def test_log_probabilities_have_the_text_of_their_tokens(engine: BaseEngine) -> None:
