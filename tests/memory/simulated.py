@@ -13,8 +13,6 @@ from collections.abc import Collection, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
-from mlx_engine.generation.live_memory import LiveMemory, check_prompt
-
 from mlx_engine.core.counters import EngineCounters
 from mlx_engine.core.ledger import Account, Ledger
 from mlx_engine.core.pressure import admits
@@ -24,6 +22,7 @@ from mlx_engine.generation import batch as real
 from mlx_engine.generation.cache.kv_cache import KVFootprint
 from mlx_engine.generation.memory import MemoryBudget
 from mlx_engine.generation.sequence import Sequence
+from mlx_engine.generation.single_memory import LiveMemory, check_prompt
 from mlx_engine.memory_stats import MemoryStats, MemoryUse
 from mlx_engine.remote.part import Part
 from mlx_engine.remote.wire.messages import Budget, decode_from_client
