@@ -238,6 +238,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "DecodeBatch", Decoding)
     monkeypatch.setattr(batch, "PrefillQueue", Prefilling)
     monkeypatch.setattr("mlx_engine.core.reclaim._PATIENCE", 0.001)
+    monkeypatch.setattr("mlx_engine.core.reclaim._LONGEST", 0.001)
     monkeypatch.setattr("mlx_engine.core.reclaim._LOOK", 0.0)
     monkeypatch.setattr("mlx_engine.engine.engine_memory.watch_pressure", lambda: None)
 
