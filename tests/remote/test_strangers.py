@@ -73,10 +73,11 @@ async def test_another_version_is_told_who_has_to_upgrade(host: EngineHost) -> N
 async def test_a_client_of_another_version_raises_that_at_its_start(
     host: EngineHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    newer = VERSION + 1
     monkeypatch.setattr(
-        RemoteEngine, "_greeting", lambda self: lambda _: encode([Hello(version=7)])
+        RemoteEngine, "_greeting", lambda self: lambda _: encode([Hello(version=newer)])
     )
-    with pytest.raises(EngineDead, match="the client speaks 7: upgrade the host"):
+    with pytest.raises(EngineDead, match=f"the client speaks {newer}: upgrade the host"):
         await RemoteEngine(host.path).start()
 
 
