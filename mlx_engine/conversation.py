@@ -20,6 +20,9 @@ from mlx_engine.outputs import GenerationResult
 class Message(TypedDict, total=False):
     """A message of a chat, as in OpenAI's API: what ``list[Message]`` holds for type checkers.
 
+    ``role`` must be there. Without ``content`` a message has no text, and without
+    ``tool_call_id`` the result of a tool answers the first call that has none yet.
+
     Attributes:
         role: of the speaker: ``system`` or ``developer``, ``user``, ``assistant``, ``tool``.
         content: text, or a list of parts of it, ``{"type": "text", "text": ...}``; ``None`` in a

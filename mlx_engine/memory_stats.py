@@ -24,6 +24,9 @@ class MemoryUse:
         live: KV caches of the requests in work, and what their drafts keep.
         stored: KV caches of earlier prompts.
         processes: parts that engines in other processes may use, whatever they do with them.
+        models: weights, drafts and processes: what stays as long as an engine does.
+        caches: live and stored: what comes and goes with requests.
+        total: all of it.
     """
 
     weights: int = 0

@@ -98,7 +98,7 @@ class MemoryBudget:
             request.limit = min(most if request.limit is None else request.limit, most - length)
         new = 1 if request.limit is None else request.limit
         if length + new > most:
-            need = self._footprint.nbytes(length + new)
+            need = self._footprint.claim(length + new)
             raise InvalidRequest(
                 "prompt",
                 f"{length} prompt tokens and up to {new} new ones need {need} bytes of "
@@ -120,7 +120,7 @@ class MemoryBudget:
             return 0
         # In a batch, every sequence is padded to the longest one.
         longest = max(_length(request, ahead) for request in requests)
-        own = len(requests) * self._footprint.nbytes(longest)
+        own = self._footprint.claim(longest, len(requests))
         return own + sum(self._besides(request, ahead) for request in requests)
 
     def _besides(self, request: Request, ahead: int | None) -> int:

@@ -91,7 +91,7 @@ class LiveMemory:
         )
 
     def _need(self, tokens: int) -> int:
-        expected = sum(footprint.nbytes(tokens) for footprint in self._footprints)
+        expected = sum(footprint.claim(tokens) for footprint in self._footprints)
         return max(expected, self._sequence.nbytes)
 
     def _reach(self, tokens: int) -> bool:
@@ -107,7 +107,7 @@ def check_prompt(account: Account, footprint: KVFootprint, request: Request) -> 
     Raises:
         InvalidRequest: with both numbers.
     """
-    most, need = account.most("live", "stored"), footprint.nbytes(len(request.prompt) + 1)
+    most, need = account.most("live", "stored"), footprint.claim(len(request.prompt) + 1)
     if most is not None and need > most:
         raise InvalidRequest(
             "prompt",

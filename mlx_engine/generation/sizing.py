@@ -103,15 +103,16 @@ def table(size: ModelSize, memory: int | None) -> list[dict[str, Any]]:
     A quantised KV cache is that of one request: mlx-lm cannot batch those.
 
     Returns:
-        Rows with ``context`` and ``batch``, ``kv_bits``, ``kv_bytes``, ``bytes`` with the weights,
-        and ``fits``, which is ``None`` where the machine's memory is not known.
+        Rows with ``context`` and ``batch``, ``kv_bits``, ``kv_bytes`` (of a model with few layers
+        with what their copies need), ``bytes`` with the weights, and ``fits``, which is ``None``
+        where the machine's memory is not known.
     """
     room = room_beside(size.weights, memory)
     rows: list[dict[str, Any]] = []
     for bits, footprint in size.footprints.items():
         for context in size.contexts():
             for batch in BATCHES if bits is None else BATCHES[:1]:
-                need = batch * footprint.nbytes(context)
+                need = footprint.claim(context, batch)
                 rows.append(
                     {
                         "context": context,

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from mlx_engine.generation.cache import kv_cache
 from mlx_engine.generation.cache.joint_cache import extend, keep_rows, merge
-from mlx_engine.generation.cache.kv_cache import Cache, grow, kv_nbytes
+from mlx_engine.generation.cache.kv_cache import Cache, footprint_of, grow, kv_nbytes
 from tests.conftest import on_mlx_thread
 
 pytestmark = pytest.mark.anyio
@@ -27,8 +27,13 @@ def this_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "_LITTLE", 0)
 
 
-def filled(length: int = LENGTH, kind: Callable[[], Any] = KVCache, number: int = 0) -> Cache:
-    cache = [kind() for _ in range(LAYERS)]
+def filled(
+    length: int = LENGTH,
+    kind: Callable[[], Any] = KVCache,
+    number: int = 0,
+    layers: int = LAYERS,
+) -> Cache:
+    cache = [kind() for _ in range(layers)]
     for layer, entry in enumerate(cache):
         value = mx.full((1, 4, length, 64), float(layer * 1000 + number))
         entry.update_and_fetch(value, value + 1)
@@ -106,6 +111,28 @@ def test_the_state_of_a_row_that_goes_does_not_keep_those_of_others() -> None:
         own = keep_rows(cache, [], [3])
     assert kv_nbytes(own[0]) == 2**22
     assert mx.get_active_memory() - before < 2**22 * 1.1
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4, 8, 16])
+@on_mlx_thread
+def test_a_copy_has_room_in_the_claim_and_the_tenth_that_is_free(layers: int) -> None:
+    with mx.stream(generation_stream):
+        cache = merge([filled(number=n, layers=layers) for n in range(7)])
+        one = filled(number=7, layers=layers)
+        footprint, most, before = footprint_of(one), 0, mx.get_active_memory() - kv_nbytes(cache)
+        for do in (
+            lambda: extend(cache, [one], joint=False, batched=True),
+            lambda: grow(cache, 1),
+            lambda: keep_rows(cache, [0, 2, 3, 4, 5, 6], []),
+        ):
+            mx.reset_peak_memory()
+            do()
+            most = max(most, mx.get_peak_memory() - before)
+    claimed = footprint.claim(LENGTH + 1, rows=8)
+    assert footprint.nbytes(LENGTH + 1) * 8 <= claimed
+    assert (claimed > footprint.nbytes(LENGTH + 1) * 8) == (layers < 9)
+    assert most <= claimed * 10 / 9
+    assert footprint.claim(footprint.tokens(claimed) or 0) <= claimed
 
 
 @on_mlx_thread

@@ -24,6 +24,7 @@ from mlx_engine.errors import InvalidRequest
 
 _FEW, _MANY = 8, 32  # parts of a cache that are copied one after another: each costs a wait
 _LITTLE = 2**25  # bytes of one of a few
+_TENTH = 9  # parts of memory that are claimed, for one that is not and copies may have
 _ATTENTION_SINK = 4  # first tokens that a bounded cache keeps, as in mlx_lm
 
 Cache = list[Any]  # one entry a layer, of mlx_lm's cache classes, which share no public base
@@ -229,20 +230,33 @@ class KVFootprint:
 
     def nbytes(self, tokens: int) -> int:
         """Bytes for so many tokens; caches grow in steps."""
-        held: int = -(-tokens // KVCache.step) * KVCache.step
-        return self.fixed + sum(
-            size * (held if most is None else min(held, most)) for size, most in self.layers
-        )
+        return self.fixed + sum(self._layers(tokens))
+
+    def claim(self, tokens: int, rows: int = 1) -> int:
+        """Bytes to be had for so many rows of as many tokens.
+
+        Those of ``nbytes``, and room for the copy of a layer that is made when they grow, come or
+        go: as much of it as the tenth, which is kept free of whatever is claimed, is too small
+        for. With ten layers that grow, or with little memory, there is none of that.
+        """
+        own = rows * self.nbytes(tokens)
+        copied = rows * max(self._layers(tokens), default=0)
+        return own + max(0, copied - max(own // _TENTH, _LITTLE))
 
     def tokens(self, nbytes: int) -> int | None:
-        """The most tokens that fit into so many bytes; ``None`` if any number does."""
-        if self.nbytes(2**40) <= nbytes:
+        """The most tokens of one row that fit into so many bytes; ``None`` if any number does."""
+        if self.claim(2**40) <= nbytes:
             return None
         low, high = 0, 2**40
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.nbytes(middle) <= nbytes else (low, middle)
+            low, high = (middle, high) if self.claim(middle) <= nbytes else (low, middle)
         return low
+
+    def _layers(self, tokens: int) -> Iterator[int]:
+        held: int = -(-tokens // KVCache.step) * KVCache.step
+        for size, most in self.layers:
+            yield size * (held if most is None else min(held, most))
 
 
 def measure_kv(model: nn.Module, config: ModelConfig) -> KVFootprint:
