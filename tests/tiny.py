@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -44,6 +45,12 @@ def make_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
     return fast
 
 
+def inner(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that is of the text model."""
+    part: dict[str, Any] = config.get("text_config") or config
+    return part
+
+
 def make_model(
     folder: Path,
     seed: int = 0,
@@ -55,7 +62,7 @@ def make_model(
     """Write config, weights (float32) and tokenizer; ``other`` changes entries of the config."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(chat=chat)
-    config = {
+    config: dict[str, Any] = {
         "model_type": "llama",
         "hidden_size": 64,
         "num_hidden_layers": layers,
@@ -75,7 +82,7 @@ def make_model(
     family = import_module(f"mlx_lm.models.{config['model_type']}")
     model = family.Model(family.ModelArgs.from_dict(config))
     # Larger than usual weights: greedy output then does not fall into a loop at once.
-    scale = 2 / model.args.hidden_size**0.5
+    scale = 2 / inner(config)["hidden_size"] ** 0.5
     weights = {
         name: value if "norm" in name else mx.random.normal(value.shape) * scale
         for name, value in tree_flatten(model.parameters())

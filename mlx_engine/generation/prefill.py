@@ -22,6 +22,8 @@ from mlx_engine.generation.cache.kv_cache import (
 
 _LONGEST = 1.0  # seconds of a chunk, roughly: a cancelled request leaves with its chunk
 _SMALLEST = 16  # tokens of one, however slow the model is
+_CAUTIOUS = 64  # tokens of the first one for which others wait, before any was measured
+_SMOOTHING = 0.5  # weight of the newest chunk in the average
 
 
 class ChunkSize:
@@ -29,7 +31,7 @@ class ChunkSize:
 
     It is halved as often as a chunk takes longer than a second, and doubled again while one takes
     less than a quarter of that: so a model that is fast has the same chunks always, of all the
-    tokens that may be in one.
+    tokens that may be in one. While others wait for it, a chunk has fewer, by what a token took.
 
     Args:
         most: tokens.
@@ -40,11 +42,23 @@ class ChunkSize:
         self._most = most
         self._fixed = fixed
         self._halvings = 0
+        self._token_seconds = 0.0  # of the chunks by now; 0 is not known yet
 
     @property
     def tokens(self) -> int:
         """Tokens of the next chunk."""
         return self._most >> self._halvings
+
+    def within(self, seconds: float | None) -> int:
+        """Tokens of the next chunk if others wait for it, so many seconds at most, roughly;
+        ``None`` is no bound.
+        """
+        if seconds is None:
+            return self.tokens
+        if not self._token_seconds:
+            return min(_CAUTIOUS, self.tokens)
+        fit = min(self._most, seconds / self._token_seconds)
+        return min(self.tokens, max(_SMALLEST, int(fit)))
 
     def is_long(self, token_seconds: float) -> bool:
         """Whether a chunk takes long if a token takes so many seconds."""
@@ -57,6 +71,10 @@ class ChunkSize:
 
     def took(self, seconds: float, tokens: int) -> None:
         """Learn that a chunk of so many tokens took so long."""
+        if tokens >= _SMALLEST:
+            latest, known = seconds / tokens, self._token_seconds
+            # Slower at once, faster by and by: a token takes longer the more are before it.
+            self._token_seconds = max(latest, known + _SMOOTHING * (latest - known))
         if seconds > _LONGEST:
             self._halve()
         elif seconds < _LONGEST / 4 and tokens >= self.tokens and self._halvings:

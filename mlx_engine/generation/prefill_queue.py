@@ -13,29 +13,7 @@ from mlx_engine.generation.prefill import may_pad, padded_prefill
 from mlx_engine.generation.runner import ModelRunner
 from mlx_engine.generation.sequence import Sequence
 
-_CAUTIOUS = 64  # tokens of the first slice beside running sequences, before any was measured
-_SMALLEST = 16  # tokens of a slice, however slow the prefill is
-_SMOOTHING = 0.5  # weight of the newest slice in the average
 _WORTH_WAITING = 64  # tokens in common; fewer are prefilled together sooner than one by one
-
-
-class _Pace:
-    """The pace at which a model prefills.
-
-    Attributes:
-        token_seconds: seconds a token; 0 is not known yet.
-    """
-
-    def __init__(self) -> None:
-        self.token_seconds = 0.0
-
-    def measured(self, seconds: float, tokens: int) -> None:
-        """Learn that so many tokens took so long."""
-        if tokens < _SMALLEST:
-            return
-        latest, known = seconds / tokens, self.token_seconds
-        # Slower at once, faster by and by: a token takes longer the more there are before it.
-        self.token_seconds = max(latest, known + _SMOOTHING * (latest - known))
 
 
 class PrefillQueue:
@@ -53,7 +31,6 @@ class PrefillQueue:
     def __init__(self, runner: ModelRunner, max_pause: float | None) -> None:
         self._runner = runner
         self._max_pause = max_pause
-        self._pace, self._draft_pace = _Pace(), _Pace()
         self._first_next = True
         self._may_pad = may_pad(runner.loaded.model, runner.config)
         self.sequences: list[Sequence] = []
@@ -125,10 +102,8 @@ class PrefillQueue:
             Exception: MLX failed; only ``sequence`` is concerned.
         """
         self.begin(sequence)
-        scoring = sequence.sparse is not None and sequence.sparse.scoring
-        pace = self._draft_pace if scoring else self._pace
         chunk = self._runner.chunk_of(sequence)
-        size = min(chunk.tokens, self._tokens(pace)) if beside_others else chunk.tokens
+        size = chunk.within(self._max_pause if beside_others else None)
         group = self._group(sequence, size)
         before = sum(each.held for each in group)
         began = time.perf_counter()
@@ -140,18 +115,8 @@ class PrefillQueue:
             tokens = self._runner.prefill_step(sequence, size)
         seconds = time.perf_counter() - began
         self._runner.counters.prefill_seconds += seconds
-        pace.measured(seconds, tokens)
         chunk.took(seconds, tokens)
         return [each for each in group if not each.left], merged
-
-    def _tokens(self, pace: _Pace) -> int:
-        """Tokens of the next slice, while running sequences wait for it."""
-        most = self._runner.config.prefill_step_size
-        if self._max_pause is None:
-            return most
-        if not pace.token_seconds:
-            return min(_CAUTIOUS, most)
-        return min(most, max(_SMALLEST, int(min(most, self._max_pause / pace.token_seconds))))
 
     def begin(self, sequence: Sequence) -> None:
         """Give a sequence its cache, if it has none, with what is stored of its tokens.

@@ -25,7 +25,7 @@ from mlx_engine import (
     SimpleEngine,
     SpecPrefill,
 )
-from mlx_engine.generation import prefill_queue
+from mlx_engine.generation import prefill
 from mlx_engine.generation.cache.prompt_cache import PromptCache
 from mlx_engine.generation.cache.snapshot import length
 from mlx_engine.generation.speculative.drafter import ModelDrafter
@@ -216,13 +216,13 @@ async def test_the_pace_of_prefill_counts_what_went_through_each_model(
     def noted(self: Any, seconds: float, tokens: int) -> None:
         counted[id(self)] = counted.get(id(self), 0) + tokens
 
-    monkeypatch.setattr(prefill_queue._Pace, "measured", noted)
+    monkeypatch.setattr(prefill.ChunkSize, "took", noted)
     async with BatchedEngine(tiny_path, prefill=sparse(tiny_path)) as engine:
         result = await engine.generate(LONG, **OPTIONS)
-        queue = engine._holder.batch()._prefilling
+        runner = engine._holder.runner()
         assert result.usage.kept_tokens is not None
-        assert counted[id(queue._pace)] == result.usage.kept_tokens - 1
-        assert 850 < counted[id(queue._draft_pace)] <= len(LONG)
+        assert counted[id(runner.chunk)] == result.usage.kept_tokens - 1
+        assert 850 < counted[id(runner.draft_chunk)] <= len(LONG)
 
 
 # ── memory ──────────────────────────────────────────────────────────────────────────────────

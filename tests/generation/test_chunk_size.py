@@ -55,6 +55,19 @@ def test_it_stays_where_answers_depend_on_it() -> None:
     assert chunk.tokens == 512
 
 
+def test_one_that_others_wait_for_is_as_long_as_they_may_wait() -> None:
+    chunk = ChunkSize(512, fixed=False)
+    assert (chunk.within(None), chunk.within(0.05)) == (512, 64), "nothing is known yet"
+    chunk.took(0.064, 64)
+    assert (chunk.within(None), chunk.within(0.05), chunk.within(0.001)) == (512, 50, 16)
+    chunk.took(0.2, 100)
+    assert chunk.within(0.05) == 25, "slower at once"
+    chunk.took(0.1, 100)
+    assert chunk.within(0.05) == 33, "faster by and by"
+    chunk.took(9.0, 3)
+    assert chunk.within(0.05) == 33, "a few tokens say nothing of many"
+
+
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if each chunk took too long."""

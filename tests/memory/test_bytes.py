@@ -28,6 +28,7 @@ KINDS = [
     "falcon_h1",
     "gemma3_text",
     "gpt_oss",
+    "qwen3_5",
     "qwen3_moe",
     "qwen3_next",
     "jamba",
@@ -81,6 +82,9 @@ class Measured:
 def config_of(kind: str) -> dict[str, Any]:
     changed = {**CONFIG, **OTHER.get(kind, {}), **LARGER, **ARCHITECTURES.get(kind, {})}
     changed |= SIZED.get(kind, {})
+    if "text_config" in changed:
+        text = {**changed["text_config"], **LARGER, "vocab_size": VOCABULARY}
+        changed["text_config"] = {key: text[key] for key in text if key != "rope_scaling"}
     if kind == "gpt_oss":
         changed["layer_types"] = ["sliding_attention", "full_attention"] * 2
     del changed["rope_scaling"]  # transformers warns of it, even where it is None
