@@ -66,6 +66,16 @@ class Access:
         client = scope.get("client")
         return str(client[0] if client else "").encode()
 
+    def check_place(self, client: bytes) -> None:
+        """Whether a client has a place left.
+
+        Raises:
+            Failure: it has none.
+        """
+        if self._busy[client] >= self._most:
+            said = f"this client has {self._most} requests in work already, which is the most"
+            raise Failure("busy", said, retry_after=1)
+
     @contextlib.contextmanager
     def place(self, client: bytes) -> Iterator[None]:
         """One of the places that a client has.
@@ -73,9 +83,7 @@ class Access:
         Raises:
             Failure: it has none left.
         """
-        if self._busy[client] >= self._most:
-            said = f"this client has {self._most} requests in work already, which is the most"
-            raise Failure("busy", said, retry_after=1)
+        self.check_place(client)
         self._busy[client] += 1
         try:
             yield

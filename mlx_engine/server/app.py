@@ -24,6 +24,7 @@ from mlx_engine.server.anthropic import Messages
 from mlx_engine.server.anthropic_events import error_body as anthropic_error
 from mlx_engine.server.api import Api
 from mlx_engine.server.arguments import no_others
+from mlx_engine.server.body import Bodies
 from mlx_engine.server.chat_completions import ChatCompletions
 from mlx_engine.server.completions import Completions
 from mlx_engine.server.endpoint import Endpoint
@@ -81,9 +82,10 @@ def create_app(
         hosts: names by which clients may call the server, ``mlx_engine.server.LOOPBACK`` for one
             that only this machine can reach; ``None`` takes all.
         defaults: for what requests leave open; ``max_tokens`` by default is what the context holds.
-        max_body_bytes: of a request.
+        max_body_bytes: of a request; of all that are on their way, four times as many.
         body_seconds: that the body of a request may take to come.
-        max_requests_per_client: in work or waiting; a client is a key, or else an address.
+        max_requests_per_client: in work or waiting, and as many whose bodies are on their way, of
+            which the first gives way to one more; a client is a key, or else an address.
         idle_timeout: seconds after which what was loaded here is unloaded, if nobody asks for it.
         max_loaded_models: of those loaded here, in memory at once. One that is asked for beyond
             that takes the place of the one used least recently, when that has no requests.
@@ -109,8 +111,11 @@ def create_app(
         access=Access(api_keys, hosts, most),
         metrics=Metrics(models),
         defaults=replace(SamplingParams(), max_tokens=None) if defaults is None else defaults,
-        max_body_bytes=integer("max_body_bytes", max_body_bytes, low=1),
-        body_seconds=_seconds("body_seconds", body_seconds),
+        bodies=Bodies(
+            integer("max_body_bytes", max_body_bytes, low=1),
+            most,
+            _seconds("body_seconds", body_seconds),
+        ),
         keep_alive_seconds=_seconds("keep_alive_seconds", keep_alive_seconds),
         patience_seconds=_seconds("patience_seconds", patience_seconds),
         steady_prompts=flag("steady_prompts", steady_prompts),

@@ -14,7 +14,6 @@ from mlx_engine.server.access import Scope
 from mlx_engine.server.answers import Answer, Answering
 from mlx_engine.server.api import Api
 from mlx_engine.server.asked import Asked, Fields
-from mlx_engine.server.body import read_json
 from mlx_engine.server.connected import do_while_connected
 from mlx_engine.server.failures import Failure
 from mlx_engine.server.models import Model
@@ -69,8 +68,11 @@ class Exchange:
         """Answer it; how that ended."""
         try:
             client = self._site.access.check(scope)
+            self._site.access.check_place(client)
+            declared = dict(scope["headers"]).get(b"content-length", b"")
+            body = await self._site.bodies.read_json(self._receive, client, declared)
             with self._site.access.place(client):
-                asked = await self._read(scope)
+                asked = self._read(body)
                 if self._site.steady_prompts and isinstance(asked.messages, list):
                     asked = replace(asked, messages=steady(asked.messages))
                 name, model = self._site.models.choose(asked.model)
@@ -85,10 +87,7 @@ class Exchange:
                 await self._reply.json(failure.status, told, failure.headers)
             return str(failure.status)
 
-    async def _read(self, scope: Scope) -> Asked:
-        declared = dict(scope["headers"]).get(b"content-length", b"")
-        most, seconds = self._site.max_body_bytes, self._site.body_seconds
-        body = await read_json(self._receive, most, seconds, declared)
+    def _read(self, body: object) -> Asked:
         try:
             return self._api.read(Fields(body))
         except RecursionError as error:

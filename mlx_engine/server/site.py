@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from mlx_engine.params import SamplingParams
 from mlx_engine.server.access import Access
+from mlx_engine.server.body import Bodies
 from mlx_engine.server.metrics import Metrics
 from mlx_engine.server.models import Models
 
@@ -20,8 +21,7 @@ class Site:
         access: who may ask.
         metrics: what is counted.
         defaults: sampling parameters for what a request leaves open.
-        max_body_bytes: of a request.
-        body_seconds: that a body may take to come.
+        bodies: that are on their way.
         keep_alive_seconds: of silence, after which a stream gets a sign of life.
         patience_seconds: for which a client may read nothing of what is sent to it.
         steady_prompts: whether ``volatile`` text is taken out of prompts.
@@ -32,8 +32,7 @@ class Site:
     access: Access
     metrics: Metrics
     defaults: SamplingParams
-    max_body_bytes: int
-    body_seconds: float
+    bodies: Bodies
     keep_alive_seconds: float
     patience_seconds: float
     steady_prompts: bool
