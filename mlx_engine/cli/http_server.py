@@ -12,13 +12,15 @@ from functools import partial
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlx_engine.checks import integer
 from mlx_engine.errors import InvalidRequest
 
 _HEAD_SECONDS = 15.0  # for the head of a request; a body has a limit of its own, the application's
 _CONNECTIONS = 2_000  # at once; beyond that, those that wait for a request make room
+_BURST = 2_000  # that may be there beside, as long as those that make room are being closed
+_BACKLOG = 1_000  # that come at a moment
 _FILES = 4_096  # open ones that are enough for that; macOS begins with 256
 
 
@@ -34,7 +36,8 @@ class HttpServer(uvicorn.Server):
                 ws="none",
                 log_config=None,
                 server_header=False,
-                limit_concurrency=_CONNECTIONS + 1,
+                backlog=_BACKLOG,
+                limit_concurrency=_CONNECTIONS + _BURST,
             )
         )
         _allow_files()
@@ -50,8 +53,11 @@ class HttpServer(uvicorn.Server):
             await asyncio.sleep(0.01)
 
 
-class _Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+class _Connection(H11Protocol):
     """A connection that is closed when the head of a request does not come to its end.
+
+    Of h11, which has a limit for heads; httptools, which uvicorn would take where it finds it, has
+    none.
 
     Args:
         others: the open connections of the server, as long ago as they came or had a request.

@@ -243,6 +243,7 @@ async def test_a_head_that_does_not_come_to_its_end_and_an_answer_that_takes_lon
 async def test_more_connections_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that wait for a request make room, the oldest first; those that have one do not."""
     monkeypatch.setattr(http_server, "_CONNECTIONS", 20)
+    monkeypatch.setattr(http_server, "_BURST", 1)
     gate = Gate()
     async with FakeEngine([gate, "Hi."], max_batch_size=32) as engine:
         server = http_server.HttpServer(create_app(engine))
