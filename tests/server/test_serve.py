@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import re
 import signal
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,30 @@ async def test_a_head_that_does_not_come_to_its_end_and_an_answer_that_takes_lon
                 gate.open()
                 assert (await asking).status_code == 200
                 assert (await client.get("/health")).status_code == 200
+            server.should_exit = True
+            await serving
+
+
+async def test_who_sends_too_much_is_told_so_and_not_cut_off() -> None:
+    """Clients send all of a body before they read: a reset would be tried again, and again."""
+    async with FakeEngine("Hi.") as engine:
+        server = http_server.HttpServer(create_app(engine, max_body_bytes=4 * 2**20))
+        with http_server.bound("127.0.0.1", 0) as door:
+            serving = asyncio.create_task(server.serve(sockets=[door]))
+            await server.listening(serving)
+            port = door.getsockname()[1]
+
+            def post() -> tuple[int, bytes]:
+                client = HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+                with contextlib.closing(client):
+                    client.request("POST", CHAT, b" " * (14 * 2**20))
+                    reply = client.getresponse()
+                    return reply.status, reply.read()
+
+            for _ in range(5):
+                status, said = await asyncio.to_thread(post)
+                assert status == 413
+                assert b"4194304 bytes" in said
             server.should_exit = True
             await serving
 
