@@ -53,6 +53,7 @@ Its files:
     params.py        the options of one request
     constraints.py   what an answer must be
     outputs.py       what engines give back
+    usage.py         ... the tokens and times in it
     cache_stats.py   what they tell of a prompt cache
     memory_stats.py  and of memory
     plain.py         results as plain data
@@ -120,11 +121,9 @@ if TYPE_CHECKING:
         RenderedChat,
         Segment,
         ShutdownReport,
-        Timings,
         TokenLogprob,
         ToolCall,
         ToolCallDelta,
-        Usage,
     )
     from mlx_engine.params import LogitsProcessor, SamplingOptions, SamplingParams
     from mlx_engine.remote.exits import Exit, ExitKind
@@ -147,6 +146,7 @@ if TYPE_CHECKING:
         ToolChoice,
     )
     from mlx_engine.strategies import MTP, Decode, DraftModel, EngineDefault, SpecPrefill
+    from mlx_engine.usage import Timings, Usage
 
 __version__ = "0.1.0"
 
@@ -309,11 +309,9 @@ _HOMES = {
         "RenderedChat",
         "Segment",
         "ShutdownReport",
-        "Timings",
         "TokenLogprob",
         "ToolCall",
         "ToolCallDelta",
-        "Usage",
     ),
     "mlx_engine.params": (
         "LogitsProcessor",
@@ -354,6 +352,10 @@ _HOMES = {
         "DraftModel",
         "EngineDefault",
         "SpecPrefill",
+    ),
+    "mlx_engine.usage": (
+        "Timings",
+        "Usage",
     ),
 }
 

@@ -12,6 +12,7 @@ from mlx_engine.checks import integer_or_none, shown
 from mlx_engine.constraints import Choice, Constraint, characters_of
 from mlx_engine.errors import InvalidRequest
 from mlx_engine.params import SamplingParams
+from mlx_engine.plain import short_repr
 
 _DIGITS = 4_300  # of an integer among values; Python reads and writes no more
 _BITS = math.ceil(_DIGITS * math.log2(10))
@@ -77,6 +78,8 @@ class RequestLimits:
     name_characters: int | None = 256
     values: int | None = 2**18
     nesting: int | None = 100
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         for field in fields(self):

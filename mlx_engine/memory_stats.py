@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import ClassVar, Literal
+
+from mlx_engine.plain import PlainData
 
 PressureStage = Literal["none", "shrink", "clear", "stop"]
 """What an engine gives up while the system is short of memory; each stage does all before it too.
@@ -15,7 +17,7 @@ in work; those that wait go on waiting, and one at a time is always served.
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryUse:
+class MemoryUse(PlainData):
     """Bytes by what they are for.
 
     Attributes:
@@ -59,7 +61,7 @@ KINDS = tuple(field.name for field in fields(MemoryUse))
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryOwner:
+class MemoryOwner(PlainData):
     """An engine that has memory, in the same process or in one of its own.
 
     Attributes:
@@ -74,7 +76,7 @@ class MemoryOwner:
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryStats:
+class MemoryStats(PlainData):
     """A snapshot of the memory of an engine, and of all in its process.
 
     A tenth of what models leave is for the computing itself, so that ``use`` does not come to
@@ -89,6 +91,8 @@ class MemoryStats:
         stage: what is given up while the system is short of memory.
         owners: all engines of the process that have memory, this one included.
     """
+
+    _parts: ClassVar = {"use": MemoryUse}
 
     total: int | None = None
     limit: int | None = None

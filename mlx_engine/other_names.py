@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Collection, Mapping
+from inspect import isfunction
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 # An option of another library's, a server's or a command's, and that of ours which does the same.
 _SAME: dict[str, str] = {
@@ -135,6 +136,16 @@ _INSTEAD: dict[str, str] = {
         "the model's own files have it: put yours into a copy of its folder, as "
         "chat_template.jinja",
     ),
+    **dict.fromkeys(
+        ("restart", "auto_restart", "restart_policy", "max_restarts"),
+        "EngineManager(model, replicas=1, restart=RestartPolicy(...)) starts a process again; "
+        "otherwise, await engine.restart()",
+    ),
+    **dict.fromkeys(
+        ("responses", "replies", "outputs"),
+        "answers are the first argument, without a name; one for each request in order is "
+        "FakeEngine.script(...)",
+    ),
     "verbose": 'see result.timings, and logging.getLogger("mlx_engine")',
 }
 
@@ -204,30 +215,40 @@ _HOMES = (
 )
 
 
-# Attributes that things have elsewhere.
-_ATTRIBUTES: dict[str, str] = {
-    **dict.fromkeys(("stream", "astream"), "stream_generate() or stream_chat()"),
-    **dict.fromkeys(("complete", "completion", "create", "invoke", "run"), "generate() or chat()"),
-    **dict.fromkeys(("batch", "generate_many", "map_prompts"), "map() or generate_batch()"),
-    **dict.fromkeys(("tokenizer", "tokenize", "detokenize"), "encode(), decode(), count_tokens()"),
-    **dict.fromkeys(("model_name", "model_id", "model_path"), "model"),
+# Attributes that things have elsewhere, and those of ours: of several that which there is.
+_ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("stream", "astream"), ("stream_generate() or stream_chat()",)),
     **dict.fromkeys(
-        ("is_running", "running", "is_ready", "ready", "is_alive", "alive", "status"),
-        "state, or stats()",
+        ("complete", "completion", "create", "invoke", "run"), ("generate() or chat()",)
     ),
-    **dict.fromkeys(("close", "aclose", "unload"), "stop()"),
-    **dict.fromkeys(("load", "load_model"), "start()"),
-    **dict.fromkeys(("metrics", "statistics"), "stats()"),
-    **dict.fromkeys(("model_dump", "dict", "json", "as_dict", "asdict", "_asdict"), "to_dict()"),
-    **dict.fromkeys(("content", "output_text", "choices", "answer"), "text"),
-    **dict.fromkeys(("ttft", "first_token"), "time_to_first_token"),
-    **dict.fromkeys(("tps", "decode_tokens_per_second"), "tokens_per_second"),
-    **dict.fromkeys(("queue", "queued", "pending", "queue_length"), "waiting"),
-    **dict.fromkeys(("active", "in_flight"), "running"),
-    **dict.fromkeys(("output_tokens", "generated_tokens"), "completion_tokens"),
-    **dict.fromkeys(("input_tokens",), "prompt_tokens"),
-    **dict.fromkeys(("stop_reason", "done_reason"), "finish_reason"),
-    **dict.fromkeys(("abort", "stop"), "cancel()"),
+    **dict.fromkeys(("batch", "generate_many", "map_prompts"), ("map() or generate_batch()",)),
+    **dict.fromkeys(
+        ("tokenizer", "tokenize", "detokenize"), ("encode(), decode(), count_tokens()",)
+    ),
+    **dict.fromkeys(("model_name", "model_id", "model_path"), ("model",)),
+    **dict.fromkeys(
+        ("is_running", "is_ready", "ready", "is_alive", "alive", "status"), ("state, or stats()",)
+    ),
+    "running": ("state, or stats()",),
+    **dict.fromkeys(("close", "aclose", "unload"), ("stop()", "aclose()")),
+    **dict.fromkeys(("load", "load_model"), ("start()",)),
+    **dict.fromkeys(("metrics", "statistics", "health"), ("stats()",)),
+    **dict.fromkeys(("model_dump", "dict", "json", "as_dict", "asdict", "_asdict"), ("to_dict()",)),
+    **dict.fromkeys(
+        ("content", "output", "output_text", "choices", "answer", "text_stream"),
+        ("text", "question"),
+    ),
+    **dict.fromkeys(("thinking", "reasoning_content", "reasoning_text"), ("reasoning",)),
+    **dict.fromkeys(("ttft", "first_token"), ("time_to_first_token",)),
+    **dict.fromkeys(("tps", "decode_tokens_per_second"), ("tokens_per_second",)),
+    **dict.fromkeys(("queue", "queued", "pending", "queue_length"), ("waiting",)),
+    **dict.fromkeys(("active", "used", "current", "in_flight"), ("use", "running")),
+    **dict.fromkeys(("output_tokens", "generated_tokens"), ("completion_tokens",)),
+    **dict.fromkeys(("input_tokens",), ("prompt_tokens",)),
+    **dict.fromkeys(("stop_reason", "done_reason"), ("finish_reason",)),
+    **dict.fromkeys(("abort", "stop", "interrupt"), ("cancel()",)),
+    **dict.fromkeys(("pid", "process", "processes"), ("replicas",)),
+    **dict.fromkeys(("kv", "kv_bytes", "kv_cache"), ("live",)),
 }
 
 
@@ -235,17 +256,39 @@ class WithAdvice:
     """Objects that say which of their attributes is meant by one that they lack."""
 
     __slots__ = ()
+    _parts: ClassVar[Mapping[str, type]] = {}  # what it may be an attribute of, and their types
+    _advice: ClassVar[Mapping[str, str]] = {}  # on names that are no attribute of anything
 
     if not TYPE_CHECKING:  # which would take any name
 
         def __getattr__(self, name: str) -> NoReturn:
-            said = _ATTRIBUTES.get(name, "")
-            first = said.split(",")[0].split(" ")[0].rstrip("()")
-            hint = f": see {said}" if first and hasattr(type(self), first) else ""
-            kind = type(self).__name__
+            kind = type(self)
+            found = "" if name.startswith("_") else kind._advice.get(name) or _seen(kind, name)
             raise AttributeError(
-                f"{kind!r} object has no attribute {name!r}{hint}", name=name, obj=self
+                f"{kind.__name__!r} object has no attribute {name!r}{found and f': {found}'}",
+                name=name,
+                obj=self,
             )
+
+
+def _seen(kind: type, name: str) -> str:
+    """Where something is that is called ``name`` elsewhere, in an object or its parts."""
+    found = _found(kind, _ATTRIBUTES.get(name, ()))
+    if not found and issubclass(kind, WithAdvice):
+        for part, of in kind._parts.items():
+            inner = _found(of, (name,)) or _seen(of, name).removeprefix("see ")
+            if inner:
+                found = f"{part}.{inner}"
+                break
+    return found and f"see {found}"
+
+
+def _found(kind: type, names: Collection[str]) -> str:
+    for said in names:
+        first = said.split(",")[0].split(" ")[0].removesuffix("()")
+        if hasattr(kind, first):
+            return f"{said}()" if said == first and isfunction(getattr(kind, first)) else said
+    return ""
 
 
 def same(name: str) -> str:

@@ -6,12 +6,14 @@ import builtins
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.memory_stats import NOTHING, MemoryStats
 from mlx_engine.other_names import WithAdvice
 from mlx_engine.plain import PlainData, json_text, plain_result, short_repr
+from mlx_engine.usage import Timings as Timings
+from mlx_engine.usage import Usage as Usage
 
 FinishReason = Literal["stop", "length", "tool_calls", "timeout", "cancelled"]
 Segment = Literal["content", "reasoning", "tool_call"]
@@ -164,73 +166,6 @@ class GenerationChunk(PlainData):
 
 
 @dataclass(frozen=True, slots=True)
-class Usage(PlainData):
-    """Tokens read and written.
-
-    Attributes:
-        prompt_tokens: in the prompt, chat template included.
-        completion_tokens: generated, the end-of-sequence token included.
-        cached_tokens: tokens of the prompt that the prompt cache had, so that they were not
-            prefilled again.
-        kept_tokens: tokens of the prompt that the model has seen, those cached included, if
-            ``SpecPrefill`` left others out; ``None`` if it has seen all.
-        kept_ranges: the same as (first, last + 1), if ``SpecPrefill`` was asked for them.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0
-    kept_tokens: int | None = None
-    kept_ranges: tuple[tuple[int, int], ...] | None = None
-
-    __repr__ = short_repr
-
-    @property
-    def total_tokens(self) -> int:
-        """Prompt and completion together."""
-        return self.prompt_tokens + self.completion_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Timings(PlainData):
-    """Times of a request, in seconds.
-
-    Attributes:
-        queued: from the call to the moment its work began on the MLX thread.
-        prefill: from then until the prompt was in the KV cache; in a batch, pauses for others
-            included.
-        time_to_first_token: from the call to the first token; 0 if there was none.
-        decode: from the first token to the last.
-        total: from the call to the end.
-        prompt_tokens_per_second: tokens of the prompt that were not in the prompt cache, over
-            ``prefill``; 0 if unknown.
-        tokens_per_second: tokens after the first, over ``decode``; 0 if unknown.
-        draft_tokens: tokens that a draft model or MTP head proposed.
-        accepted_tokens: of which the model itself would have chosen these.
-        preempted: that it was paused for want of memory, until it was back where it had been;
-            part of the times above, too.
-    """
-
-    queued: float
-    prefill: float
-    time_to_first_token: float
-    decode: float
-    total: float
-    prompt_tokens_per_second: float
-    tokens_per_second: float
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    preempted: float = 0.0
-
-    __repr__ = short_repr
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Accepted over proposed tokens; 0 if none was proposed."""
-        return self.accepted_tokens / self.draft_tokens if self.draft_tokens else 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class GenerationResult(WithAdvice):
     """A whole answer.
 
@@ -252,6 +187,8 @@ class GenerationResult(WithAdvice):
         parsed: what ``output=`` has asked for, made of ``text``; ``None`` without it, and where
             the answer was cut or has calls instead, as ``notes`` says then.
     """
+
+    _parts: ClassVar = {"usage": Usage, "timings": Timings}
 
     text: str
     tokens: tuple[int, ...]

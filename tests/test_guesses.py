@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from typing import Any
 
@@ -12,12 +13,14 @@ import mlx_engine.testing
 from mlx_engine import (
     BatchedEngine,
     EngineBusy,
+    EngineManager,
     GenerationError,
     GenerationResult,
     InvalidRequest,
     ProcessEngine,
     SimpleEngine,
     Timings,
+    Usage,
 )
 from mlx_engine.testing import FakeAnswer, FakeEngine, Gate, ScriptError
 
@@ -154,3 +157,48 @@ async def test_how_a_request_has_ended() -> None:
         with pytest.raises(GenerationError):
             await engine.generate("Hi")
     assert [one.finish_reason for one in engine.requests] == ["length", None]
+
+
+async def test_attributes_are_found_in_what_they_are_of() -> None:
+    async with FakeEngine("Hello there") as engine:
+        async with engine.stream_chat(HI) as stream:
+            await stream.collect()
+        found = [
+            (stream, "usage", "see result.usage"),
+            (stream, "finish_reason", "see result.finish_reason"),
+            (stream, "tps", "see result.timings.tokens_per_second"),
+            (stream, "content", r"see text\(\)"),
+            (stream, "close", r"see aclose\(\)"),
+            (stream, "segments", "async for"),
+            (stream.result, "completion_tokens", "see usage.completion_tokens"),
+            (stream.result, "reasoning_content", "see reasoning"),
+            (engine.stats().memory, "active", "see use"),
+            (engine.stats().memory, "weights", "see use.weights"),
+            (engine.requests[0], "temperature", "see params.temperature"),
+            (engine.requests[0], "text", r"see result\(\).text"),
+            (engine, "cancel", "cancel the task"),
+        ]
+        for thing, name, said in found:
+            assert not hasattr(thing, name)
+            with pytest.raises(AttributeError, match=rf"has no attribute '{name}': .*{said}"):
+                getattr(thing, name)
+            with pytest.raises(AttributeError, match=r"has no attribute 'xyz'$"):
+                thing.xyz  # type: ignore[attr-defined] # noqa: B018
+
+
+def test_usage_adds_up() -> None:
+    each = [Usage(10, 2, 4), Usage(1, 1), Usage(5, 0, 5)]
+    assert sum(each, Usage(0, 0)) == Usage(16, 3, 9)
+    with pytest.raises(TypeError):
+        each[0] + 1  # type: ignore[operator]
+
+
+def test_a_process_that_is_to_come_back_by_itself() -> None:
+    for name in ("restart", "auto_restart"):
+        with pytest.raises(InvalidRequest, match=rf"^{name}: .*EngineManager\(.*restart\(\)"):
+            ProcessEngine("demo", **{name: True})
+    with pytest.raises(AttributeError, match="'pid': see replicas"):
+        EngineManager("demo", replicas=1).pid  # type: ignore[attr-defined] # noqa: B018
+    assert "limits: mlx_engine.limits.RequestLimits = RequestLimits()" in str(
+        inspect.signature(SimpleEngine)
+    )

@@ -7,13 +7,14 @@ import functools
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from mlx_engine.core.channel import Channel
 from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
 from mlx_engine.core.log import logged
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.errors import InvalidRequest, StreamClosed, StreamConsumed, StreamUnfinished
+from mlx_engine.other_names import WithAdvice
 from mlx_engine.outputs import (
     FinishReason,
     GenerationChunk,
@@ -63,7 +64,7 @@ class _Outcome:
     error: BaseException | None = None
 
 
-class GenerationStream:
+class GenerationStream(WithAdvice):
     """An answer as it is made: an async iterator of ``GenerationChunk``, to be read once.
 
         async with engine.stream_generate("Once upon a time") as stream:
@@ -82,6 +83,12 @@ class GenerationStream:
     or 5 ms, and lets others of its event loop in as often. To wait for a chunk with a time limit
     and go on reading afterwards, put ``asyncio.shield`` around a task that reads.
     """
+
+    _parts: ClassVar = {"result": GenerationResult}
+    _advice: ClassVar = dict.fromkeys(
+        ("segments", "chunks", "events"),
+        "read it with 'async for': each chunk has text, segment, content and reasoning",
+    )
 
     def __init__(self, producer: Producer, partial: PartialAnswer | None = None) -> None:
         self._producer = producer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mlx_engine.other_names import WithAdvice
 
@@ -23,6 +23,11 @@ _INNER = frozenset(
 
 class Guided(WithAdvice):
     """The common half of all engines, as it is seen in a prompt of Python's."""
+
+    _advice: ClassVar = dict.fromkeys(
+        ("cancel", "abort", "interrupt"),
+        "cancel the task that awaits the answer, or stream.cancel(); shutdown() ends all requests",
+    )
 
     if not TYPE_CHECKING:  # for which it cannot be used in this way
 

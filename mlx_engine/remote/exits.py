@@ -40,7 +40,7 @@ class Exit:
         return EngineDead(
             reason
             or f"the engine is gone: {self.detail} (while in phase {self.phase!r}); "
-            "await engine.restart() brings it back",
+            "await engine.restart() brings it back, which an EngineManager does by itself",
             exit_code=self.exit_code,
             signal=self.signal,
             phase=self.phase,

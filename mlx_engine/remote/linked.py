@@ -65,6 +65,13 @@ class LinkedEngine(BaseEngine):
         self._on_progress = checked_callback(on_progress)
         self._client = Client(name, watchdog, self.frame_limit)
 
+    @property
+    def pid(self) -> int | None:
+        """Id of its process, as ``ps`` shows it; ``None`` while there is none on this machine that
+        was started for it.
+        """
+        return None
+
     @abc.abstractmethod
     def _make_link(self) -> Callable[[], Link]:
         """A function that makes a link, in the I/O loop; it must not hold this engine."""

@@ -42,7 +42,8 @@ class FakeAnswer:
             malformed ones, a ``ToolCall``; in chats only, and only of tools that the request has.
             Each gets an id, and is cut into tokens: the name first, then the arguments.
         finish_reason: ``stop`` ends with one more token, of the end of the sequence and without
-            text, as models do; ``length`` ends without it, as if the context were used up.
+            text, as models do; ``length`` ends without it, as if the context were used up, and
+            ``timeout`` as if the request's ``timeout`` were over.
 
     Raises:
         InvalidRequest: a value is of the wrong type.
@@ -51,13 +52,13 @@ class FakeAnswer:
     text: str | Sequence[object] = ""
     reasoning: str | Sequence[object] = ""
     tool_calls: Sequence[ToolCall | tuple[str, Mapping[str, Any]] | Mapping[str, Any]] = ()
-    finish_reason: Literal["stop", "length"] = "stop"
+    finish_reason: Literal["stop", "length", "timeout"] = "stop"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", _pieces("text", self.text))
         object.__setattr__(self, "reasoning", _pieces("reasoning", self.reasoning))
         object.__setattr__(self, "tool_calls", _calls(self.tool_calls))
-        choice("finish_reason", self.finish_reason, ("stop", "length"))
+        choice("finish_reason", self.finish_reason, ("stop", "length", "timeout"))
 
     @classmethod
     def of(cls, answer: object) -> FakeAnswer:
@@ -211,6 +212,12 @@ def _pieces(option: str, given: object) -> tuple[Piece, ...]:
     if not isinstance(given, Sequence) or not all(isinstance(p, Piece) for p in given):
         raise InvalidScript(
             option, f"must be text, or a list of strings, gates and exceptions, not {shown(given)}"
+        )
+    if any(isinstance(piece, Exception) for piece in given[:-1]):
+        raise InvalidScript(
+            option,
+            "a list is one answer in pieces, and nothing comes behind an exception in it: for one "
+            "answer after another, FakeEngine.script(...)",
         )
     return tuple(given)
 

@@ -248,8 +248,8 @@ class FakeModel:
                     over = yield from self._token(request, partial(request.take, segment, piece))
                 if over:
                     return
-            if answer.finish_reason == "length":
-                request.end("length")
+            if answer.finish_reason != "stop":
+                request.end(answer.finish_reason)
                 return
             if (yield from self._token(request, request.take_end)):
                 return

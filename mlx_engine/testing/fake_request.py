@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from dataclasses import fields
+from typing import Any, ClassVar, Literal
 
 from mlx_engine.checks import shown
+from mlx_engine.other_names import WithAdvice
 from mlx_engine.outputs import FinishReason, GenerationResult, Timings, Usage
 from mlx_engine.params import SamplingParams
 from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt
@@ -21,7 +23,7 @@ NOTHING = GenerationResult(
 Outcome = Literal["waiting", "running", "finished", "cancelled", "failed", "refused"]
 
 
-class FakeRequest:
+class FakeRequest(WithAdvice):
     """A request that a ``FakeEngine`` got, and what has become of it.
 
     Attributes:
@@ -41,10 +43,12 @@ class FakeRequest:
         prompt_tokens: token ids that its prompt is counted as, once its turn has come.
         error: what its caller got, if it failed or was refused.
         finish_reason: of its answer, ``"timeout"`` for one; ``None`` as long as it has none.
-        options: keyword arguments of one that was refused because of them, as they were given,
-            and empty otherwise: see ``params`` and the other attributes. What else is told here
-            of a refused one is as it was given, too.
+        options: all keyword arguments by name, those that were not given at their defaults:
+            ``options["max_tokens"]``. Of one that was refused only those, as they were given;
+            what else is told here of a refused one is as it was given, too.
     """
+
+    _parts: ClassVar = {"params": SamplingParams, "result()": GenerationResult}
 
     def __init__(
         self,
@@ -72,7 +76,7 @@ class FakeRequest:
         self.error: BaseException | None = None
         self.prompt_tokens: list[int] = []
         self._result = result
-        self.options: dict[str, Any] = {}
+        self.options = _options(asked)
         self._unchecked = False
         self._so_far = so_far
 
@@ -120,3 +124,14 @@ class FakeRequest:
     def _end(self, result: GenerationResult) -> None:
         """Keep the result: it is over."""
         self._result, self._so_far = result, None
+
+
+def _options(asked: GenerationRequest) -> dict[str, Any]:
+    """All options of a request, as its caller calls them."""
+    source = asked.source
+    found = {field.name: getattr(asked.params, field.name) for field in fields(asked.params)}
+    found |= {field.name: getattr(asked, field.name) for field in fields(asked)[2:]}
+    if isinstance(source, ChatPrompt):
+        found |= {field.name: getattr(source, field.name) for field in fields(source)[1:]}
+        found["chat_template_kwargs"] = found.pop("template_kwargs")
+    return found

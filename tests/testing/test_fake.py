@@ -202,7 +202,7 @@ async def test_an_error_after_some_tokens(width: Any) -> None:
         return texts
 
     for error in (GenerationError("boom"), LookupError("boom")):
-        async with FakeEngine(["a", "b", error, "c"], max_batch_size=width) as engine:
+        async with FakeEngine(["a", "b", error], max_batch_size=width) as engine:
             assert await asyncio.gather(read(engine), read(engine)) == [["a", "b"]] * 2
             assert engine.stats().failed == 2
             assert [r.outcome for r in engine.requests] == ["failed"] * 2

@@ -6,11 +6,12 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
 from mlx_engine import (
+    ChatRequestOptions,
     EngineBusy,
     EngineDead,
     GenerationError,
@@ -309,3 +310,29 @@ async def test_an_engine_that_is_started_again_may_come(width: Any) -> None:
         await gate.reached()
         gate.open()
         assert await task == "ab"
+
+
+async def test_options_are_told_by_the_names_that_callers_give() -> None:
+    async with FakeEngine("Hi.") as engine:
+        await engine.generate("x", max_tokens=5, timeout=60)
+        await engine.chat(USER, temperature=0.5, tool_choice="none", chat_template_kwargs={"a": 1})
+    plain, chat = (request.options for request in engine.requests)
+    assert (plain["max_tokens"], plain["timeout"], plain["temperature"]) == (5, 60, 0.0)
+    assert "tools" not in plain
+    assert (chat["temperature"], chat["tools"], chat["tool_choice"]) == (0.5, None, "none")
+    assert chat["chat_template_kwargs"] == {"a": 1}
+    names = {*get_type_hints(ChatRequestOptions)} - {"output", "on_progress"}
+    assert names == chat.keys()
+
+
+async def test_an_answer_that_runs_out_of_time_without_waiting_for_it() -> None:
+    async with FakeEngine(FakeAnswer("As far as", finish_reason="timeout")) as engine:
+        result = await engine.generate("x", timeout=60)
+    assert (result.text, result.finish_reason) == ("As far as", "timeout")
+    assert engine.requests[0].finish_reason == "timeout"
+
+
+def test_nothing_comes_behind_an_exception_in_an_answer() -> None:
+    with pytest.raises(InvalidRequest, match=r"one answer in pieces.*FakeEngine.script"):
+        FakeEngine(["one", RuntimeError("boom"), "two"])
+    FakeEngine(["one", RuntimeError("boom")])

@@ -36,12 +36,14 @@ class ReplicaInfo:
         state: ``leaving`` takes no requests any more, and finishes those it has.
         restarts: how often it was restarted, or that was tried.
         last_exit: how it ended the last time; ``None`` if it never has.
+        pid: of its process, if that is on this machine and there is one now.
     """
 
     name: str
     state: ReplicaState
     restarts: int
     last_exit: Exit | None
+    pid: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,8 @@ class Replica:
     @property
     def info(self) -> ReplicaInfo:
         """A snapshot."""
-        return ReplicaInfo(self.name, self._state, self._restarts, self._last_exit)
+        pid = self.engine.pid
+        return ReplicaInfo(self.name, self._state, self._restarts, self._last_exit, pid)
 
     @property
     def up(self) -> bool:
