@@ -148,6 +148,7 @@ class _Run(Generic[K]):
         self._ordered = ordered
         self._left = total  # items without an outcome, if their number is known
         self._workers: list[asyncio.Task[None]] = []
+        self._working = 0  # of these, until it is known how they ended
         self._places = asyncio.Semaphore(_WINDOW * concurrency)
         self._intake = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -167,6 +168,7 @@ class _Run(Generic[K]):
             return
         self._take, self._do, self._tell = self._begin()
         self._workers = [self.loop.create_task(self._work()) for _ in range(self._concurrency)]
+        self._working = len(self._workers)
         for worker in self._workers:
             worker.add_done_callback(self._worker_ended)
 
@@ -179,7 +181,7 @@ class _Run(Generic[K]):
         """The next outcome; see ``Outcomes.__anext__``."""
         while True:
             self._changed.clear()
-            over = all(worker.done() for worker in self._workers)
+            over = not self._working
             if over and self._early:  # those before them were cancelled
                 self._ready.extend(self._early.pop(index) for index in sorted(self._early))
             if self._ready:
@@ -266,6 +268,7 @@ class _Run(Generic[K]):
 
     def _worker_ended(self, worker: asyncio.Task[None]) -> None:
         """Tell who reads; what is no end of ours, a bug or a foreign cancel, ends all."""
+        self._working -= 1
         foreign = worker.cancelled() and not self._ended
         error = asyncio.CancelledError() if foreign else None
         if not worker.cancelled():
