@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.memory_stats import NOTHING, MemoryStats
-from mlx_engine.other_names import WithAdvice
+from mlx_engine.other_attributes import WithAdvice
 from mlx_engine.plain import PlainData, json_text, plain_result, short_repr
 
 FinishReason = Literal["stop", "length", "tool_calls", "timeout", "cancelled"]

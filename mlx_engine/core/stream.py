@@ -14,6 +14,7 @@ from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
 from mlx_engine.core.log import logged
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.errors import InvalidRequest, StreamClosed, StreamConsumed, StreamUnfinished
+from mlx_engine.other_attributes import WithAdvice
 from mlx_engine.outputs import (
     FinishReason,
     GenerationChunk,
@@ -63,7 +64,7 @@ class _Outcome:
     error: BaseException | None = None
 
 
-class GenerationStream:
+class GenerationStream(WithAdvice):
     """An answer as it is made: an async iterator of ``GenerationChunk``, to be read once.
 
         async with engine.stream_generate("Once upon a time") as stream:

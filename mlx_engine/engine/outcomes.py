@@ -12,6 +12,7 @@ from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.engine.outcome import Job, LastOutcome, Outcome
 from mlx_engine.errors import MLXEngineError, another
+from mlx_engine.other_attributes import WithAdvice
 
 K = TypeVar("K")
 
@@ -22,7 +23,7 @@ Take = Callable[[], Awaitable[Job[K] | None]]
 Do = Callable[[Job[K]], Awaitable[Outcome[K]]]
 
 
-class Outcomes(Generic[K]):
+class Outcomes(WithAdvice, Generic[K]):
     """Outcomes of ``engine.map``, as an async iterator of ``Outcome``.
 
         async with engine.map(prompts, concurrency=8) as outcomes:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from mlx_engine.checks import shown
+from mlx_engine.other_attributes import WithAdvice
 from mlx_engine.outputs import FinishReason, GenerationResult, Timings, Usage
 from mlx_engine.params import SamplingParams
 from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt
@@ -21,7 +22,7 @@ NOTHING = GenerationResult(
 Outcome = Literal["waiting", "running", "finished", "cancelled", "failed", "refused"]
 
 
-class FakeRequest:
+class FakeRequest(WithAdvice):
     """A request that a ``FakeEngine`` got, and what has become of it.
 
     Attributes:
