@@ -61,6 +61,7 @@ Its files:
     signatures.py    how functions with such options are shown
     agents.py        coding agents, and how they are pointed at a server
     other_names.py   what people type, and what to write here
+    other_attributes.py  what they look for, and where it is
     extras.py        what only a part needs, and how it is installed
     errors.py        every exception, as a tree
     guide/           what users read, by ``mlx-engine help``

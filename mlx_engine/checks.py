@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard, TypeVar, get_type_hints
 
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.other_names import advice
+from mlx_engine.other_names import NAMES, advice
 
 T = TypeVar("T")
 
@@ -27,6 +27,8 @@ LARGEST = 2**63 - 1  # what an integer may be that native code or another proces
 
 _CHARACTERS, _ITEMS, _DEPTH = 100, 5, 4  # of a value that an error shows
 _LONGEST = 64  # characters of an unknown option to look at
+_NEAR = 0.75  # likeness of two names of which one may be a slip of the other
+_SHORTEST = 5  # characters: shorter names are like too many
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +78,17 @@ def check_options(config: object) -> None:
 
 def unknown_option(name: str, known: Iterable[str], of: str = "") -> InvalidRequest:
     """The error for an option that does not exist, with what to write instead: what is known by
-    that name elsewhere, or else the nearest one that does exist.
+    that name elsewhere, or else by the nearest name of all.
     """
-    known = list(known)
-    hint = advice(name[:_LONGEST], known)
+    known, name = list(known), name[:_LONGEST]
+    hint = advice(name, known)
     if hint is None:
-        close = difflib.get_close_matches(name[:_LONGEST], known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-    return InvalidRequest(name[:_LONGEST], f"there is no such option{of}; {hint}")
+        others = NAMES if len(name) >= _SHORTEST else ()
+        near = difflib.get_close_matches(name.lower(), {*known, *others}, n=1, cutoff=_NEAR)
+        if near:
+            hint = f"did you mean {near[0]!r}?" if near[0] in known else advice(near[0], known)
+    hint = hint or f"known are {', '.join(known)}"
+    return InvalidRequest(name, f"there is no such option{of}; {hint}")
 
 
 def shown(value: object) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from inspect import isfunction
-from typing import TYPE_CHECKING, ClassVar, NoReturn
+from collections.abc import Collection
 
 # An option of another library's, a server's or a command's, and that of ours which does the same.
 _SAME: dict[str, str] = {
@@ -30,6 +28,8 @@ _SAME: dict[str, str] = {
     **dict.fromkeys(("top_n_tokens", "top_logprobs", "num_logprobs", "n_probs"), "logprobs"),
     **dict.fromkeys(("random_seed", "random_state"), "seed"),
     **dict.fromkeys(("repeat_penalty", "rep_pen", "repetition_pen"), "repetition_penalty"),
+    "presence": "presence_penalty",
+    "frequency": "frequency_penalty",
     **dict.fromkeys(("logits_processor", "processors"), "logits_processors"),
     **dict.fromkeys(("enable_thinking", "think", "reasoning", "use_reasoning"), "thinking"),
     **dict.fromkeys(
@@ -45,21 +45,54 @@ _SAME: dict[str, str] = {
         "output",
     ),
     **dict.fromkeys(
-        ("request_timeout", "time_limit", "max_time", "timeout_s", "deadline"), "timeout"
+        (
+            "request_timeout",
+            "time_limit",
+            "max_time",
+            "timeout_s",
+            "timeout_ms",
+            "timeout_seconds",
+            "deadline",
+        ),
+        "timeout",
     ),
     **dict.fromkeys(("queue_timeout", "wait_timeout", "wait"), "max_wait"),
     **dict.fromkeys(("progress", "callback", "progress_callback"), "on_progress"),
     **dict.fromkeys(
-        ("n_ctx", "num_ctx", "max_model_len", "max_seq_len", "context_window", "context_size"),
+        (
+            "n_ctx",
+            "num_ctx",
+            "max_model_len",
+            "max_seq_len",
+            "context",
+            "max_context",
+            "context_window",
+            "context_size",
+        ),
         "context_length",
     ),
-    **dict.fromkeys(("max_num_seqs", "batch_size", "n_parallel", "num_parallel"), "max_batch_size"),
+    **dict.fromkeys(
+        (
+            "max_num_seqs",
+            "batch",
+            "batch_size",
+            "n_parallel",
+            "num_parallel",
+            "max_concurrent_requests",
+        ),
+        "max_batch_size",
+    ),
+    **dict.fromkeys(("tool_parser", "tool_call_parser"), "tool_format"),
+    "reasoning_parser": "reasoning_format",
     **dict.fromkeys(("lora", "lora_path", "adapter", "adapters", "adapter_file"), "adapter_path"),
     **dict.fromkeys(("draft_model", "draft", "num_draft_tokens", "mtp", "speculative"), "decode"),
     **dict.fromkeys(("n_batch", "prefill_chunk_size", "chunk_size"), "prefill_step_size"),
     **dict.fromkeys(("prompt_cache", "cache_size", "cache_bytes"), "prompt_cache_bytes"),
     **dict.fromkeys(("max_queue", "queue_size", "max_waiting"), "queue_limit"),
-    **dict.fromkeys(("max_concurrency", "workers", "max_workers", "n_jobs"), "concurrency"),
+    **dict.fromkeys(
+        ("max_concurrency", "workers", "max_workers", "num_workers", "n_jobs"), "concurrency"
+    ),
+    **dict.fromkeys(("order", "in_order", "keep_order", "preserve_order"), "ordered"),
     **dict.fromkeys(("max_retries", "retry"), "retries"),
     **dict.fromkeys(
         ("delay", "latency", "pace", "step_seconds", "token_delay", "token_seconds"),
@@ -73,6 +106,7 @@ _WRITTEN = {
     "thinking": "thinking=True or False",
     "output": "output=A_CLASS_WITH_FIELDS or a JSON schema; for any JSON, constraint=AnyJSON()",
     "timeout": "timeout=SECONDS",
+    "ordered": "ordered=True; without it outcomes come as they are completed",
     "max_wait": "max_wait=SECONDS",
     "logprobs": "logprobs=N, for the N best at each place",
     "tools": "tools=[...], as in OpenAI's API",
@@ -95,14 +129,32 @@ _INSTEAD: dict[str, str] = {
         ("model", "model_name", "model_id", "model_path"),
         "an engine has one model, its first argument: SimpleEngine(model)",
     ),
-    "messages": "a conversation goes to chat(messages) or stream_chat(messages)",
+    **dict.fromkeys(
+        ("messages", "conversation", "history", "chat_history"),
+        "a conversation goes to chat(messages) or stream_chat(messages)",
+    ),
     **dict.fromkeys(("prompt", "prompts"), "it is the first argument, without a name"),
-    "sampler": "tokens are chosen by temperature, top_p, top_k, min_p and logits_processors",
+    **dict.fromkeys(
+        ("sampler", "num_beams", "length_penalty", "typical_p", "mirostat"),
+        "tokens are chosen by temperature, top_p, top_k, min_p and logits_processors",
+    ),
+    **dict.fromkeys(
+        ("min_tokens", "min_new_tokens", "min_length"),
+        "no answer has a least length; with ignore_eos=True it goes on until max_tokens",
+    ),
+    **dict.fromkeys(
+        ("max_prompt_tokens", "truncate", "truncation"),
+        "no prompt is cut: count_tokens() tells how long it is",
+    ),
+    **dict.fromkeys(
+        ("echo", "return_full_text"), "result.text is the answer alone: put the prompt before it"
+    ),
+    **dict.fromkeys(("image", "images", "audio", "video"), "a prompt is text only"),
     "guided_regex": "write constraint=Regex(...)",
     "regex": "write constraint=Regex(...)",
     **dict.fromkeys(("guided_choice", "choices"), "write constraint=Choice([...])"),
     **dict.fromkeys(("guided_grammar", "grammar"), "write constraint=Grammar(...)"),
-    "json_mode": "write constraint=AnyJSON()",
+    **dict.fromkeys(("json_mode", "json", "as_json"), "write constraint=AnyJSON()"),
     "reasoning_effort": (
         "write thinking=True or False, max_reasoning_tokens=N, or, where the model's template "
         'knows it, chat_template_kwargs={"reasoning_effort": ...}'
@@ -111,11 +163,11 @@ _INSTEAD: dict[str, str] = {
         ("add_generation_prompt", "continue_last"), "see continue_final_message, of chat()"
     ),
     **dict.fromkeys(
-        ("on_token", "streamer", "token_callback"),
+        ("on_token", "on_chunk", "streamer", "token_callback"),
         "read stream_generate() or stream_chat() with 'async for'",
     ),
     **dict.fromkeys(
-        ("cache_prompt", "keep_alive", "use_cache"),
+        ("cache", "cache_prompt", "keep_alive", "use_cache"),
         "earlier prompts are kept by themselves; see prompt_cache_bytes, of the engine, and warm()",
     ),
     **dict.fromkeys(
@@ -127,6 +179,28 @@ _INSTEAD: dict[str, str] = {
         "the model's files say that: convert it with mlx_lm.convert",
     ),
     **dict.fromkeys(("token", "hf_token", "api_key"), "log in with 'hf auth login'"),
+    **dict.fromkeys(
+        ("cache_dir", "download_dir", "local_files_only", "offline"),
+        "Hugging Face's own variables say that: HF_HOME, HF_HUB_OFFLINE=1",
+    ),
+    **dict.fromkeys(
+        ("tokenizer", "tokenizer_path", "tokenizer_config"), "the model's own folder has it"
+    ),
+    **dict.fromkeys(
+        ("engine", "kind", "engine_type"), "write ProcessEngine(model, engine='batched')"
+    ),
+    **dict.fromkeys(("replicas", "num_replicas"), "write EngineManager(model, replicas=N)"),
+    **dict.fromkeys(
+        ("cancel_token", "cancel_event", "abort_signal"),
+        "cancel the task that waits for it, or call stream.cancel()",
+    ),
+    **dict.fromkeys(
+        ("backoff", "retry_delay"), "retries=N of map() waits before each, longer each time"
+    ),
+    "return_exceptions": "errors are values in map() and generate_batch(): see outcome.error",
+    **dict.fromkeys(
+        ("on_result", "on_outcome", "as_completed"), "write 'async for outcome in engine.map(...)'"
+    ),
     **dict.fromkeys(
         ("request_id", "id", "custom_id", "ids"),
         "of many requests each has an id: engine.map({id: prompt, ...})",
@@ -215,80 +289,8 @@ _HOMES = (
 )
 
 
-# Attributes that things have elsewhere, and those of ours: of several that which there is.
-_ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("stream", "astream"), ("stream_generate() or stream_chat()",)),
-    **dict.fromkeys(
-        ("complete", "completion", "create", "invoke", "run"), ("generate() or chat()",)
-    ),
-    **dict.fromkeys(("batch", "generate_many", "map_prompts"), ("map() or generate_batch()",)),
-    **dict.fromkeys(
-        ("tokenizer", "tokenize", "detokenize"), ("encode(), decode(), count_tokens()",)
-    ),
-    **dict.fromkeys(("model_name", "model_id", "model_path"), ("model",)),
-    **dict.fromkeys(
-        ("is_running", "is_ready", "ready", "is_alive", "alive", "status"), ("state, or stats()",)
-    ),
-    "running": ("state, or stats()",),
-    **dict.fromkeys(("close", "aclose", "unload"), ("stop()", "aclose()")),
-    **dict.fromkeys(("load", "load_model"), ("start()",)),
-    **dict.fromkeys(("metrics", "statistics", "health"), ("stats()",)),
-    **dict.fromkeys(("model_dump", "dict", "json", "as_dict", "asdict", "_asdict"), ("to_dict()",)),
-    **dict.fromkeys(
-        ("content", "output", "output_text", "choices", "answer", "text_stream"),
-        ("text", "question"),
-    ),
-    **dict.fromkeys(("thinking", "reasoning_content", "reasoning_text"), ("reasoning",)),
-    **dict.fromkeys(("ttft", "first_token"), ("time_to_first_token",)),
-    **dict.fromkeys(("tps", "decode_tokens_per_second"), ("tokens_per_second",)),
-    **dict.fromkeys(("queue", "queued", "pending", "queue_length"), ("waiting",)),
-    **dict.fromkeys(("active", "used", "current", "in_flight"), ("use", "running")),
-    **dict.fromkeys(("output_tokens", "generated_tokens"), ("completion_tokens",)),
-    **dict.fromkeys(("input_tokens",), ("prompt_tokens",)),
-    **dict.fromkeys(("stop_reason", "done_reason"), ("finish_reason",)),
-    **dict.fromkeys(("abort", "stop", "interrupt"), ("cancel()",)),
-    **dict.fromkeys(("pid", "process", "processes"), ("replicas",)),
-    **dict.fromkeys(("kv", "kv_bytes", "kv_cache"), ("live",)),
-}
-
-
-class WithAdvice:
-    """Objects that say which of their attributes is meant by one that they lack."""
-
-    __slots__ = ()
-    _parts: ClassVar[Mapping[str, type]] = {}  # what it may be an attribute of, and their types
-    _advice: ClassVar[Mapping[str, str]] = {}  # on names that are no attribute of anything
-
-    if not TYPE_CHECKING:  # which would take any name
-
-        def __getattr__(self, name: str) -> NoReturn:
-            kind = type(self)
-            found = "" if name.startswith("_") else kind._advice.get(name) or _seen(kind, name)
-            raise AttributeError(
-                f"{kind.__name__!r} object has no attribute {name!r}{found and f': {found}'}",
-                name=name,
-                obj=self,
-            )
-
-
-def _seen(kind: type, name: str) -> str:
-    """Where something is that is called ``name`` elsewhere, in an object or its parts."""
-    found = _found(kind, _ATTRIBUTES.get(name, ()))
-    if not found and issubclass(kind, WithAdvice):
-        for part, of in kind._parts.items():
-            inner = _found(of, (name,)) or _seen(of, name).removeprefix("see ")
-            if inner:
-                found = f"{part}.{inner}"
-                break
-    return found and f"see {found}"
-
-
-def _found(kind: type, names: Collection[str]) -> str:
-    for said in names:
-        first = said.split(",")[0].split(" ")[0].removesuffix("()")
-        if hasattr(kind, first):
-            return f"{said}()" if said == first and isfunction(getattr(kind, first)) else said
-    return ""
+# All that an option may be called, here or elsewhere.
+NAMES = frozenset().union(_SAME, _INSTEAD, *(options for options, _ in _HOMES))
 
 
 def same(name: str) -> str:

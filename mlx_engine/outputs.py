@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from mlx_engine.cache_stats import PromptCacheStats
 from mlx_engine.memory_stats import NOTHING, MemoryStats
-from mlx_engine.other_names import WithAdvice
+from mlx_engine.other_attributes import WithAdvice
 from mlx_engine.plain import PlainData, json_text, plain_result, short_repr
 from mlx_engine.usage import Timings as Timings
 from mlx_engine.usage import Usage as Usage

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_engine.checks import shown
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.other_names import WithAdvice
+from mlx_engine.other_attributes import WithAdvice
 
 _LONGEST = 200  # characters of a text in a line
 _MOST = 8  # elements of a list in it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 from typing import Any
@@ -42,6 +43,8 @@ TOOL = {
         ("is_running", "state"),
         ("close", "stop()"),
         ("completion", "generate()"),
+        ("generate_stream", "stream_generate() or stream_chat()"),
+        ("max_context", "context_length"),
     ],
 )
 @pytest.mark.parametrize("make", [SimpleEngine, BatchedEngine, ProcessEngine, FakeEngine])
@@ -60,15 +63,36 @@ async def test_attributes_of_results_and_statistics() -> None:
     async with FakeEngine("Hello there") as engine:
         result = await engine.chat(HI)
         stats = engine.stats()
+        stream, outcomes = engine.stream_chat(HI), engine.map([HI])
+        (outcome,) = [one async for one in outcomes]
     for thing, name, said in [
         (result, "content", "text"),
         (result, "model_dump", "to_dict()"),
         (result.usage, "output_tokens", "completion_tokens"),
         (result.timings, "ttft", "time_to_first_token"),
         (stats, "queue", "waiting"),
+        (result, "completion_tokens", "usage"),
+        (result, "ttft", "timings.time_to_first_token"),
+        (result.timings, "duration", "total"),
+        (stream, "close", "aclose(), or cancel()"),
+        (stream, "usage", "result"),
+        (outcome, "text", "unwrap(), or result"),
+        (outcome, "exception", "error"),
+        (outcomes, "results", "unread"),
+        (engine, "calls", "requests"),
+        (engine.requests[0], "text", "prompt, or messages"),
+        (engine.requests[0], "status", "outcome"),
+        (engine.requests[0], "temperature", "params"),
+        (engine.sync(), "close_all", ""),
+        (engine.sync(), "stream", "stream_generate() or stream_chat()"),
+        (engine.sync().stream_chat(HI), "stop", "close(), or cancel()"),
     ]:
-        with pytest.raises(AttributeError, match=rf"{name}': see {said[:-2]}"):
+        with pytest.raises(AttributeError) as caught:
             getattr(thing, name)
+        hint = f": see {said}" if said else ""
+        assert str(caught.value).startswith(f"{type(thing).__name__!r} object has no attribute")
+        assert f"{name!r}{hint}" in str(caught.value)
+        assert said or str(caught.value).endswith(repr(name))
     with pytest.raises(AttributeError, match=r"'aclose'$"):  # no such thing in a result
         result.aclose  # type: ignore[attr-defined] # noqa: B018
     for each in (result.usage, result.timings, stats):
@@ -98,12 +122,24 @@ def test_an_engine_without_async() -> None:
         pass
 
 
+async def awaited(*_: object) -> None:
+    """A callback that would have to be."""
+
+
+class Awaited:
+    async def __call__(self, _: object) -> None:
+        """The same."""
+
+
 async def test_arguments() -> None:
     async with FakeEngine("Hello") as engine:
         with pytest.raises(InvalidRequest, match=r"^prompt: these are messages: .*chat\(\)"):
             await engine.generate(HI)  # type: ignore[arg-type]
         with pytest.raises(InvalidRequest, match=r"^request_id: .*engine.map"):
             await engine.generate("Hi", request_id="a")  # type: ignore[call-arg]
+        for tell in (Awaited().__call__, functools.partial(awaited, 1), awaited, Awaited()):
+            with pytest.raises(InvalidRequest, match=r"^on_progress: .*no coroutine function"):
+                await engine.generate("Hi", on_progress=tell)  # type: ignore[arg-type]
         for items in ([{"id": "a", "prompt": "Hi"}], ["x", {"custom_id": "b", "messages": HI}]):
             with pytest.raises(InvalidRequest, match=r"^prompts: .*\(id, prompt\) pairs"):
                 engine.map(items)  # type: ignore[call-overload]
@@ -137,6 +173,9 @@ async def test_scripts() -> None:
     with pytest.raises(ScriptError, match=r"not its class: GenerationError\(\.\.\.\)"):
         async with FakeEngine(GenerationError) as engine:  # type: ignore[arg-type]
             await engine.generate("Hi")
+    for several in ([FakeAnswer("one"), FakeAnswer("two")], [["one"], ["two"]]):
+        with pytest.raises(InvalidRequest, match=r"answer to each request, see FakeEngine\.script"):
+            FakeEngine(several)
     with pytest.raises(ScriptError, match="a list is the answer to one, in pieces"):
         async with FakeEngine.script(["one", "two"]) as engine:
             await engine.generate("Hi")

@@ -50,6 +50,20 @@ TYPED = {
     "concurrency": "of map()",
     "Temperature": "write temperature=",
     "maxTokens": "write max_tokens=",
+    "timeout_ms": "write timeout=",
+    "presence": "write presence_penalty=",
+    "history": "chat(messages)",
+    "min_tokens": "no answer has a least length",
+    "echo": "the answer alone",
+    "json": "AnyJSON()",
+    "cancel_token": "stream.cancel()",
+    "on_chunk": "async for",
+    "tool_coice": "did you mean 'tool_choice'?",
+    "stop_sequnces": "write stop=",
+    "modle": "SimpleEngine(model)",
+    "max_batchsize": "BatchedEngine(model, max_batch_size=...)",
+    "store": "known are",
+    "type": "known are",
 }
 
 
@@ -62,7 +76,7 @@ def test_what_people_type_at_a_chat(name: str) -> None:
     assert TYPED[name] in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["tools", "tool_choice", "thinking"])
+@pytest.mark.parametrize("name", ["tools", "tool_choice", "thinking", "tools_choice", "thinkng"])
 def test_what_is_of_chats_is_not_of_plain_prompts(name: str) -> None:
     with pytest.raises(InvalidRequest, match=r"is an option of chat\(\) and stream_chat\(\)"):
         FakeEngine().stream_generate("a", **{name: None})  # type: ignore[arg-type]
@@ -81,6 +95,12 @@ def test_what_is_of_chats_is_not_of_plain_prompts(name: str) -> None:
         ("cache_size", "write prompt_cache_bytes="),
         ("batch_size", "BatchedEngine(model, max_batch_size=...)"),
         ("revison", "did you mean 'revision'?"),
+        ("max_batch", "BatchedEngine(model, max_batch_size=...)"),
+        ("temperture", "generate(..., temperature=...)"),
+        ("kind", "ProcessEngine(model, engine='batched')"),
+        ("num_replicas", "EngineManager(model, replicas=N)"),
+        ("tool_parser", "write tool_format="),
+        ("cache_dir", "HF_HOME"),
         ("zzz", "known are"),
     ],
 )

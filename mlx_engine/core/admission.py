@@ -142,7 +142,8 @@ class Admission:
         if (full or max_wait == 0) and busy:
             self._rejected += kind == "requests"
             why = f"queue_limit={limit}" if full else "max_wait=0"
-            raise self._busy(f"{waiting} {kind} are waiting ({why})", waiting, queue, kind)
+            what = f"{waiting} {kind} are waiting" if waiting else "no place is free now"
+            raise self._busy(f"{what} ({why})", waiting, queue, kind)
 
     def _limit_wait(
         self,

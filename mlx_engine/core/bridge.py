@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import inspect
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -22,6 +23,12 @@ def checked_callback(on_progress: ProgressCallback | None) -> ProgressCallback |
     """``on_progress``, if it can be called; raises ``InvalidRequest`` if not."""
     if on_progress is not None and not callable(on_progress):
         raise InvalidRequest("on_progress", f"must be callable or None, not {shown(on_progress)}")
+    of_its_class = getattr(type(on_progress), "__call__", None)  # noqa: B004 - not whether it has one
+    if inspect.iscoroutinefunction(on_progress) or inspect.iscoroutinefunction(of_its_class):
+        raise InvalidRequest(
+            "on_progress",
+            "must be a plain function, since nothing awaits it: no coroutine function",
+        )
     return on_progress
 
 

@@ -14,7 +14,7 @@ from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
 from mlx_engine.core.log import logged
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.errors import InvalidRequest, StreamClosed, StreamConsumed, StreamUnfinished
-from mlx_engine.other_names import WithAdvice
+from mlx_engine.other_attributes import WithAdvice
 from mlx_engine.outputs import (
     FinishReason,
     GenerationChunk,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from mlx_engine.other_names import WithAdvice
+from mlx_engine.other_attributes import WithAdvice
 
 # What other rooms ask of an engine: completion does not offer it to users.
 _INNER = frozenset(

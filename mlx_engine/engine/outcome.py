@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from mlx_engine.errors import MLXEngineError
+from mlx_engine.other_attributes import WithAdvice
 from mlx_engine.outputs import GenerationResult
 from mlx_engine.plain import plain
 
@@ -13,7 +14,7 @@ K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome(Generic[K]):
+class Outcome(WithAdvice, Generic[K]):
     """Outcome of one item of ``engine.map``: its answer, or the error with which it failed.
 
     Attributes:

@@ -12,6 +12,7 @@ from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.engine.outcome import Job, LastOutcome, Outcome
 from mlx_engine.errors import MLXEngineError, another
+from mlx_engine.other_attributes import WithAdvice
 
 K = TypeVar("K")
 
@@ -22,7 +23,7 @@ Take = Callable[[], Awaitable[Job[K] | None]]
 Do = Callable[[Job[K]], Awaitable[Outcome[K]]]
 
 
-class Outcomes(Generic[K]):
+class Outcomes(WithAdvice, Generic[K]):
     """Outcomes of ``engine.map``, as an async iterator of ``Outcome``.
 
         async with engine.map(prompts, concurrency=8) as outcomes:
@@ -148,6 +149,7 @@ class _Run(Generic[K]):
         self._ordered = ordered
         self._left = total  # items without an outcome, if their number is known
         self._workers: list[asyncio.Task[None]] = []
+        self._working = 0  # of these, until it is known how they ended
         self._places = asyncio.Semaphore(_WINDOW * concurrency)
         self._intake = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -167,6 +169,7 @@ class _Run(Generic[K]):
             return
         self._take, self._do, self._tell = self._begin()
         self._workers = [self.loop.create_task(self._work()) for _ in range(self._concurrency)]
+        self._working = len(self._workers)
         for worker in self._workers:
             worker.add_done_callback(self._worker_ended)
 
@@ -179,7 +182,7 @@ class _Run(Generic[K]):
         """The next outcome; see ``Outcomes.__anext__``."""
         while True:
             self._changed.clear()
-            over = all(worker.done() for worker in self._workers)
+            over = not self._working
             if over and self._early:  # those before them were cancelled
                 self._ready.extend(self._early.pop(index) for index in sorted(self._early))
             if self._ready:
@@ -266,6 +269,7 @@ class _Run(Generic[K]):
 
     def _worker_ended(self, worker: asyncio.Task[None]) -> None:
         """Tell who reads; what is no end of ours, a bug or a foreign cancel, ends all."""
+        self._working -= 1
         foreign = worker.cancelled() and not self._ended
         error = asyncio.CancelledError() if foreign else None
         if not worker.cancelled():

@@ -12,6 +12,7 @@ from mlx_engine.core.stream import GenerationStream
 from mlx_engine.engine.interface import Engine
 from mlx_engine.engine.sync_front import BlockingIterator, E_co, without_await
 from mlx_engine.engine.sync_map import MapFront
+from mlx_engine.other_attributes import WithAdvice
 from mlx_engine.outputs import EngineState, EngineStats, GenerationChunk, GenerationResult
 
 P = ParamSpec("P")
@@ -159,7 +160,7 @@ class SyncEngine(MapFront[E_co]):
         return self.engine.stats()
 
 
-class SyncStream:
+class SyncStream(WithAdvice):
     """A ``GenerationStream`` without ``await``: an iterator of chunks, to be read once.
 
         with llm.stream_generate("Once upon a time") as stream:

@@ -8,6 +8,7 @@ from typing import Generic, ParamSpec, TypeVar
 
 from mlx_engine.core.loop_thread import LoopThread
 from mlx_engine.engine.interface import Engine
+from mlx_engine.other_attributes import WithAdvice
 from mlx_engine.outputs import EngineState
 
 P = ParamSpec("P")
@@ -17,7 +18,7 @@ E_co = TypeVar("E_co", bound=Engine, covariant=True)
 _AT_REST = (EngineState.CREATED, EngineState.STOPPED)
 
 
-class Front(Generic[E_co]):
+class Front(WithAdvice, Generic[E_co]):
     """An engine, and an event loop on a thread of its own in which it is awaited.
 
     Attributes:

@@ -210,8 +210,11 @@ def _pieces(option: str, given: object) -> tuple[Piece, ...]:
     if isinstance(given, type) and issubclass(given, Exception):
         raise InvalidScript(option, f"must be an exception, not its class: {given.__name__}(...)")
     if not isinstance(given, Sequence) or not all(isinstance(p, Piece) for p in given):
+        several = not isinstance(given, str | bytes) and isinstance(given, Sequence)
         raise InvalidScript(
-            option, f"must be text, or a list of strings, gates and exceptions, not {shown(given)}"
+            option,
+            f"must be text, or a list of strings, gates and exceptions, not {shown(given)}"
+            + ("; for an answer to each request, see FakeEngine.script(...)" if several else ""),
         )
     if any(isinstance(piece, Exception) for piece in given[:-1]):
         raise InvalidScript(

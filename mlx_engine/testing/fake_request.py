@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 from mlx_engine.checks import shown
-from mlx_engine.other_names import WithAdvice
+from mlx_engine.other_attributes import WithAdvice
 from mlx_engine.outputs import FinishReason, GenerationResult, Timings, Usage
 from mlx_engine.params import SamplingParams
 from mlx_engine.requests import ChatPrompt, GenerationRequest, TextPrompt

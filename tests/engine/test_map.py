@@ -315,6 +315,38 @@ async def test_the_error_of_the_items_comes_behind_the_outcomes() -> None:
         assert not other_tasks()
 
 
+async def test_an_error_that_is_not_ours_is_raised_whenever_it_comes() -> None:
+    class Failing(FakeEngine):
+        """Its prompts are answered in the same turn of the event loop, or fail there."""
+
+        async def generate(self, prompt: Any, *args: Any, **options: Any) -> GenerationResult:
+            await together.wait()
+            if prompt == "b":
+                raise ZeroDivisionError
+            return answer
+
+    async def read_all(outcomes: Outcomes[int]) -> None:
+        async for outcome in outcomes:
+            read.append(outcome.id)  # noqa: PERF401 - it has those before the error, too
+
+    read: list[int] = []
+    together = asyncio.Event()
+    async with Failing("x") as engine:
+        answer = await FakeEngine.generate(engine, "a")
+        for work in (
+            read_all(engine.map(["a", "b"], concurrency=2)),
+            read_all(engine.map(["a", "b"], concurrency=2, ordered=True)),
+            engine.generate_batch(["a", "b"]),
+        ):
+            together.clear()
+            task = asyncio.create_task(work)
+            await turns()
+            together.set()
+            with pytest.raises(ZeroDivisionError):
+                await task
+    assert read == [0, 0]
+
+
 async def test_mistakes_are_told_at_once() -> None:
     engine = FakeEngine()
     bad: list[tuple[str, Any, dict[str, Any]]] = [

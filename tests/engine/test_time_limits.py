@@ -142,7 +142,7 @@ async def test_max_wait_is_of_the_queue_and_the_smaller_one_counts(batch: int | 
         await gate.reached()
         with pytest.raises(EngineBusy, match=r"waited for 0.02 s \(max_wait\)"):
             await engine.generate("y", max_wait=0.02)
-        with pytest.raises(EngineBusy, match=r"max_wait=0"):
+        with pytest.raises(EngineBusy, match=r"^no place is free now \(max_wait=0\)"):
             await engine.chat(HI, max_wait=0)
         behind = asyncio.create_task(engine.generate("z", max_wait=math.inf, timeout=math.inf))
         await until(lambda: engine.stats().waiting == 1)
