@@ -32,7 +32,7 @@ _NAMES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("calls", "last_request", "history"), "requests"),
     (("model_dump", "dict", "json", "as_dict", "asdict", "_asdict"), "to_dict()"),
     (("content", "output", "output_text", "choices", "answer", "text_stream"), "text"),
-    (("content", "message"), "prompt, or messages"),
+    (("text", "content", "message"), "prompt, or messages, or result().text"),
     (("thinking", "reasoning_content", "reasoning_text"), "reasoning"),
     (("text", "content", "answer", "value", "response", "output"), "unwrap(), or result"),
     (("exception", "exc", "failure"), "error"),
@@ -65,6 +65,8 @@ class WithAdvice:
     if not TYPE_CHECKING:  # which would take any name
 
         def __getattr__(self, name: str) -> NoReturn:
+            if hasattr(type(self), name):  # a property, within which something was missing
+                object.__getattribute__(self, name)
             hint = ""
             if not name.startswith("_"):  # which ``dir`` asks for itself
                 hint = self._advice.get(name) or _seen(self, name)

@@ -214,7 +214,7 @@ async def test_attributes_are_found_in_what_they_are_of() -> None:
             (engine.stats().memory, "active", "see use"),
             (engine.stats().memory, "weights", "see use.weights"),
             (engine.requests[0], "temperature", "see params.temperature"),
-            (engine.requests[0], "text", r"see result\(\).text"),
+            (engine.requests[0], "text", r"see prompt, or messages, or result\(\).text"),
             (engine, "cancel", "cancel the task"),
         ]
         for thing, name, said in found:
@@ -241,3 +241,13 @@ def test_a_process_that_is_to_come_back_by_itself() -> None:
     assert "limits: mlx_engine.limits.RequestLimits = RequestLimits()" in str(
         inspect.signature(SimpleEngine)
     )
+
+
+def test_a_property_within_which_something_is_missing_says_what() -> None:
+    class Broken(FakeEngine):
+        @property
+        def broken(self) -> object:
+            return self.limits.nothing  # type: ignore[attr-defined]
+
+    with pytest.raises(AttributeError, match="'nothing'"):
+        Broken().broken  # noqa: B018

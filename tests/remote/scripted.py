@@ -80,6 +80,8 @@ class World:
 
 
 class Scripted(BaseEngine):
+    pid: int | None = None
+
     def __init__(self, name: str, world: World) -> None:
         self.name = name
         self.world = world

@@ -123,12 +123,15 @@ async def test_a_killed_process_costs_no_request_that_has_emitted_nothing(
         )
     )
     name = await until_at_work(manager)
+    pids = {info.name: info.pid for info in manager.replicas}
     send(manager, name, signal.SIGKILL)
     result = await whole
     assert result.tokens == expected.tokens
     await until_all_run(manager, 1)
     (ended,) = [info for info in manager.replicas if info.restarts]
     assert ended.name == name
+    assert ended.pid not in (None, pids[name])
+    os.kill(ended.pid or 0, 0)
     assert ended.last_exit is not None
     assert (ended.last_exit.kind, ended.last_exit.signal) == ("crash", "SIGKILL")
     assert manager.stats().completion_tokens >= 400
