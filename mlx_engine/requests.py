@@ -319,14 +319,15 @@ def _tool_choice(
     given: object, tools: list[dict[str, Any]] | None, limits: RequestLimits
 ) -> ToolChoice:
     option = "tool_choice"
-    if given is None or given == "auto":
-        return "auto"
-    if given == "none":
-        return "none"
-    if given == "required":
-        if not tools:
-            raise InvalidRequest(option, "'required' needs tools, and there are none")
-        return "required"
+    match given:  # only texts are compared: what else there is may fail at that
+        case None | str("auto"):
+            return "auto"
+        case str("none"):
+            return "none"
+        case str("required"):
+            if not tools:
+                raise InvalidRequest(option, "'required' needs tools, and there are none")
+            return "required"
     if not isinstance(given, Mapping):
         raise InvalidRequest(
             option,

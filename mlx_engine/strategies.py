@@ -145,7 +145,7 @@ class Strategies:
             InvalidRequest: a value is something else.
         """
         _check_prefill(prefill)
-        if decode == "auto":
+        if isinstance(decode, str) and decode == "auto":
             decode = MTP(fallback=True)
         if decode is not None and not isinstance(decode, DraftModel | MTP):
             raise InvalidRequest(
@@ -186,8 +186,10 @@ class Strategies:
         for name, value in asked:
             if isinstance(value, str) and value == "as engine":
                 raise InvalidRequest(name, f'is called "default" now: write {name}="default"')
-        sparse = self.prefill if prefill == "default" else self._prefill(prefill)
-        if decode is not None and decode != "default":
+        # Only texts are compared: what else a caller gives may fail at that, or be an array.
+        whole = isinstance(prefill, str) and prefill == "default"
+        sparse = self.prefill if whole else self._prefill(prefill)  # type: ignore[arg-type]
+        if decode is not None and not (isinstance(decode, str) and decode == "default"):
             raise InvalidRequest(
                 "decode", f"a request may switch it off with None, not change it: {shown(decode)}"
             )

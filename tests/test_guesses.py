@@ -131,6 +131,23 @@ class Awaited:
         """The same."""
 
 
+class Incomparable:
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("as an array says, that is compared to a text")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("option", ["tool_choice", "prefill", "decode", "output", "constraint"])
+@pytest.mark.parametrize("make", [FakeEngine, SimpleEngine])
+def test_values_that_cannot_be_compared(make: Any, option: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{option}: "):
+        make("demo").stream_chat(HI, **{option: Incomparable()})
+    if option in ("prefill", "decode") and make is SimpleEngine:
+        with pytest.raises(InvalidRequest, match=f"^{option}: "):
+            SimpleEngine("demo", **{option: Incomparable()})  # type: ignore[arg-type]
+
+
 async def test_arguments() -> None:
     async with FakeEngine("Hello") as engine:
         with pytest.raises(InvalidRequest, match=r"^prompt: these are messages: .*chat\(\)"):

@@ -89,6 +89,7 @@ def _check_call(
 
 def _problem(constraint: Constraint, text: str, whole: bool) -> str | None:
     """The mistake in a text; ``None`` if there is none."""
+    given = text
     if isinstance(constraint, JSONSchema | AnyJSON):
         text = _as_models_write(text)
     matcher = _matcher(f"start: {constraint.rule}")
@@ -98,6 +99,8 @@ def _problem(constraint: Constraint, text: str, whole: bool) -> str | None:
     taken = matcher.try_consume_tokens(list(encoded))
     if taken < len(encoded):
         at = len(encoded[:taken].decode(errors="ignore"))
+        if not at:  # perhaps no JSON at all: as the script has it
+            text = given.lstrip()
         before, after = text[max(0, at - _AROUND) : at], text[at : at + _AROUND]
         return f"at character {at}, {after!r} cannot follow {before!r}"
     if whole and not matcher.is_accepting():

@@ -84,6 +84,7 @@ async def test_what_keeps_to_it_passes(constraint: Constraint, text: str) -> Non
         (Choice(["à", "é"]), "è", "at character 0"),
         (AnyJSON(), "Sure: {}", "at character 0"),
         (AnyJSON(), "", "it wants more"),
+        (AnyJSON(), "Here it is: {}", "at character 0, 'Here it is: {}' cannot follow ''"),
         (AnyJSON(), '{"a": "\\x"}', "cannot follow"),
         (AnyJSON(), '{"a": "\n"}', "cannot follow"),
         (AnyJSON(), '{"a" "b"}', "cannot follow"),
