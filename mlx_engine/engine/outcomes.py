@@ -168,10 +168,8 @@ class _Run(Generic[K]):
         if self._ended:
             return
         self._take, self._do, self._tell = self._begin()
-        self._workers = [self.loop.create_task(self._work()) for _ in range(self._concurrency)]
-        self._working = len(self._workers)
-        for worker in self._workers:
-            worker.add_done_callback(self._worker_ended)
+        if self._concurrency:  # there are items
+            self._add_worker()
 
     def unread(self) -> list[Outcome[K]]:
         """Outcomes that are there, in order."""
@@ -229,8 +227,20 @@ class _Run(Generic[K]):
         for worker in self._workers:
             worker.cancel()
 
+    def _add_worker(self) -> None:
+        assert self.loop is not None
+        worker = self.loop.create_task(self._work())
+        worker.add_done_callback(self._worker_ended)
+        self._workers.append(worker)
+        self._working += 1
+
     async def _work(self) -> None:
+        is_new = True
         while (job := await self._next_job()) is not None:
+            # As many as there are items, if that is less: nobody knows how many there are.
+            if is_new and len(self._workers) < self._concurrency and not self._ended:
+                self._add_worker()
+            is_new = False
             try:
                 outcome = await self._do(job)
             except LastOutcome as last:

@@ -158,6 +158,20 @@ async def test_no_more_than_its_concurrency_at_a_time() -> None:
             assert len([o async for o in outcomes]) == 9
 
 
+async def test_there_are_no_more_tasks_than_items() -> None:
+    gate = PlayGate()
+    items = (str(number) for number in range(3))
+    async with (
+        FakeEngine(["a", gate], max_batch_size=8) as engine,
+        engine.map(items, concurrency=10**9) as outcomes,
+    ):
+        before = len(asyncio.all_tasks())
+        await gate.reached(3)
+        assert len(asyncio.all_tasks()) < before + 10
+        gate.open()
+        assert len([o async for o in outcomes]) == 3
+
+
 async def test_break_leaves_nothing_running() -> None:
     async with FakeEngine(lambda r: "x" if r.prompt == "1" else ["a", PlayGate()]) as engine:
         async for outcome in engine.map(["1", "2", "3"]):
