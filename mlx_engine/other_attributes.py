@@ -77,6 +77,24 @@ class WithAdvice:
             )
 
 
+class AsyncOnly(WithAdvice):
+    """Things to be read with ``async for``: they say so where somebody awaits or iterates them."""
+
+    __slots__ = ()
+    _reading: ClassVar[str] = ""  # how that is written
+
+    if not TYPE_CHECKING:  # which know better
+
+        def __await__(self):
+            raise TypeError(self._reading)
+
+        __iter__ = __await__
+        __enter__ = __await__
+
+        def __exit__(self, *_):
+            """Never called."""
+
+
 def _seen(thing: WithAdvice, name: str) -> str:
     """Where that is which is called ``name`` elsewhere: in an object, or in its parts."""
     there = dir(thing)

@@ -268,3 +268,13 @@ def test_a_property_within_which_something_is_missing_says_what() -> None:
 
     with pytest.raises(AttributeError, match="'nothing'"):
         Broken().broken  # noqa: B018
+
+
+async def test_streams_and_outcomes_without_async() -> None:
+    async with FakeEngine("Hi.") as engine:
+        for thing in (engine.stream_chat(HI), engine.map(["Hi"])):
+            with pytest.raises(TypeError, match=r"is not awaited: write '.*async for"):
+                list(thing)  # type: ignore[call-overload]
+            with pytest.raises(TypeError, match=r"is not awaited: write '.*async for"), thing:  # type: ignore[union-attr]
+                pass
+            await thing.aclose()

@@ -7,14 +7,14 @@ import functools
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from mlx_engine.core.channel import Channel
 from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
 from mlx_engine.core.log import logged
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.errors import InvalidRequest, StreamClosed, StreamConsumed, StreamUnfinished
-from mlx_engine.other_attributes import WithAdvice
+from mlx_engine.other_attributes import AsyncOnly
 from mlx_engine.outputs import (
     FinishReason,
     GenerationChunk,
@@ -64,7 +64,7 @@ class _Outcome:
     error: BaseException | None = None
 
 
-class GenerationStream(WithAdvice):
+class GenerationStream(AsyncOnly):
     """An answer as it is made: an async iterator of ``GenerationChunk``, to be read once.
 
         async with engine.stream_generate("Once upon a time") as stream:
@@ -84,6 +84,10 @@ class GenerationStream(WithAdvice):
     and go on reading afterwards, put ``asyncio.shield`` around a task that reads.
     """
 
+    _reading: ClassVar = (
+        "a stream is not awaited: write 'async with engine.stream_chat(...) as stream', "
+        "and 'async for chunk in stream' in it; or await generate() or chat() for the whole"
+    )
     _parts: ClassVar = {"result": GenerationResult}
     _advice: ClassVar = dict.fromkeys(
         ("segments", "chunks", "events"),
@@ -254,14 +258,6 @@ class GenerationStream(WithAdvice):
         if self._outcome.error is not None:
             raise self._outcome.error.with_traceback(None)
         raise StopAsyncIteration
-
-    if not TYPE_CHECKING:  # for who types "await", and not for type checkers, which know better
-
-        def __await__(self):
-            raise TypeError(
-                "a stream is not awaited: write 'async with engine.stream_chat(...) as stream', "
-                "and 'async for chunk in stream' in it; or await generate() or chat() for the whole"
-            )
 
     def _read(self, chunk: GenerationChunk) -> GenerationChunk:
         if self._partial is not None:

@@ -6,13 +6,13 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
 from mlx_engine.core.wakeup import running_loop
 from mlx_engine.engine.outcome import Job, LastOutcome, Outcome
 from mlx_engine.errors import MLXEngineError, another
-from mlx_engine.other_attributes import WithAdvice
+from mlx_engine.other_attributes import AsyncOnly
 
 K = TypeVar("K")
 
@@ -23,7 +23,7 @@ Take = Callable[[], Awaitable[Job[K] | None]]
 Do = Callable[[Job[K]], Awaitable[Outcome[K]]]
 
 
-class Outcomes(WithAdvice, Generic[K]):
+class Outcomes(AsyncOnly, Generic[K]):
     """Outcomes of ``engine.map``, as an async iterator of ``Outcome``.
 
         async with engine.map(prompts, concurrency=8) as outcomes:
@@ -40,6 +40,11 @@ class Outcomes(WithAdvice, Generic[K]):
     Cancellation: when the task that waits here is cancelled, all that is under way is cancelled;
     ``CancelledError`` is raised when it is out of MLX. What is done is kept, in ``unread``.
     """
+
+    _reading: ClassVar = (
+        "engine.map(...) is not awaited: write 'async for outcome in engine.map(...)', or "
+        "'results = [outcome async for outcome in engine.map(...)]'"
+    )
 
     def __init__(
         self,
@@ -119,14 +124,6 @@ class Outcomes(WithAdvice, Generic[K]):
     def __del__(self) -> None:
         if (run := getattr(self, "_run", None)) is not None:
             run.cancel()
-
-    if not TYPE_CHECKING:  # for who types "await", and not for type checkers, which know better
-
-        def __await__(self):
-            raise TypeError(
-                "engine.map(...) is not awaited: write 'async for outcome in engine.map(...)', or "
-                "'results = [outcome async for outcome in engine.map(...)]'"
-            )
 
 
 class _Run(Generic[K]):
