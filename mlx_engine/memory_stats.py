@@ -85,8 +85,10 @@ class MemoryStats(PlainData):
     Attributes:
         total: bytes that all engines of the process may have together; ``None`` if unknown.
         limit: bytes that this engine may have (``memory=``); ``None``: as many as ``total``.
-        use: what this engine has now; of a manager, all replicas.
-        peak: the most that this engine has had at a time; of a manager, the sum of its replicas'.
+        use: what this engine has now, by what it is for: all is ``use.total`` bytes; of a manager,
+            all replicas.
+        peak: the most bytes that this engine has had at a time; of a manager, the sum of its
+            replicas'.
         refused: how often this engine wanted more than it could get.
         stage: what is given up while the system is short of memory.
         owners: all engines of the process that have memory, this one included.

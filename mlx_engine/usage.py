@@ -21,8 +21,8 @@ class Usage(PlainData):
         kept_ranges: the same as (first, last + 1), if ``SpecPrefill`` was asked for them.
     """
 
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
     cached_tokens: int = 0
     kept_tokens: int | None = None
     kept_ranges: tuple[tuple[int, int], ...] | None = None

@@ -92,7 +92,8 @@ class MapEngine(Protocol):
             prompts: prompts (text or token ids) and conversations (lists of messages), of both
                 kinds if need be: a list, an iterator or an async iterator, which may be endless.
                 The id of each is its index; pairs ``(id, prompt)``, as of ``zip(ids, prompts)``,
-                or a mapping of ids to prompts, give others.
+                or a mapping of ids to prompts, give others. A text is completed as it stands: a
+                question to a model that knows chats is a conversation.
             params: sampling parameters of all.
             concurrency: items under way at a time; ``None`` is as many as the engine can have in
                 work at once and a few more, which wait for the next place.

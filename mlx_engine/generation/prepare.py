@@ -15,7 +15,12 @@ from mlx_engine.generation.text import TextAssembler
 from mlx_engine.generation.tokenize import Encoded, encode
 from mlx_engine.models.token_text import TokenTexts
 from mlx_engine.models.vocabulary import Vocabulary
-from mlx_engine.requests import ChatPrompt
+from mlx_engine.requests import ChatPrompt, TextPrompt
+
+_COMPLETED = (
+    "the answer is empty: a plain prompt is completed as it stands, and this model knows chats: "
+    'ask [{"role": "user", "content": prompt}]'
+)
 
 
 def prepare(request: Request, vocabulary: Vocabulary) -> None:
@@ -37,6 +42,9 @@ def prepare(request: Request, vocabulary: Vocabulary) -> None:
     request.prompt, request.places = encoded.tokens, encoded.places
     for note in encoded.notes:
         request.note(note)
+    plain = isinstance(source, TextPrompt) and isinstance(source.prompt, str)
+    if plain and vocabulary.tokenizer.has_chat_template:
+        request.note_if_empty = _COMPLETED
     request.fit(vocabulary.context_length)
     check_sampling(params, vocabulary.vocab_size)
     stops = frozenset(params.stop_token_ids)

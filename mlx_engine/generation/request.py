@@ -38,6 +38,7 @@ class Request(ActiveRequest):
     Attributes:
         places: numbers of its first tokens with which other prompts are likely to begin too.
         sampling: what chooses its tokens, once its work has begun.
+        note_if_empty: told in the result if its answer ends before any text.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Request(ActiveRequest):
         self.strategies = strategies or Strategies()
         self.places: tuple[int, ...] = ()
         self.sampling: Sampling | None = None
+        self.note_if_empty = ""
         self._text: TextAssembler | None = None
         self._make_sampling: Callable[[], Sampling] | None = None  # once prepared
         self._ends: frozenset[int] = frozenset()  # token ids that end the answer
@@ -274,6 +276,8 @@ class Request(ActiveRequest):
             if text.stopped and reason in ("length", "timeout"):
                 reason = "stop"  # by a stop string that was held back until now
             reason = final_reason(reason, text.tool_calls, by_string=text.stopped)
+            if self.note_if_empty and reason == "stop" and not (text.content or text.stopped):
+                self.note(self.note_if_empty)
         self._finish_reason = reason
         self._timer.ended = time.perf_counter()
         self.sampling = None  # it has arrays, and is dropped where they were made

@@ -355,3 +355,15 @@ async def test_a_fake_engine_answers_as_it_counts() -> None:
         )
         with pytest.raises(InvalidRequest):
             await engine.count_tokens(USER, tools=[{"oops": 1}])
+
+
+async def test_an_empty_answer_to_a_plain_prompt_says_why(engine: BaseEngine) -> None:
+    """Models that know chats often end at once where a question is not put as one."""
+    ends: dict[str, Any] = {"logit_bias": {257: 1000.0}, "max_tokens": 5}
+    asked = await engine.generate("What is the capital of France?", **ends)
+    assert (asked.text, asked.finish_reason) == ("", "stop")
+    assert [note for note in asked.notes if '{"role": "user"' in note]
+    tokens = await engine.generate([1, 2, 3], **ends)
+    chat = await engine.chat([{"role": "user", "content": "Hi"}], **ends)
+    stopped = await engine.generate("Hi", max_tokens=0)
+    assert tokens.notes == chat.notes == stopped.notes == ()
