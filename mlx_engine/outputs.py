@@ -185,7 +185,7 @@ class GenerationResult(WithAdvice):
         request_id: the engine's name for the request.
         stop_string: that of ``stop`` which has ended the answer; ``None`` if another end has.
         parsed: what ``output=`` has asked for, made of ``text``; ``None`` without it, and where
-            the answer was cut or has calls instead, as ``notes`` says then.
+            the answer was cut, as ``notes`` says then. Such an answer has no calls.
     """
 
     _parts: ClassVar = {"usage": Usage, "timings": Timings}

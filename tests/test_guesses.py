@@ -12,6 +12,7 @@ import pytest
 
 import mlx_engine.testing
 from mlx_engine import (
+    AnyJSON,
     BatchedEngine,
     EngineBusy,
     EngineManager,
@@ -278,3 +279,16 @@ async def test_streams_and_outcomes_without_async() -> None:
             with pytest.raises(TypeError, match=r"is not awaited: write '.*async for"), thing:  # type: ignore[union-attr]
                 pass
             await thing.aclose()
+
+
+async def test_a_call_and_a_value_are_not_asked_for_at_once() -> None:
+    async with FakeEngine("Hi.") as engine:
+        for option in ({"output": {"type": "object"}}, {"constraint": AnyJSON()}):
+            (name,) = option
+            with pytest.raises(InvalidRequest, match=rf"^{name}: .*a request of its own"):
+                await engine.chat(HI, tools=[TOOL], tool_choice="required", **option)  # type: ignore[arg-type]
+
+
+def test_what_is_not_awaited_is_an_attribute_of_the_engine_itself() -> None:
+    with FakeEngine("Hi.").sync() as llm, pytest.raises(AttributeError, match=r"see engine$"):
+        llm.check_health()  # type: ignore[attr-defined]

@@ -214,6 +214,13 @@ class BaseEngine(Guided, Engine, abc.ABC):
     ) -> Work:
         output = None if (given := options.get("output")) is None else OutputType.of(given)
         chosen = self._sampling(output, params, those_of(SamplingOptions, options))
+        calls = isinstance(source, ChatPrompt) and source.tool_choice not in ("auto", "none")
+        if calls and chosen.constraint is not None:
+            raise InvalidRequest(
+                "constraint" if output is None else "output",
+                "is for content, and there is none where tool_choice asks for calls: ask for the "
+                "call first, and for this in a request of its own",
+            )
         work = self.submit(
             generation_request(source, chosen, options),
             checked_callback(options.get("on_progress")),

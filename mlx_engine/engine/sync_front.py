@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Generic, ParamSpec, TypeVar
+from typing import ClassVar, Generic, ParamSpec, TypeVar
 
 from mlx_engine.core.loop_thread import LoopThread
 from mlx_engine.engine.interface import Engine
@@ -24,6 +24,11 @@ class Front(WithAdvice, Generic[E_co]):
     Attributes:
         engine: that.
     """
+
+    _advice: ClassVar = dict.fromkeys(
+        ("check_health", "replicas", "pid", "limits"),
+        "what is not awaited is an attribute of the engine: see engine",
+    )
 
     def __init__(self, engine: E_co) -> None:
         """Make one of any engine; ``engine.sync()`` does that."""

@@ -42,6 +42,8 @@ def prepare(request: Request, vocabulary: Vocabulary) -> None:
     request.prompt, request.places = encoded.tokens, encoded.places
     for note in encoded.notes:
         request.note(note)
+    if params.constraint is not None and isinstance(source, ChatPrompt) and source.offered:
+        request.note("tools: an answer with output= or constraint= has no calls")
     plain = isinstance(source, TextPrompt) and isinstance(source.prompt, str)
     if plain and vocabulary.tokenizer.has_chat_template:
         request.note_if_empty = _COMPLETED

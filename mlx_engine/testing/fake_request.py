@@ -44,8 +44,8 @@ class FakeRequest(WithAdvice):
         error: what its caller got, if it failed or was refused.
         finish_reason: of its answer, ``"timeout"`` for one; ``None`` as long as it has none.
         options: all keyword arguments by name, those that were not given at their defaults:
-            ``options["max_tokens"]``. Of one that was refused only those, as they were given;
-            what else is told here of a refused one is as it was given, too.
+            ``options["max_tokens"]``; ``output`` is a ``constraint``. Of one that was refused only
+            those, as they were given; what else is told here of it is as it was given, too.
     """
 
     _parts: ClassVar = {"params": SamplingParams, "result()": GenerationResult}
