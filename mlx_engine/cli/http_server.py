@@ -105,6 +105,12 @@ class _Connection(H11Protocol):
             self._unread.cancel()
             self._unread = None
 
+    def eof_received(self) -> None:
+        """See ``asyncio.Protocol``. A request in work is cancelled, whatever is unread by then."""
+        if not self._waits:
+            self.transport.abort()  # closing waits for that to be read
+        super().eof_received()
+
     def handle_events(self) -> None:
         """Read on, where uvicorn does not: behind a request that is there, while it is in work.
 
@@ -134,7 +140,7 @@ class _Connection(H11Protocol):
     def _look(self, before: object) -> None:
         """Close it, if it waits for the same request as it did ``before``."""
         if self._waits and before is self.cycle:
-            self.transport.close()
+            self._end()
         else:
             mark = self.cycle if self._waits else self
             self._timer = self.loop.call_later(_HEAD_SECONDS, self._look, mark)
@@ -144,9 +150,16 @@ class _Connection(H11Protocol):
         for _ in range(len(self._others)):
             other, _ = self._others.popitem(last=False)
             if other._waits:
-                other.transport.close()
+                other._end()
                 return
             self._others[other] = None
+
+    def _end(self) -> None:
+        """Close it, once the client has read what is left; some never do."""
+        self.transport.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(_PATIENCE, self.transport.abort)
 
 
 @contextlib.contextmanager

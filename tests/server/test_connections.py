@@ -21,16 +21,23 @@ pytestmark = pytest.mark.anyio
 
 
 @contextlib.asynccontextmanager
-async def listening(engine: FakeEngine) -> AsyncIterator[int]:
-    """A server's port."""
+async def serving(engine: FakeEngine) -> AsyncIterator[tuple[http_server.HttpServer, int]]:
+    """A server, and its port."""
     server = http_server.HttpServer(create_app(engine))
     with http_server.bound("127.0.0.1", 0) as door:
-        serving = asyncio.create_task(server.serve(sockets=[door]))
-        await server.listening(serving)
+        task = asyncio.create_task(server.serve(sockets=[door]))
+        await server.listening(task)
         async with asyncio.timeout(PATIENCE):
-            yield door.getsockname()[1]
+            yield server, door.getsockname()[1]
         server.should_exit = True
-        await serving
+        await task
+
+
+@contextlib.asynccontextmanager
+async def listening(engine: FakeEngine) -> AsyncIterator[int]:
+    """A server's port."""
+    async with serving(engine) as (_, port):
+        yield port
 
 
 def request(*, path: str = CHAT, headers: str = "", stream: bool = False) -> bytes:
@@ -90,6 +97,32 @@ async def test_who_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request(headers="connection: close\r\n"))
         assert (await reader.read()).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+
+async def test_who_leaves_is_heard_before_all_is_read() -> None:
+    """Half a close is one, too. To close a connection nicely would wait for what is not read."""
+    async with FakeEngine("x" * 2**24) as engine, serving(engine) as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request(stream=True))
+        await reader.read(1)
+        writer.write_eof()
+        await until(lambda: not server.server_state.tasks)
+        assert not server.server_state.connections
+        writer.close()
+
+
+async def test_a_connection_is_closed_though_its_last_answer_is_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http_server, "_HEAD_SECONDS", 0.1)
+    monkeypatch.setattr(http_server, "_PATIENCE", 0.4)
+    async with FakeEngine("x" * 2**24) as engine, serving(engine) as (server, port):
+        monkeypatch.setattr(http_server._Connection, "pause_writing", lambda self: None)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request())
+        await reader.read(1)
+        await until(lambda: not server.server_state.connections)
         writer.close()
 
 
