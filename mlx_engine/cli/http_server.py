@@ -55,6 +55,14 @@ class HttpServer(uvicorn.Server):
         while not (self.started or serving.done()):  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(0.01)
 
+    def cut(self) -> None:
+        """Close all connections at once; what is in work for them ends as for clients that leave.
+
+        To cancel that instead would have uvicorn say 500, and wait until that is read.
+        """
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
 
 class _Connection(H11Protocol):
     """A connection that is closed when the head of a request does not come to its end, or when

@@ -129,6 +129,8 @@ class EventStream:
                 await self._reply.events(data, more=more)
                 self._over = not more  # not before it is taken: the last one may not be, either
                 self._last = self._loop.time()
+                if more:  # one that is gone is told of now, and not after a burst
+                    await asyncio.sleep(0)
 
     async def fail(self, failure: Failure, body: object) -> None:
         """Tell of a failure: by its status and ``body``, or by an event if events have begun."""

@@ -126,6 +126,24 @@ async def test_a_connection_is_closed_though_its_last_answer_is_not_read(
         writer.close()
 
 
+async def test_the_end_waits_for_nobody_who_sends_or_reads_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with FakeEngine("x" * 2**24) as engine, serving(engine) as (server, port):
+        writers = []
+        for sent in (request()[:-5], request(stream=True), b"POST /"):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(sent)
+            writers.append(writer)
+        await until(lambda: len(server.server_state.tasks) == 2 and engine.requests)
+        server.should_exit = True
+        server.cut()
+        await until(lambda: not server.server_state.tasks)
+        for writer in writers:
+            writer.close()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 async def test_nonsense_behind_an_answer_closes_the_connection_and_no_more(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
