@@ -137,6 +137,11 @@ class _Program:
         return report
 
     def _leave(self) -> None:
+        """Wait for nobody any more: not for bodies that do not come, nor for who does not read."""
+        self._server.cut()
+        asyncio.get_running_loop().call_later(_LAST_WORDS, self._force)
+
+    def _force(self) -> None:
         self._server.force_exit = True
 
 

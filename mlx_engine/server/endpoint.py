@@ -69,7 +69,9 @@ class Exchange:
         try:
             client = self._site.access.check(scope)
             self._site.access.check_place(client)
-            declared = dict(scope["headers"]).get(b"content-length", b"")
+            headers = dict(scope["headers"])
+            _check_encoding(headers.get(b"content-encoding", b""))
+            declared = headers.get(b"content-length", b"")
             body = await self._site.bodies.read_json(self._receive, client, declared)
             with self._site.access.place(client):
                 asked = self._read(body)
@@ -162,6 +164,17 @@ class Exchange:
             f"{sum(usage.completion_tokens for usage in usages)} tokens "
             f"({', '.join(answer.result.finish_reason for answer in answers)}), "
         )
+
+
+def _check_encoding(encoding: bytes) -> None:
+    """Whether a body is as it is.
+
+    Raises:
+        InvalidRequest: it is compressed.
+    """
+    if encoding.lower() not in (b"", b"identity"):
+        said = "is compressed, by its content-encoding; send it as it is, without that header"
+        raise InvalidRequest("body", said)
 
 
 def _remarks(name: str, texts: Sequence[str]) -> Headers:

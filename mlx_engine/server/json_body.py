@@ -24,6 +24,7 @@ _SURROGATE = re.compile(
     rb"(\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
 )
 _HALF = len(rb"\ud800")
+_MARK = b"\xef\xbb\xbf"  # of byte order, which editors and shells of Windows put before UTF-8
 
 
 def decoded(body: bytearray) -> object:
@@ -35,6 +36,8 @@ def decoded(body: bytearray) -> object:
     Raises:
         InvalidRequest: it is no JSON, or has more values than any request needs.
     """
+    if body.startswith(_MARK):
+        del body[: len(_MARK)]
     _check_values(body)
     try:
         try:

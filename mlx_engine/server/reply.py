@@ -126,18 +126,20 @@ class EventStream:
                 data = self._events.begin(*self._counts())
             data += make()
             if data or not more:
-                self._over = not more
                 await self._reply.events(data, more=more)
+                self._over = not more  # not before it is taken: the last one may not be, either
                 self._last = self._loop.time()
+                if more:  # one that is gone is told of now, and not after a burst
+                    await asyncio.sleep(0)
 
     async def fail(self, failure: Failure, body: object) -> None:
         """Tell of a failure: by its status and ``body``, or by an event if events have begun."""
         async with self._lock:
-            self._over = True
             if self._reply.status:
                 await self._reply.events(self._events.fail(failure), more=False)
             else:
                 await self._reply.json(failure.status, body, failure.headers)
+            self._over = True
 
     async def keep_alive(self) -> None:
         """Send signs of life, as long as there is life.

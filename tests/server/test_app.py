@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import inspect
 import json
 import logging
@@ -332,6 +333,23 @@ async def test_a_body_of_more_values_than_a_request_needs_is_refused(
     assert reply.json["error"]["param"] == "body"
     text = {**HELLO, "x": many * 2**18}  # in a text they are none
     assert (await ask(app, text)).status == 200
+
+
+async def test_a_mark_of_byte_order_is_none_of_the_body(app: Any, engine: FakeEngine) -> None:
+    """Windows puts one before what it writes as UTF-8."""
+    body = json.dumps(HELLO).encode()
+    assert (await ask(app, b"\xef\xbb\xbf" + body)).status == 200
+    assert (await ask(app, b"\xef\xbb\xbf\xef\xbb\xbf" + body)).status == 400
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/messages/count_tokens"])
+async def test_a_compressed_body_is_refused_by_that_name(app: Any, path: str) -> None:
+    """And not as bad JSON, which it is not."""
+    body = gzip.compress(json.dumps(HELLO).encode())
+    reply = await ask(app, body, path, headers={"content-encoding": "gzip"})
+    assert reply.status == 400
+    assert "is compressed" in reply.json["error"]["message"]
+    assert (await ask(app, HELLO, path, headers={"content-encoding": "Identity"})).status == 200
 
 
 async def test_a_body_that_says_that_it_is_too_large_is_not_read(engine: FakeEngine) -> None:

@@ -66,6 +66,24 @@ async def test_one_that_reads_nothing_holds_nobody_up() -> None:
         await free(engine)
 
 
+async def test_one_that_does_not_read_the_last_event_is_given_up_too() -> None:
+    async with FakeEngine("Hi.") as engine:
+        app = create_app(engine, keep_alive_seconds=0.01, patience_seconds=0.2)
+        client = StopsReading(app, CHAT, {**HELLO, "stream": True})
+        await asyncio.wait_for(client.run(), 30)  # by itself
+        assert client.over
+        await free(engine)
+    assert not other_tasks()
+
+
+class StopsReading(Client):
+    """A client that reads all but the last event."""
+
+    async def _send(self, message: Any) -> None:
+        self._slow = message["type"] == "http.response.body" and not message.get("more_body")
+        await super()._send(message)
+
+
 async def test_before_its_body_is_there(engine: FakeEngine) -> None:
     client = Client(create_app(engine), CHAT, HELLO)
     client._given.clear()
