@@ -120,8 +120,8 @@ class MemoryBudget:
             return 0
         # In a batch, every sequence is padded to the longest one.
         longest = max(_length(request, ahead) for request in requests)
-        own = self._footprint.claim(longest, len(requests))
-        return own + sum(self._besides(request, ahead) for request in requests)
+        besides = sum(self._besides(request, ahead) for request in requests)
+        return self._footprint.claim(longest, len(requests), besides)
 
     def _besides(self, request: Request, ahead: int | None) -> int:
         """Bytes of a request's drafts: of one that scores, then of one that proposes."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Several
 
 from mlx_engine.core.ledger import Account
 from mlx_engine.errors import GenerationError, InvalidRequest
-from mlx_engine.generation.cache.kv_cache import KVFootprint
+from mlx_engine.generation.cache.kv_cache import KVFootprint, joined
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.sequence import Sequence
 
@@ -29,7 +29,7 @@ class LiveMemory:
     ) -> None:
         self._account = account
         self._sequence = sequence
-        self._footprints = footprints
+        self._footprint = joined(footprints)
         self._claimed = 0  # tokens for which there is memory
 
     def prefill(self, size: int) -> None:
@@ -91,8 +91,7 @@ class LiveMemory:
         )
 
     def _need(self, tokens: int) -> int:
-        expected = sum(footprint.claim(tokens) for footprint in self._footprints)
-        return max(expected, self._sequence.nbytes)
+        return max(self._footprint.claim(tokens), self._sequence.nbytes)
 
     def _reach(self, tokens: int) -> bool:
         if not self._account.claim("live", self._need(tokens)):
