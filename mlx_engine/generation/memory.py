@@ -106,11 +106,7 @@ class MemoryBudget:
                 f"is enough for {most} tokens; shorten the prompt or lower max_tokens",
             )
         if self.need([request]) > limit:
-            request.strategies = Strategies()
-            request.note(
-                "prefilled in full and decoded one token at a time: there is no memory for a "
-                f"draft beside its own KV cache ({limit} bytes, kv_cache_memory_bytes)"
-            )
+            do_without_drafts(request, limit, "kv_cache_memory_bytes")
 
     def need(self, requests: Sequence[Request], ahead: int | None = None) -> int:
         """Bytes that requests take together once each has ``ahead`` tokens more than now, or as
@@ -132,6 +128,15 @@ class MemoryBudget:
         if decode is not None:
             proposing = self._drafts["decode"].nbytes(_length(request, ahead))
         return max(scoring, proposing)
+
+
+def do_without_drafts(request: Request, limit: int, option: str) -> None:
+    """Have a prepared request use none of its strategies, and be told: memory is too small."""
+    request.strategies = Strategies()
+    request.note(
+        "prefilled in full and decoded one token at a time: there is no memory for a "
+        f"draft beside its own KV cache ({limit} bytes, {option})"
+    )
 
 
 def _length(request: Request, ahead: int | None) -> int:

@@ -222,6 +222,22 @@ def test_where_nothing_fits_auto_tells_what_the_shortest_takes(
         fit_context(loaded, [footprint], need - 1)
 
 
+async def test_a_prompt_that_fits_without_its_draft_only_does_without_it(
+    engine_type: type[BaseEngine], tiny_path: Path, tmp_path: Path
+) -> None:
+    draft = make_tiny(tmp_path / "draft", "--layers", "4")
+    memory = stored_bytes(tiny_path) + stored_bytes(draft) + 1024 * BYTES_A_TOKEN * 10 // 9 + 9
+    with machine_of(memory):
+        async with engine_type(  # type: ignore[call-arg]
+            tiny_path, decode=DraftModel(draft, 2), prompt_cache_bytes=0
+        ) as engine:
+            result = await engine.generate([1] * 900, max_tokens=20, ignore_eos=True)
+            assert len(result.tokens) == 20
+            assert "no memory for a draft" in " ".join(result.notes)
+            short = await engine.generate([1] * 100, max_tokens=20, ignore_eos=True)
+            assert short.notes == ()
+
+
 async def test_auto_takes_what_a_batched_engine_may_take(tiny_path: Path) -> None:
     budget = 512 * BYTES_A_TOKEN
     async with BatchedEngine(
