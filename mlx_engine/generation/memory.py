@@ -90,9 +90,15 @@ class MemoryBudget:
             InvalidRequest: with both numbers.
         """
         limit = self.pool.most("live", "stored")
-        most = None if limit is None else self._footprint.tokens(limit)
-        if limit is None or most is None:
+        if limit is None:
             return
+        if (most := self._footprint.tokens(limit)) is not None:
+            self._check_length(request, most, limit)
+        if self.need([request]) > limit:
+            do_without_drafts(request, limit, "kv_cache_memory_bytes")
+
+    def _check_length(self, request: Request, most: int, limit: int) -> None:
+        """Refuse it if ``limit`` bytes, which are for ``most`` tokens, are too few for it alone."""
         length = len(request.prompt)
         if request.open_ended and length < most:
             request.limit = min(most if request.limit is None else request.limit, most - length)
@@ -105,8 +111,6 @@ class MemoryBudget:
                 f"KV cache, and the engine may use {limit} (kv_cache_memory_bytes), which "
                 f"is enough for {most} tokens; shorten the prompt or lower max_tokens",
             )
-        if self.need([request]) > limit:
-            do_without_drafts(request, limit, "kv_cache_memory_bytes")
 
     def need(self, requests: Sequence[Request], ahead: int | None = None) -> int:
         """Bytes that requests take together once each has ``ahead`` tokens more than now, or as

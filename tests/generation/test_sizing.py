@@ -51,6 +51,7 @@ from tests.architectures import make
 from tests.conftest import make_tiny, on_mlx_thread
 from tests.engine.test_families import FAMILIES
 from tests.memory.machines import machine_of
+from tests.memory.test_bytes import config_of
 
 pytestmark = pytest.mark.anyio
 
@@ -236,6 +237,18 @@ async def test_a_prompt_that_fits_without_its_draft_only_does_without_it(
             assert "no memory for a draft" in " ".join(result.notes)
             short = await engine.generate([1] * 100, max_tokens=20, ignore_eos=True)
             assert short.notes == ()
+
+
+async def test_so_does_one_of_a_model_whose_own_cache_never_grows(tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path / "model", "--other", json.dumps(config_of("mamba2")))
+    draft = make_tiny(tmp_path / "draft", "--layers", "8")
+    with machine_of(stored_bytes(folder) + stored_bytes(draft) + 600_000):
+        async with BatchedEngine(
+            folder, decode=DraftModel(draft, 2), prompt_cache_bytes=0
+        ) as engine:
+            result = await engine.generate([1] * 900, max_tokens=5, ignore_eos=True)
+            assert len(result.tokens) == 5
+            assert "no memory for a draft" in " ".join(result.notes)
 
 
 async def test_auto_takes_what_a_batched_engine_may_take(tiny_path: Path) -> None:
