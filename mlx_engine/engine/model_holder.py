@@ -231,7 +231,8 @@ class ModelHolder:
     def _check(self, request: Request) -> None:
         """Refuse a request, with both numbers, that could never have what it needs."""
         runner = self.runner()
-        mlx_work.check_prompt(runner.account, runner.footprint, request)
+        drafts = runner.strategies.footprints
+        mlx_work.check_prompt(runner.account, runner.footprint, request, drafts)
 
     def answer(self, question: PromptQuestion) -> PromptFacts:
         """Answer a question about a prompt. On any thread, without MLX.

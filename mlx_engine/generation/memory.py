@@ -90,9 +90,15 @@ class MemoryBudget:
             InvalidRequest: with both numbers.
         """
         limit = self.pool.most("live", "stored")
-        most = None if limit is None else self._footprint.tokens(limit)
-        if limit is None or most is None:
+        if limit is None:
             return
+        if (most := self._footprint.tokens(limit)) is not None:
+            self._check_length(request, most, limit)
+        if self.need([request]) > limit:
+            do_without_drafts(request, limit, "kv_cache_memory_bytes")
+
+    def _check_length(self, request: Request, most: int, limit: int) -> None:
+        """Refuse it if ``limit`` bytes, which are for ``most`` tokens, are too few for it alone."""
         length = len(request.prompt)
         if request.open_ended and length < most:
             request.limit = min(most if request.limit is None else request.limit, most - length)
@@ -105,12 +111,6 @@ class MemoryBudget:
                 f"KV cache, and the engine may use {limit} (kv_cache_memory_bytes), which "
                 f"is enough for {most} tokens; shorten the prompt or lower max_tokens",
             )
-        if self.need([request]) > limit:
-            request.strategies = Strategies()
-            request.note(
-                "prefilled in full and decoded one token at a time: there is no memory for a "
-                f"draft beside its own KV cache ({limit} bytes, kv_cache_memory_bytes)"
-            )
 
     def need(self, requests: Sequence[Request], ahead: int | None = None) -> int:
         """Bytes that requests take together once each has ``ahead`` tokens more than now, or as
@@ -120,8 +120,8 @@ class MemoryBudget:
             return 0
         # In a batch, every sequence is padded to the longest one.
         longest = max(_length(request, ahead) for request in requests)
-        own = self._footprint.claim(longest, len(requests))
-        return own + sum(self._besides(request, ahead) for request in requests)
+        besides = sum(self._besides(request, ahead) for request in requests)
+        return self._footprint.claim(longest, len(requests), besides)
 
     def _besides(self, request: Request, ahead: int | None) -> int:
         """Bytes of a request's drafts: of one that scores, then of one that proposes."""
@@ -132,6 +132,15 @@ class MemoryBudget:
         if decode is not None:
             proposing = self._drafts["decode"].nbytes(_length(request, ahead))
         return max(scoring, proposing)
+
+
+def do_without_drafts(request: Request, limit: int, option: str) -> None:
+    """Have a prepared request use none of its strategies, and be told: memory is too small."""
+    request.strategies = Strategies()
+    request.note(
+        "prefilled in full and decoded one token at a time: there is no memory for a "
+        f"draft beside its own KV cache ({limit} bytes, {option})"
+    )
 
 
 def _length(request: Request, ahead: int | None) -> int:

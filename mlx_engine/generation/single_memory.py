@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Several
 
 from mlx_engine.core.ledger import Account
 from mlx_engine.errors import GenerationError, InvalidRequest
-from mlx_engine.generation.cache.kv_cache import KVFootprint
+from mlx_engine.generation.cache.kv_cache import KVFootprint, joined
+from mlx_engine.generation.memory import do_without_drafts
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.sequence import Sequence
 
@@ -29,7 +31,7 @@ class LiveMemory:
     ) -> None:
         self._account = account
         self._sequence = sequence
-        self._footprints = footprints
+        self._footprint = joined(footprints)
         self._claimed = 0  # tokens for which there is memory
 
     def prefill(self, size: int) -> None:
@@ -91,8 +93,7 @@ class LiveMemory:
         )
 
     def _need(self, tokens: int) -> int:
-        expected = sum(footprint.claim(tokens) for footprint in self._footprints)
-        return max(expected, self._sequence.nbytes)
+        return max(self._footprint.claim(tokens), self._sequence.nbytes)
 
     def _reach(self, tokens: int) -> bool:
         if not self._account.claim("live", self._need(tokens)):
@@ -101,8 +102,18 @@ class LiveMemory:
         return True
 
 
-def check_prompt(account: Account, footprint: KVFootprint, request: Request) -> None:
+def check_prompt(
+    account: Account,
+    footprint: KVFootprint,
+    request: Request,
+    drafts: Mapping[str, KVFootprint] | None = None,
+) -> None:
     """Refuse a prepared request whose prompt could never have its KV cache. On any thread.
+
+    One whose prompt fits without its drafts only does without them, and is told.
+
+    Args:
+        drafts: of what each of the engine's strategies keeps besides, by option.
 
     Raises:
         InvalidRequest: with both numbers.
@@ -114,3 +125,11 @@ def check_prompt(account: Account, footprint: KVFootprint, request: Request) -> 
             f"{len(request.prompt)} tokens need {need} bytes of KV cache, and there are {most} for "
             "it beside the models (memory); shorten the prompt, or let the engine have more",
         )
+    if most is None or not drafts:
+        return
+    prefill, decode = request.strategies.prefill, request.strategies.decode
+    scored = prefill is not None and len(request.prompt) >= prefill.threshold
+    together = [footprint, *([drafts["prefill"]] if scored else [])]
+    together += [drafts["decode"]] if decode is not None else []
+    if joined(together).claim(len(request.prompt) + 1) > most:
+        do_without_drafts(request, most, "memory")

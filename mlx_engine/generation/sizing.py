@@ -15,7 +15,7 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.ledger import room_for_caches
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.generation.cache.kv_cache import KVFootprint, footprint_of, make_kv_cache
+from mlx_engine.generation.cache.kv_cache import KVFootprint, footprint_of, joined, make_kv_cache
 from mlx_engine.memory_stats import MemoryUse
 from mlx_engine.models.loading import LoadedModel, unread_model
 
@@ -140,10 +140,7 @@ def fit_context(
     """
     if room is None:
         return loaded
-    together = KVFootprint(
-        sum(each.fixed for each in footprints),
-        tuple(layer for each in footprints for layer in each.layers),
-    )
+    together = joined(footprints)
     most, own = together.tokens(room), loaded.context_length
     if most is None or (own is not None and own <= most):
         return loaded
@@ -151,7 +148,7 @@ def fit_context(
         raise InvalidRequest(
             "context_length",
             f"'auto' finds no room: {room} bytes are left beside the model, and the KV cache of "
-            f"the shortest request takes {together.nbytes(2)}; take a smaller model, or one with "
+            f"the shortest request takes {together.claim(2)}; take a smaller model, or one with "
             "fewer bits",
         )
     return replace(loaded, vocabulary=replace(loaded.vocabulary, context_length=most))

@@ -22,12 +22,15 @@ from mlx_engine import (
 )
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.mlx_thread import mlx_thread
+from mlx_engine.core.weight_size import stored_bytes
 from mlx_engine.core.work import ThreadJob
 from mlx_engine.engine.local import LocalEngine
 from mlx_engine.engine.model_holder import ModelHolder
+from mlx_engine.generation.cache import kv_cache
 from mlx_engine.generation.cache.kv_cache import (
     Cache,
     KVFootprint,
+    joined,
     kv_nbytes,
     make_kv_cache,
     measure_kv,
@@ -37,6 +40,7 @@ from mlx_engine.generation.sizing import (
     BATCHES,
     KV_BITS,
     ModelSize,
+    fit_context,
     room_beside,
     size_of,
     size_unread,
@@ -46,6 +50,8 @@ from mlx_engine.models.loading import load_model
 from tests.architectures import make
 from tests.conftest import make_tiny, on_mlx_thread
 from tests.engine.test_families import FAMILIES
+from tests.memory.machines import machine_of
+from tests.memory.test_bytes import config_of
 
 pytestmark = pytest.mark.anyio
 
@@ -183,6 +189,66 @@ async def test_auto_is_as_much_as_fits(
         assert (
             footprint.nbytes(tokens) <= tokens * BYTES_A_TOKEN + 100 < footprint.nbytes(tokens + 1)
         )
+
+
+async def test_auto_beside_a_draft_is_what_one_request_gets_with_it(
+    engine_type: type[BaseEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_cache, "_LITTLE", 0)  # so that layers are large
+    folder = make_tiny(tmp_path / "model", "--layers", "1")
+    draft = make_tiny(tmp_path / "draft", "--layers", "1")
+    footprint = KVFootprint(0, ((BYTES_A_TOKEN // 2, None),))
+    room = joined([footprint, footprint]).claim(1024)
+    memory = stored_bytes(folder) + stored_bytes(draft) + room * 10 // 9 + 9
+    with machine_of(memory):
+        async with engine_type(  # type: ignore[call-arg]
+            folder, context_length="auto", decode=DraftModel(draft, 2), prompt_cache_bytes=0
+        ) as engine:
+            assert engine.context_length == 1024
+            result = await engine.generate([1] * 1000, max_tokens=None, ignore_eos=True)
+            assert len(result.tokens) == 24
+            assert "memory" not in " ".join(result.notes)
+
+
+@on_mlx_thread
+def test_where_nothing_fits_auto_tells_what_the_shortest_takes(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_cache, "_LITTLE", 0)
+    footprint = KVFootprint(0, ((BYTES_A_TOKEN, None),))
+    need = footprint.claim(2)
+    assert need > footprint.nbytes(2)
+    loaded = load_model(ModelConfig(model=str(tiny_path)), tiny_path)
+    with pytest.raises(InvalidRequest, match=f"takes {need};"):
+        fit_context(loaded, [footprint], need - 1)
+
+
+async def test_a_prompt_that_fits_without_its_draft_only_does_without_it(
+    engine_type: type[BaseEngine], tiny_path: Path, tmp_path: Path
+) -> None:
+    draft = make_tiny(tmp_path / "draft", "--layers", "4")
+    memory = stored_bytes(tiny_path) + stored_bytes(draft) + 1024 * BYTES_A_TOKEN * 10 // 9 + 9
+    with machine_of(memory):
+        async with engine_type(  # type: ignore[call-arg]
+            tiny_path, decode=DraftModel(draft, 2), prompt_cache_bytes=0
+        ) as engine:
+            result = await engine.generate([1] * 900, max_tokens=20, ignore_eos=True)
+            assert len(result.tokens) == 20
+            assert "no memory for a draft" in " ".join(result.notes)
+            short = await engine.generate([1] * 100, max_tokens=20, ignore_eos=True)
+            assert short.notes == ()
+
+
+async def test_so_does_one_of_a_model_whose_own_cache_never_grows(tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path / "model", "--other", json.dumps(config_of("mamba2")))
+    draft = make_tiny(tmp_path / "draft", "--layers", "8")
+    with machine_of(stored_bytes(folder) + stored_bytes(draft) + 600_000):
+        async with BatchedEngine(
+            folder, decode=DraftModel(draft, 2), prompt_cache_bytes=0
+        ) as engine:
+            result = await engine.generate([1] * 900, max_tokens=5, ignore_eos=True)
+            assert len(result.tokens) == 5
+            assert "no memory for a draft" in " ".join(result.notes)
 
 
 async def test_auto_takes_what_a_batched_engine_may_take(tiny_path: Path) -> None:

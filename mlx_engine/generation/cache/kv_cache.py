@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,14 +232,17 @@ class KVFootprint:
         """Bytes for so many tokens; caches grow in steps."""
         return self.fixed + sum(self._layers(tokens))
 
-    def claim(self, tokens: int, rows: int = 1) -> int:
+    def claim(self, tokens: int, rows: int = 1, besides: int = 0) -> int:
         """Bytes to be had for so many rows of as many tokens.
 
         Those of ``nbytes``, and room for the copy of a layer that is made when they grow, come or
         go: as much of it as the tenth, which is kept free of whatever is claimed, is too small
         for. With ten layers that grow, or with little memory, there is none of that.
+
+        Args:
+            besides: bytes of drafts, which have a tenth kept free, too.
         """
-        own = rows * self.nbytes(tokens)
+        own = rows * self.nbytes(tokens) + besides
         copied = rows * max(self._layers(tokens), default=0)
         return own + max(0, copied - max(own // _TENTH, _LITTLE))
 
@@ -257,6 +260,14 @@ class KVFootprint:
         held: int = -(-tokens // KVCache.step) * KVCache.step
         for size, most in self.layers:
             yield size * (held if most is None else min(held, most))
+
+
+def joined(footprints: Sequence[KVFootprint]) -> KVFootprint:
+    """The footprint of several KV caches of one request: its own, and those of its drafts."""
+    return KVFootprint(
+        sum(each.fixed for each in footprints),
+        tuple(layer for each in footprints for layer in each.layers),
+    )
 
 
 def measure_kv(model: nn.Module, config: ModelConfig) -> KVFootprint:
