@@ -110,7 +110,8 @@ def check_prompt(
 ) -> None:
     """Refuse a prepared request whose prompt could never have its KV cache. On any thread.
 
-    One whose prompt fits without its drafts only does without them, and is told.
+    One that fits without its drafts only does without them, and is told: with all the tokens
+    that it asks for, if it does not ask for as many as fit.
 
     Args:
         drafts: of what each of the engine's strategies keeps besides, by option.
@@ -118,18 +119,21 @@ def check_prompt(
     Raises:
         InvalidRequest: with both numbers.
     """
-    most, need = account.most("live", "stored"), footprint.claim(len(request.prompt) + 1)
+    length, limit = len(request.prompt), request.limit
+    first = 0 if limit == 0 else 1
+    most, need = account.most("live", "stored"), footprint.claim(length + first)
     if most is not None and need > most:
         raise InvalidRequest(
             "prompt",
-            f"{len(request.prompt)} tokens need {need} bytes of KV cache, and there are {most} for "
+            f"{length} tokens need {need} bytes of KV cache, and there are {most} for "
             "it beside the models (memory); shorten the prompt, or let the engine have more",
         )
     if most is None or not drafts:
         return
     prefill, decode = request.strategies.prefill, request.strategies.decode
-    scored = prefill is not None and len(request.prompt) >= prefill.threshold
+    scored = prefill is not None and length >= prefill.threshold
     together = [footprint, *([drafts["prefill"]] if scored else [])]
     together += [drafts["decode"]] if decode is not None else []
-    if joined(together).claim(len(request.prompt) + 1) > most:
+    new = first if limit is None or request.open_ended else limit
+    if joined(together).claim(length + new) > most:
         do_without_drafts(request, most, "memory")
