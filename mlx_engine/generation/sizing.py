@@ -103,16 +103,16 @@ def table(size: ModelSize, memory: int | None) -> list[dict[str, Any]]:
     A quantised KV cache is that of one request: mlx-lm cannot batch those.
 
     Returns:
-        Rows with ``context`` and ``batch``, ``kv_bits``, ``kv_bytes`` (of a model with few layers
-        with what their copies need), ``bytes`` with the weights, and ``fits``, which is ``None``
-        where the machine's memory is not known.
+        Rows with ``context`` and ``batch``, ``kv_bits``, ``kv_bytes``, ``bytes`` with the weights,
+        and ``fits``, which is ``None`` where the machine's memory is not known, and counts the
+        copies that models with few layers need, too.
     """
     room = room_beside(size.weights, memory)
     rows: list[dict[str, Any]] = []
     for bits, footprint in size.footprints.items():
         for context in size.contexts():
             for batch in BATCHES if bits is None else BATCHES[:1]:
-                need = footprint.claim(context, batch)
+                need = batch * footprint.nbytes(context)
                 rows.append(
                     {
                         "context": context,
@@ -120,7 +120,7 @@ def table(size: ModelSize, memory: int | None) -> list[dict[str, Any]]:
                         "kv_bits": bits,
                         "kv_bytes": need,
                         "bytes": size.weights + need,
-                        "fits": None if room is None else need <= room,
+                        "fits": None if room is None else footprint.claim(context, batch) <= room,
                     }
                 )
     return rows
