@@ -369,7 +369,7 @@ INNER = {
     "Front",
     "Future",
     "GenerationRequest",
-    "LocalEngine",
+    "InProcessEngine",
     "PartialAnswer",
     "Phase",
     "Producer",

@@ -9,7 +9,7 @@ from mlx_engine.remote.serving.client_requests import ClientRequests
 from mlx_engine.remote.wire.messages import Heartbeat, Phase
 
 if TYPE_CHECKING:
-    from mlx_engine.engine.local import LocalEngine
+    from mlx_engine.engine.in_process import InProcessEngine
 
 
 class Heartbeats:
@@ -24,8 +24,8 @@ class Heartbeats:
 
     def __init__(self) -> None:
         self.phase: Phase = "start"
-        self.loading: LocalEngine | None = None
-        self.engine: LocalEngine | None = None
+        self.loading: InProcessEngine | None = None
+        self.engine: InProcessEngine | None = None
         self.clients: set[ClientRequests] = set()
         self._steps = 0  # of the load, and requests that are over
         self._seen = -1

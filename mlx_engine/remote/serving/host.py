@@ -23,7 +23,7 @@ from mlx_engine.remote.wire.heartbeat import HEARTBEAT_INTERVAL
 from mlx_engine.remote.wire.messages import Draining, Refused, Stopped
 
 if TYPE_CHECKING:
-    from mlx_engine.engine.local import LocalEngine
+    from mlx_engine.engine.in_process import InProcessEngine
 
 _MAX_STRANGERS = 64  # clients that have not said who they are
 _ASKED_TO_END = "the host was asked to end"
@@ -59,7 +59,7 @@ class EngineHost:
 
     def __init__(
         self,
-        engine: LocalEngine,
+        engine: InProcessEngine,
         path: str | os.PathLike[str],
         *,
         max_clients: int = 64,
