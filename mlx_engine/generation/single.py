@@ -16,7 +16,7 @@ from mlx_engine.config import ModelConfig
 from mlx_engine.core.ledger import ledger
 from mlx_engine.core.stop import Interrupted
 from mlx_engine.errors import MLXEngineError
-from mlx_engine.generation.cache.kv_cache import Cache
+from mlx_engine.generation.cache.kv_cache import Cache, grow
 from mlx_engine.generation.cache.snapshot import trimmable
 from mlx_engine.generation.request import Request
 from mlx_engine.generation.runner import ModelRunner
@@ -86,6 +86,8 @@ def _serve(runner: ModelRunner, sequence: Sequence, live: LiveMemory) -> None:
         sequence.finish_drafting()
         return
     live.begin_decoding()
+    with mx.stream(generation_stream):
+        grow(cache, 1)  # if all of it was stored, it has no room: mlx-lm's would be a step too much
     if sequence.keeps_end and not trimmable(cache):  # what is decoded cannot be taken out again
         runner.store(sequence, cache)
     try:

@@ -222,6 +222,20 @@ async def answers(tiny_path: Path) -> Answers:
     return found
 
 
+async def test_a_prompt_that_is_stored_whole_grows_by_no_more_than_is_claimed(
+    tiny_path: Path,
+) -> None:
+    token = 2 * 2 * 32 * 4  # layers, keys and values, dimension, bytes
+    total = int(stored_bytes(tiny_path) + 400 * token / 0.9)
+    with machine_of(total) as book, audited(book, total) as beyond:
+        async with SimpleEngine(tiny_path, prompt_cache_bytes=400 * token) as engine:
+            await engine.generate([1] * 250, max_tokens=0)
+            result = await engine.generate([1] * 250, max_tokens=40, ignore_eos=True)
+    assert result.usage.cached_tokens == 249
+    assert result.tokens
+    assert max(beyond) <= 0
+
+
 @settings(
     max_examples=PROGRAMS,
     deadline=None,
