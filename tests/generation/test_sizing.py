@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -223,45 +224,36 @@ def test_where_nothing_fits_auto_tells_what_the_shortest_takes(
         fit_context(loaded, [footprint], need - 1)
 
 
-async def test_a_prompt_that_fits_without_its_draft_only_does_without_it(
+@pytest.fixture
+async def beside_a_draft(
     engine_type: type[BaseEngine], tiny_path: Path, tmp_path: Path
-) -> None:
+) -> AsyncIterator[BaseEngine]:
+    """An engine with memory for 1024 tokens of its own, or for a third of that with its draft."""
     draft = make_tiny(tmp_path / "draft", "--layers", "4")
     memory = stored_bytes(tiny_path) + stored_bytes(draft) + 1024 * BYTES_A_TOKEN * 10 // 9 + 9
     with machine_of(memory):
         async with engine_type(  # type: ignore[call-arg]
             tiny_path, decode=DraftModel(draft, 2), prompt_cache_bytes=0
         ) as engine:
-            result = await engine.generate([1] * 900, max_tokens=20, ignore_eos=True)
-            assert len(result.tokens) == 20
-            assert "no memory for a draft" in " ".join(result.notes)
-            short = await engine.generate([1] * 100, max_tokens=20, ignore_eos=True)
-            assert short.notes == ()
+            yield engine
+
+
+async def test_a_prompt_that_fits_without_its_draft_only_does_without_it(
+    beside_a_draft: BaseEngine,
+) -> None:
+    result = await beside_a_draft.generate([1] * 900, max_tokens=20, ignore_eos=True)
+    assert len(result.tokens) == 20
+    assert "no memory for a draft" in " ".join(result.notes)
+    short = await beside_a_draft.generate([1] * 100, max_tokens=20, ignore_eos=True)
+    assert short.notes == ()
 
 
 async def test_so_does_one_whose_answer_fits_without_its_draft_only(
-    engine_type: type[BaseEngine], tiny_path: Path, tmp_path: Path
+    beside_a_draft: BaseEngine,
 ) -> None:
-    draft = make_tiny(tmp_path / "draft", "--layers", "4")
-    memory = stored_bytes(tiny_path) + stored_bytes(draft) + 1024 * BYTES_A_TOKEN * 10 // 9 + 9
-    with machine_of(memory):
-        async with engine_type(  # type: ignore[call-arg]
-            tiny_path, decode=DraftModel(draft, 2), prompt_cache_bytes=0
-        ) as engine:
-            result = await engine.generate([1] * 200, max_tokens=600, ignore_eos=True)
-            assert len(result.tokens) == 600
-            assert ["no memory for a draft" in note for note in result.notes] == [True]
-
-
-async def test_a_prompt_that_is_only_cached_needs_no_room_for_a_token(
-    engine_type: type[BaseEngine], tiny_path: Path
-) -> None:
-    room = 512 * BYTES_A_TOKEN
-    with machine_of(stored_bytes(tiny_path) + room * 10 // 9 + 9):
-        async with engine_type(tiny_path) as engine:
-            assert not (await engine.generate([1] * 512, max_tokens=0)).tokens
-            with pytest.raises(InvalidRequest, match=r"^prompt: "):
-                await engine.generate([1] * 512, max_tokens=1)
+    result = await beside_a_draft.generate([1] * 200, max_tokens=600, ignore_eos=True)
+    assert len(result.tokens) == 600
+    assert ["no memory for a draft" in note for note in result.notes] == [True]
 
 
 async def test_so_does_one_of_a_model_whose_own_cache_never_grows(tmp_path: Path) -> None:
@@ -274,6 +266,17 @@ async def test_so_does_one_of_a_model_whose_own_cache_never_grows(tmp_path: Path
             result = await engine.generate([1] * 900, max_tokens=5, ignore_eos=True)
             assert len(result.tokens) == 5
             assert "no memory for a draft" in " ".join(result.notes)
+
+
+async def test_a_prompt_that_is_only_cached_needs_no_room_for_a_token(
+    engine_type: type[BaseEngine], tiny_path: Path
+) -> None:
+    room = 512 * BYTES_A_TOKEN
+    with machine_of(stored_bytes(tiny_path) + room * 10 // 9 + 9):
+        async with engine_type(tiny_path) as engine:
+            assert not (await engine.generate([1] * 512, max_tokens=0)).tokens
+            with pytest.raises(InvalidRequest, match=r"^prompt: "):
+                await engine.generate([1] * 512, max_tokens=1)
 
 
 async def test_auto_takes_what_a_batched_engine_may_take(tiny_path: Path) -> None:
