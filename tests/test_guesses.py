@@ -220,6 +220,7 @@ async def test_attributes_are_found_in_what_they_are_of() -> None:
     async with FakeEngine("Hello there") as engine:
         async with engine.stream_chat(HI) as stream:
             await stream.collect()
+        (outcome,) = [each async for each in engine.map(["Hi"])]
         found = [
             (stream, "usage", "see result.usage"),
             (stream, "finish_reason", "see result.finish_reason"),
@@ -234,6 +235,7 @@ async def test_attributes_are_found_in_what_they_are_of() -> None:
             (engine.requests[0], "temperature", "see params.temperature"),
             (engine.requests[0], "text", r"see prompt, or messages, or result\(\).text"),
             (engine, "cancel", "cancel the task"),
+            (outcome, "usage", "see result.usage"),
         ]
         for thing, name, said in found:
             assert not hasattr(thing, name)
@@ -292,3 +294,12 @@ async def test_a_call_and_a_value_are_not_asked_for_at_once() -> None:
 def test_what_is_not_awaited_is_an_attribute_of_the_engine_itself() -> None:
     with FakeEngine("Hi.").sync() as llm, pytest.raises(AttributeError, match=r"see engine$"):
         llm.check_health()  # type: ignore[attr-defined]
+
+
+def test_a_stream_without_await_tells_where_things_are_as_the_other_does() -> None:
+    with (
+        FakeEngine("Hi.").sync() as llm,
+        llm.stream_generate("Hi") as stream,
+        pytest.raises(AttributeError, match=r"see result\.timings\.tokens_per_second$"),
+    ):
+        stream.tps  # type: ignore[attr-defined] # noqa: B018

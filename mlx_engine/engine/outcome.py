@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.other_attributes import WithAdvice
@@ -26,6 +26,8 @@ class Outcome(WithAdvice, Generic[K]):
             ``if outcome.result is not None`` rather than ``ok``.
         attempts: how often it was tried.
     """
+
+    _parts: ClassVar = {"result": GenerationResult}
 
     id: K
     index: int

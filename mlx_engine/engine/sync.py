@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Awaitable, Callable, Iterator
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
 from mlx_engine.core.stream import GenerationStream
 from mlx_engine.engine.interface import Engine
@@ -172,6 +172,8 @@ class SyncStream(WithAdvice):
     the work has left MLX. Between two reads it is raised at once, as anywhere in a script, and the
     end of ``with`` cancels the request. All else is as in ``GenerationStream``.
     """
+
+    _parts: ClassVar = {"result": GenerationResult}
 
     def __init__(self, stream: GenerationStream, front: SyncEngine[Engine]) -> None:
         self._stream = stream
