@@ -110,7 +110,7 @@ class Client:
         try:
             self.connection = connection
             if part is not None:
-                connection.memory = await part.take()
+                await part.take()
             await io_thread.run(connection.open)
             if connection.exit is not None:
                 raise connection.exit.error()

@@ -66,7 +66,6 @@ class Connection:
         stats: the latest that it has told.
         liveness: its heartbeats.
         exit: how it ended, once it has.
-        memory: bytes that the engine may have; ``None`` is no bound.
     """
 
     def __init__(
@@ -86,7 +85,6 @@ class Connection:
         self.liveness = Liveness()
         self.exit: Exit | None = None
         self.link: Link | None = None
-        self.memory: int | None = None
         self._part = part
         self._name = name
         self._make_link = make_link
@@ -149,10 +147,9 @@ class Connection:
             if opening.done():
                 opening.result()
                 if self._part is not None:
-                    self.memory = await self._part.placed(link, self.memory)
-                link.send(self._greeting(self.memory))
-                if self._part is not None:
-                    self._part.send = self._send_soon
+                    await self._part.place(link)
+                memory = None if self._part is None else self._part.begin(self._send_soon)
+                link.send(self._greeting(memory))
                 await _first(self._ready, link.gone)
             if self._start_error is not None:
                 raise self._start_error

@@ -23,16 +23,14 @@ _books: dict[str, Ledger] = {}  # by the name of the machine
 class NodePart(Part):
     """The part of one life of an engine on a node: taken once it is known on which."""
 
-    async def take(self) -> int | None:
+    async def take(self) -> None:
         """Nothing yet."""
-        return None
 
-    async def placed(self, link: Link, taken: int | None) -> int | None:
+    async def place(self, link: Link) -> None:
         """Take it; raises what ``take`` does."""
         if isinstance(link, RayLink) and link.place is not None:
             self._book = book_of(link.place)
-            return await super().take()
-        return taken
+            await super().take()
 
 
 def book_of(place: Place) -> Ledger:

@@ -33,25 +33,25 @@ class Part:
         config: what it is made with.
 
     Attributes:
-        send: sends a frame to the process, once there is a connection.
         starting: whether it waits for its part.
     """
 
     def __init__(self, name: str, config: EngineConfig) -> None:
-        self.send: Callable[[bytes], None] | None = None
         self.starting = True
+        self._send: Callable[[bytes], None] | None = None  # to the process, once it is there
         self._name = name
         self._config = config
         self._lock = threading.Lock()
         self._account: Account | None = None
         self._weights = 0  # bytes, by its files, where they are known here
         self._book = ledger()
+        self._bounded = False
         self._limit = 0  # the latest that it was told
         self._use = MemoryUse()  # the latest that it has told
         self._pending = False  # it was asked for some of it, and has not answered
 
-    async def take(self) -> int | None:
-        """Take the part; its bytes, or ``None`` where nothing bounds it.
+    async def take(self) -> None:
+        """Take the part, which is of any size where nothing bounds it.
 
         Cancellation: nothing is taken.
 
@@ -70,23 +70,31 @@ class Part:
             await reclaim(book, needed)
             given = self._given(book) if memory is None else memory
             if given is None:
-                return None
+                return
             available = book.free or 0
             if given < needed or not account.claim("processes", given):
                 raise _too_little(self._name, needed, available, book)
-            self._limit = given
+            self._limit, self._bounded = given, True
             if memory is not None:
                 account.lent = None  # that is its own
-            return given
         except BaseException:
             self.close()
             raise
         finally:
             self.starting = False
 
-    async def placed(self, link: Link, taken: int | None) -> int | None:
-        """Its bytes, now that a link is open, of which some may have been taken before."""
-        return taken
+    async def place(self, link: Link) -> None:
+        """Know what is at the other end, now that a link is open; where that has to be known."""
+
+    def begin(self, send: Callable[[bytes], None]) -> int | None:
+        """The bytes of the process, which is there now, or ``None`` where nothing bounds it.
+
+        Args:
+            send: sends it a frame, behind the one that tells it these bytes.
+        """
+        with self._lock:
+            self._send = send
+            return self._limit if self._bounded else None
 
     def told(self, stats: MemoryStats) -> None:
         """The process has told what it has, and may have."""
@@ -113,7 +121,7 @@ class Part:
     def spare(self) -> int:
         """Bytes that it has no use for now: stored prompts may give way."""
         with self._lock:
-            if self.send is None:
+            if self._account is None:
                 return 0
             firm = max(self._use.models + self._use.live, self._weights)
             if not firm:  # nothing is known of its model by now
@@ -124,14 +132,17 @@ class Part:
         """Ask it for so many bytes of what it has to spare."""
         with self._lock:
             left = max(0, self._limit - nbytes)
-            self._pending = self._pending or left != self._limit
+            if self._send is not None:
+                self._pending = self._pending or left != self._limit
+            elif self._account is not None:  # it does not know of more
+                self._account.set("processes", left)
             self._tell(left)
 
     def grow(self, nbytes: int) -> None:
         """Let it have so many bytes more, if they are free."""
         with self._lock:
             account = self._account
-            if account is None or self.send is None or not self._limit:
+            if account is None or not self._limit:
                 return
             if account.claim("processes", max(account.use.processes, self._limit + nbytes)):
                 self._tell(self._limit + nbytes)
@@ -139,15 +150,16 @@ class Part:
     def close(self) -> None:
         """Give everything back: the process is gone. May be called again."""
         with self._lock:
-            account, self._account, self.send = self._account, None, None
+            account, self._account, self._send = self._account, None, None
         if account is not None:
             account.close()
             share_out(self._book)
 
     def _tell(self, limit: int) -> None:
-        if self.send is not None and limit != self._limit:
+        if limit != self._limit:
             self._limit = limit
-            self.send(encode([Budget(limit)]))
+            if self._send is not None:
+                self._send(encode([Budget(limit)]))
 
     def _given(self, book: Ledger) -> int | None:
         """Its share of what is free: with those that start now, and engines of this process."""

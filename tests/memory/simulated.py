@@ -414,11 +414,13 @@ class Process:
         inbox: frames on their way to it.
     """
 
-    def __init__(self, part: Part, limit: int, weights: int) -> None:
-        self.part, self.limit = part, limit
-        self.use = MemoryUse(weights=min(weights, limit))
+    def __init__(self, part: Part, weights: int) -> None:
+        self.part = part
         self.inbox: list[bytes] = []
-        part.send = self.inbox.append
+        limit = part.begin(self.inbox.append)
+        assert limit is not None
+        self.limit = limit
+        self.use = MemoryUse(weights=min(weights, limit))
 
     def receive(self) -> None:
         """Read what has come; stored prompts give way."""

@@ -51,7 +51,7 @@ class Process:
     budgets: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.part.send = self.receive
+        self.part.begin(self.receive)
 
     def receive(self, frame: bytes) -> None:
         (budget,) = decode_from_client(frame)
@@ -70,6 +70,12 @@ def part(name: str, **options: Any) -> Part:
     return Part(name, EngineConfig.of("simple", "somewhere/model", options))
 
 
+async def taken(one: Part) -> int | None:
+    """What its process is told that it may have, after a start at once."""
+    await one.take()
+    return one.begin(lambda frame: None)
+
+
 def claimed(book: Ledger) -> dict[str, int]:
     return {one.name: one.use.processes for one in book.accounts}
 
@@ -77,7 +83,7 @@ def claimed(book: Ledger) -> dict[str, int]:
 async def test_those_that_start_together_get_equal_parts() -> None:
     with machine_of(900) as book:
         parts = [part(name) for name in "abc"]
-        assert await asyncio.gather(*(one.take() for one in parts)) == [300, 300, 300]
+        assert await asyncio.gather(*map(taken, parts)) == [300, 300, 300]
         assert claimed(book) == {"a": 300, "b": 300, "c": 300}
         for one in parts:
             one.close()
@@ -88,18 +94,18 @@ async def test_an_engine_of_this_process_keeps_a_share() -> None:
     with machine_of(1000) as book:
         here = book.account("here")
         assert here.claim("weights", 200)
-        assert await part("elsewhere").take() == 400
+        assert await taken(part("elsewhere")) == 400
         assert here.room("live") == 360
 
 
 async def test_one_that_has_all_gives_back_what_it_has_no_use_for() -> None:
     with machine_of(1000) as book:
         first, second = part("first"), part("second")
-        assert await first.take() == 1000
+        assert await taken(first) == 1000
         process = Process(first, MemoryUse(weights=160, stored=300))
         process.tell(1000)
         await asyncio.sleep(0)
-        given = await second.take()
+        given = await taken(second)
         assert given is not None
         assert 300 <= given <= 500
         assert claimed(book) == {"first": process.budgets[-1], "second": given}
@@ -115,9 +121,9 @@ async def test_one_that_is_still_at_its_imports_is_waited_for(
     monkeypatch.setattr("mlx_engine.core.reclaim._PATIENCE", 0.0)
     with machine_of(1000) as book:
         first, second = part("first"), part("second")
-        assert await first.take() == 1000
+        assert await taken(first) == 1000
         process = Process(first, MemoryUse(), obeys=False)
-        taking = asyncio.create_task(second.take())
+        taking = asyncio.create_task(taken(second))
         await until(lambda: process.budgets, "it was asked")
         await turns()
         assert first.pending
@@ -131,13 +137,33 @@ async def test_one_that_is_still_at_its_imports_is_waited_for(
         assert given == 250
 
 
+async def test_one_whose_process_is_not_there_yet_makes_room_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody has to be asked, or told of more than it gets in the end."""
+    monkeypatch.setattr("mlx_engine.core.reclaim._PATIENCE", 0.0)
+    with machine_of(1000) as book:
+        first, second, third = map(part, ("first", "second", "third"))
+        await first.take()
+        assert claimed(book) == {"first": 1000}
+        await second.take()
+        assert claimed(book) == {"first": 750, "second": 250}
+        second.close()
+        assert claimed(book) == {"first": 1000}, "nor has it been told of less"
+        await third.take()
+        told: list[bytes] = []
+        assert first.begin(told.append) == 750
+        assert third.begin(told.append) == 250
+        assert not told
+
+
 async def test_one_that_has_more_by_now_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlx_engine.core.reclaim._PATIENCE", 0.0)
     with machine_of(1000) as book:
         first, second = part("first"), part("second")
         await first.take()
         process = Process(first, MemoryUse(), obeys=False)
-        taking = asyncio.create_task(second.take())
+        taking = asyncio.create_task(taken(second))
         await until(lambda: process.budgets, "it was asked")
         first.took(process.budgets[-1], 900)
         assert await taking == 100
@@ -171,9 +197,10 @@ async def test_engines_on_a_node_share_what_the_node_has() -> None:
     async def start(host: str, nbytes: int, **options: Any) -> tuple[NodePart, int | None]:
         made = NodePart("elsewhere", EngineConfig.of("simple", "somewhere/model", options))
         link = RayLink("elsewhere")
-        assert await made.take() is None
+        await made.take()
         link.place = Place(host, 1, ToldMachine(nbytes, nbytes - 100))
-        return made, await made.placed(link, None)
+        await made.place(link)
+        return made, made.begin(lambda frame: None)
 
     with machine_of(10 * MIB) as here:
         (one, first), (other, second) = await asyncio.gather(
@@ -200,7 +227,7 @@ async def test_engines_on_a_node_share_what_the_node_has() -> None:
 async def test_what_was_asked_for_in_bytes_is_its_own() -> None:
     with machine_of(10 * MIB) as book:
         one = part("one", memory=6 * MIB)
-        assert await one.take() == 6 * MIB
+        assert await taken(one) == 6 * MIB
         Process(one, MemoryUse(weights=10))
         with pytest.raises(NotEnoughMemory, match=r"^two needs 5242880 .* 4194304 are left") as bad:
             await part("two", memory=0.5).take()
@@ -208,13 +235,13 @@ async def test_what_was_asked_for_in_bytes_is_its_own() -> None:
         assert list(claimed(book)) == ["one"]
         with pytest.raises(InvalidRequest, match=r"^memory: must be 10485760 bytes at most"):
             await part("two", memory=11 * MIB).take()
-        assert await part("two").take() == 4 * MIB
+        assert await taken(part("two")) == 4 * MIB
 
 
 async def test_where_nothing_is_known_nothing_is_bounded() -> None:
     with machine_of(None):
-        assert await part("one").take() is None
-        assert await part("two").take() is None
+        assert await taken(part("one")) is None
+        assert await taken(part("two")) is None
 
 
 async def test_a_start_that_is_cancelled_takes_nothing() -> None:

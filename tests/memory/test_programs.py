@@ -146,11 +146,10 @@ class World:
             self.check()
             await asyncio.sleep(0)
         try:
-            given_ = start.result()
+            start.result()
         except (NotEnoughMemory, InvalidRequest):
             return
-        assert given_ is not None
-        self.processes.append(Process(part, given_, weights))
+        self.processes.append(Process(part, weights))
 
     def _submit(
         self, engine: Batched | Simple, length: int, limit: int | None, end: int, *rest: Any
