@@ -182,7 +182,7 @@ def test_nor_is_one_of_which_something_is_broken(
 
 def test_nor_is_one_that_is_nested_deep(loop: asyncio.AbstractEventLoop, app: Any) -> None:
     inner = '{"type":"search_result","content":['
-    block = inner * 450 + "]}" * 450
+    block = inner * 900 + "]}" * 900
     sent = '{"messages":[{"role":"user","content":[' + block + "]}]}"
     reply = loop.run_until_complete(ask(app, sent.encode(), "/v1/messages"))
     assert reply.status == 400
