@@ -7,6 +7,7 @@ the event loop and the threads interleave, and the same choices give the same ru
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import random
 import threading
@@ -57,6 +58,41 @@ class _Driven:
             raise Stuck(f"after {self.at!r}")
 
 
+class _Spare:
+    """A thread that does one job after another: to start one takes longer than most jobs do.
+
+    Args:
+        idle: where it puts itself whenever it has none.
+    """
+
+    def __init__(self, idle: list[_Spare]) -> None:
+        self._idle = idle
+        self._job: Callable[[], object] | None = None
+        self._given = threading.Lock()
+        self._given.acquire()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def do(self, job: Callable[[], object], name: str) -> None:
+        """Do a job, as a thread of this name would that is new."""
+        self._job, self._thread.name = job, name
+        self._given.release()
+
+    def end(self) -> None:
+        """End the thread once its job is over."""
+        self._given.release()
+        self._thread.join(_PATIENCE)
+
+    def _serve(self) -> None:
+        while True:
+            self._given.acquire()
+            if self._job is None:
+                return
+            contextvars.Context().run(self._job)
+            self._job = None
+            self._idle.append(self)
+
+
 class Driver:
     """The threads that are driven, in the order in which they came.
 
@@ -67,6 +103,8 @@ class Driver:
 
     def __init__(self) -> None:
         self._threads: dict[int, _Driven] = {}
+        self._spares: list[_Spare] = []
+        self._idle: list[_Spare] = []
         self.quick = False
 
     def drives(self, thread: int) -> bool:
@@ -106,8 +144,16 @@ class Driver:
                 del target
                 self.release()
 
-        threading.Thread(target=run, name=name, daemon=True).start()
+        if not self._idle:
+            self._spares.append(_Spare(self._idle))
+            self._idle.append(self._spares[-1])
+        self._idle.pop().do(run, name)
         driven.wait()
+
+    def close(self) -> None:
+        """End the threads that were started, each once its job is over."""
+        for spare in self._spares:
+            spare.end()
 
     def take(self, post: Callable[[Callable[[], None]], None], then: Callable[[], None]) -> None:
         """Drive a thread that runs already, and to which functions can be posted.

@@ -148,6 +148,7 @@ class Simulation:
             mlx_thread.post(self.driver.release)
             self.driver.settle()
             self._io_loop.close()
+            self.driver.close()
             io_thread._loop, io_thread._pid = io_loop, io_pid
             undo_fronts()
             bridge.Start = preparer.Start = sliced_job.Start = start  # type: ignore[misc]

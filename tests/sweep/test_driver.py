@@ -38,3 +38,4 @@ def test_nothing_is_kept_by_a_thread_that_is_over_and_has_not_gone_yet(
         assert kept() is None
     finally:
         may_go.set()
+        driver.close()
