@@ -50,6 +50,8 @@ SIZED: dict[str, dict[str, Any]] = {  # by the hidden size, and what has to be t
     "mamba2": {"num_heads": 16},
 }
 TOLERANCE = 0.05
+# How much of the one before its prompt begins with, tokens behind that, tokens of the answer.
+REQUESTS = ((0, 300, 40), (0.5, 900, 280), (1, 40, 3), (0.3, 300, 40))
 STEP = 256  # tokens for which memory is claimed ahead, which are a part of small models
 VOCABULARY = 263
 
@@ -111,20 +113,19 @@ async def test_the_ledger_tells_what_mlx_does(folder: Path) -> None:
             await engine.run_blocking(measured.look)
             measured.ahead = step_of(engine)
             before: list[int] = []
-            for n in range(5):
-                length = draw.choice([40, 300, 1500])
-                prompt = before[: draw.randrange(len(before) + 1)]
+            for kept, length, limit in REQUESTS:
                 measured.tokens = 0
-                prompt = [*prompt, *(draw.randrange(1, 250) for _ in range(length))]
+                new = (draw.randrange(1, 250) for _ in range(length))
+                prompt = [*before[: int(kept * len(before))], *new]
                 result = await engine.generate(
                     prompt,
-                    max_tokens=draw.choice([3, 40, 280]),
+                    max_tokens=limit,
                     ignore_eos=True,
                     logits_processors=[measured.processor],
                 )
                 before = [*prompt, *result.tokens]
                 await engine.run_blocking(measured.look)
-                if n == 3:
+                if kept == 1:
                     await engine.run_blocking(engine._holder.runner().prompt_cache.evict)
                     await engine.run_blocking(measured.look)
         await mlx_thread.run(ThreadJob(measured.look))
