@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -208,12 +209,12 @@ async def test_a_service_streams_text_and_says_what_is_wrong(service: Any) -> No
 # Tests, extraction, retries, budgets, sessions
 
 
-async def test_the_tests_pass() -> None:
-    made = recipe("Tests with the fake engine")
-    names = [name for name in vars(made) if name.startswith("test_")]
-    assert len(names) == 2
-    for name in names:
-        await getattr(made, name)()
+def test_the_tests_pass(tmp_path: Path) -> None:
+    module = tmp_path / "test_application.py"
+    module.write_text(RECIPES["Tests with the fake engine"], "utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", module.name]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "2 passed" in ended.stdout, ended.stdout
 
 
 async def test_an_extraction(tiny_path: Path) -> None:
