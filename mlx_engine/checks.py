@@ -286,7 +286,8 @@ def _listed(items: list[str], count: int) -> str:
     return ", ".join([*items, "..."] if count > len(items) else items)
 
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt])(i?)b?", re.IGNORECASE)
+# More digits mean no memory, and some hundreds of them no number of which there are bytes.
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt])(i?)b?", re.IGNORECASE)
 
 
 def size_of(text: str) -> int | None:
