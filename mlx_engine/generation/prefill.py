@@ -16,6 +16,7 @@ from mlx_engine.generation.cache.kv_cache import (
     cache_parts,
     grow,
     keep_own_states,
+    keep_windows,
     make_kv_cache,
     quantize,
 )
@@ -93,6 +94,7 @@ def settle(cache: Cache, config: ModelConfig) -> None:
     Within ``mx.stream(generation_stream)``, as what gave it.
     """
     quantize(cache, config)
+    keep_windows(cache)
     for part in cache_parts(cache):
         if isinstance(part, ArraysCache):  # the end of a chunk's activations would keep all of them
             keep_own_states(part)
@@ -157,5 +159,6 @@ def padded_prefill(model: nn.Module, cache: Cache, prompts: Sequence[Sequence[in
         if any(padding):
             for entry in cache:
                 entry.finalize()
-            mx.eval([entry.state for entry in cache])
+        keep_windows(cache)
+        mx.eval([entry.state for entry in cache])
         mx.clear_cache()

@@ -230,8 +230,10 @@ MAKERS: list[Callable[..., BaseEngine]] = [
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize(
     "memory",
-    [-1, 0, True, 1, 2**20 - 1, 1.5, 0.0, -0.5, float("nan"), "much", None, [5], 10**30]
-    + ["9" * 400 + "GB", "9" * 5000 + "GB", "0GB", "50%"],
+    [
+        *(-1, 0, True, 1, 2**20 - 1, 1.5, 0.0, -0.5, float("nan"), None, [5], 10**30),
+        *("much", "9" * 400 + "GB", "9" * 5000 + "GB", "0GB", "50%"),
+    ],
 )
 def test_what_is_no_memory_is_refused_by_name(make: Callable[..., BaseEngine], memory: Any) -> None:
     with pytest.raises(InvalidRequest, match=r"^memory: must be .*, not ") as caught:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from mlx_engine import (
 from mlx_engine.core.ledger import Account, Ledger
 from mlx_engine.core.pressure import Level, PressureWatch
 from mlx_engine.core.weight_size import stored_bytes
-from tests.conftest import settled
+from tests.conftest import make_tiny, settled
 from tests.guard import GUARD
 from tests.memory.machines import machine_of
 from tests.waiting import PATIENCE
@@ -233,6 +234,22 @@ async def test_a_prompt_that_is_stored_whole_grows_by_no_more_than_is_claimed(
             result = await engine.generate([1] * 250, max_tokens=40, ignore_eos=True)
     assert result.usage.cached_tokens == 249
     assert result.tokens
+    assert max(beyond) <= 0
+
+
+async def test_a_window_holds_no_more_than_is_claimed_while_a_prompt_is_prefilled(
+    tmp_path: Path,
+) -> None:
+    kind = {"model_type": "gemma3_text", "num_hidden_layers": 6, "sliding_window": 64}
+    kind |= {"sliding_window_pattern": 6, "query_pre_attn_scalar": 16}
+    folder = make_tiny(tmp_path / "model", "--other", json.dumps(kind))
+    async with SimpleEngine(folder) as engine:
+        need = engine._holder.runner().footprint.claim(1000)
+    total = int(stored_bytes(folder) + need / 0.9) + 1
+    with machine_of(total) as book, audited(book, total) as beyond:
+        async with SimpleEngine(folder, prefill_step_size=512, prompt_cache_bytes=0) as engine:
+            result = await engine.generate(prompt_of(1, 900), max_tokens=100, ignore_eos=True)
+    assert len(result.tokens) == 100
     assert max(beyond) <= 0
 
 

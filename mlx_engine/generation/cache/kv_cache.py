@@ -12,6 +12,7 @@ from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
 from mlx_lm.models.cache import (
     ArraysCache,
     BatchKVCache,
+    BatchRotatingKVCache,
     CacheList,
     KVCache,
     QuantizedKVCache,
@@ -205,6 +206,26 @@ def _arrays(entry: Any) -> Iterator[mx.array]:
 def keep_own_states(part: ArraysCache) -> None:
     """Let recurrent states that are parts of larger arrays not keep those; when they are made."""
     part.cache = [None if state is None else mx.contiguous(state) for state in part.cache]
+
+
+def keep_windows(cache: Cache) -> None:
+    """Let bounded layers hold no more than they need; of batches, too; when it is made.
+
+    mlx_lm's hold a prefill chunk besides, of which they drop what is too much with the next tokens:
+    many times a small window, in every layer, and in every row of the batch that it joins.
+    """
+    for part in cache_parts(cache):
+        if not isinstance(part, RotatingKVCache | BatchRotatingKVCache) or part.keys is None:
+            continue
+        held = part.keys.shape[2]
+        over = held - part.max_size
+        if over <= 0 or part._idx != held:
+            continue
+        part.keys = mx.contiguous(part._trim(over, part.keys))
+        part.values = mx.contiguous(part._trim(over, part.values))
+        part._idx = part.max_size
+        if isinstance(part, BatchRotatingKVCache):
+            part.left_padding -= over
 
 
 def cache_parts(cache: Cache) -> Iterator[Any]:
