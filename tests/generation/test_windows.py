@@ -14,6 +14,7 @@ from mlx_engine.config import ModelConfig
 from mlx_engine.generation.cache.joint_cache import merge
 from mlx_engine.generation.cache.kv_cache import kv_nbytes, make_kv_cache, measure_kv
 from mlx_engine.generation.prefill import padded_prefill, prefill_chunk
+from tests.architectures import CONFIG as ARCHITECTURE
 from tests.architectures import make, words
 from tests.conftest import on_mlx_thread
 
@@ -29,8 +30,8 @@ def next_logits(model: Any, cache: list[Any], tokens: list[int]) -> Any:
         return np.array(model(mx.array([[each] for each in tokens]), cache=cache)[:, -1])
 
 
-def check(config: ModelConfig, kind: str) -> None:
-    model = make(kind)
+def check(config: ModelConfig, kind: str, **other: Any) -> None:
+    model = make(kind, **other)
     footprint = measure_kv(model, config)
     cache, plain = make_kv_cache(model, config), make_kv_cache(model, config)
     for start, end in ((0, 100), (100, 101), (101, 290)):
@@ -39,13 +40,21 @@ def check(config: ModelConfig, kind: str) -> None:
         with mx.stream(generation_stream):
             model(mx.array([PROMPT[start:end]]), cache=plain)
             mx.eval([entry.state for entry in plain])
-    for token in PROMPT[290:]:
+    for count, token in enumerate(PROMPT[290:], 291):
         assert (next_logits(model, cache, [token]) == next_logits(model, plain, [token])).all()
+        assert kv_nbytes(cache) <= footprint.nbytes(count)
 
 
 @on_mlx_thread
 def test_a_prefilled_window_holds_no_chunk_and_gives_the_same_logits() -> None:
     check(CONFIG, "gemma3_text")
+
+
+@on_mlx_thread
+def test_so_does_one_whose_attention_is_in_chunks() -> None:
+    text = {"model_type": "llama4_text", "attention_chunk_size": 24, "num_hidden_layers": 4}
+    text |= {"interleave_moe_layer_step": 1, "intermediate_size_mlp": 48, "num_experts_per_tok": 1}
+    check(CONFIG, "llama4", text_config={**ARCHITECTURE, **text})
 
 
 @on_mlx_thread

@@ -14,6 +14,7 @@ from mlx_lm.models.cache import (
     BatchKVCache,
     BatchRotatingKVCache,
     CacheList,
+    ChunkedKVCache,
     KVCache,
     QuantizedKVCache,
     RotatingKVCache,
@@ -215,17 +216,23 @@ def keep_windows(cache: Cache) -> None:
     many times a small window, in every layer, and in every row of the batch that it joins.
     """
     for part in cache_parts(cache):
-        if not isinstance(part, RotatingKVCache | BatchRotatingKVCache) or part.keys is None:
+        if isinstance(part, ChunkedKVCache):
+            start = part.start_position
+            part.maybe_trim_front()  # as the model does, before the next tokens
+            if part.start_position == start:
+                continue
+        elif isinstance(part, RotatingKVCache | BatchRotatingKVCache) and part.keys is not None:
+            held = part.keys.shape[2]
+            over = held - part.max_size
+            if over <= 0 or part._idx != held:
+                continue
+            part.keys, part.values = part._trim(over, part.keys), part._trim(over, part.values)
+            part._idx = part.max_size
+            if isinstance(part, BatchRotatingKVCache):
+                part.left_padding -= over
+        else:
             continue
-        held = part.keys.shape[2]
-        over = held - part.max_size
-        if over <= 0 or part._idx != held:
-            continue
-        part.keys = mx.contiguous(part._trim(over, part.keys))
-        part.values = mx.contiguous(part._trim(over, part.values))
-        part._idx = part.max_size
-        if isinstance(part, BatchRotatingKVCache):
-            part.left_padding -= over
+        part.keys, part.values = mx.contiguous(part.keys), mx.contiguous(part.values)
 
 
 def cache_parts(cache: Cache) -> Iterator[Any]:
@@ -301,10 +308,20 @@ def footprint_of(cache: Cache) -> KVFootprint:
     fixed = 0
     layers: list[tuple[int, int | None]] = []
     for part in cache_parts(cache):
-        if isinstance(part, KVCache | QuantizedKVCache | RotatingKVCache):
-            most = part.max_size if isinstance(part, RotatingKVCache) else None
+        if isinstance(part, KVCache | QuantizedKVCache | RotatingKVCache | ChunkedKVCache):
+            most = _most(part)
             keys = part.keys[0] if isinstance(part, QuantizedKVCache) else part.keys
             layers.append((part.nbytes // keys.shape[2], most))
         else:
             fixed += part.nbytes
     return KVFootprint(fixed, tuple(layers))
+
+
+def _most(part: Any) -> int | None:
+    """Tokens that a layer keeps at most, between two prefill chunks; ``None`` is no bound."""
+    most: int | None = None
+    if isinstance(part, RotatingKVCache):
+        most = part.max_size
+    elif isinstance(part, ChunkedKVCache):  # it grows by a step beyond that, and is cut then
+        most = part.chunk_size + part.step
+    return most
