@@ -170,6 +170,9 @@ def without_await(engine: Engine) -> None:
         print(number, llm.stats().running, llm.run(llm.engine.failed))
     front: SyncEngine[Engine] = SyncEngine(engine)
     print(front.encode("x")[0] + 1)
+    any_front: SyncEngine = front  # both may be said without what they are of
+    any_outcomes: list[Outcome] = list(any_front.map(["a"]))
+    print(any_front.engine.state, any_outcomes[0].id)
 
 
 def scripts() -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from mlx_engine.errors import MLXEngineError
 from mlx_engine.other_attributes import WithAdvice
 from mlx_engine.outputs import GenerationResult
 from mlx_engine.plain import plain
 
-K = TypeVar("K")
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar  # every type checker knows it; Python's, with 3.13
+
+    K = TypeVar("K", default=Any)
+else:
+    from typing import TypeVar
+
+    K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,13 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic
 
 from mlx_engine.core.drain import clean_up, is_destroyed, wait_shielded
 from mlx_engine.core.wakeup import running_loop
-from mlx_engine.engine.outcome import Job, LastOutcome, Outcome
+from mlx_engine.engine.outcome import Job, K, LastOutcome, Outcome
 from mlx_engine.errors import MLXEngineError, another
 from mlx_engine.other_attributes import AsyncOnly
-
-K = TypeVar("K")
 
 _WINDOW = 4  # outcomes that may be under way or unread, for each request under way
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import ClassVar, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, ParamSpec
 
 from mlx_engine.core.loop_thread import LoopThread
 from mlx_engine.engine.interface import Engine
 from mlx_engine.other_attributes import WithAdvice
 from mlx_engine.outputs import EngineState
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar  # every type checker knows it; Python's, with 3.13
+
+    E_co = TypeVar("E_co", bound=Engine, covariant=True, default=Engine)
+else:
+    from typing import TypeVar
+
+    E_co = TypeVar("E_co", bound=Engine, covariant=True)
+
 P = ParamSpec("P")
 T = TypeVar("T")
-E_co = TypeVar("E_co", bound=Engine, covariant=True)
 
 _AT_REST = (EngineState.CREATED, EngineState.STOPPED)
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, Unpack, overload
+from typing import Any, Generic, Self, Unpack, overload
 
 from mlx_engine.engine.interface import Engine
-from mlx_engine.engine.outcome import Outcome
+from mlx_engine.engine.outcome import K, Outcome
 from mlx_engine.engine.outcomes import Outcomes
 from mlx_engine.engine.sync_front import BlockingIterator, E_co, Front, without_await
 from mlx_engine.params import SamplingParams
 from mlx_engine.requests import ChatRequestOptions, Prompt
-
-K = TypeVar("K")
 
 
 class SyncOutcomes(Generic[K]):
