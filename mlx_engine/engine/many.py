@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from mlx_engine.checks import flag, integer
 from mlx_engine.config import QueueConfig
 from mlx_engine.core.bridge import in_this_loop
+from mlx_engine.core.log import LOG
 from mlx_engine.engine.items import check_items, check_not_one_chat, taker
 from mlx_engine.engine.outcome import Job, LastOutcome, Outcome
 from mlx_engine.engine.outcomes import Do, Outcomes, Take
@@ -35,6 +36,7 @@ K = TypeVar("K")
 
 _AHEAD = 4  # for so many that can be in work at once one more waits, and one in any case
 _SHORTEST, _LONGEST = 0.01, 1.0  # seconds to wait where the queue is full of others' requests
+_LONG = 5.0  # seconds of that, after which it is said
 _FIRST, _LAST = 0.5, 30.0  # seconds before the first retry; each of the next waits twice as long
 _AT_ONCE = 32  # parameters made before the event loop may do something else
 
@@ -91,6 +93,7 @@ class _Jobs:
         self._retries = retries
         self._max_wait = max_wait
         self._ended = asyncio.Event()  # one of these, which makes room
+        self._warned = False
 
     async def outcome(self, job: Job[K]) -> Outcome[K]:
         """Make attempts until there is an answer, or an error for which no other one is due.
@@ -124,11 +127,18 @@ class _Jobs:
                     left = self._max_wait - (time.monotonic() - began)
                     if left <= 0:
                         raise
+                self._warn(time.monotonic() - began, busy)
                 self._ended.clear()
                 with contextlib.suppress(TimeoutError):
                     pause = min(max(busy.retry_after, _SHORTEST), _LONGEST)
                     async with asyncio.timeout(pause if left is None else min(pause, left)):
                         await self._ended.wait()
+
+    def _warn(self, waited: float, busy: EngineBusy) -> None:
+        """Say once that somebody waits for long, who may not have meant to."""
+        if waited >= _LONG and not self._warned:
+            self._warned = True
+            LOG.warning("map waits, for %.0f s by now (max_wait bounds that): %s", waited, busy)
 
     async def _recovered(self, error: MLXEngineError, attempt: int) -> bool:
         """Wait before the next attempt, and bring the engine back if it is gone; whether it is."""

@@ -99,14 +99,16 @@ class MapEngine(Protocol):
                 work at once and a few more, which wait for the next place.
             ordered: whether outcomes come in the order of the items; by default as they are
                 completed.
-            retries: attempts after the first one, for errors that are ``retryable`` (an answer
-                that its ``timeout`` has cut is none): 0.5 s after it, then 1 s and so on up to
-                30 s, drawn by chance between half of that and all. An engine that is dead is
-                restarted for that, as ``restart`` does.
+            retries: attempts after the first one, for errors that are ``retryable``, but for
+                ``EngineBusy``, which is waited out and is no attempt (``max_wait`` bounds that).
+                An answer that its ``timeout`` has cut is no error. They come after 0.5 s, then
+                1 s and so on up to 30 s, drawn by chance between half of that and all. An engine
+                that is dead is restarted for that, as ``restart`` does.
             timeout: as in ``generate``, for each attempt.
             max_wait: seconds that each item may wait for its turn; then its outcome is
                 ``EngineBusy``. ``None``: where there is no place, because of others' requests or
-                the engine's own limits, it waits until there is one, which is no attempt.
+                the engine's own limits, it waits until there is one, without end; after 5 s
+                that is in the log.
             on_progress: told in this event loop how many items are over.
             options: those of ``chat`` and ``generate``, for all; those of chats are for
                 conversations only.

@@ -67,16 +67,19 @@ def check_calls(calls: Sequence[ToolCall], has_text: bool, whole: bool, chat: Ch
     if len(calls) > 1 and (name or not chat.parallel_tool_calls):
         raise ScriptError(f"{len(calls)} calls are scripted, but the request allows one")
     for call in calls:
-        _check_call(call, tools, name, asked)
+        if call.ok:
+            _check_call(call, tools, name, asked)
+        elif whole or call is not calls[-1]:
+            raise ScriptError(
+                f"a malformed call is scripted ({call.error}), but the calls of this request are "
+                "bound: only one in which the answer is cut, with FakeAnswer(..., "
+                "finish_reason='length'), can be malformed"
+            )
 
 
 def _check_call(
     call: ToolCall, tools: Mapping[str, OfferedTool], name: str | None, asked: bool
 ) -> None:
-    if not call.ok:
-        raise ScriptError(
-            f"a malformed call is scripted ({call.error}), but the calls of this request are bound"
-        )
     if name not in (None, call.name):
         raise ScriptError(f"a call of {call.name!r} is scripted; tool_choice names {name!r}")
     tool = tools[call.name]

@@ -11,12 +11,12 @@ from mlx_engine.testing.fake_tokens import TokenTexts, words
 def encode(source: TextPrompt | ChatPrompt, texts: TokenTexts) -> list[int]:
     """The token ids of a prompt.
 
-    A word is a token; so are the role of each message, and all tools together.
+    A word is a token, of tools as JSON, too; so is the role of each message.
     """
     if isinstance(source, TextPrompt):
         given = source.prompt
         return [texts.token(w) for w in words(given)] if isinstance(given, str) else list(given)
-    parts = [json.dumps(source.offered, default=str)] if source.offered else []
+    parts = words(json.dumps(source.offered, default=str)) if source.offered else []
     for message in source.messages:
         parts += [message["role"], *words(str(message.get("content") or ""))]
         parts += [json.dumps(call, default=str) for call in message.get("tool_calls") or ()]

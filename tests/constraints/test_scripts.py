@@ -177,6 +177,17 @@ async def test_calls_that_break_it_are_mistakes_of_the_script(
         await said(answer, chat=True, **{"tools": TOOLS, **options})
 
 
+async def test_a_bound_call_in_which_the_answer_is_cut_may_be_malformed() -> None:
+    cut = ToolCall("weather", raw='{"city": "Pa', error="no JSON")
+    answer = FakeAnswer(tool_calls=[GOOD, cut], finish_reason="length")
+    result = await said(answer, chat=True, tools=STRICT)
+    assert [call.ok for call in result.tool_calls] == [True, False]
+    assert result.finish_reason == "length"
+    answer = FakeAnswer(tool_calls=[cut, GOOD], finish_reason="length")
+    with pytest.raises(ScriptError, match="only one in which the answer is cut"):
+        await said(answer, chat=True, tools=STRICT)
+
+
 async def test_a_constraint_leaves_no_place_for_calls() -> None:
     answer = FakeAnswer(tool_calls=[GOOD])
     with pytest.raises(ScriptError, match="the request's constraint allows none"):

@@ -426,3 +426,16 @@ async def test_a_wrapper_maps_through_its_own_chat() -> None:
         outcomes: Outcomes[int] = engine.map([HI, HI])
         assert len([o async for o in outcomes]) == 2
         assert engine.asked == 2
+
+
+async def test_a_long_wait_for_an_engine_that_is_busy_is_in_the_log_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(many, "_LONG", 0.0)
+    busy = EngineBusy("no place", retry_after=0.0)
+    async with FakeEngine.script(busy, busy, "a", "b") as engine:
+        outcomes = [one async for one in engine.map(["x", "y"], concurrency=1)]
+    assert [one.attempts for one in outcomes] == [1, 1]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == "map waits, for 0 s by now (max_wait bounds that): no place"
