@@ -80,8 +80,31 @@ CONFIG: dict[str, Any] = {
 # What differs, where the same name means something else.
 OTHER: dict[str, dict[str, Any]] = {
     "cohere": {"use_qk_norm": False, "head_dim": None},
+    "deepseek_v41": {
+        "q_lora_rank": 32,
+        "o_groups": 2,
+        "o_lora_rank": 16,
+        "compress_ratios": [1, 4, 4, 4],
+        "kv_source_layer_ids": [0, 1, 2, 3],
+        "index_source_layer_ids": [0, 1, 2, 3],
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "index_topk": 16,
+        "hc_mult": 2,
+        "hc_sinkhorn_iters": 2,
+    },
     "llama": {"sliding_window": None},
+    "nemotron-nas": {
+        "num_hidden_layers": 4,
+        "block_configs": [
+            {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 1.0}},
+            {"attention": {"no_op": True}, "ffn": {"ffn_mult": 1.0}},
+            {"attention": {"replace_with_linear": True}, "ffn": {"ffn_mult": 1.0}},
+            {"attention": {"n_heads_in_group": 4}, "ffn": {"ffn_mult": 1.0}},
+        ],
+    },
     "phi3": {"head_dim": None},
+    "plamo2": {"hidden_size_per_head": 16, "mamba_num_heads": 4, "mamba_d_state": 8},
     "smollm3": {"no_rope_layer_interval": 2},
     "qwen3_5": {"text_config": {**CONFIG, "num_experts": 0, "rope_parameters": None}},
 }

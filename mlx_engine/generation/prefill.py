@@ -7,15 +7,14 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generation_stream
-from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.stop import checkpoint
 from mlx_engine.generation.cache.kv_cache import (
     Cache,
-    cache_parts,
     grow,
-    keep_own_states,
+    keep_own_arrays,
     keep_windows,
     make_kv_cache,
     quantize,
@@ -95,9 +94,7 @@ def settle(cache: Cache, config: ModelConfig) -> None:
     """
     quantize(cache, config)
     keep_windows(cache)
-    for part in cache_parts(cache):
-        if isinstance(part, ArraysCache):  # the end of a chunk's activations would keep all of them
-            keep_own_states(part)
+    keep_own_arrays(cache)
     # Without it the work would pile up unevaluated, and a cancel check mean nothing.
     mx.eval([entry.state for entry in cache])
     mx.clear_cache()
@@ -160,5 +157,6 @@ def padded_prefill(model: nn.Module, cache: Cache, prompts: Sequence[Sequence[in
             for entry in cache:
                 entry.finalize()
         keep_windows(cache)
+        keep_own_arrays(cache)
         mx.eval([entry.state for entry in cache])
         mx.clear_cache()

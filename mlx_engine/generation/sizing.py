@@ -15,7 +15,13 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_engine.config import ModelConfig
 from mlx_engine.core.ledger import room_for_caches
 from mlx_engine.errors import InvalidRequest
-from mlx_engine.generation.cache.kv_cache import KVFootprint, footprint_of, joined, make_kv_cache
+from mlx_engine.generation.cache.kv_cache import (
+    KVFootprint,
+    footprint_of,
+    joined,
+    make_kv_cache,
+    unusual_of,
+)
 from mlx_engine.memory_stats import MemoryUse
 from mlx_engine.models.loading import LoadedModel, unread_model
 
@@ -72,6 +78,7 @@ def size_of(model: nn.Module, config: ModelConfig, context_length: int | None) -
     """
     weights = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
     found: dict[int | None, KVFootprint] = {}
+    unusual = unusual_of(model, config)
     for bits in KV_BITS:
         cache = make_kv_cache(model, config)
         try:
@@ -84,7 +91,7 @@ def size_of(model: nn.Module, config: ModelConfig, context_length: int | None) -
             if bits is None:
                 raise
             continue  # its caches, or their dimensions, are none that can be quantised
-        found[bits] = footprint_of(cache)
+        found[bits] = joined([footprint_of(cache), unusual])
     return ModelSize(weights, found, context_length)
 
 

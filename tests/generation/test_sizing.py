@@ -74,6 +74,8 @@ ARCHITECTURES = (
     "falcon_h1",
     "glm4_moe",
     "deepseek_v3",
+    "deepseek_v41",
+    "nemotron-nas",
 )
 
 

@@ -40,6 +40,7 @@ KINDS = [
     "lfm2",
     "mamba",
     "mamba2",
+    "nemotron-nas",
     "smollm3",
 ]
 LARGER = {"hidden_size": 128, "block_dim": 128, "num_hidden_layers": 4}

@@ -28,8 +28,11 @@ _FEW, _MANY = 8, 32  # parts of a cache that are copied one after another: each 
 _LITTLE = 2**25  # bytes of one of a few
 _TENTH = 9  # parts of memory that are claimed, for one that is not and copies may have
 _ATTENTION_SINK = 4  # first tokens that a bounded cache keeps, as in mlx_lm
+_PROBE = 1023  # tokens: more than deepseek_v41's window, and one short of any of its groups
 
 Cache = list[Any]  # one entry a layer, of mlx_lm's cache classes, which share no public base
+_GROWING = (KVCache, RotatingKVCache, ChunkedKVCache, BatchKVCache, BatchRotatingKVCache)
+_USUAL = (*_GROWING, QuantizedKVCache, ArraysCache)
 
 
 def make_kv_cache(model: nn.Module, config: ModelConfig) -> Cache:
@@ -209,6 +212,31 @@ def keep_own_states(part: ArraysCache) -> None:
     part.cache = [None if state is None else mx.contiguous(state) for state in part.cache]
 
 
+def keep_own_arrays(cache: Cache) -> None:
+    """Let no layer keep activations of a prefill chunk alive; of batches, too; when it is made.
+
+    Recurrent states are the end of some, and MLX makes no copy of keys and values that fill an
+    array whole: they stay a part of the projection of queries, keys and values.
+    """
+    for part in cache_parts(cache):
+        if isinstance(part, ArraysCache):
+            keep_own_states(part)
+        elif isinstance(part, _GROWING):
+            if isinstance(part.keys, mx.array) and _is_full(part):
+                part.keys, part.values = mx.contiguous(part.keys), mx.contiguous(part.values)
+        elif not isinstance(part, QuantizedKVCache):
+            for name, value in list(vars(part).items()):
+                if isinstance(value, mx.array) and value.ndim > 1:
+                    setattr(part, name, mx.contiguous(value))
+
+
+def _is_full(part: Any) -> bool:
+    """Whether there is no room in its arrays."""
+    start = getattr(part, "start_position", 0)
+    held: int = part._idx if hasattr(part, "_idx") else part.offset - start
+    return held >= part.keys.shape[2]  # type: ignore[no-any-return]
+
+
 def keep_windows(cache: Cache) -> None:
     """Let bounded layers hold no more than they need; of batches, too; when it is made.
 
@@ -299,22 +327,43 @@ def joined(footprints: Sequence[KVFootprint]) -> KVFootprint:
 
 
 def measure_kv(model: nn.Module, config: ModelConfig) -> KVFootprint:
-    """The footprint of a model's KV cache, found by putting one token into it."""
-    return footprint_of(sample_kv_cache(model, config))
+    """The footprint of a model's KV cache, found by putting one token into it, or some more."""
+    return joined([footprint_of(sample_kv_cache(model, config)), unusual_of(model, config)])
 
 
 def footprint_of(cache: Cache) -> KVFootprint:
-    """The footprint of a request's cache, by one that has a token in it."""
+    """The footprint of a request's cache, by one that has a token in it.
+
+    Layers that the model does not use take nothing, and those of unusual classes are left out.
+    """
     fixed = 0
     layers: list[tuple[int, int | None]] = []
     for part in cache_parts(cache):
-        if isinstance(part, KVCache | QuantizedKVCache | RotatingKVCache | ChunkedKVCache):
-            most = _most(part)
-            keys = part.keys[0] if isinstance(part, QuantizedKVCache) else part.keys
-            layers.append((part.nbytes // keys.shape[2], most))
-        else:
+        if isinstance(part, ArraysCache):
             fixed += part.nbytes
+        elif isinstance(part, _USUAL) and part.keys is not None:
+            keys = part.keys[0] if isinstance(part, QuantizedKVCache) else part.keys
+            layers.append((part.nbytes // keys.shape[2], _most(part)))
     return KVFootprint(fixed, tuple(layers))
+
+
+def unusual_of(model: nn.Module, config: ModelConfig) -> KVFootprint:
+    """The footprint of a model's layers whose caches are of its own classes, deepseek_v41's.
+
+    Nothing tells how those grow, so that two numbers of tokens are compared. They go through the
+    model, and nothing that comes of that is evaluated.
+    """
+    cache = make_kv_cache(model, config)
+    parts = [part for part in cache_parts(cache) if not isinstance(part, _USUAL)]
+    if not parts:
+        return KVFootprint(0, ())
+    sizes: list[list[int]] = []
+    for tokens in (_PROBE, _PROBE + 1):  # the same place in a group of tokens, both times
+        model(mx.zeros((1, tokens), mx.int32), cache=cache)
+        sizes.append([part.nbytes for part in parts])
+    each = [-(-(after - before) // (_PROBE + 1)) for before, after in zip(*sizes, strict=True)]
+    fixed = sum(max(0, size - _PROBE * token) for size, token in zip(sizes[0], each, strict=True))
+    return KVFootprint(fixed, tuple((token, None) for token in each))
 
 
 def _most(part: Any) -> int | None:
