@@ -155,7 +155,8 @@ def padded_prefill(model: nn.Module, cache: Cache, prompts: Sequence[Sequence[in
         mx.eval([entry.state for entry in cache])
         if any(padding):
             for entry in cache:
-                entry.finalize()
+                if entry.keys is not None:  # some models have layers that stay unused
+                    entry.finalize()
         keep_windows(cache)
         keep_own_arrays(cache)
         mx.eval([entry.state for entry in cache])

@@ -10,9 +10,18 @@ import pytest
 from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
+from mlx_engine.config import ModelConfig
 from mlx_engine.generation.cache import kv_cache
 from mlx_engine.generation.cache.joint_cache import extend, keep_rows, merge
-from mlx_engine.generation.cache.kv_cache import Cache, footprint_of, grow, kv_nbytes
+from mlx_engine.generation.cache.kv_cache import (
+    Cache,
+    footprint_of,
+    grow,
+    kv_nbytes,
+    make_kv_cache,
+)
+from mlx_engine.generation.prefill import padded_prefill
+from tests.architectures import make
 from tests.conftest import on_mlx_thread
 
 pytestmark = pytest.mark.anyio
@@ -179,3 +188,13 @@ def test_every_kind_of_cache_comes_and_goes(kind: Callable[[], Any]) -> None:
         assert (first(cache[0]), [first(each[0]) for each in own]) == ([0, 2, 4], [[1], [3]])
         keep_rows(cache, [1], [])
         assert first(cache[0]) == [2]
+
+
+@on_mlx_thread
+def test_layers_that_a_model_does_not_use_stay_empty_in_a_batch_and_behind_it() -> None:
+    model = make("nemotron-nas")
+    cache = merge([make_kv_cache(model, ModelConfig(model="tiny")) for _ in range(2)])
+    padded_prefill(model, cache, [[1, 2, 3], [4, 5]])
+    (taken,) = keep_rows(cache, [0], [1])
+    assert [entry.offset for entry in cache] == [3, 0, 3]
+    assert [entry.offset for entry in taken] == [2, 0, 2]

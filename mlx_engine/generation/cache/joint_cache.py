@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mlx_lm.models.cache import BatchKVCache, KVCache
+
 from mlx_engine.generation.cache.kv_cache import Cache, kv_nbytes, make_in_turn
 
 
@@ -63,16 +65,23 @@ def _extended(cache: Cache, caches: Sequence[Cache], joint: bool, batched: bool)
 def _kept(cache: Cache, rows: Sequence[int], taken: Sequence[tuple[int, Cache]]) -> Iterator[Any]:
     for layer, entry in enumerate(cache):
         for row, own in taken:
-            own.append(entry.extract(row))
+            own.append(_row(entry, row))
             yield own[-1]
         if len(rows) == 1:
-            cache[layer] = entry.extract(rows[0])
+            cache[layer] = _row(entry, rows[0])
         elif rows:
             entry.filter(rows)
         else:
             cache[layer] = None
         if rows:
             yield cache[layer]
+
+
+def _row(entry: Any, row: int) -> Any:
+    """A row of a layer as a cache of its own."""
+    if isinstance(entry, BatchKVCache) and entry.keys is None:
+        return KVCache()  # the model does not use it, and mlx_lm 0.32.2 cannot take a row of it
+    return entry.extract(row)
 
 
 def _layers(caches: Sequence[Cache]) -> Iterator[list[Any]]:
