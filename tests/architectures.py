@@ -103,6 +103,20 @@ OTHER: dict[str, dict[str, Any]] = {
             {"attention": {"n_heads_in_group": 4}, "ffn": {"ffn_mult": 1.0}},
         ],
     },
+    "minimax_m3_vl": {
+        "text_config": {
+            **CONFIG,
+            "dense_intermediate_size": 48,
+            "shared_intermediate_size": 16,
+            "layer_types": ["full_attention", "minimax_m3_sparse"],
+            "mlp_layer_types": ["dense", "sparse"],
+            "sparse_attention_freq": [0, 1],
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "index_block_size": 16,
+            "index_topk_blocks": 2,
+        }
+    },
     "phi3": {"head_dim": None},
     "plamo2": {"hidden_size_per_head": 16, "mamba_num_heads": 4, "mamba_d_state": 8},
     "smollm3": {"no_rope_layer_interval": 2},

@@ -24,8 +24,11 @@ from mlx_engine import (
     InvalidRequest,
     SimpleEngine,
 )
+from mlx_engine.config import ModelConfig
 from mlx_engine.core.mlx_thread import mlx_thread
-from tests.conftest import settled
+from mlx_engine.generation.trials.batch import check_batchable
+from tests.architectures import make
+from tests.conftest import on_mlx_thread, settled
 from tests.guard import GUARD, Gate
 from tests.waiting import PATIENCE, turns, until
 
@@ -564,6 +567,13 @@ async def test_a_model_that_mlx_lm_batches_wrongly_is_refused_at_the_start(
     monkeypatch.undo()
     async with engine:
         assert len((await engine.generate([1], max_tokens=2, ignore_eos=True)).tokens) == 2
+
+
+@pytest.mark.parametrize("architecture", ["afm7", "minimax_m3_vl"])
+@on_mlx_thread
+def test_and_so_is_one_of_which_the_trial_does_not_see_that(architecture: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^model: its .* a batch.*; use SimpleEngine"):
+        check_batchable(make(architecture), ModelConfig(model="tiny"))
 
 
 async def test_the_batch_is_dropped_on_the_mlx_thread_and_nothing_waits(
