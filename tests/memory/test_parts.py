@@ -191,8 +191,10 @@ async def test_it_keeps_what_it_uses_until_it_tells_otherwise(
         assert (book.free or 0) >= 500
 
 
-async def test_engines_on_a_node_share_what_the_node_has() -> None:
+async def test_engines_on_a_node_share_what_the_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """Told by the first that comes there; the memory of this machine is not concerned."""
+    monkeypatch.setattr("mlx_engine.core.reclaim._LONGEST", 0.0)  # these never answer
+    monkeypatch.setattr("mlx_engine.core.reclaim._PATIENCE", 0.0)
 
     async def start(host: str, nbytes: int, **options: Any) -> tuple[NodePart, int | None]:
         made = NodePart("elsewhere", EngineConfig.of("simple", "somewhere/model", options))

@@ -32,6 +32,12 @@ LEVELS: list[Level] = ["normal", "warning", "critical"]
 GIB = 2**30
 
 
+@pytest.fixture(autouse=True)
+def nobody_else_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watch of this process would say once a second that all is well."""
+    monkeypatch.setattr("mlx_engine.core.pressure.WATCH.look", lambda: None)
+
+
 class Told:
     """A source that says what a test has told it."""
 
@@ -158,7 +164,7 @@ async def test_a_batch_takes_up_no_more_and_nobody_is_aborted(tiny_path: Path) -
             assert engine.stats().memory.stage == "stop"
             first = engine.stream_generate([5] * 40, max_tokens=16000, ignore_eos=True)
             await anext(first)
-            second = engine.stream_generate([6] * 40, max_tokens=3, ignore_eos=True)
+            second = engine.stream_generate([6] * 40, max_tokens=300, ignore_eos=True)
             waiting = asyncio.ensure_future(anext(second))
             await until(lambda: engine.stats().waiting == 1, "it does not wait")
             for _ in range(30):
