@@ -123,11 +123,12 @@ class _Jobs:
             try:
                 return await self._ask(job.item, left)
             except EngineBusy as busy:
+                waited = time.monotonic() - began
                 if self._max_wait is not None:
-                    left = self._max_wait - (time.monotonic() - began)
+                    left = self._max_wait - waited
                     if left <= 0:
                         raise
-                self._warn(time.monotonic() - began, busy)
+                self._warn(waited, busy)
                 self._ended.clear()
                 with contextlib.suppress(TimeoutError):
                     pause = min(max(busy.retry_after, _SHORTEST), _LONGEST)

@@ -31,8 +31,7 @@ _ATTENTION_SINK = 4  # first tokens that a bounded cache keeps, as in mlx_lm
 _PROBE = 1023  # tokens: more than deepseek_v41's window, and one short of any of its groups
 
 Cache = list[Any]  # one entry a layer, of mlx_lm's cache classes, which share no public base
-_GROWING = (KVCache, RotatingKVCache, ChunkedKVCache, BatchKVCache, BatchRotatingKVCache)
-_USUAL = (*_GROWING, QuantizedKVCache, ArraysCache)
+_USUAL = (KVCache, QuantizedKVCache, RotatingKVCache, ChunkedKVCache, ArraysCache)
 
 
 def make_kv_cache(model: nn.Module, config: ModelConfig) -> Cache:
@@ -216,25 +215,16 @@ def keep_own_arrays(cache: Cache) -> None:
     """Let no layer keep activations of a prefill chunk alive; of batches, too; when it is made.
 
     Recurrent states are the end of some, and MLX makes no copy of keys and values that fill an
-    array whole: they stay a part of the projection of queries, keys and values.
+    array whole: they stay a part of the projection of queries, keys and values. What a layer has
+    to itself is not copied.
     """
     for part in cache_parts(cache):
         if isinstance(part, ArraysCache):
             keep_own_states(part)
-        elif isinstance(part, _GROWING):
-            if isinstance(part.keys, mx.array) and _is_full(part):
-                part.keys, part.values = mx.contiguous(part.keys), mx.contiguous(part.values)
-        elif not isinstance(part, QuantizedKVCache):
-            for name, value in list(vars(part).items()):
-                if isinstance(value, mx.array) and value.ndim > 1:
-                    setattr(part, name, mx.contiguous(value))
-
-
-def _is_full(part: Any) -> bool:
-    """Whether there is no room in its arrays."""
-    start = getattr(part, "start_position", 0)
-    held: int = part._idx if hasattr(part, "_idx") else part.offset - start
-    return held >= part.keys.shape[2]  # type: ignore[no-any-return]
+            continue
+        for name, value in list(vars(part).items()):
+            if isinstance(value, mx.array) and value.ndim > 1:
+                setattr(part, name, mx.contiguous(value))
 
 
 def keep_windows(cache: Cache) -> None:
@@ -245,10 +235,7 @@ def keep_windows(cache: Cache) -> None:
     """
     for part in cache_parts(cache):
         if isinstance(part, ChunkedKVCache):
-            start = part.start_position
             part.maybe_trim_front()  # as the model does, before the next tokens
-            if part.start_position == start:
-                continue
         elif isinstance(part, RotatingKVCache | BatchRotatingKVCache) and part.keys is not None:
             held = part.keys.shape[2]
             over = held - part.max_size
@@ -258,9 +245,6 @@ def keep_windows(cache: Cache) -> None:
             part._idx = part.max_size
             if isinstance(part, BatchRotatingKVCache):
                 part.left_padding -= over
-        else:
-            continue
-        part.keys, part.values = mx.contiguous(part.keys), mx.contiguous(part.values)
 
 
 def cache_parts(cache: Cache) -> Iterator[Any]:
