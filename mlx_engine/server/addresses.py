@@ -7,6 +7,7 @@ import re
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 _SLASHES = re.compile("//+")
+_ABSOLUTE = re.compile("https?://([^/]*)(.*)", re.IGNORECASE | re.DOTALL)
 
 
 class Addresses:
@@ -14,7 +15,8 @@ class Addresses:
 
     Bases are typed in by people, with a slash at the end or without, with ``/v1`` or without; and
     some clients add a ``/v1`` of their own. A redirection would not do: not all follow it with
-    their body.
+    their body. Those that take the server for a proxy send whole URLs, whose host stands for the
+    ``Host`` header (RFC 9112, 3.2.2).
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -25,7 +27,12 @@ class Addresses:
         if scope["type"] == "http":
             root = scope.get("root_path", "")
             rest = scope["path"].removeprefix(root)
-            scope = {**scope, "path": root + meant(rest)}
+            headers = scope["headers"]
+            if whole := _ABSOLUTE.fullmatch(rest):
+                host, rest = whole.groups()
+                others = [(name, value) for name, value in headers if name != b"host"]
+                headers = [(b"host", host.encode()), *others]
+            scope = {**scope, "path": root + meant(rest), "headers": headers}
         await self._app(scope, receive, send)
 
 

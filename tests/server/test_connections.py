@@ -7,11 +7,12 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from mlx_engine.cli import http_server
-from mlx_engine.server import create_app
+from mlx_engine.server import LOOPBACK, create_app
 from mlx_engine.testing import FakeEngine, Gate
 from tests.server.asgi import CHAT
 from tests.server.leaving import free
@@ -21,9 +22,11 @@ pytestmark = pytest.mark.anyio
 
 
 @contextlib.asynccontextmanager
-async def serving(engine: FakeEngine) -> AsyncIterator[tuple[http_server.HttpServer, int]]:
+async def serving(
+    engine: FakeEngine, **options: Any
+) -> AsyncIterator[tuple[http_server.HttpServer, int]]:
     """A server, and its port."""
-    server = http_server.HttpServer(create_app(engine))
+    server = http_server.HttpServer(create_app(engine, **options))
     with http_server.bound("127.0.0.1", 0) as door:
         task = asyncio.create_task(server.serve(sockets=[door]))
         await server.listening(task)
@@ -34,9 +37,9 @@ async def serving(engine: FakeEngine) -> AsyncIterator[tuple[http_server.HttpSer
 
 
 @contextlib.asynccontextmanager
-async def listening(engine: FakeEngine) -> AsyncIterator[int]:
+async def listening(engine: FakeEngine, **options: Any) -> AsyncIterator[int]:
     """A server's port."""
-    async with serving(engine) as (_, port):
+    async with serving(engine, **options) as (_, port):
         yield port
 
 
@@ -69,6 +72,32 @@ async def test_who_leaves_is_heard_behind_whatever_was_sent(
         await until(lambda: engine.requests[0].outcome == "cancelled")
         await free(engine)
         assert len(engine.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "status"),
+    [
+        ("http://localhost/v1/chat/completions", 200),
+        ("HTTP://127.0.0.1:8080//chat/completions?beta=true", 200),
+        ("http://localhost/", 405),
+        ("https://localhost", 405),
+        ("http://localhost/nowhere", 404),
+        ("http://evil.example/v1/chat/completions", 403),
+        ("http://[/v1/chat/completions", 403),
+        ("http://", 405),
+        ("ftp://localhost/v1/chat/completions", 404),
+    ],
+)
+async def test_whole_urls_are_addresses_too(url: str, status: int) -> None:
+    """As clients send them that take the server for a proxy; their host is what counts."""
+    async with (
+        FakeEngine("Hi.") as engine,
+        listening(engine, hosts=LOOPBACK) as port,
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request(path=url, headers="connection: close\r\n"))
+        assert int((await reader.read()).split()[1]) == status
+        writer.close()
 
 
 async def test_requests_sent_ahead_are_answered_in_their_order() -> None:
