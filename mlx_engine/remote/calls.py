@@ -38,6 +38,7 @@ class Call(PendingWork[Answer]):
         on_done: as for every ``PendingWork``.
         emit: gets chunks, on the I/O thread.
         on_progress: told of progress, on the I/O thread.
+        counted: whether it is a request, which the counters of an engine tell of.
 
     Attributes:
         number: its name on the wire.
@@ -53,9 +54,12 @@ class Call(PendingWork[Answer]):
         on_done: Callable[[PendingWork[Answer]], None],
         emit: Emit | None = None,
         on_progress: ProgressCallback | None = None,
+        *,
+        counted: bool = False,
     ) -> None:
         super().__init__(self.cancel, on_done)
         self.number = number
+        self.counted = counted
         self.emit = emit
         self.on_progress = on_progress
         self.partial: GenerationResult | None = None
@@ -120,6 +124,13 @@ class Calls(WorkQueue[Call]):
             call.unwanted = True
             if call.number in self._calls:
                 self._send(encode([Cancel(call.number)]))
+
+    def requests(self) -> tuple[int, int]:
+        """Requests that are not over: those that are wanted, and those that are not any more."""
+        with self._changed:
+            requests = [call for call in self._calls.values() if call.counted]
+        unwanted = sum(call.unwanted for call in requests)
+        return len(requests) - unwanted, unwanted
 
     def cancel_orphans(self) -> None:
         """Cancel those whose event loop is closed: nobody waits for them any more."""

@@ -186,7 +186,15 @@ class Client:
             connection.end_by(time.monotonic())  # or what is stuck would stay
             return connection.calls.abort(call, error)
 
-        call = Call(connection.calls, number, frame, over, emit, in_this_loop(on_progress))
+        call = Call(
+            connection.calls,
+            number,
+            frame,
+            over,
+            emit,
+            in_this_loop(on_progress),
+            counted=entry.reported,
+        )
         entry.abort = abort
         lifecycle.admit(entry)
         return call

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from mlx_engine.core.wakeup import waking_together
@@ -63,7 +64,7 @@ class Connection:
         calls: what has been asked.
         link: to the other end, once it was opened.
         welcome: what the engine has said of itself when it was ready.
-        stats: the latest that it has told.
+        stats: the latest that it has told, and what its end was for requests.
         liveness: its heartbeats.
         exit: how it ended, once it has.
     """
@@ -303,6 +304,13 @@ class Connection:
             self._watch.cancel()
         for timer in self._timers:
             timer.cancel()
+        if self.stats is not None:  # it has not told of those that end with it
+            failed, cancelled = self.calls.requests()
+            self.stats = replace(
+                self.stats,
+                failed=self.stats.failed + failed,
+                cancelled=self.stats.cancelled + cancelled,
+            )
         self.exit = Exit(
             self._kind(ending),
             "; ".join(text for text in (self._verdict, self._refusal, ending.detail) if text),

@@ -120,6 +120,7 @@ class LinkedEngine(BaseEngine):
     def stats(self) -> EngineStats:
         """The latest that the engine has told: after each request, and four times a second.
 
+        Requests in work when it dies are added to those that have failed, or were cancelled.
         Counters begin at 0 when what runs the engine starts: with ``start``, or with the host.
         Cheap; from any thread.
         """

@@ -102,7 +102,8 @@ class FakeAnswer:
         for call in self.tool_calls:
             if isinstance(call, ToolCall) and call.ok and call.name not in known:
                 raise ScriptError(
-                    f"a call of {call.name!r} is scripted; the tools of the request are {known}"
+                    f"a call of {call.name!r} is scripted; the tools of the request are {known} "
+                    f"(a model that makes one up: ToolCall(name={call.name!r}, error=...))"
                 )
 
     def __iter__(self) -> Iterator[tuple[Segment, Piece | ToolCall]]:

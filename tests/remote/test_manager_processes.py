@@ -135,6 +135,7 @@ async def test_a_killed_process_costs_no_request_that_has_emitted_nothing(
     assert ended.last_exit is not None
     assert (ended.last_exit.kind, ended.last_exit.signal) == ("crash", "SIGKILL")
     assert manager.stats().completion_tokens >= 400
+    assert (manager.stats().failed, manager.stats().finished) == (1, 2)
 
 
 async def test_a_stream_that_has_begun_gets_the_end_of_its_process(manager: EngineManager) -> None:
@@ -147,7 +148,10 @@ async def test_a_stream_that_has_begun_gets_the_end_of_its_process(manager: Engi
                 pass
     assert dead.value.signal == "SIGKILL"
     assert time.monotonic() - began < PROMPTLY
+    assert manager.stats().failed == 1
     assert (await manager.generate([1], max_tokens=2)).tokens  # the other one, at once
+    await until_all_run(manager, 1)
+    assert manager.stats().failed == 1
 
 
 async def test_a_request_that_kills_its_process(manager: EngineManager) -> None:

@@ -22,6 +22,7 @@ import anyio
 import pytest
 
 from mlx_engine import (
+    BaseEngine,
     EngineDead,
     EngineNotStarted,
     EngineState,
@@ -277,6 +278,30 @@ async def test_cancelled_at_any_moment_it_leaves_nothing(engine: ProcessEngine) 
 # Death
 
 
+def counted(engine: BaseEngine) -> tuple[int, int, int, int, int]:
+    stats = engine.stats()
+    return stats.running, stats.waiting, stats.finished, stats.failed, stats.cancelled
+
+
+async def test_what_a_kill_has_ended_is_counted_with_what_was_cancelled_apart(
+    engine: ProcessEngine,
+) -> None:
+    await engine.generate("a", max_tokens=2)
+    tasks = [asyncio.create_task(engine.generate(f"{number}", **LONG)) for number in range(3)]
+    await until(lambda: engine.stats().running + engine.stats().waiting == 3)
+    os.kill(pid_of(engine), signal.SIGSTOP)  # it cannot answer that it knows
+    question = asyncio.create_task(engine.count_tokens("a"))  # no request
+    tasks[1].cancel()
+    await asyncio.sleep(0)
+    os.kill(pid_of(engine), signal.SIGKILL)
+    ends = await asyncio.gather(*tasks, question, return_exceptions=True)
+    kinds = [EngineDead, asyncio.CancelledError, EngineDead, EngineDead]
+    assert [type(end) for end in ends] == kinds
+    assert counted(engine) == (0, 0, 1, 2, 1)
+    await engine.stop()
+    assert counted(engine) == (0, 0, 1, 2, 1)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_kill_is_told_to_everybody_at_once(engine: ProcessEngine, stream: bool) -> None:
     async def one(number: int) -> float:
@@ -299,6 +324,7 @@ async def test_a_kill_is_told_to_everybody_at_once(engine: ProcessEngine, stream
     # Measured in benchmarks: 10 ms. A watchdog would take a minute.
     assert max(await asyncio.gather(*tasks)) - killed < PROMPTLY
     assert engine.state is EngineState.FAILED
+    assert counted(engine) == (0, 0, 0, 8, 0)
     with pytest.raises(EngineDead, match="SIGKILL"):
         await engine.generate("a")
     assert (await engine.wait_exit()).kind == "crash"

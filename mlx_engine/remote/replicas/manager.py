@@ -201,7 +201,7 @@ class EngineManager(BaseEngine):
 
         ``state`` is the manager's; ``waiting`` and ``rejected`` have those that wait until a
         replica is up, and those that may not. A request that was done again counts in both
-        replicas.
+        replicas: it has failed in the one that died.
         """
         stats, room = self._supervisor.stats(self.state), self._replicas.room
         waiting, rejected = stats.waiting + room.waiting, stats.rejected + room.rejected
