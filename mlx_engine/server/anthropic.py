@@ -50,7 +50,8 @@ class Messages:
             if not isinstance(wanted, dict):
                 said = f"must be an object, not {shown(wanted)}"
                 raise InvalidRequest("output_config.format", said)
-            if constraint := response_format(wanted, "output_config.format"):
+            fields.form = "output_config.format"
+            if constraint := response_format(wanted, fields.form):
                 options["constraint"] = constraint
         chat, thoughts = _thinking(fields.mapping("thinking"))
         chat, skipped = _effort(output.get("effort"), chat)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_engine.checks import flag, integer, shown
@@ -38,6 +38,10 @@ class Fields:
 
     ``None`` is a field that is not there.
 
+    Attributes:
+        form: the name of the field that asks for the answer's form, which is the engine's
+            ``constraint``; that which is read, while they are.
+
     Raises:
         InvalidRequest: the body is no JSON object.
     """
@@ -46,6 +50,7 @@ class Fields:
         if not isinstance(body, dict):
             raise InvalidRequest("body", f"must be a JSON object, not {shown(body)}")
         self._left: dict[str, Any] = {k: v for k, v in body.items() if v is not None}
+        self.form = ""
 
     def take(self, name: str, default: Any = None) -> Any:
         """A field, whatever it is."""
@@ -121,6 +126,21 @@ class Asked:
     user: str = ""
     ignored: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def agreed(self) -> Asked:
+        """This request, with its tools or the form of its answer, where it has both.
+
+        Text has a form. Where calls are asked for there is none; and text that must have one has
+        no calls in it.
+        """
+        if "constraint" not in self.options or not self.chat.get("tools"):
+            return self
+        choice = self.chat.get("tool_choice", "auto")
+        if choice in ("auto", "none"):
+            left_out = ("tools",) if choice == "auto" else ()
+            return replace(self, ignored=(*self.ignored, *left_out))
+        options = {name: value for name, value in self.options.items() if name != "constraint"}
+        return replace(self, options=options)
 
     @property
     def choices(self) -> int:

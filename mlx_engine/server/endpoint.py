@@ -50,6 +50,7 @@ class Exchange:
         self._reply = Reply(send, self._id)
         self._began = time.perf_counter()
         self._asker = Asker()
+        self._form = ""  # the field that is the engine's ``constraint``
         self._told = ""  # of the answer, for the log
 
     async def run(self, scope: Scope) -> None:
@@ -90,10 +91,13 @@ class Exchange:
             return str(failure.status)
 
     def _read(self, body: object) -> Asked:
+        fields = Fields(body)
         try:
-            return self._api.read(Fields(body))
+            return self._api.read(fields).agreed()
         except RecursionError as error:
             raise InvalidRequest("body", "is nested too deep") from error
+        finally:
+            self._form = fields.form
 
     async def _answer(self, asked: Asked, name: str, model: Model) -> str:
         if not asked.stream:
@@ -153,6 +157,8 @@ class Exchange:
         if isinstance(error, ClientGone):
             raise error
         failure = Failure.of(error)
+        if failure.option == "constraint" and self._form:
+            failure = failure.about(self._form)
         if failure.status == 500:
             _log.error("%s has failed", self._id, exc_info=error)
         return failure, self._api.error(failure, self._id)

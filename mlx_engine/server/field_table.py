@@ -73,6 +73,7 @@ def _quiet(*names: str) -> dict[str, FieldSpec]:
 
 
 _USER = "whose request it is: users of a key have their turns one after another"
+_NOT_CALLED = "so it is if text must have a form and thus no calls"
 _LIMIT = "tokens of the answer; clamped to what is left, which is what -1 asks for"
 _EFFORT: Schema = {"enum": ["none", "minimal", "low", "medium", "high", "xhigh", "max"]}
 _STREAM = {"stream": FieldSpec(_FLAG, "as events")}
@@ -128,7 +129,9 @@ _LOGPROBS = {
     "top_logprobs": FieldSpec(_TOP, "best ones at each place"),
 }
 _TOOLS = {
-    "tools": FieldSpec(_OBJECTS, "functions; those of other types are skipped, which is said"),
+    "tools": FieldSpec(
+        _OBJECTS, f"functions; those of other types are skipped, which is said; {_NOT_CALLED}"
+    ),
     "tool_choice": FieldSpec(_either(_TEXT, _OBJECT), "forced calls are forced"),
     "parallel_tool_calls": FieldSpec(_FLAG, "`false`: one call at most"),
 }
@@ -193,7 +196,9 @@ MESSAGES: Table = {
     "max_tokens": FieldSpec(_OPEN, _LIMIT),
     **_SAMPLING,
     "stop_sequences": FieldSpec(_TEXTS, "strings that end the answer"),
-    "tools": FieldSpec(_OBJECTS, "functions; the server's own tools are skipped, which is said"),
+    "tools": FieldSpec(
+        _OBJECTS, f"functions; the server's own tools are skipped, which is said; {_NOT_CALLED}"
+    ),
     "tool_choice": FieldSpec(_OBJECT, "forced calls are forced; `disable_parallel_tool_use`"),
     "thinking": FieldSpec(_OBJECT, "the model's switch, `budget_tokens`, `display`"),
     "output_config": FieldSpec(_OBJECT, "`format`, `effort`"),

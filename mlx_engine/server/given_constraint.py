@@ -37,17 +37,21 @@ def constraint_of(fields: Fields) -> Constraint | None:
     for name in _REFUSED:
         if fields.take(name):
             raise InvalidRequest(name, "is in no form that is known here; see response_format")
-    found = {
-        "response_format": response_format(fields.mapping("response_format")),
-        "structured_outputs": _structured(fields.mapping("structured_outputs")),
-    }
-    for name, form in _FIELDS.items():
-        if (given := fields.take(name)) is not None:
-            found[name] = form(given)
-    named = [name for name, constraint in found.items() if constraint is not None]
-    if len(named) > 1:
-        raise InvalidRequest(named[1], f"asks for one more form than {named[0]}")
-    return found[named[0]] if named else None
+    found: dict[str, Constraint] = {}
+    objects = {"response_format": response_format, "structured_outputs": _structured}
+    for name, form in {**objects, **_FIELDS}.items():
+        given = (fields.mapping(name) or None) if name in objects else fields.take(name)
+        if given is None:
+            continue
+        fields.form = name
+        if (constraint := form(given)) is not None:
+            found[name] = constraint
+    if not found:
+        return None
+    fields.form, *others = found
+    if others:
+        raise InvalidRequest(others[0], f"asks for one more form than {fields.form}")
+    return found[fields.form]
 
 
 def response_format(given: Mapping[str, Any], option: str = "response_format") -> Constraint | None:
