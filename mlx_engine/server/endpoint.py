@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from mlx_engine.errors import InvalidRequest
+from mlx_engine.errors import InvalidRequest, renamed
 from mlx_engine.server.access import Scope
 from mlx_engine.server.answers import Answer, Answering
 from mlx_engine.server.api import Api
@@ -156,9 +156,9 @@ class Exchange:
         """The failure that an error is, and its body."""
         if isinstance(error, ClientGone):
             raise error
+        if isinstance(error, InvalidRequest) and error.option == "constraint" and self._form:
+            error = renamed(error, self._form)
         failure = Failure.of(error)
-        if failure.option == "constraint" and self._form:
-            failure = failure.about(self._form)
         if failure.status == 500:
             _log.error("%s has failed", self._id, exc_info=error)
         return failure, self._api.error(failure, self._id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from mlx_engine.errors import (
@@ -78,11 +78,6 @@ class Failure(Exception):
     def status(self) -> int:
         """The HTTP status."""
         return STATUS[self.kind]
-
-    def about(self, option: str) -> Failure:
-        """The same failure, of an engine's option that is this field here."""
-        message = f"{option}: {self.message.removeprefix(f'{self.option}: ')}"
-        return replace(self, message=message, option=option)
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:

@@ -73,7 +73,7 @@ def _quiet(*names: str) -> dict[str, FieldSpec]:
 
 
 _USER = "whose request it is: users of a key have their turns one after another"
-_NOT_CALLED = "so it is if text must have a form and thus no calls"
+_NOT_CALLED = "none is called where text must have a form, which is said, too"
 _LIMIT = "tokens of the answer; clamped to what is left, which is what -1 asks for"
 _EFFORT: Schema = {"enum": ["none", "minimal", "low", "medium", "high", "xhigh", "max"]}
 _STREAM = {"stream": FieldSpec(_FLAG, "as events")}

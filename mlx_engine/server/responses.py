@@ -119,7 +119,8 @@ def _options(fields: Fields, *, logprobs: bool) -> dict[str, Any]:
     form = fields.mapping("text").get("format") or {}
     if not isinstance(form, dict):
         raise InvalidRequest("text.format", f"must be an object, not {shown(form)}")
-    fields.form = fields.form or "text.format"
+    if form:
+        fields.form = "text.format"
     if constraint := response_format(form, "text.format"):
         if "constraint" in options:
             raise InvalidRequest("text.format", "is one more form than the others ask for")
