@@ -195,15 +195,20 @@ def _part(total: int) -> int:
 
 
 def _arrays(entry: Any) -> Iterator[mx.array]:
-    """The arrays of a layer, none of which is a part of a larger one that stays because of it."""
+    """The arrays of a layer, none of which is a part of a larger one that stays because of it.
+
+    What the layer has to itself is not copied.
+    """
     for part in cache_parts([entry]):
-        for name in ("keys", "values"):
-            if isinstance(getattr(part, name, None), mx.array):
-                setattr(part, name, mx.contiguous(getattr(part, name)))
-                yield getattr(part, name)
         if isinstance(part, ArraysCache):
             keep_own_states(part)
             yield from (state for state in part.cache if state is not None)
+            continue
+        held = [name for name, value in vars(part).items() if isinstance(value, mx.array)]
+        for name in held:
+            if getattr(part, name).ndim > 1:  # the others are lengths
+                setattr(part, name, mx.contiguous(getattr(part, name)))
+                yield getattr(part, name)
 
 
 def keep_own_states(part: ArraysCache) -> None:
@@ -215,16 +220,11 @@ def keep_own_arrays(cache: Cache) -> None:
     """Let no layer keep activations of a prefill chunk alive; of batches, too; when it is made.
 
     Recurrent states are the end of some, and MLX makes no copy of keys and values that fill an
-    array whole: they stay a part of the projection of queries, keys and values. What a layer has
-    to itself is not copied.
+    array whole: they stay a part of the projection of queries, keys and values.
     """
-    for part in cache_parts(cache):
-        if isinstance(part, ArraysCache):
-            keep_own_states(part)
-            continue
-        for name, value in list(vars(part).items()):
-            if isinstance(value, mx.array) and value.ndim > 1:
-                setattr(part, name, mx.contiguous(value))
+    for entry in cache:
+        for _ in _arrays(entry):
+            pass  # each is the layer's own when it has been named
 
 
 def keep_windows(cache: Cache) -> None:
